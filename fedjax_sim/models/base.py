@@ -1,0 +1,125 @@
+"""What the engine knows of a model: pure functions of a variables pytree, and its peel points."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from fedjax_sim.models import conv as conv_lib
+
+Variables = Mapping[str, Any]
+"""{'params': …, and, where the model has them, other collections such as 'batch_stats'}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PeelPoint:
+    """One depth at which a model is peeled: the input of a weight layer.
+
+    Attributes:
+      name: the weight layer that reads the feature, as a path (`"block1/conv2"`).
+      kernel: path of that layer's kernel in `variables["params"]`.
+    """
+
+    name: str
+    kernel: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as the engine sees it. Everything that is trained or kept lives in `variables`.
+
+    Attributes:
+      name: short name for records.
+      module: Flax linen module, called as `module(images, train=..., mask=...)`. It sows the input of
+        each weight layer with `self.sow("peel", name, x)`.
+      input_shape: (H, W, C) of one image.
+      num_classes: width of the logits.
+      peel_points: ordered from the input to the classifier.
+      takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
+      conv: spelling of the convolution, see `fedjax_sim.models.conv`; speed only.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    peel_points: tuple[PeelPoint, ...] = ()
+    takes_mask: bool = True
+    conv: str = "canonical"
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh variables, every leaf float32. key: a typed PRNG key."""
+        images = jnp.zeros((1, *self.input_shape), jnp.float32)
+        variables = dict(self._call(key, images, init=True))
+        variables.pop("peel", None)
+        return variables
+
+    def apply(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits, and the variables with their state (batch statistics) moved on if `train`.
+
+        Args:
+          variables: one model (no slot axis).
+          images: f32[B, H, W, C], normalised.
+          train: batch statistics instead of running ones, dropout on.
+          mask: bool[B], False for padding; None counts all.
+          rng: key for dropout; needed only by models that have it, and only if `train`.
+
+        Returns:
+          (f32[B, num_classes], variables).
+        """
+        state = [name for name in variables if name != "params"] if train else False
+        out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=state)
+        if not train:
+            return out, dict(variables)
+        logits, new = out
+        return logits, {**variables, **new}
+
+    def features(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
+        logits, sown = self._call(variables, images, mutable=["peel"])
+        flat = traverse_util.flatten_dict(dict(sown.get("peel", {})))
+        by_name = {"/".join(path): values[0] for path, values in flat.items()}
+        return logits, {point.name: by_name[point.name] for point in self.peel_points}
+
+    def layer_order(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of all leaves ("params", "conv1", "kernel") in the order in which the model makes them."""
+        order: list[tuple[str, ...]] = []
+
+        def trace(key):
+            variables = self._call(key, jnp.zeros((1, *self.input_shape), jnp.float32), init=True)
+            flat = traverse_util.flatten_dict({k: v for k, v in variables.items() if k != "peel"})
+            order.extend(flat)
+            return flat
+
+        jax.eval_shape(trace, jax.random.key(0))
+        return tuple(order)
+
+    def num_params(self) -> int:
+        """Trainable scalars (batch statistics do not count)."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+    def _call(self, first, images, *, train=False, mask=None, rng=None, mutable=False, init=False):
+        keywords: dict[str, Any] = {"train": train}
+        if self.takes_mask:
+            keywords["mask"] = mask
+        with conv_lib.spelling(self.conv):
+            if init:
+                return self.module.init(first, images, **keywords)
+            rngs = None if rng is None else {"dropout": rng}
+            return self.module.apply(first, images, rngs=rngs, mutable=mutable, **keywords)
+
+
+ModelFactory = Callable[..., Model]
