@@ -15,6 +15,14 @@ Variables = Mapping[str, Any]
 """{'params': …, and, where the model has them, other collections such as 'batch_stats'}."""
 
 
+def peel(module: nn.Module, name: str, x: jax.Array) -> None:
+    """Marks `x` as the input of the weight layer `name` of `module`: a peel point. Free unless asked for."""
+    module.sow("peel", _PREFIX + name, x)
+
+
+_PREFIX = "input_of_"
+
+
 @dataclasses.dataclass(frozen=True)
 class PeelPoint:
     """One depth at which a model is peeled: the input of a weight layer.
@@ -34,8 +42,8 @@ class Model:
 
     Attributes:
       name: short name for records.
-      module: Flax linen module, called as `module(images, train=..., mask=...)`. It sows the input of
-        each weight layer with `self.sow("peel", name, x)`.
+      module: Flax linen module, called as `module(images, train=..., mask=...)`. It marks the input
+        of each weight layer with `peel(self, name, x)`.
       input_shape: (H, W, C) of one image.
       num_classes: width of the logits.
       peel_points: ordered from the input to the classifier.
@@ -90,7 +98,7 @@ class Model:
         """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
         logits, sown = self._call(variables, images, mutable=["peel"])
         flat = traverse_util.flatten_dict(dict(sown.get("peel", {})))
-        by_name = {"/".join(path): values[0] for path, values in flat.items()}
+        by_name = {"/".join(path).replace(_PREFIX, ""): values[0] for path, values in flat.items()}
         return logits, {point.name: by_name[point.name] for point in self.peel_points}
 
     def layer_order(self) -> tuple[tuple[str, ...], ...]:
