@@ -1,0 +1,36 @@
+"""The data room: image sets, their partition over clients, and the population on the device."""
+
+from fedjax_sim.data import presets
+from fedjax_sim.data.dataset import Dataset, union
+from fedjax_sim.data.partition_config import KINDS, PartitionConfig
+from fedjax_sim.data.partition_files import Partition, load_partition, save
+from fedjax_sim.data.partition_reports import effective_classes, label_counts, plot, summary
+from fedjax_sim.data.partitions import partition
+from fedjax_sim.data.population import Population
+from fedjax_sim.data.preprocessing import Preprocessing, augment, normalise
+from fedjax_sim.data.presets import PRESETS
+from fedjax_sim.data.sources import default_data_dir, load, names
+
+__all__ = [
+    "KINDS",
+    "PRESETS",
+    "Dataset",
+    "Partition",
+    "PartitionConfig",
+    "Population",
+    "Preprocessing",
+    "augment",
+    "default_data_dir",
+    "effective_classes",
+    "label_counts",
+    "load",
+    "load_partition",
+    "names",
+    "normalise",
+    "partition",
+    "plot",
+    "presets",
+    "save",
+    "summary",
+    "union",
+]

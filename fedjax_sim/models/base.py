@@ -47,6 +47,7 @@ class Model:
       input_shape: (H, W, C) of one image.
       num_classes: width of the logits.
       peel_points: ordered from the input to the classifier.
+      stochastic: whether training draws random numbers (dropout).
       takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
       conv: spelling of the convolution, see `fedjax_sim.models.conv`; speed only.
     """
@@ -57,6 +58,7 @@ class Model:
     num_classes: int
     peel_points: tuple[PeelPoint, ...] = ()
     takes_mask: bool = True
+    stochastic: bool = False
     conv: str = "canonical"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -118,6 +120,16 @@ class Model:
         """Trainable scalars (batch statistics do not count)."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+    def spelled(self, conv: str) -> "Model":
+        """The same model with its convolutions spelled `conv`."""
+        return dataclasses.replace(self, conv=conv)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether any kernel is a convolution's."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return any(leaf.ndim == 4 for leaf in jax.tree.leaves(shapes["params"]))
 
     def _call(self, first, images, *, train=False, mask=None, rng=None, mutable=False, init=False):
         keywords: dict[str, Any] = {"train": train}

@@ -1,0 +1,208 @@
+"""The record that every algorithm is, and what most of them share.
+
+A federated round is three verbs on stacked pytrees (leading axis K, the client slot):
+
+    dispatch   server state -> what each slot's client starts from
+    train      K starts     -> K trained models            (the engine's, see fedjax_sim.training)
+    merge      K trained    -> next server state
+
+An algorithm is a frozen record of pure functions over those verbs, as an optax transformation is one of
+`init` and `update`. The engine knows no algorithm's name; what it may do faster for one (never hold K
+models, say) the record itself states.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from fedjax_sim.models.base import Model, Variables
+
+State = Any
+"""An algorithm's own pytree, best a `flax.struct.dataclass`."""
+
+
+@struct.dataclass
+class Cohort:
+    """Who takes part in a round.
+
+    Attributes:
+      ids: i32[K], client ids; slot k trains on the samples of client ids[k].
+      counts: i32[K], training samples of each.
+      round: i32[], from 0.
+    """
+
+    ids: jax.Array
+    counts: jax.Array
+    round: jax.Array
+
+
+@struct.dataclass
+class Starts:
+    """What a round's clients start from.
+
+    Attributes:
+      models: one model that all start from if `shared`, else one a slot, [K, …].
+      broadcast: whatever else the local rule is to see, the same for all clients.
+      shared: whether `models` is a single model.
+    """
+
+    models: Variables
+    broadcast: Any = None
+    shared: bool = struct.field(pytree_node=False, default=True)
+
+
+@struct.dataclass
+class Results:
+    """What came back.
+
+    Attributes:
+      models: trained models [K, …]; None if the algorithm said that it does not need them.
+      mean: their mean with the algorithm's `weights`; None if it has none.
+      uploads: what `LocalRule.end` sent, [K, …].
+      included: bool[K], False where an update was not finite and has been left out; such a slot of
+        `models` holds its start.
+      loss: f32[K], mean training loss over all samples that the client saw in the round.
+    """
+
+    models: Variables | None
+    mean: Variables | None
+    uploads: Any
+    included: jax.Array
+    loss: jax.Array
+
+
+@struct.dataclass
+class Batch:
+    """One step's samples of one client.
+
+    Attributes:
+      images: f32[B, H, W, C], normalised and augmented.
+      labels: i32[B].
+      mask: bool[B], False for padding; None if no batch of the run has any.
+      rng: key of this step (dropout); None if the run needs none.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    mask: jax.Array | None
+    rng: jax.Array | None
+
+
+Apply = Callable[[Variables, Batch], tuple[jax.Array, Variables]]
+"""(variables, batch) -> (logits f32[B, classes], variables with their state moved on), training mode."""
+
+LossAndGrad = Callable[[Variables, Batch], tuple[tuple[jax.Array, Variables], Any]]
+"""(variables, batch) -> ((loss, variables with their state moved on), gradient by `params`)."""
+
+
+def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Mean of f32[B] over the samples that are not padding."""
+    if mask is None:
+        return values.mean()
+    return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1).astype(values.dtype)
+
+
+def cross_entropy(apply: Apply, variables: Variables, batch: Batch, extra: Any) -> tuple[jax.Array, Variables]:
+    """Mean cross-entropy of a batch, and the variables with their state moved on."""
+    del extra
+    logits, variables = apply(variables, batch)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return masked_mean(losses, batch.mask), variables
+
+
+def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any):
+    """The gradient as it is."""
+    del extra
+    return loss_and_grad(variables, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalRule:
+    """What a client does differently from plain SGD on the cross-entropy. All functions are of one client.
+
+    Attributes:
+      loss: (apply, variables, batch, extra) -> (scalar, variables).
+      direction: (loss_and_grad, variables, batch, extra) -> ((loss, variables), gradient).
+      begin: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
+        variate, a teacher).
+      end: (start, trained, client_state, extra, steps, lr) -> (client_state, upload).
+      init_client: variables -> a client's own state, kept from round to round in a stack over all N
+        clients; None keeps none.
+    """
+
+    loss: Callable[..., tuple[jax.Array, Variables]] = cross_entropy
+    direction: Callable[..., Any] = plain_gradient
+    begin: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
+    end: Callable[..., tuple[Any, Any]] = (
+        lambda start, trained, client_state, extra, steps, lr: (client_state, None)
+    )
+    init_client: Callable[[Variables], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """A federated algorithm.
+
+    Attributes:
+      init: (key, variables) -> state. `variables` is one freshly initialised model.
+      dispatch: (state, cohort, key) -> Starts.
+      merge: (state, cohort, starts, results, key) -> (state, metrics). `metrics` is a dict of scalars for
+        the run's records.
+      deploy: state -> variables of the one model under evaluation.
+      local: what happens on a client.
+      weights: cohort -> f32[K], unnormalised weights of `Results.mean`; None: no mean is wanted.
+      needs_models: False lets the engine accumulate the mean wave by wave and never hold K models.
+      stacked: names of the state's fields whose leaves lead with K or N; they are sharded over devices.
+      personal: (state, ids) -> variables [len(ids), …], what each client itself would use; None: the
+        deployed model.
+    """
+
+    init: Callable[[jax.Array, Variables], State]
+    dispatch: Callable[[State, Cohort, jax.Array], Starts]
+    merge: Callable[[State, Cohort, Starts, Results, jax.Array], tuple[State, dict[str, jax.Array]]]
+    deploy: Callable[[State], Variables]
+    local: LocalRule = LocalRule()
+    weights: Callable[[Cohort], jax.Array] | None = None
+    needs_models: bool = True
+    stacked: tuple[str, ...] = ()
+    personal: Callable[[State, jax.Array], Variables] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an algorithm may know of the run when it is built.
+
+    Attributes:
+      model: the network.
+      num_clients: N.
+      cohort_size: K.
+      rounds: of the run.
+    """
+
+    model: Model
+    num_clients: int
+    cohort_size: int
+    rounds: int
+
+
+class AlgorithmConfig(Protocol):
+    """An algorithm's hyper-parameters: a frozen dataclass that builds the record."""
+
+    def build(self, context: Context) -> Algorithm:
+        """The record. Raises UserError for settings that do not fit the run."""
+        ...
+
+
+def by_samples(cohort: Cohort) -> jax.Array:
+    """Weights proportional to each client's number of samples. -> f32[K]."""
+    return cohort.counts.astype(jnp.float32)
+
+
+def uniform(cohort: Cohort) -> jax.Array:
+    """Equal weights. -> f32[K]."""
+    return jnp.ones(cohort.ids.shape, jnp.float32)

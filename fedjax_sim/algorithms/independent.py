@@ -1,0 +1,98 @@
+"""The two controls without any mixing: models that wander between clients, and models that stay at home.
+
+FedIndep is FedMR's control (FOUND in the authors' code, `Training_FedIndep`): K models random-walk over
+fresh cohorts, neither recombined nor averaged back; what is evaluated is their uniform mean.
+
+Local is the classical lower bound on collaboration: every client keeps and trains a model of its own.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import struct
+
+from fedjax_sim import stacked
+from fedjax_sim.algorithms import base
+
+
+@struct.dataclass
+class FedIndepState:
+    """Attributes: slots: the K models, [K, …]. mean: their uniform mean."""
+
+    slots: Any
+    mean: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FedIndep:
+    """K models that visit a fresh cohort each round and never meet."""
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions."""
+
+        def init(key, variables):
+            del key
+            return FedIndepState(stacked.broadcast(variables, context.cohort_size), variables)
+
+        def dispatch(state, cohort, key):
+            del cohort, key
+            return base.Starts(state.slots, shared=False)
+
+        def merge(state, cohort, starts, results, key):
+            del state, cohort, starts, key
+            return FedIndepState(results.models, results.mean), {}
+
+        return base.Algorithm(
+            init=init,
+            dispatch=dispatch,
+            merge=merge,
+            deploy=lambda state: state.mean,
+            weights=base.uniform,
+            stacked=("slots",),
+        )
+
+
+@struct.dataclass
+class LocalState:
+    """Attributes: models: every client's own, [N, …]."""
+
+    models: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """No federation: each client trains its own model whenever it is drawn.
+
+    The deployed model is the uniform mean of all N, which is evaluated for reference only; what counts is
+    the accuracy per client (`evaluation.per_client`).
+    """
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions."""
+
+        def init(key, variables):
+            del key
+            return LocalState(stacked.broadcast(variables, context.num_clients))
+
+        def dispatch(state, cohort, key):
+            del key
+            return base.Starts(_take(state.models, cohort.ids), shared=False)
+
+        def merge(state, cohort, starts, results, key):
+            del starts, key
+            put = jax.tree.map(lambda all_, new: all_.at[cohort.ids].set(new), state.models, results.models)
+            return LocalState(put), {}
+
+        return base.Algorithm(
+            init=init,
+            dispatch=dispatch,
+            merge=merge,
+            deploy=lambda state: stacked.mean(state.models),
+            stacked=("models",),
+            personal=lambda state, ids: _take(state.models, ids),
+        )
+
+
+def _take(tree, ids):
+    return jax.tree.map(lambda leaf: leaf[ids], tree)

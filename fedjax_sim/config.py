@@ -1,0 +1,445 @@
+"""What a run is: frozen dataclasses, each checked when it is made, read from and written to YAML.
+
+Two kinds of settings never share a dataclass: those that may change results, and those that may change
+only speed (`ExecutionConfig`). A test sweeps the second kind and demands equal results.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fedjax_sim import algorithms
+from fedjax_sim.data import PartitionConfig
+from fedjax_sim.errors import UserError
+
+VERSION = 1
+"""Of the configuration's layout. Raised when a field changes its meaning."""
+
+
+# --- checks -------------------------------------------------------------------------------------------
+
+
+def _at_least(field: str, value: float, least: float) -> None:
+    if not (isinstance(value, int | float) and value >= least and math.isfinite(value)):
+        raise UserError(field, value, f"must be at least {least}", "Raise it.")
+
+
+def _positive(field: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(field, value, "must be a positive, finite number", "Give a value above 0.")
+
+
+def _within(field, value, low, high, *, open_left=False, open_right=False) -> None:
+    inside = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)
+    if not inside:
+        span = f"{'(' if open_left else '['}{low}, {high}{')' if open_right else ']'}"
+        raise UserError(field, value, f"lies outside {span}", "Choose a value inside.")
+
+
+# --- the parts of a run ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images.
+
+    Attributes:
+      source: `digits`, `digits-domains`, a preset (`fedjax-sim list`), `tfds:NAME`, `npz:PATH` or
+        `folder:PATH`.
+      data_dir: where presets look for their files; default $FEDJAX_SIM_DATA, then ~/fedjax_sim_data.
+    """
+
+    source: str = "digits"
+    data_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which model.
+
+    Attributes:
+      name: of the zoo (`fedjax-sim list`).
+      norm: batch, group or none, where the model has a choice; None leaves the model's own.
+      dtype: of the arithmetic; parameters stay float32.
+      options: further fields of the model (`{hidden: [64, 64]}`).
+    """
+
+    name: str = "mlp"
+    norm: Literal["batch", "group", "none"] | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """What a client does in a round.
+
+    Attributes:
+      epochs: passes over the client's samples (reshuffled each); exclusive with `steps`.
+      steps: optimiser steps, whatever the client's size; exclusive with `epochs`.
+      batch_size: samples in a step; a last partial batch is used and counts as what it holds.
+      optimizer: `sgd`, or any optax optimiser by name (`adam`, `adamw`, `lion` …).
+      lr: learning rate in round 0.
+      momentum: of `sgd`.
+      nesterov: of `sgd`.
+      weight_decay: of `sgd`, added to the gradient before momentum (PyTorch's L2 form).
+      options: further arguments of the optax optimiser (`{b1: 0.9}`).
+      clip_norm: bound on the gradient's global norm; None does not clip.
+      schedule: of the learning rate over rounds.
+      decay: `exponential`: factor a round; `cosine`: final fraction of `lr` at the last round.
+      keep_optimizer: keep each client's optimiser state between its rounds instead of a fresh one.
+      non_finite: a client whose update is not finite stops the run, or is left out of the merge.
+    """
+
+    epochs: int | None = 5
+    steps: int | None = None
+    batch_size: int = 50
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    clip_norm: float | None = None
+    schedule: Literal["constant", "exponential", "cosine"] = "constant"
+    decay: float = 1.0
+    keep_optimizer: bool = False
+    non_finite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise UserError(
+                "local.epochs",
+                self.epochs,
+                f"exactly one of epochs and steps says how long a client trains, and steps = {self.steps!r}",
+                "Set one of them and leave the other null.",
+            )
+        for name in ("epochs", "steps"):
+            if getattr(self, name) is not None:
+                _at_least(f"local.{name}", getattr(self, name), 1)
+        _at_least("local.batch_size", self.batch_size, 1)
+        _positive("local.lr", self.lr)
+        _within("local.momentum", self.momentum, 0.0, 1.0, open_right=True)
+        _at_least("local.weight_decay", self.weight_decay, 0.0)
+        if self.clip_norm is not None:
+            _positive("local.clip_norm", self.clip_norm)
+        _within("local.decay", self.decay, 0.0, 1.0)
+        if self.optimizer != "sgd" and (self.momentum or self.nesterov or self.weight_decay):
+            raise UserError(
+                "local.optimizer",
+                self.optimizer,
+                "momentum, nesterov and weight_decay are sgd's",
+                "Give this optimiser's own arguments under local.options.",
+            )
+
+    def lr_at(self, round_index: int, rounds: int) -> float:
+        """The learning rate of round `round_index` (from 0) of `rounds`."""
+        if self.schedule == "exponential":
+            return self.lr * self.decay**round_index
+        if self.schedule == "cosine":
+            progress = round_index / max(rounds - 1, 1)
+            return self.lr * (self.decay + (1 - self.decay) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return self.lr
+
+
+@dataclasses.dataclass(frozen=True)
+class CohortConfig:
+    """How many clients take part in a round, drawn uniformly without replacement.
+
+    Attributes:
+      fraction: of the population; K = max(floor(fraction * N), 1).
+      size: K itself; takes the place of `fraction`.
+    """
+
+    fraction: float = 0.1
+    size: int | None = None
+
+    def __post_init__(self):
+        if self.size is not None:
+            _at_least("cohort.size", self.size, 1)
+        _within("cohort.fraction", self.fraction, 0.0, 1.0, open_left=True)
+
+    def count(self, num_clients: int) -> int:
+        """K for a population of `num_clients`.
+
+        Raises:
+          UserError: if the cohort would be larger than the population.
+        """
+        if self.size is None:
+            # 0.29 * 100 is 28.999… in binary; the fraction that was written is meant.
+            return max(math.floor(self.fraction * num_clients + 1e-9), 1)
+        if self.size > num_clients:
+            raise UserError(
+                "cohort.size",
+                self.size,
+                f"the population has only {num_clients} clients",
+                f"Choose at most {num_clients}, or raise partition.clients.",
+            )
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on the deployed model, and how often.
+
+    Attributes:
+      every: rounds between evaluations (the last round is always evaluated); 0 never.
+      batch_size: images in one forward pass; speed and memory only.
+      per_class: accuracy of each class of the global test set.
+      per_client: accuracy on every client's own test split: mean, 10th and 90th percentile.
+    """
+
+    every: int = 10
+    batch_size: int = 500
+    per_class: bool = False
+    per_client: bool = False
+
+    def __post_init__(self):
+        _at_least("evaluation.every", self.every, 0)
+        _at_least("evaluation.batch_size", self.batch_size, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+    """How the arithmetic is laid out. May change speed and memory, never results beyond float rounding.
+
+    Attributes:
+      devices: how many to use; None uses all.
+      wave: clients trained side by side on one device (`vmap`); None takes the backend's measured default.
+      conv: spelling of the convolution, see `fedjax_sim.models.conv`; `auto` takes the measured default.
+      donate: let a round overwrite the state that it came from.
+    """
+
+    devices: int | None = None
+    wave: int | None = None
+    conv: str = "auto"
+    donate: bool = True
+
+    def __post_init__(self):
+        for name in ("devices", "wave"):
+            if getattr(self, name) is not None:
+                _at_least(f"execution.{name}", getattr(self, name), 1)
+        from fedjax_sim.models.conv import SPELLINGS
+
+        if self.conv not in ("auto", *SPELLINGS):
+            raise UserError(
+                "execution.conv", self.conv, "no such spelling", f"Choose auto, {', '.join(SPELLINGS)}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputConfig:
+    """What a run leaves behind, and how often.
+
+    Attributes:
+      dir: the run's folder; None keeps everything in memory (notebooks).
+      checkpoint_every: rounds between checkpoints; 0 writes one at the end only.
+      keep: newest checkpoints kept.
+      tensorboard: write TensorBoard events.
+      figures: draw curves and the partition at the end.
+      progress: show a progress bar.
+    """
+
+    dir: str | None = None
+    checkpoint_every: int = 50
+    keep: int = 2
+    tensorboard: bool = True
+    figures: bool = True
+    progress: bool = True
+
+    def __post_init__(self):
+        _at_least("output.checkpoint_every", self.checkpoint_every, 0)
+        _at_least("output.keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, complete: the same RunConfig on the same versions gives the same numbers.
+
+    Attributes:
+      version: of this layout, see `VERSION`.
+      seed: everything random in the run comes from it.
+      rounds: of federation.
+      data: which images.
+      partition: which client holds which of them.
+      model: which network.
+      algorithm: one of `fedjax_sim.algorithms.CONFIGS`; in YAML a mapping with `name`.
+      local: what a client does.
+      cohort: how many take part.
+      evaluation: what is measured.
+      execution: layout; speed only.
+      output: what is written.
+    """
+
+    version: int = VERSION
+    seed: int = 0
+    rounds: int = 100
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
+    local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
+    cohort: CohortConfig = CohortConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    output: OutputConfig = OutputConfig()
+
+    def __post_init__(self):
+        if self.version != VERSION:
+            raise UserError(
+                "version",
+                self.version,
+                f"this fedjax_sim reads version {VERSION}",
+                "Rewrite the file for this version (a fresh one: fedjax-sim run --print-config), "
+                "or use the fedjax_sim that wrote it.",
+            )
+        _at_least("rounds", self.rounds, 1)
+        _within("seed", self.seed, 0, 2**31 - 1)
+
+
+# --- reading and writing ------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts and lists that YAML can hold; an algorithm gains its `name`."""
+    out: dict[str, Any] = {}
+    name = algorithms.name_of(config)
+    if name is not None:
+        out["name"] = name
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+    return out
+
+
+def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "", base: Any = None) -> Any:
+    """The dataclass that `mapping` describes; fields that it does not name come from `base` or the default.
+
+    Raises:
+      UserError: an unknown field, or a value of the wrong type; names the field by its dotted path.
+    """
+    if not isinstance(mapping, Mapping):
+        raise UserError(path or "config", mapping, "a mapping is wanted here", "Write `field: value` lines.")
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    values = {} if base is None else {name: getattr(base, name) for name in names}
+    for key, value in mapping.items():
+        dotted = f"{path}{key}"
+        if key not in names:
+            raise UserError(dotted, value, "no such field", nearest(str(key), names))
+        inner = values.get(key)
+        if cls is RunConfig and key == "algorithm":
+            values[key] = _algorithm(value, inner)
+        elif dataclasses.is_dataclass(hints[key]):
+            values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)
+        else:
+            values[key] = _coerce(value, hints[key], dotted)
+    return cls(**values)
+
+
+def load(path: str | Path) -> RunConfig:
+    """A RunConfig from a YAML file.
+
+    Raises:
+      UserError: the file is missing, is not YAML, or holds a wrong field or value.
+    """
+    return from_dict(read_yaml(path))
+
+
+def read_yaml(path: str | Path) -> Mapping[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+      UserError: the file is missing or is not a YAML mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError("config", str(path), "no such file", "Check the path.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError("config", str(path), f"cannot be read: {error}", "Mend the file.") from None
+    if not isinstance(loaded, Mapping):
+        raise UserError("config", str(path), "holds no mapping", "Write `field: value` lines.")
+    return loaded
+
+
+def dump(config: RunConfig) -> str:
+    """A RunConfig as YAML, every field written out."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """A sentence that offers what the user may have meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known: {', '.join(known)}."
+
+
+def _algorithm(value: Any, base: Any) -> Any:
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        raise UserError("algorithm", value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`.")
+    fields = dict(value)
+    name = fields.pop("name", None if base is None else algorithms.name_of(base))
+    if name not in algorithms.CONFIGS:
+        raise UserError("algorithm.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
+    cls = algorithms.CONFIGS[name]
+    return from_dict(fields, cls, "algorithm.", base if isinstance(base, cls) else None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """`value` as a `hint`, where the two mean the same (2 for 2.0, "1e-2" as YAML reads it, lists as tuples)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        rest = [arg for arg in args if arg is not type(None)]
+        for arg in rest:
+            try:
+                return _coerce(value, arg, path)
+            except UserError:
+                if arg is rest[-1]:
+                    raise
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(path, value, "not one of the choices", f"Choose {', '.join(map(str, args))}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        return tuple(_coerce(item, inner or args[i], path) for i, item in enumerate(value))
+    if origin in (dict, Mapping) or hint is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is bool or hint is str:
+        if isinstance(value, hint):
+            return value
+    elif hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    wanted = getattr(hint, "__name__", str(hint))
+    raise UserError(path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value.")

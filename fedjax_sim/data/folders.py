@@ -1,0 +1,189 @@
+"""Image sets as folders of image files, read with Pillow.
+
+Layouts, where `class` (and `domain`) are folder names in alphabetical order:
+
+- `class/file` and `domain/class/file`: split here, by class (and domain), with a fixed seed;
+- `train/class/file` with `test/…` or `val/…`, also with a domain between: split as it lies;
+- `domain/class/file` beside `DOMAIN_train.txt` and `DOMAIN_test.txt` (DomainNet's own lists);
+- Tiny-ImageNet as it is published (`val/val_annotations.txt`; a level `images` is skipped).
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.errors import UserError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+_PARTS = ("train", "test", "val", "validation")
+_Item = tuple[Path, str, str]  # file, domain ("" where there is none), class
+
+
+def read_folder(
+    path: str | Path,
+    *,
+    name: str = "",
+    size: tuple[int, int] | None = None,
+    classes: tuple[str, ...] = (),
+    test_share: float = 0.2,
+    preprocessing: Preprocessing | None = None,
+    origin: str = "",
+    licence: str = "not stated",
+) -> Dataset:
+    """Reads an image set; see the module for layouts.
+
+    Args:
+      path: the folder.
+      name: for records; the folder's name if empty.
+      size: (H, W) to resize to; None where all images have one size already.
+      classes: which classes to keep, and their order; all if empty.
+      test_share: of each class and domain, where the folder is not split.
+      preprocessing: mean and std 0.5 if None.
+      origin, licence: see `Dataset`.
+
+    Raises:
+      UserError: naming `data.source` and the file at fault.
+    """
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        fix = "Give a folder with one sub-folder of images for each class."
+        raise UserError("data.source", f"folder:{root}", "no such folder", fix)
+    if not 0 < test_share < 1:
+        raise UserError("data.test_share", test_share, "not between 0 and 1", "0.2 is usual.")
+    train, test = _split_lists(root, test_share)
+    names = classes or tuple(sorted({c for _, _, c in train}))
+    missing = [c for c in names if not any(c == item[2] for item in train)]
+    if missing:
+        why = f"no training images of {', '.join(missing[:5])}"
+        raise UserError("data.source", f"folder:{root}", why, "Check the names of the class folders.")
+    if classes:
+        train, test = ([item for item in part if item[2] in classes] for part in (train, test))
+    unknown = sorted({c for _, _, c in test} - set(names))
+    if unknown or not test:
+        why = f"test classes that are not in train: {', '.join(unknown[:5])}" if unknown else "no test images"
+        raise UserError("data.source", f"folder:{root}", why, "Train and test need the same class folders.")
+    domains = sorted({d for _, d, _ in train + test} - {""})
+    images = _decode([file for file, _, _ in train + test], size, root)
+    labels = np.array([names.index(c) for _, _, c in train + test], np.int32)
+    ids = np.array([domains.index(d) for _, d, _ in train + test], np.int32) if domains else None
+    cut = len(train)
+    return Dataset(
+        name=name or root.name,
+        train_images=images[:cut],
+        train_labels=labels[:cut],
+        test_images=images[cut:],
+        test_labels=labels[cut:],
+        num_classes=len(names),
+        preprocessing=preprocessing or Preprocessing(),
+        train_domains=ids[:cut] if ids is not None else None,
+        test_domains=ids[cut:] if ids is not None else None,
+        class_names=names,
+        domain_names=tuple(domains),
+        origin=(origin + "; " if origin else "") + f"read from the folder {root.name}",
+        licence=licence,
+    )
+
+
+def _split_lists(root: Path, test_share: float) -> tuple[list[_Item], list[_Item]]:
+    folders = {p.name for p in root.iterdir() if p.is_dir()}
+    annotations = root / "val" / "val_annotations.txt"
+    held_out = next((p for p in ("test", "val", "validation") if p in folders), None)
+    if annotations.is_file():
+        rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+        return _items(root / "train"), [(root / "val" / "images" / row[0], "", row[1]) for row in rows]
+    if "train" in folders and held_out:
+        return _items(root / "train"), _items(root / held_out)
+    if "train" in folders:
+        why = "a folder `train` without `test` or `val` beside it"
+        raise UserError(
+            "data.source", f"folder:{root}", why, "Add `test`, or point at `train` itself to have it split."
+        )
+    lists = [(_listed(root, f"{d}_train.txt"), _listed(root, f"{d}_test.txt")) for d in sorted(folders)]
+    if lists and all(a and b for a, b in lists):
+        return [i for a, _ in lists for i in a], [i for _, b in lists for i in b]
+    return _split_by_seed(_items(root), root, test_share)
+
+
+def _items(root: Path) -> list[_Item]:
+    """All images below `root`, in alphabetical order of their paths."""
+    items: list[_Item] = []
+    for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+        parts = [p for p in file.relative_to(root).parts[:-1] if p != "images"]
+        if file.suffix.lower() not in EXTENSIONS or not file.is_file() or file.name.startswith("."):
+            continue
+        if len(parts) not in (1, 2):
+            why = f"{file.relative_to(root)} lies neither at class/file nor at domain/class/file"
+            raise UserError(
+                "data.source", f"folder:{root}", why, "Sort the images into one folder for each class."
+            )
+        items.append((file, parts[0] if len(parts) == 2 else "", parts[-1]))
+    if not items:
+        why = f"no images ({', '.join(EXTENSIONS)}) in it"
+        raise UserError(
+            "data.source", f"folder:{root}", why, "Point at the folder that holds the class folders."
+        )
+    if len({bool(d) for _, d, _ in items}) == 2:
+        why = "some images lie at class/file and some at domain/class/file"
+        raise UserError("data.source", f"folder:{root}", why, "Use one layout throughout.")
+    return items
+
+
+def _listed(root: Path, name: str) -> list[_Item]:
+    """A DomainNet list: lines of `domain/class/file label`; empty where there is none."""
+    if not (root / name).is_file():
+        return []
+    files = [root / line.rsplit(" ", 1)[0] for line in (root / name).read_text().splitlines() if line.strip()]
+    return [(f, f.parts[-3], f.parts[-2]) for f in files]
+
+
+def _split_by_seed(items: list[_Item], root: Path, share: float) -> tuple[list[_Item], list[_Item]]:
+    groups: dict[tuple[str, str], list[_Item]] = {}
+    for item in items:
+        groups.setdefault(item[1:], []).append(item)
+    train: list[_Item] = []
+    test: list[_Item] = []
+    for (domain, label), group in sorted(groups.items()):
+        # A seed from the group's own name: adding a class does not reshuffle the others.
+        order = np.random.default_rng(zlib.crc32(f"{domain}/{label}".encode())).permutation(len(group))
+        count = min(max(1, round(share * len(group))), len(group) - 1)
+        if count < 1:
+            why = f"only one image of class {label!r}" + (f" in domain {domain!r}" if domain else "")
+            raise UserError(
+                "data.source", f"folder:{root}", why, "Each needs two: one to train, one to test."
+            )
+        chosen = set(order[:count].tolist())
+        test += [item for i, item in enumerate(group) if i in chosen]
+        train += [item for i, item in enumerate(group) if i not in chosen]
+    return train, test
+
+
+def _decode(files: list[Path], size: tuple[int, int] | None, root: Path) -> np.ndarray:
+    """u8[n, H, W, 1 or 3]: grey if every file is grey."""
+    try:
+        from PIL import Image
+    except ImportError as e:
+        raise UserError(
+            "data.source", f"folder:{root}", "reading images needs Pillow", "pip install pillow"
+        ) from e
+    arrays, shape = [], None
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+                if size:
+                    image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+                pixels = np.asarray(image, np.uint8)
+        except (OSError, ValueError, SyntaxError) as e:
+            why = f"{file.relative_to(root)} cannot be read as an image ({e})"
+            raise UserError("data.source", f"folder:{root}", why, "Replace or remove that file.") from e
+        if shape is not None and pixels.shape[:2] != shape:
+            why = f"{file.relative_to(root)} has the size {pixels.shape[:2]}, those before it {shape}"
+            raise UserError("data.source", f"folder:{root}", why, f"Say a size: folder:{root}#size=64")
+        shape = pixels.shape[:2]
+        arrays.append(pixels)
+    if any(a.ndim == 3 for a in arrays):
+        return np.stack([a if a.ndim == 3 else np.repeat(a[..., None], 3, -1) for a in arrays])
+    return np.stack(arrays)[..., None]

@@ -1,0 +1,215 @@
+"""The result of a partition, its checks, and its JSON files."""
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.errors import UserError
+
+FORMAT = "fedjax_sim.partition"
+VERSION = 1
+_FIX = "Write it with fedjax_sim.data.save, or use one of the JSON files of FedMR's authors."
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Partition:
+    """Who holds what.
+
+    Attributes:
+      train: i64[n_k] for each of the N clients, indices into the training images.
+      test: i64[t_k] for each client, or None where clients have no test set of their own.
+      test_from: `"test"` or `"train"`: the images that `test` points into (`holdout` takes part of
+        the training images, which are then in no client's `train`).
+      recipe: how it came about: kind, parameters, seed, tries, the set, versions. JSON as it stands.
+    """
+
+    train: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...] | None = None
+    test_from: str = "test"
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.train:
+            raise UserError("partition.train", (), "no clients", "Give one array of indices for each client.")
+        if self.test_from not in ("train", "test"):
+            raise UserError(
+                "partition.test_from", self.test_from, "neither 'train' nor 'test'", "Use one of them."
+            )
+        if self.test is not None and len(self.test) != len(self.train):
+            why = f"{len(self.test)} test sets for {len(self.train)} clients"
+            raise UserError(
+                "partition.test", len(self.test), why, "Give one for each client, or none at all."
+            )
+        for part in ("train", "test"):
+            given = getattr(self, part)
+            if given is not None:
+                object.__setattr__(self, part, tuple(_indices(part, k, v) for k, v in enumerate(given)))
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return len(self.train)
+
+    def sizes(self) -> np.ndarray:
+        """i64[N]: training samples of each client."""
+        return np.array([len(p) for p in self.train], np.int64)
+
+    def __repr__(self):
+        sizes = self.sizes()
+        tests = "no local tests" if self.test is None else f"local tests from {self.test_from}"
+        kind = self.recipe.get("kind", "unknown")
+        held = f"{sizes.min()} to {sizes.max()} samples"
+        return f"Partition({kind}, {self.num_clients:,} clients of {held}, {tests})"
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What a recipe says of the set, so that indices are not used on another one by mistake."""
+    return {
+        "dataset": dataset.name,
+        "num_train": len(dataset.train_labels),
+        "num_test": len(dataset.test_labels),
+        "labels_crc32": zlib.crc32(dataset.train_labels.astype("<i4").tobytes()),
+    }
+
+
+def check(partition: Partition, dataset: Dataset) -> None:
+    """Raises UserError unless the indices lie inside the set, and the set is the one they were made for."""
+    crc = partition.recipe.get("labels_crc32")
+    if crc is not None and crc != describe(dataset)["labels_crc32"]:
+        made_for = partition.recipe.get("dataset", "another set")
+        why = f"made for {made_for}; the training labels of {dataset.name} are not the same"
+        fix = "Load that set. (If other labels of the same images are meant: remove `labels_crc32` from it.)"
+        raise UserError("partition.recipe", made_for, why, fix)
+    bounds = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
+    for part, bound in (("train", bounds["train"]), ("test", bounds[partition.test_from])):
+        for k, indices in enumerate(getattr(partition, part) or ()):
+            if len(indices) and indices.max() >= bound:
+                why = f"client {k} points beyond the {bound} images of {dataset.name}"
+                raise UserError(
+                    f"partition.{part}", int(indices.max()), why, "Use the set that it was made for."
+                )
+
+
+def save(partition: Partition, path: str | Path) -> None:
+    """Writes JSON: format, version, recipe, and one list of indices for each client."""
+    path = Path(path).expanduser()
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "recipe": dict(partition.recipe),
+        "test_from": partition.test_from,
+        "train": [p.tolist() for p in partition.train],
+        "test": None if partition.test is None else [p.tolist() for p in partition.test],
+    }
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, separators=(",", ":")))
+    os.replace(unfinished, path)
+
+
+def load_partition(path: str | Path, dataset: Dataset | None = None) -> Partition:
+    """Reads our own format, or a `{"train_data": {client: [index]}}` file of FedMR's authors.
+
+    Args:
+      path: the JSON file.
+      dataset: what the indices are checked against, if given.
+
+    Raises:
+      UserError: unreadable, empty clients, duplicates inside a client (allowed where the recipe
+        draws with replacement), indices that are negative or out of range.
+    """
+    path = Path(path).expanduser()
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise UserError("partition.path", str(path), "no such file", _FIX) from e
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise UserError("partition.path", str(path), f"cannot be read as JSON ({e})", _FIX) from e
+    if isinstance(content, dict) and "train_data" in content:
+        loaded = _read_fedmr(content, path)
+    elif isinstance(content, dict) and content.get("format") == FORMAT:
+        loaded = _read_own(content, path)
+    else:
+        raise UserError("partition.path", str(path), "neither of the two formats", _FIX)
+    if dataset is not None:
+        check(loaded, dataset)
+    return loaded
+
+
+def _read_own(content: dict[str, Any], path: Path) -> Partition:
+    if content.get("version") != VERSION:
+        why = f"version {content.get('version')!r} of the format, this library reads {VERSION}"
+        raise UserError(
+            "partition.path", str(path), why, "Upgrade the library, or write the partition again."
+        )
+    recipe, test = content.get("recipe", {}), content.get("test")
+    if not isinstance(recipe, dict):
+        raise UserError("partition.path", str(path), "the recipe is not an object", _FIX)
+    repeats = recipe.get("kind") == "dirichlet-classes"
+    return Partition(
+        _arrays("train", content.get("train"), path, repeats),
+        None if test is None else _arrays("test", test, path, repeats=True),
+        content.get("test_from", "test"),
+        recipe,
+    )
+
+
+def _read_fedmr(content: dict[str, Any], path: Path) -> Partition:
+    clients = content["train_data"]
+    if not isinstance(clients, dict) or not all(k.isdecimal() for k in clients):
+        raise UserError(
+            "partition.path", str(path), "`train_data` does not map client numbers to indices", _FIX
+        )
+    if sorted(map(int, clients)) != list(range(len(clients))):
+        why = "the clients in `train_data` are not numbered from 0 without gaps"
+        raise UserError("partition.path", str(path), why, _FIX)
+    about = {k: v for k, v in content.items() if isinstance(v, (str, int, float))}
+    recipe = {"kind": "file", "path": path.name, "format": "FedMR", "stated": about}
+    arrays = [clients[k] for k in sorted(clients, key=int)]
+    return Partition(_arrays("train", arrays, path, repeats=False), recipe=recipe)
+
+
+def _arrays(part: str, lists: object, path: Path, repeats: bool) -> tuple[np.ndarray, ...]:
+    if not isinstance(lists, list) or not lists:
+        raise UserError("partition.path", str(path), f"`{part}` is not a list of clients", _FIX)
+    arrays = []
+    for k, given in enumerate(lists):
+        # bool is an int to Python and 1.0 would be cut silently: look at every entry's type.
+        if not isinstance(given, list) or not all(type(i) is int for i in given):
+            raise UserError(
+                "partition.path", str(path), f"client {k} of `{part}` is not a list of integers", _FIX
+            )
+        try:
+            indices = np.array(given, np.int64)
+        except OverflowError as e:
+            raise UserError(
+                "partition.path", str(path), f"client {k} of `{part}`: an index is too large", _FIX
+            ) from e
+        if not len(indices):
+            raise UserError(
+                "partition.path", str(path), f"client {k} of `{part}` is empty", "Remove that client."
+            )
+        if not repeats and len(np.unique(indices)) < len(indices):
+            values, counts = np.unique(indices, return_counts=True)
+            why = f"client {k} of `{part}` holds index {values[counts > 1][0]} more than once"
+            raise UserError("partition.path", str(path), why, "Remove the duplicates.")
+        arrays.append(indices)
+    return tuple(arrays)
+
+
+def _indices(part: str, k: int, values: object) -> np.ndarray:
+    indices = np.asarray(values)
+    if indices.ndim != 1 or indices.dtype.kind not in "iu" or not len(indices):
+        why = "not a list of integers" if len(indices.shape) != 1 or indices.size else "empty"
+        raise UserError(f"partition.{part}", f"client {k}", why, "Give every client one index or more.")
+    if indices.min() < 0:
+        raise UserError(
+            f"partition.{part}", int(indices.min()), f"client {k} has a negative index", "Count from 0."
+        )
+    return indices.astype(np.int64)

@@ -1,0 +1,108 @@
+"""What a partition looks like: counts, a few lines of text, a picture."""
+
+from pathlib import Path
+
+import numpy as np
+
+from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.partition_files import Partition
+
+
+def label_counts(partition: Partition, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """i64[N, C]: training samples of each class at each client.
+
+    Args:
+      partition: N clients.
+      labels: i32[n] of the training set.
+      num_classes: C.
+    """
+    return np.stack([np.bincount(labels[p], minlength=num_classes) for p in partition.train]).astype(np.int64)
+
+
+def effective_classes(counts: np.ndarray) -> np.ndarray:
+    """f64[N]: exp of the entropy of each client's label distribution; C if even, 1 if one class only."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return np.exp(-(shares * logs).sum(1))
+
+
+def summary(partition: Partition, dataset: Dataset) -> str:
+    """A few lines for a person: sizes, heterogeneity, overlap, local tests."""
+    sizes = partition.sizes()
+    classes = effective_classes(label_counts(partition, dataset.train_labels, dataset.num_classes))
+    held = np.zeros(len(dataset.train_labels), np.int64)
+    for part in partition.train:
+        held[np.unique(part)] += 1
+    recipe = partition.recipe
+    facts = [f"{k} {recipe[k]}" for k in _FACTS.get(str(recipe.get("kind")), ()) if recipe.get(k) is not None]
+    if partition.test is None:
+        tests = "none"
+    else:
+        counts = [len(t) for t in partition.test]
+        tests = (
+            f"{min(counts):,} to {max(counts):,} samples a client, out of the {partition.test_from} images"
+        )
+    how = ", ".join([str(recipe.get("kind", "?")), *facts])
+    spread = f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,}"
+    mixes = f"{classes.min():.2f} / {np.median(classes):.2f} / {classes.max():.2f} of {dataset.num_classes}"
+    used, shared = int((held > 0).sum()), int((held > 1).sum())
+    lines = [
+        f"{partition.num_clients:,} clients of {dataset.name}, {how}",
+        f"  samples a client   {spread} (min / median / max)",
+        f"  effective classes  {mixes} (exp of the label entropy)",
+        f"  samples used       {used:,} of {len(held):,}; {shared:,} by more than one client",
+        f"  local tests        {tests}",
+    ]
+    return "\n".join(lines)
+
+
+_FACTS = {
+    "dirichlet": ("alpha", "seed", "tries"),
+    "dirichlet-classes": ("alpha", "seed"),
+    "pathological": ("classes_per_client", "seed"),
+    "shards": ("classes_per_client", "seed"),
+    "quantity": ("sigma", "seed"),
+    "iid": ("seed",),
+    "domain": ("seed",),
+    "natural": ("seed", "writers_too_small"),
+    "file": ("path",),
+}
+
+
+def plot(partition: Partition, dataset: Dataset, path: str | Path) -> None:
+    """Draws clients by classes, with sizes above, and saves it (the suffix says the format).
+
+    Clients are sorted by their most frequent class and its share. A cell's colour is the class's
+    share of that client, so that small clients are as visible as large ones; sizes have their own
+    panel. Columns have no borders: a thousand clients stay readable.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = label_counts(partition, dataset.train_labels, dataset.num_classes)
+    shares = counts / counts.sum(1, keepdims=True)
+    top = shares.argmax(1)
+    order = np.lexsort((-shares[np.arange(len(top)), top], top))
+    clients, classes = counts.shape
+    width, height = float(np.clip(clients / 10, 6, 14)), float(np.clip(classes / 4, 2.5, 9))
+    figure = Figure(figsize=(width, height + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=(1, max(2.0, height / 1.2)))
+    edges = np.arange(clients + 1) - 0.5
+    bars.stairs(counts.sum(1)[order], edges, fill=True, color="0.4")
+    bars.set_ylabel("samples")
+    bars.spines[["top", "right"]].set_visible(False)
+    picture = cells.imshow(
+        shares[order].T, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+    )
+    figure.colorbar(picture, ax=cells, label="share of the client's samples", fraction=0.03, pad=0.01)
+    if classes <= 30:
+        cells.set_yticks(range(classes), dataset.class_names, fontsize=8)
+    cells.set_ylabel("class")
+    if clients <= 40:
+        cells.set_xticks(range(clients), order, fontsize=7)
+        cells.set_xlabel("client")
+    else:
+        cells.set_xlabel(f"{clients:,} clients, sorted by their most frequent class")
+    bars.set_title(summary(partition, dataset).splitlines()[0], fontsize=9, loc="left")
+    figure.savefig(Path(path).expanduser(), dpi=120)

@@ -1,0 +1,183 @@
+"""Which client holds which samples: from a set and the settings to a partition."""
+
+import dataclasses
+import importlib.metadata
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedjax_sim.data import partition_files, splits
+from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.partition_config import PartitionConfig, wrong
+from fedjax_sim.data.partition_files import Partition
+
+
+def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0) -> Partition:
+    """Cuts the training set (and, for local tests, the test set) into clients.
+
+    The result depends on the data, the settings and the seed alone: each step draws from a NumPy
+    generator of its own, keyed by the seed and a fixed tag. (NumPy may change what a generator
+    draws between its versions, and libm the last bit of a logarithm: `save` the partition where
+    exactly these clients are needed elsewhere. The recipe keeps the versions.)
+
+    Raises:
+      UserError: naming the setting that cannot be met with this set.
+    """
+    seed = config.seed if config.seed is not None else seed
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise wrong("seed", seed, "not a whole number >= 0", "Use 0.")
+    if config.kind == "file":
+        return _from_file(dataset, config, int(seed))
+    labels = dataset.train_labels
+    if config.clients is not None and config.kind != "natural":
+        _check_enough(len(labels), config)
+    parts, recipe, mixes, groups = _split(dataset, config, int(seed))
+    size = config.samples_per_client
+    if size is not None and config.kind != "dirichlet-classes":
+        _check_smallest(parts, size, "samples_per_client", size)
+        rng = _rng(seed, "samples-per-client")
+        parts = [np.sort(rng.choice(p, size, replace=False)) for p in parts]
+    _check_smallest(parts, max(config.min_size, 1), "min_size", config.min_size)
+    return _finish(dataset, config, int(seed), parts, recipe, mixes, groups)
+
+
+def _split(
+    dataset: Dataset, config: PartitionConfig, seed: int
+) -> tuple[splits.Parts, dict[str, Any], np.ndarray | None, np.ndarray | None]:
+    """Parts, what to add to the recipe, f64[N, C] class mixes where drawn, i64[N] groups where used."""
+    labels, rng = dataset.train_labels, _rng(seed, config.kind)
+    clients = config.clients or 0
+    if config.kind == "iid":
+        return splits.iid(len(labels), clients, rng), {}, None, None
+    if config.kind == "dirichlet":
+        parts, tries = splits.dirichlet(labels, clients, config.alpha, config.min_size, config.max_tries, rng)
+        return parts, {"tries": tries}, None, None
+    if config.kind == "dirichlet-classes":
+        size = config.samples_per_client or len(labels) // clients
+        mixes = splits.class_mixes(config.alpha, clients, dataset.num_classes, rng)
+        counts = splits.counts_of_mixes(mixes, size)
+        return splits.draw_counts(labels, counts, rng, "data.train_labels"), {}, mixes, None
+    if config.kind in ("pathological", "shards"):
+        classes = len(np.unique(labels))
+        if config.kind == "pathological" and config.classes_per_client > classes:
+            why = f"the set has {classes} classes"
+            raise wrong("classes_per_client", config.classes_per_client, why, f"Use {classes} or fewer.")
+        if config.classes_per_client * clients > len(labels):
+            why = f"{clients} clients with so many pieces each need more than {len(labels)} samples"
+            raise wrong(
+                "classes_per_client", config.classes_per_client, why, "Lower it, or use fewer clients."
+            )
+        recipe = splits.pathological if config.kind == "pathological" else splits.shards
+        return recipe(labels, clients, config.classes_per_client, rng), {}, None, None
+    if config.kind == "quantity":
+        return splits.quantity(len(labels), clients, config.sigma, config.min_size, rng), {}, None, None
+    if config.kind == "domain":
+        if dataset.train_domains is None:
+            why = f"{dataset.name} has no domain ids"
+            raise wrong(
+                "kind", "domain", why, "Use a cross-domain set (pacs, digit-five, digits-domains) or `union`."
+            )
+        domains = len(np.unique(dataset.train_domains))
+        if clients and clients < domains:
+            raise wrong(
+                "clients", clients, f"fewer than the {domains} domains", f"Use {domains}, or a multiple."
+            )
+        parts, owner = splits.by_group(dataset.train_domains, clients or domains, rng)
+        return parts, {"domains": owner.tolist()}, None, owner
+    if dataset.train_writers is None:
+        why = f"{dataset.name} has no writer ids"
+        raise wrong("kind", "natural", why, "Use a set that has them (femnist), or kind 'dirichlet'.")
+    parts, writers = splits.by_writer(dataset.train_writers, config.clients, config.min_size, rng)
+    too_small = int((np.unique(dataset.train_writers, return_counts=True)[1] < config.min_size).sum())
+    return parts, {"writers": writers.tolist(), "writers_too_small": too_small}, None, writers
+
+
+def _finish(
+    dataset: Dataset,
+    config: PartitionConfig,
+    seed: int,
+    parts: splits.Parts,
+    extra: dict[str, Any],
+    mixes: np.ndarray | None,
+    groups: np.ndarray | None,
+) -> Partition:
+    """Adds the local tests and the recipe."""
+    test, test_from = None, "test"
+    rng = _rng(seed, f"local-test-{config.local_test}")
+    if config.local_test == "holdout":
+        parts, test = splits.hold_out(parts, config.holdout, rng)
+        test_from = "train"
+    elif config.local_test == "matching" and groups is not None:
+        ids = dataset.test_domains if config.kind == "domain" else dataset.test_writers
+        test = _matching_groups(np.asarray(ids), groups, config.test_samples_per_client, rng)
+    elif config.local_test == "matching":
+        size = config.test_samples_per_client or max(1, len(dataset.test_labels) // len(parts))
+        if mixes is not None:
+            counts = splits.counts_of_mixes(mixes, size)
+        else:
+            shares = np.stack(
+                [np.bincount(dataset.train_labels[p], minlength=dataset.num_classes) for p in parts]
+            )
+            counts = splits.largest_remainder(shares / shares.sum(1, keepdims=True), size)
+        test = splits.draw_counts(dataset.test_labels, counts, rng, "data.test_labels")
+    recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
+    recipe |= partition_files.describe(dataset)
+    recipe |= {"fedjax_sim": _version("fedjax_sim"), "numpy": np.__version__}
+    return Partition(tuple(parts), None if test is None else tuple(test), test_from, recipe)
+
+
+def _matching_groups(
+    ids: np.ndarray, groups: np.ndarray, size: int | None, rng: np.random.Generator
+) -> splits.Parts:
+    """Each client's test samples: those of its writer or domain, or `size` of them."""
+    test = []
+    for k, group in enumerate(groups):
+        members = np.flatnonzero(ids == group)
+        if len(members) < (size or 1):
+            why = f"client {k} (writer or domain {group}) has {len(members)} test samples"
+            raise wrong("test_samples_per_client", size, why, "Lower it, or use local_test 'holdout'.")
+        test.append(members if size is None else np.sort(rng.choice(members, size, replace=False)))
+    return test
+
+
+def _from_file(dataset: Dataset, config: PartitionConfig, seed: int) -> Partition:
+    loaded = partition_files.load_partition(Path(str(config.path)), dataset)
+    if config.clients is not None and config.clients != loaded.num_clients:
+        why = f"{config.path} has {loaded.num_clients} clients"
+        raise wrong("clients", config.clients, why, f"Use {loaded.num_clients}, or None.")
+    if loaded.test is not None or config.local_test == "none":
+        return loaded
+    return _finish(dataset, config, seed, list(loaded.train), {"from": loaded.recipe}, None, None)
+
+
+def _check_enough(count: int, config: PartitionConfig) -> None:
+    clients = config.clients or 0
+    if clients > count:
+        raise wrong("clients", clients, f"more than the {count} training samples", f"Use {count} or fewer.")
+    if config.kind != "dirichlet-classes" and clients * config.min_size > count:
+        why = (
+            f"{clients} clients with so many each need {clients * config.min_size} samples, there are {count}"
+        )
+        raise wrong("min_size", config.min_size, why, f"Use {count // clients} or less, or fewer clients.")
+
+
+def _check_smallest(parts: splits.Parts, least: int, field: str, value: object) -> None:
+    sizes = [len(p) for p in parts]
+    k = int(np.argmin(sizes))
+    if sizes[k] < least:
+        few = sum(s < least for s in sizes)
+        why = f"client {k} has {sizes[k]} samples, and {few} of {len(sizes)} clients have too few"
+        raise wrong(field, value, why, f"Use {sizes[k]} or less, or fewer clients.")
+
+
+def _rng(seed: int, tag: str) -> np.random.Generator:
+    return np.random.default_rng([int(seed), zlib.crc32(tag.encode())])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,197 @@
+"""One way in for every image set: `load("cifar10")`, `load("npz:my.npz")`, `load("folder:cats#size=64")`."""
+
+import difflib
+import os
+from pathlib import Path
+
+from fedjax_sim.data import digits
+from fedjax_sim.data.dataset import Dataset, union
+from fedjax_sim.data.folders import read_folder
+from fedjax_sim.data.npz import read_npz
+from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.data.presets import PRESETS, Preset
+from fedjax_sim.data.tfds_sets import find_prepared, how_to_prepare, read_tfds
+from fedjax_sim.errors import UserError
+
+ENVIRONMENT = "FEDJAX_SIM_DATA"
+EMBEDDED = ("digits", "digits-domains")
+SCHEMES = ("npz", "folder", "tfds")
+
+
+def load(
+    source: str,
+    *,
+    data_dir: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    size: int | tuple[int, int] | None = None,
+) -> Dataset:
+    """Loads an image set. Nothing is ever downloaded.
+
+    Args:
+      source: one of
+
+        - `digits`, `digits-domains`: embedded, see `fedjax_sim.data.digits`;
+        - the name of a preset (`cifar10`, `cifar100-coarse`, `femnist`, `digit-five`, …), looked for
+          in `data_dir` as `NAME.npz`, then as an image folder, then as a prepared
+          tensorflow-datasets set;
+        - `npz:PATH` or `npz:PATH#coarse` (the labels `train_coarse_labels`);
+        - `folder:PATH`, with `#size=64` or `#size=48x64` (height x width), `#classes=cat+dog`, `#test=0.25`,
+          several joined by commas;
+        - `tfds:NAME`, `tfds:NAME/CONFIG`, with `#coarse_label` and `#size=64`.
+      data_dir: where presets and prepared sets lie; the environment variable FEDJAX_SIM_DATA if
+        None, and `~/fedjax_sim_data` where that is not set.
+      preprocessing: instead of the preset's, or of mean and std 0.5.
+      size: of folders and prepared sets: resize to this side, or (H, W).
+
+    Returns:
+      The set, checked.
+
+    Raises:
+      UserError: an unknown name (with near ones), or a set that is not there (with how to get it).
+    """
+    if not isinstance(source, str) or not source.strip():
+        raise UserError("data.source", source, "not the name of a set", f"Try one of: {', '.join(names())}.")
+    source = source.strip()
+    if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
+        raise UserError(
+            "data.preprocessing", preprocessing, "not a Preprocessing", "Build one, or leave it out."
+        )
+    shape = _size(size)
+    place = default_data_dir(data_dir)
+    scheme, colon, rest = source.partition(":")
+    if colon and scheme in SCHEMES:
+        path, _, fragment = rest.partition("#")
+        if not path:
+            raise UserError("data.source", source, "nothing after the colon", f"Write {scheme}:PATH.")
+        word, options = _options(fragment, source)
+        shape = _size(options.pop("size")) if "size" in options else shape
+        if scheme == "folder" and not word:
+            classes = tuple(c for c in options.pop("classes", "").split("+") if c)
+            share = _share(options.pop("test", "0.2"), source)
+            if not options:
+                return read_folder(
+                    path, size=shape, classes=classes, test_share=share, preprocessing=preprocessing
+                )
+        if scheme == "tfds" and not options:
+            return read_tfds(path, place, label=word or "label", size=shape, preprocessing=preprocessing)
+        if scheme == "npz" and not options and shape is None:
+            return read_npz(path, labels=word, preprocessing=preprocessing)
+        why = f"{fragment or 'size'!r} is not an option of {scheme}"
+        raise UserError(
+            "data.source", source, why, "npz:PATH#coarse, folder:PATH#size=64, tfds:NAME#coarse_label."
+        )
+    if source in EMBEDDED:
+        if shape is not None:
+            raise UserError("data.size", size, f"{source} has one size only", "Leave `size` out.")
+        return {"digits": digits.digits, "digits-domains": digits.digits_domains}[source](preprocessing)
+    if source in PRESETS:
+        return load_preset(source, place, preprocessing, shape)
+    near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
+    why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
+    raise UserError(
+        "data.source", source, why, f"Known: {', '.join(names())}; or npz:PATH, folder:PATH, tfds:NAME."
+    )
+
+
+def load_preset(
+    name: str, data_dir: Path, preprocessing: Preprocessing | None = None, size: tuple[int, int] | None = None
+) -> Dataset:
+    """Looks for a preset below `data_dir`: an npz file, then an image folder, then a prepared set.
+
+    Raises:
+      UserError: where none is there, with every way to get it.
+    """
+    preset = PRESETS[name]
+    preprocessing = preprocessing or preset.preprocessing
+    size = size or preset.size
+    told = {"name": name, "preprocessing": preprocessing, "origin": preset.origin, "licence": preset.licence}
+    for stem in preset.npz:
+        if (data_dir / f"{stem}.npz").is_file():
+            dataset = read_npz(
+                data_dir / f"{stem}.npz",
+                labels=preset.npz_labels,
+                num_classes=preset.num_classes,
+                class_names=preset.class_names,
+                **told,
+            )
+            return _checked(dataset, name, preset)
+    for folder in preset.folder:
+        if (data_dir / folder).is_dir():
+            dataset = read_folder(data_dir / folder, size=size, classes=preset.classes, **told)
+            return _checked(dataset, name, preset)
+    if preset.tfds and find_prepared(preset.tfds, data_dir):
+        told["dataset_name"] = told.pop("name")
+        dataset = read_tfds(
+            preset.tfds, data_dir, label=preset.tfds_label, size=size, transpose=preset.transpose, **told
+        )
+        return _checked(dataset, name, preset)
+    if preset.members:
+        return union(
+            [load_preset(m, data_dir) for m in preset.members],
+            name=name,
+            size=size,
+            preprocessing=preprocessing,
+        )
+    raise UserError("data.source", name, f"not found in {data_dir}", how_to_get(name, data_dir))
+
+
+def how_to_get(name: str, data_dir: Path) -> str:
+    """Every way to make a preset available, in words."""
+    preset = PRESETS[name]
+    ways = [f"put the arrays into {data_dir / (preset.npz[0] + '.npz')} (train_images, train_labels, test_…)"]
+    if preset.folder:
+        ways.append(f"unpack its image folders into {data_dir / preset.folder[0]}")
+    if preset.tfds:
+        ways.append(how_to_prepare(preset.tfds, data_dir))
+    return "Either " + "; or ".join(ways) + ". Another place: data_dir=, or the variable FEDJAX_SIM_DATA."
+
+
+def _checked(dataset: Dataset, name: str, preset: Preset) -> Dataset:
+    if dataset.num_classes != preset.num_classes:
+        why = f"what was found has {dataset.num_classes} classes, {name} has {preset.num_classes}"
+        raise UserError("data.source", name, why, "Load it as npz:PATH or folder:PATH if that is meant.")
+    return dataset
+
+
+def names() -> list[str]:
+    """The names that `load` knows, without the schemes."""
+    return [*EMBEDDED, *PRESETS]
+
+
+def default_data_dir(data_dir: str | Path | None = None) -> Path:
+    """`data_dir`, else the environment variable FEDJAX_SIM_DATA, else `~/fedjax_sim_data`."""
+    return Path(data_dir or os.environ.get(ENVIRONMENT) or "~/fedjax_sim_data").expanduser()
+
+
+def _options(fragment: str, source: str) -> tuple[str, dict[str, str]]:
+    """`coarse` -> ("coarse", {}); `size=64,classes=a+b` -> ("", {...})."""
+    word, options = "", {}
+    for part in filter(None, fragment.split(",")):
+        key, equals, value = part.partition("=")
+        if equals and key not in options:
+            options[key] = value
+        elif not equals and not word:
+            word = part
+        else:
+            raise UserError("data.source", source, f"{part!r} is one too many", "Say each option once.")
+    return word, options
+
+
+def _size(size: object) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    try:
+        parts = str(size).split("x") if isinstance(size, (str, int)) else list(size)  # type: ignore[arg-type]
+        height, width = (int(p) for p in (parts * 2 if len(parts) == 1 else parts))
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1 or isinstance(size, bool):
+        raise UserError("data.size", size, "not a size in pixels", "Write 64, or 48x64 for height and width.")
+    return height, width
+
+
+def _share(text: str, source: str) -> float:
+    try:
+        return float(text)
+    except ValueError as e:
+        raise UserError("data.source", source, f"test={text} is not a number", "Write test=0.2.") from e

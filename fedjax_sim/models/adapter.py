@@ -1,0 +1,213 @@
+"""Takes in a user's own Flax module."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fedjax_sim.errors import UserError
+from fedjax_sim.models import tracing
+from fedjax_sim.models.base import Model, PeelPoint
+
+_TRAIN_NAMES: dict[str, bool] = {
+    "train": True,
+    "training": True,
+    "is_training": True,
+    "deterministic": False,
+    "use_running_average": False,
+}
+"""Keywords for "this is training" in the wild -> whether the value is the same or its opposite."""
+
+
+def from_flax(
+    module: nn.Module,
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    name: str,
+    peel_points: Sequence[PeelPoint | str] = (),
+    takes_mask: bool | None = None,
+) -> Model:
+    """A `Model` made of any Flax linen module that maps f32[B, H, W, C] to logits f[B, num_classes].
+
+    The module's `__call__` may have a keyword for training (`train`, `training`, `is_training`, or the
+    opposite `deterministic`, `use_running_average`) and a keyword `mask` (bool[B], False for padding); it
+    need have neither. If it has no `mask`, its `flax.linen.BatchNorm` layers are given one behind its back,
+    so that padding stays out of their statistics. Parameter paths stay as the module has them.
+
+    Args:
+      module: the network, not yet bound to variables.
+      input_shape: (H, W, C) of one image.
+      num_classes: width of the logits, at least 2.
+      name: short name for records.
+      peel_points: names of weight layers, as paths ("block1/conv2"), or `PeelPoint`s, from input to
+      classifier;
+        each must be marked with `peel` in the module. Empty: all that are marked, in the order of marking.
+      takes_mask: whether to pass `mask`; None: if the signature has it.
+
+    Raises:
+      UserError: a bad shape or number of classes, a module that cannot be called so, an output which is not
+        f[1, num_classes], parameters other than float32, a peel point that is not there.
+
+    Warns:
+      UserWarning: batch statistics that padding can reach; convolutions with slow gradients.
+    """
+    shape = check_shapes(input_shape, num_classes)
+    if not isinstance(module, nn.Module):
+        raise UserError(
+            "model", type(module).__name__, "this is no flax.linen.Module", "Give an instance of one."
+        )
+    accepts = _keywords(module)
+    own_mask = accepts("mask") if takes_mask is None else takes_mask
+    if own_mask and not accepts("mask"):
+        raise UserError(
+            "model.takes_mask",
+            True,
+            "the module's __call__ has no keyword `mask`",
+            "Add it, or leave this out.",
+        )
+    train_name = next((word for word in _TRAIN_NAMES if accepts(word)), None)
+    wrapped = Adapted(module, train_name, own_mask)
+    try:
+        seen = tracing.trace(wrapped, shape, train=False, mask=None)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            "model", name, f"the module fails on an image of shape {shape}: {type(error).__name__}: {error}",
+            "Check `input_shape` and the module's __call__.",
+        ) from error  # fmt: skip
+    _check_output(seen, name, num_classes)
+    points = _points(seen, peel_points)
+    _warn(seen, name, own_mask)
+    return Model(name, wrapped, shape, num_classes, points, takes_mask=True)
+
+
+class Adapted(nn.Module):
+    """Calls `inner` as the engine calls a model: `(images, train=..., mask=...)`; logits are float32.
+
+    Attributes:
+      inner: the user's module. It shares this module's scope, so no path changes.
+      train_name: its keyword for training, if any.
+      own_mask: whether it takes `mask` itself; if not, its `nn.BatchNorm`s are given the mask.
+    """
+
+    inner: nn.Module
+    train_name: str | None
+    own_mask: bool
+
+    def setup(self):
+        """Puts the inner module's variables where they would be without this one."""
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
+        """f32[B, H, W, C] -> f32[B, num_classes]."""
+        keywords: dict[str, Any] = {}
+        if self.train_name is not None:
+            keywords[self.train_name] = train == _TRAIN_NAMES[self.train_name]
+        if self.own_mask:
+            keywords["mask"] = mask
+        inner: Any = self.inner
+        if self.own_mask or mask is None:
+            out = inner(x, **keywords)
+        else:
+            # A batch of nothing but padding would divide by zero in Flax's statistics.
+            rows = mask | ~jnp.any(mask)
+            with nn.intercept_methods(_mask_batch_norms(rows)):
+                out = inner(x, **keywords)
+        return out.astype(jnp.float32) if isinstance(out, jax.Array) else out
+
+
+def check_shapes(input_shape: Sequence[int], num_classes: int) -> tuple[int, int, int]:
+    """(H, W, C) as integers.
+
+    Raises:
+      UserError: not three positive integers, or fewer than two classes.
+    """
+    shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise UserError(
+            "model.input_shape", input_shape, "an image is (height, width, channels), positive integers",
+            "Grey images have one channel: (28, 28, 1).",
+        )  # fmt: skip
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise UserError("model.num_classes", num_classes, "a classifier needs two classes", "Give 2 or more.")
+    return shape
+
+
+def _keywords(module: nn.Module) -> Callable[[str], bool]:
+    parameters = inspect.signature(type(module).__call__).parameters
+    return lambda name: name in parameters
+
+
+def _mask_batch_norms(rows: jax.Array):
+    def inject(next_call, args, kwargs, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            x = args[0] if args else kwargs["x"]
+            if kwargs.get("mask") is None and x.shape[0] == rows.shape[0]:
+                kwargs = {**kwargs, "mask": rows.reshape((-1,) + (1,) * (x.ndim - 1))}
+        return next_call(*args, **kwargs)
+
+    return inject
+
+
+def _check_output(seen: tracing.Trace, name: str, num_classes: int) -> None:
+    shape = getattr(seen.output, "shape", None)
+    if shape != (1, num_classes):
+        found = f"of shape {shape}" if shape is not None else f"a {type(seen.output).__name__}"
+        raise UserError(
+            "model.num_classes", num_classes,
+            f"for one image {name} returns {found}, not logits of shape (1, {num_classes})",
+            "Let __call__ return the logits alone, one column per class.",
+        )  # fmt: skip
+    for path, leaf in seen.params.items():
+        if leaf.dtype != jnp.float32:
+            raise UserError(
+                "model", name, f"parameter {'/'.join(path)} is {leaf.dtype}",
+                "Keep parameters float32 (`param_dtype`); `dtype` alone sets the precision of the work.",
+            )  # fmt: skip
+
+
+def _points(seen: tracing.Trace, wanted: Sequence[PeelPoint | str]) -> tuple[PeelPoint, ...]:
+    marked = {point.name: point for point in tracing.peel_points(seen)}
+    if not wanted:
+        return tuple(marked.values())
+    points = []
+    for point in wanted:
+        point = PeelPoint(point, (*point.split("/"), "kernel")) if isinstance(point, str) else point
+        if point.name not in marked:
+            known = ", ".join(marked) or "none"
+            raise UserError(
+                "model.peel_points", point.name,
+                f"the module does not mark this layer's input (marked: {known})",
+                "Call `fedjax_sim.models.peel(self, layer_name, x)` just before the layer.",
+            )  # fmt: skip
+        if point.kernel not in seen.params:
+            raise UserError(
+                "model.peel_points", "/".join(point.kernel), "there is no such parameter",
+                f"The kernels are {', '.join('/'.join(p) for p in seen.params if p[-1] == 'kernel')}.",
+            )  # fmt: skip
+        points.append(point)
+    return tuple(points)
+
+
+def _warn(seen: tracing.Trace, name: str, own_mask: bool) -> None:
+    foreign = [path for path in seen.batch_stats if path[:-1] not in seen.batch_norms]
+    if foreign and not own_mask:
+        warnings.warn(
+            f"{name} keeps batch statistics ({'/'.join(foreign[0])}) but its __call__ takes no `mask`. A "
+            "client's last batch is padded, and the padding would count in those statistics. Take `mask` "
+            "(bool[B]) and leave out rows that are False, as fedjax_sim.models.norms.BatchNorm does.",
+            stacklevel=3,
+        )
+    if seen.plain_convs:
+        warnings.warn(
+            f"{name} uses plain Flax convolutions ({', '.join(seen.plain_convs[:3])}): on a CPU their "
+            "gradients are about 80 times slower inside a compiled loop. fedjax_sim.models.Conv takes the same "
+            "arguments and has the same parameters.",
+            stacklevel=3,
+        )

@@ -1,0 +1,102 @@
+"""What one abstract trace tells about a module: its peel points, its output, and what it is built of.
+
+Nothing is computed or compiled; a trace takes some tenths of a second for the largest network of the zoo.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+
+from fedjax_sim.errors import UserError
+from fedjax_sim.models import base, conv
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Seen while a module initialised itself.
+
+    Attributes:
+      output: what the module returned, abstract.
+      params: path of each parameter, in the order of making -> its shape and dtype.
+      batch_stats: paths of the leaves of that collection.
+      peeled: names marked by `peel`, in order, as paths.
+      plain_convs: paths of convolutions that do not use `fedjax_sim.models.conv`.
+      batch_norms: paths of Flax's own batch norms.
+    """
+
+    output: Any
+    params: dict[Path, jax.ShapeDtypeStruct]
+    batch_stats: tuple[Path, ...]
+    peeled: tuple[Path, ...]
+    plain_convs: tuple[str, ...]
+    batch_norms: tuple[Path, ...]
+
+
+def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Trace:
+    """Initialises `module` abstractly on one image f32[1, H, W, C], as called with `keywords`."""
+    plain_convs: list[str] = []
+    batch_norms: list[Path] = []
+    order: dict[str, list[Path]] = {}
+
+    def watch(next_call, args, kwargs, context):
+        layer = context.module
+        if context.method_name == "__call__":
+            if isinstance(layer, nn.BatchNorm):
+                batch_norms.append(layer.path)
+            elif _is_plain_conv(layer):
+                plain_convs.append("/".join(layer.path))
+        return next_call(*args, **kwargs)
+
+    def init(key):
+        image = jnp.zeros((1, *input_shape), jnp.float32)
+        result: Any = module.init_with_output({"params": key, "dropout": key}, image, **keywords)
+        output, variables = result
+        # Dictionaries come out of `eval_shape` with sorted keys: the order has to be noted in here.
+        for collection in ("params", "batch_stats", "peel"):
+            order[collection] = list(traverse_util.flatten_dict(dict(variables.get(collection, {}))))
+        return output, variables
+
+    with nn.intercept_methods(watch):
+        output, variables = jax.eval_shape(init, jax.random.key(0))
+    params: Any = traverse_util.flatten_dict(dict(variables.get("params", {})))
+    return Trace(
+        output=output,
+        params={path: params[path] for path in order["params"]},
+        batch_stats=tuple(order["batch_stats"]),
+        peeled=tuple((*path[:-1], path[-1].removeprefix(base._PREFIX)) for path in order["peel"]),
+        plain_convs=tuple(dict.fromkeys(plain_convs)),
+        batch_norms=tuple(dict.fromkeys(batch_norms)),
+    )
+
+
+def peel_points(seen: Trace) -> tuple[base.PeelPoint, ...]:
+    """The peel points that the module marked, in the order of the network.
+
+    Raises:
+      UserError: a marked name is no layer with a kernel.
+    """
+    points = []
+    for path in seen.peeled:
+        kernel = (*path, "kernel")
+        if kernel not in seen.params:
+            raise UserError(
+                "model.peel_points", "/".join(path),
+                "this name is marked with `peel`, but no layer of that name has a kernel",
+                "Give `peel` the name of the layer that reads the feature.",
+            )  # fmt: skip
+        points.append(base.PeelPoint("/".join(path), kernel))
+    return tuple(points)
+
+
+def _is_plain_conv(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Conv | nn.ConvLocal | nn.ConvTranspose) or isinstance(layer, conv.Conv):
+        return False
+    spelled = getattr(layer, "conv_general_dilated", None), getattr(layer, "conv_general_dilated_cls", None)
+    return all(f in (None, jax.lax.conv_general_dilated) for f in spelled)

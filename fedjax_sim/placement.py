@@ -1,0 +1,105 @@
+"""Where things live: devices, the mesh over which client slots are sharded, and shared host buffers."""
+
+import os
+import warnings
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.config import ExecutionConfig
+from fedjax_sim.errors import UserError
+from fedjax_sim.models.base import Model
+from fedjax_sim.stacked import AXIS
+
+
+def use_all_cores() -> None:
+    """Gives JAX one CPU device a core, unless it has started already or the user has chosen.
+
+    Slots sharded over single-core devices use a CPU far better than one device's threads do. Called on
+    import; `JAX_NUM_CPU_DEVICES` or `jax.config.update("jax_num_cpu_devices", …)` before it take precedence.
+    """
+    if "JAX_NUM_CPU_DEVICES" in os.environ or jax.config.jax_num_cpu_devices > 0:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    except RuntimeError:
+        warnings.warn(
+            "JAX had started before fedjax_sim was imported, so the CPU stays a single device and training "
+            "uses it badly. Import fedjax_sim first.",
+            stacklevel=3,
+        )
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """The mesh of the first `devices` devices (None: all), one axis, `clients`.
+
+    Raises:
+      UserError: there are fewer devices than asked for.
+    """
+    present = jax.devices()
+    count = len(present) if devices is None else devices
+    if count > len(present):
+        raise UserError(
+            "execution.devices",
+            devices,
+            f"JAX sees {len(present)} {present[0].platform} device(s)",
+            "Lower it, or leave it null for all (on a CPU, JAX_NUM_CPU_DEVICES makes more).",
+        )
+    return Mesh(np.asarray(present[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def sharded(mesh: Mesh, leading: int) -> NamedSharding:
+    """Sharding of an array whose first axis, of size `leading`, counts slots or clients.
+
+    Replicated where the axis cannot be cut evenly.
+    """
+    return NamedSharding(mesh, P(AXIS) if leading % mesh.size == 0 else P())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same whole array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_replicated(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """A NumPy array on all devices; CPU devices share one buffer instead of holding a copy each."""
+    sharding = replicated(mesh)
+    if mesh.devices.flat[0].platform != "cpu":
+        return jax.device_put(array, sharding)
+    base = _aligned(array)
+    parts = [jax.device_put(base, device, may_alias=True) for device in mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
+    """A C-ordered copy that starts at a multiple of `boundary` bytes, as zero-copy transfer wants it."""
+    array = np.ascontiguousarray(array)
+    if array.ctypes.data % boundary == 0:
+        return array
+    raw = np.empty(array.nbytes + boundary, np.uint8)
+    shift = -raw.ctypes.data % boundary
+    out = raw[shift : shift + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, devices: int) -> tuple[int, str]:
+    """(wave width, spelling of the convolution) for this backend, where the user has not chosen.
+
+    On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
+    stay in cache; an accelerator wants the device's whole share side by side.
+    """
+    share = -(-cohort_size // devices)
+    on_cpu = jax.default_backend() == "cpu"
+    if execution.wave is not None:
+        wave = min(execution.wave, share)
+    elif on_cpu:
+        wave = 1 if model.convolves else min(10, share)
+    else:
+        wave = share
+    conv = execution.conv
+    if conv == "auto":
+        conv = "canonical" if on_cpu else "patches"
+    return wave, conv

@@ -1,0 +1,210 @@
+"""The compiled round: dispatch, train, merge, as one jitted function over stacked pytrees.
+
+Slots are sharded over the mesh axis `clients`. Within a device, waves run one after another; a merge that
+needs only the mean gets it accumulated wave by wave, so that K models never exist at once, and starts that
+differ by slot are trained in place.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim import stacked
+from fedjax_sim.algorithms.base import Algorithm, Cohort, Results, Starts
+from fedjax_sim.stacked import AXIS
+from fedjax_sim.training import Trainer
+from fedjax_sim.waves import Plan
+
+_DISPATCH, _MERGE = 0, 1
+
+
+@struct.dataclass
+class ServerState:
+    """All that a run carries from round to round.
+
+    Attributes:
+      algorithm: the algorithm's own state.
+      clients: what clients keep between rounds, [N, …] leaves; empty for stateless clients.
+    """
+
+    algorithm: Any
+    clients: Any
+
+
+@struct.dataclass
+class Shard:
+    """The training set as the round reads it.
+
+    Attributes:
+      images: u8[n, H, W, C].
+      labels: i32[n].
+      indices: i32[N, n_max], each client's samples, padded.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    indices: jax.Array
+
+
+@struct.dataclass
+class RoundInputs:
+    """What the host decides of a round: who, where, how fast.
+
+    Attributes:
+      cohort: clients of the K slots.
+      plan: places and waves.
+      lr: f32[], client learning rate.
+      key: of the server's randomness in this round.
+    """
+
+    cohort: Cohort
+    plan: Plan
+    lr: jax.Array
+    key: jax.Array
+
+
+@struct.dataclass
+class RoundOutputs:
+    """What a round says of itself.
+
+    Attributes:
+      loss: f32[K], mean training loss of each client.
+      included: bool[K], False where an update was not finite.
+      metrics: the algorithm's own scalars.
+    """
+
+    loss: jax.Array
+    included: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round:
+    """The round as a function, specialised to an algorithm, a trainer and a mesh.
+
+    Attributes:
+      algorithm: the record.
+      trainer: local training.
+      mesh: devices.
+      in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
+    """
+
+    algorithm: Algorithm
+    trainer: Trainer
+    mesh: Mesh
+    in_order: bool
+
+    def __call__(
+        self, state: ServerState, inputs: RoundInputs, shard: Shard
+    ) -> tuple[ServerState, RoundOutputs]:
+        """One round. To be jitted with `state` donated."""
+        cohort = inputs.cohort
+        starts = self.algorithm.dispatch(state.algorithm, cohort, _stream(inputs.key, _DISPATCH))
+        kept = jax.tree.map(lambda leaf: leaf[cohort.ids], state.clients)
+        results, kept = self._train(starts, kept, inputs, shard)
+        merged, metrics = self.algorithm.merge(
+            state.algorithm, cohort, starts, results, _stream(inputs.key, _MERGE)
+        )
+        clients = jax.tree.map(lambda all_, new: all_.at[cohort.ids].set(new), state.clients, kept)
+        return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics)
+
+    def _train(self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard) -> tuple[Results, Any]:
+        cohort, plan = inputs.cohort, inputs.plan
+        weigh = self.algorithm.weights
+        weights = weigh(cohort) if weigh else jnp.zeros(cohort.ids.shape, jnp.float32)
+        place = lambda tree: self._move(tree, plan.layout)  # noqa: E731
+        back = lambda tree: self._move(tree, plan.places)  # noqa: E731
+
+        occupied = plan.layout < cohort.ids.shape[0]
+        own, same = P(AXIS), P()
+        run = jax.shard_map(
+            lambda *args: self._on_device(starts.shared, *args),
+            mesh=self.mesh,
+            in_specs=(same if starts.shared else own, same, *(own,) * 5, *(same,) * 5),
+            out_specs=(own, same, own),
+            check_vma=False,
+        )
+        models, mean, rest = run(
+            starts.models if starts.shared else place(starts.models),
+            starts.broadcast,
+            place(kept),
+            _take(cohort.ids, plan.layout),
+            jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
+            jnp.where(occupied, _take(weights, plan.layout), 0),
+            plan.bounds,
+            inputs.lr,
+            cohort.round,
+            shard.images,
+            shard.labels,
+            shard.indices,
+        )
+        kept, uploads, loss, included = jax.tree.map(lambda leaf: _take(leaf, plan.places), rest)
+        results = Results(back(models), mean, uploads, included, loss)
+        return results, kept
+
+    def _on_device(
+        self, shared, start, broadcast, kept, ids, counts, weights, bounds, lr, round_index, images, labels, indices
+    ):
+        """One device's waves. Leaves lead with S places; bounds: i32[W]."""
+        width = self.trainer.width
+        wants_mean = self.algorithm.weights is not None
+        one = start if shared else jax.tree.map(lambda leaf: leaf[0], start)
+        models = start if not shared else None
+        if shared and self.algorithm.needs_models:
+            models = jax.tree.map(lambda leaf: jnp.zeros((ids.shape[0], *leaf.shape), leaf.dtype), one)
+        total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
+
+        def wave(carry, w):
+            models, total, weight = carry
+            cut = lambda tree: jax.tree.map(  # noqa: E731
+                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
+            )
+            begin = stacked.broadcast(start, width) if shared else cut(models)
+            own_ids, own_kept, own_weights = cut(ids), cut(kept), cut(weights)
+            trained, new_kept, uploads, loss, finite = self.trainer.train_wave(
+                begin, broadcast, own_kept, own_ids, indices[own_ids], cut(counts), bounds[w], lr, round_index,
+                images, labels,
+            )
+            trained = stacked.select(finite, trained, begin)
+            new_kept = stacked.select(finite, new_kept, own_kept)
+            uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)
+            if wants_mean:
+                # A slot that has a model of its own keeps it; a shared start has nothing to add.
+                share = jnp.where(finite, own_weights, 0) if shared else own_weights
+                part = stacked.weighted_sum(trained, share)
+                total, weight = jax.tree.map(jnp.add, total, part), weight + share.sum()
+            if models is not None:
+                models = jax.tree.map(
+                    lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, w * width, 0), models, trained
+                )
+            return (models, total, weight), (new_kept, uploads, loss, finite)
+
+        places = jnp.arange(bounds.shape[0], dtype=jnp.int32)
+        (models, total, weight), rest = jax.lax.scan(wave, (models, total, jnp.float32(0)), places)
+        rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
+        mean = None
+        if wants_mean:
+            total, weight = jax.lax.psum((total, weight), AXIS)
+            mean = jax.tree.map(
+                lambda leaf, old: jnp.where(weight > 0, leaf / weight, old).astype(old.dtype), total, one
+            )
+        return models if self.algorithm.needs_models else None, mean, rest
+
+    def _move(self, tree, index):
+        """Slots to places or back; nothing to do where the two are the same."""
+        if self.in_order:
+            return tree
+        return jax.tree.map(lambda leaf: stacked.permute(leaf, index), tree)
+
+
+def _take(leaf, index):
+    return jnp.take(leaf, index, axis=0, mode="clip")
+
+
+def _stream(key, number):
+    return jax.random.fold_in(key, number)

@@ -1,0 +1,400 @@
+"""A run in memory: everything that a RunConfig describes, made real, and advanced round by round."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim import algorithms, data, evaluation, models, placement, waves
+from fedjax_sim.algorithms.base import Algorithm, Cohort, Context
+from fedjax_sim.config import RunConfig
+from fedjax_sim.data import Dataset, Partition, Population
+from fedjax_sim.errors import UserError
+from fedjax_sim.models.base import Model
+from fedjax_sim.records import Row
+from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Shard
+from fedjax_sim.training import Trainer
+
+_INIT, _ROUNDS, _COHORTS = 0, 1, 2  # streams of the run's seed
+
+
+class NonFiniteUpdate(UserError):
+    """A client's update held an infinity or NaN, and the run was told to stop at that."""
+
+
+def draw_cohort(seed: int, round_index: int, num_clients: int, size: int) -> np.ndarray:
+    """Client ids of a round: uniform without replacement, a function of its arguments alone. -> i32[size]."""
+    generator = np.random.default_rng([seed, _COHORTS, round_index])
+    return generator.choice(num_clients, size=size, replace=False).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A RunConfig resolved and checked, nothing on a device yet.
+
+    Attributes:
+      config: as given.
+      dataset: the images.
+      partition: who holds which.
+      population: both, as padded tables.
+      model: the network, its convolution spelled as this backend wants it.
+      algorithm: the record.
+      cohort_size: K.
+      wave: clients side by side on a device.
+      devices: how many.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    partition: Partition
+    population: Population
+    model: Model
+    algorithm: Algorithm
+    cohort_size: int
+    wave: int
+    devices: int
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return self.partition.num_clients
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    dataset: Dataset | None = None,
+    partition: Partition | None = None,
+    model: Model | None = None,
+    algorithm: algorithms.base.AlgorithmConfig | None = None,
+) -> Setup:
+    """Resolves a RunConfig; the keywords take the place of what it would load or build.
+
+    Raises:
+      UserError: anything that cannot work, before anything is compiled.
+    """
+    dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
+    partition = partition or data.partition(dataset, config.partition, config.seed)
+    population = Population.build(dataset, partition)
+    shape = dataset.train_images.shape[1:]
+    if model is None:
+        options = dict(config.model.options)
+        if config.model.norm is not None:
+            options["norm"] = config.model.norm
+        if config.model.dtype != "float32":
+            options["dtype"] = jnp.dtype(config.model.dtype)
+        model = models.create(config.model.name, shape, dataset.num_classes, **options)
+    if tuple(model.input_shape) != tuple(shape) or model.num_classes < dataset.num_classes:
+        raise UserError(
+            "model",
+            model.name,
+            f"it takes images {tuple(model.input_shape)} of {model.num_classes} classes, and {dataset.name} "
+            f"has {tuple(shape)} of {dataset.num_classes}",
+            "Make the model for these images.",
+        )
+    cohort_size = config.cohort.count(partition.num_clients)
+    if config.evaluation.per_client and partition.test is None:
+        raise UserError(
+            "evaluation.per_client",
+            True,
+            "the partition gives clients no test samples of their own",
+            "Set partition.local_test to holdout or matching.",
+        )
+    context = Context(model, partition.num_clients, cohort_size, config.rounds)
+    record = (algorithm or config.algorithm).build(context)
+    devices = placement.make_mesh(config.execution.devices).size
+    wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
+    return Setup(
+        config, dataset, partition, population, model.spelled(conv), record, cohort_size, wave, devices
+    )
+
+
+class Simulation:
+    """A federated run: `for rows in simulation.advance(): …`, or `simulation.run()`.
+
+    Attributes:
+      setup: what is being run.
+      round: the next round, from 0; also the number of rounds done.
+      state: the server's state, on the devices.
+      mesh: the devices.
+    """
+
+    def __init__(self, config: RunConfig | Setup, **replacements: Any):
+        """Takes a RunConfig and the keywords of `prepare`, or a Setup."""
+        setup = config if isinstance(config, Setup) else prepare(config, **replacements)
+        self.setup = setup
+        self.mesh = placement.make_mesh(setup.devices)
+        self.round = 0
+        population, local = setup.population, setup.config.local
+        self._steps = waves.steps_of(population.counts, local)
+        ragged = len(np.unique(self._steps)) > 1
+        self._trainer = Trainer(
+            model=setup.model,
+            rule=setup.algorithm.local,
+            local=local,
+            preprocessing=setup.dataset.preprocessing,
+            seed=setup.config.seed,
+            width=setup.wave,
+            ragged=ragged,
+            partial=bool(np.any(population.counts % local.batch_size)),
+            stochastic=setup.model.stochastic,
+        )
+        even = setup.cohort_size % (setup.devices * setup.wave) == 0
+        in_order = even and (not ragged or setup.devices * setup.wave == 1)
+        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order)
+        put = partial(placement.put_replicated, mesh=self.mesh)
+        self._shard = Shard(put(population.images), put(population.labels), put(population.indices))
+        self._shardings = self._state_shardings()
+        self.state = self._initial_state()
+        self._compiled = jax.jit(
+            self._function,
+            donate_argnums=(0,) if setup.config.execution.donate else (),
+            out_shardings=(self._shardings, placement.replicated(self.mesh)),
+        )
+        self._evaluators: dict[str, Any] = {}
+        self._deploy = jax.jit(setup.algorithm.deploy, out_shardings=placement.replicated(self.mesh))
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def _make_state(self, key: jax.Array) -> ServerState:
+        variables = self.setup.model.init(jax.random.fold_in(key, 0))
+        one = self._trainer.init_client(variables)
+        clients = jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (self.setup.num_clients, *jnp.shape(leaf))), one
+        )
+        return ServerState(self.setup.algorithm.init(jax.random.fold_in(key, 1), variables), clients)
+
+    def _state_shardings(self) -> ServerState:
+        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
+        same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
+        first = {name: getattr(shapes.algorithm, name) for name in self.setup.algorithm.stacked}
+        inner = jax.tree.map(lambda _: same, shapes.algorithm)
+        for name, tree in first.items():
+            inner = inner.replace(**{name: jax.tree.map(lambda leaf: cut(leaf.shape[0]), tree)})
+        clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
+        return ServerState(inner, clients)
+
+    def _initial_state(self) -> ServerState:
+        key = jax.random.fold_in(jax.random.key(self.setup.config.seed), _INIT)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self._make_state, out_shardings=self._shardings)(key)
+
+    def abstract_state(self) -> ServerState:
+        """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(self._make_state, jax.random.key(0)),
+            self._shardings,
+        )
+
+    def restore(self, state: ServerState, round_index: int) -> None:
+        """Continues from `state` after `round_index` rounds."""
+        self.state = jax.device_put(state, self._shardings)
+        self.round = round_index
+
+    # --- rounds -------------------------------------------------------------------------------------
+
+    def inputs(self, round_index: int) -> tuple[RoundInputs, float]:
+        """What the host decides of a round, and the plan's padding waste."""
+        setup = self.setup
+        ids = draw_cohort(setup.config.seed, round_index, setup.num_clients, setup.cohort_size)
+        counts = setup.population.counts[ids]
+        plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
+        waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
+        key = jax.random.fold_in(jax.random.key(setup.config.seed), _ROUNDS)
+        lr = setup.config.local.lr_at(round_index, setup.config.rounds)
+        return RoundInputs(
+            cohort=Cohort(ids, counts.astype(np.int32), np.int32(round_index)),
+            plan=plan,
+            lr=np.float32(lr),
+            key=jax.random.fold_in(key, round_index),
+        ), waste
+
+    def step(self) -> Callable[[], list[Row]]:
+        """Starts the next round without waiting for it; call the result for the round's rows.
+
+        The result raises NonFiniteUpdate if a client's update was not finite and `local.non_finite` is stop.
+        """
+        inputs, waste = self.inputs(self.round)
+        with jax.set_mesh(self.mesh):
+            self.state, outputs = self._compiled(self.state, inputs, self._shard)
+        self.round += 1
+        return partial(self._rows, self.round, inputs, outputs, waste)
+
+    def _rows(self, number: int, inputs: RoundInputs, outputs: RoundOutputs, waste: float) -> list[Row]:
+        fetched: RoundOutputs = jax.device_get(outputs)
+        ids, included = np.asarray(inputs.cohort.ids), fetched.included
+        if not included.all():
+            bad = ids[~included].tolist()
+            if self.setup.config.local.non_finite == "stop":
+                raise NonFiniteUpdate(
+                    "local.non_finite",
+                    "stop",
+                    f"in round {number} the update of client(s) {bad} was not finite",
+                    "Lower local.lr, set local.clip_norm, or leave such clients out with "
+                    "local.non_finite = skip.",
+                )
+        weights = np.where(included, np.asarray(inputs.cohort.counts), 0).astype(np.float64)
+        rows = [Row(number, "padding_waste", waste), Row(number, "lr", float(inputs.lr))]
+        if weights.sum() > 0:
+            loss = np.where(included, fetched.loss, 0).astype(np.float64)
+            rows.append(Row(number, "train_loss", float(loss @ weights / weights.sum())))
+        rows += [Row(number, "left_out", 1.0, client=int(c)) for c in ids[~included]]
+        rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
+        return rows
+
+    def due(self) -> bool:
+        """Whether the model as it now is should be evaluated."""
+        every = self.setup.config.evaluation.every
+        return every > 0 and (self.round % every == 0 or self.round == self.setup.config.rounds)
+
+    def advance(self, rounds: int | None = None) -> Iterator[list[Row]]:
+        """Runs `rounds` rounds (None: to the end), and yields each one's rows, evaluation included.
+
+        One round is always under way while the rows of the one before are handed out.
+        """
+        last = self.setup.config.rounds if rounds is None else self.round + rounds
+        waiting: list[Callable[[], list[Row]]] = []
+        while self.round < last:
+            parts = [self.step()]
+            if self.due():
+                parts.append(self.evaluate())
+            for part in waiting:
+                yield part()
+            waiting = [partial(_joined, parts)]
+        for part in waiting:
+            yield part()
+
+    # --- evaluation ---------------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> Any:
+        """The deployed model."""
+        with jax.set_mesh(self.mesh):
+            return self._deploy(self.state.algorithm)
+
+    def evaluate(self) -> Callable[[], list[Row]]:
+        """Starts an evaluation of the model as it now is; call the result for its rows."""
+        number, config = self.round, self.setup.config.evaluation
+        variables = self.variables
+        with jax.set_mesh(self.mesh):
+            outcome = self._evaluator("test")(variables)
+            personal = self._personal(variables) if config.per_client else None
+
+        def rows() -> list[Row]:
+            out = _global_rows(number, outcome, self.setup.dataset, config.per_class)
+            return out if personal is None else out + _client_rows(number, personal())
+
+        return rows
+
+    def _evaluator(self, name: str) -> evaluation.Evaluator:
+        """Over the global test set, or over the pool that clients' own test samples come from."""
+        if name not in self._evaluators:
+            setup = self.setup
+            images, labels = setup.dataset.test_images, setup.dataset.test_labels
+            if name == "clients":
+                pool = self._local_tests()[0]
+                images, labels = setup.dataset.train_images[pool], setup.dataset.train_labels[pool]
+            self._evaluators[name] = evaluation.Evaluator(
+                setup.model,
+                setup.dataset.preprocessing,
+                self.mesh,
+                images,
+                labels,
+                setup.config.evaluation.batch_size,
+            )
+        return self._evaluators[name]
+
+    def _local_tests(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Distinct samples that some client tests on, and each client's positions among them."""
+        own = self.setup.partition.test or ()
+        pool, where = np.unique(np.concatenate(own), return_inverse=True)
+        return pool, np.split(where, np.cumsum([len(part) for part in own])[:-1])
+
+    def _personal(self, variables: Any) -> Callable[[], np.ndarray]:
+        """Starts what each client's own accuracy needs; call the result for f64[N]."""
+        setup = self.setup
+        own = setup.partition.test or ()
+        if setup.algorithm.personal is not None:
+            return self._personal_models(own)
+        if setup.partition.test_from == "test":
+            outcome, positions, labels = self._evaluator("test")(variables), own, setup.dataset.test_labels
+        else:
+            pool, positions = self._local_tests()
+            outcome, labels = self._evaluator("clients")(variables), setup.dataset.train_labels[pool]
+
+        def accuracies() -> np.ndarray:
+            correct = np.asarray(outcome[1]) == labels
+            owners = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
+            return evaluation.by_client(correct[np.concatenate(positions)], owners, len(positions))
+
+        return accuracies
+
+    def _personal_models(self, own: Any) -> Callable[[], np.ndarray]:
+        setup = self.setup
+        holder = setup.dataset.test_images if setup.partition.test_from == "test" else setup.dataset.train_images
+        labels = setup.dataset.test_labels if setup.partition.test_from == "test" else setup.dataset.train_labels
+        if "personal" not in self._evaluators:
+            self._evaluators["personal"] = evaluation.ClientEvaluator(
+                setup.model,
+                setup.dataset.preprocessing,
+                self.mesh,
+                placement.put_replicated(holder, self.mesh),
+                placement.put_replicated(labels, self.mesh),
+                setup.config.evaluation.batch_size,
+            )
+            self._evaluators["personal_of"] = jax.jit(setup.algorithm.personal)
+        width = max(len(part) for part in own)
+        table = np.zeros((len(own), width), np.int32)
+        for row, part in zip(table, own, strict=True):
+            row[: len(part)] = part
+        chunk = setup.devices * math.ceil(min(len(own), 64) / setup.devices)
+        predicted = []
+        for first in range(0, len(own), chunk):
+            ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
+            stack = self._evaluators["personal_of"](self.state.algorithm, ids)
+            predicted.append(self._evaluators["personal"](stack, table[ids])[1])
+
+        def accuracies() -> np.ndarray:
+            guesses = np.concatenate([np.asarray(part) for part in predicted])[: len(own)]
+            hits = [
+                np.mean(g[: len(p)] == labels[p]) if len(p) else np.nan for g, p in zip(guesses, own, strict=True)
+            ]
+            return np.asarray(hits)
+
+        return accuracies
+
+
+def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:
+    return [row for part in parts for row in part()]
+
+
+def _global_rows(number: int, outcome: Any, dataset: Dataset, per_class: bool) -> list[Row]:
+    losses, predicted = (np.asarray(part) for part in outcome)
+    correct = predicted == dataset.test_labels
+    rows = [
+        Row(number, "accuracy", float(correct.mean())),
+        Row(number, "loss", float(losses.astype(np.float64).mean())),
+    ]
+    if per_class:
+        each = evaluation.by_client(correct, dataset.test_labels, dataset.num_classes)
+        rows += [
+            Row(number, f"accuracy_class_{c}", float(value)) for c, value in enumerate(each) if np.isfinite(value)
+        ]
+    return rows
+
+
+def _client_rows(number: int, accuracies: np.ndarray) -> list[Row]:
+    have = accuracies[np.isfinite(accuracies)]
+    rows = [
+        Row(number, "client_accuracy_mean", float(have.mean())),
+        Row(number, "client_accuracy_p10", float(np.percentile(have, 10))),
+        Row(number, "client_accuracy_p90", float(np.percentile(have, 90))),
+    ]
+    rows += [Row(number, "client_accuracy", float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)]
+    return rows

@@ -1,0 +1,262 @@
+"""Local training: every client of a cohort, in waves, inside one compiled program.
+
+Clients differ in size, so a cohort is cut into *waves*: `width` clients side by side under `vmap` (one
+alone without it), as many optimiser steps as the wave's largest client has. A wave is a loop with a length
+known only at run time; nothing is recompiled when sizes change. Slots are sharded over devices, and each
+device runs its own waves without waiting for another.
+
+Everything random is a function of (seed, round, client, epoch or step), never of the layout.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fedjax_sim import stacked
+from fedjax_sim.algorithms.base import Batch, LocalRule
+from fedjax_sim.config import LocalConfig
+from fedjax_sim.data import Preprocessing, augment, normalise
+from fedjax_sim.errors import UserError
+from fedjax_sim.models.base import Model
+
+_ORDER, _STEP = 0, 1  # streams of a client's randomness: the order of its samples; augmentation and dropout
+
+
+# --- the order of samples -----------------------------------------------------------------------------
+
+
+def client_key(seed: int | jax.Array, round_index: int | jax.Array, client: int | jax.Array) -> jax.Array:
+    """The key from which everything random of a client in a round comes."""
+    root = jax.random.key(seed) if isinstance(seed, int) else seed
+    return jax.random.fold_in(jax.random.fold_in(root, round_index), client)
+
+
+def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) -> jax.Array:
+    """A uniform permutation of 0 … count-1, then the numbers from count on. -> i32[length].
+
+    Does not depend on `length`: a client's order is the same beside larger ones.
+    """
+    stream = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
+    bits = jax.random.bits(stream, (length,), jnp.uint32) >> 1
+    ranks = jnp.where(jnp.arange(length) < count, bits, jnp.uint32(0xFFFFFFFF))
+    return jnp.argsort(ranks, stable=True).astype(jnp.int32)
+
+
+def batch_order(seed: int, round_index: int, client: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which a client walks through its samples: what the compiled round uses.
+
+    Args:
+      seed: of the run.
+      round_index: from 0.
+      client: its id.
+      epoch: from 0, anew in each round.
+      count: training samples of the client.
+
+    Returns:
+      i32[count], positions in the client's own list of samples; batch b is [b*B : (b+1)*B].
+    """
+    key = client_key(seed, round_index, client)
+    return np.asarray(shuffled(key, jnp.int32(epoch), jnp.int32(count), count))
+
+
+# --- the optimiser ------------------------------------------------------------------------------------
+
+
+def make_optimizer(local: LocalConfig) -> optax.GradientTransformation:
+    """The client optimiser at learning rate 1; the round's rate scales its updates.
+
+    Raises:
+      UserError: optax has no such optimiser, or it refuses the options.
+    """
+    parts = [] if local.clip_norm is None else [optax.clip_by_global_norm(local.clip_norm)]
+    if local.optimizer == "sgd":
+        if local.weight_decay:
+            parts.append(optax.add_decayed_weights(local.weight_decay))
+        parts.append(optax.sgd(1.0, momentum=local.momentum or None, nesterov=local.nesterov))
+        return optax.chain(*parts)
+    make = getattr(optax, local.optimizer, None)
+    try:
+        made = make(learning_rate=1.0, **local.options)  # type: ignore[misc]
+        if not isinstance(made, optax.GradientTransformation):
+            raise TypeError("it is no optimiser")
+    except Exception as error:
+        raise UserError(
+            "local.optimizer",
+            local.optimizer,
+            f"optax cannot make it with {local.options}: {error}",
+            "Name one of optax's optimisers (sgd, adam, adamw, lion …) and its own arguments.",
+        ) from None
+    return optax.chain(*parts, made)
+
+
+# --- one wave -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trainer:
+    """The static part of local training: everything that the compiled program is specialised to.
+
+    Attributes:
+      model: the network.
+      rule: what the algorithm does on a client.
+      local: hyper-parameters.
+      preprocessing: normalisation and augmentation.
+      seed: of the run.
+      width: clients side by side.
+      ragged: some clients of the population take more steps than others.
+      partial: some client has a last batch that is not full.
+      stochastic: the model has dropout, and so needs a key each step.
+    """
+
+    model: Model
+    rule: LocalRule
+    local: LocalConfig
+    preprocessing: Preprocessing
+    seed: int
+    width: int
+    ragged: bool
+    partial: bool
+    stochastic: bool
+    optimizer: optax.GradientTransformation = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "optimizer", make_optimizer(self.local))
+
+    def init_client(self, variables: Any) -> Any:
+        """State that one client keeps between rounds (a pytree, possibly empty)."""
+        rule = self.rule.init_client(variables) if self.rule.init_client else None
+        kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
+        return {"rule": rule, "optimizer": kept}
+
+    def train_wave(self, start, broadcast, kept, ids, rows, counts, bound, lr, round_index, images, labels):
+        """Trains `width` clients to the end.
+
+        Args:
+          start: [L, …] models.
+          broadcast: extra of the algorithm, no lane axis.
+          kept: clients' own state, [L, …].
+          ids, rows, counts: i32[L], i32[L, n_max], i32[L].
+          bound: i32[], steps of the wave.
+          lr: f32[].
+          round_index: i32[].
+          images, labels: u8[n, H, W, C], i32[n], the training set.
+
+        Returns:
+          (trained, kept, uploads, loss f32[L], finite bool[L]).
+        """
+        lanes = _vmapped if self.width > 1 else _single
+        batch = self.local.batch_size
+        per_epoch = jnp.maximum(-(-counts // batch), 1)
+        total = jnp.where(counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0)
+        keys = jax.vmap(partial(client_key, jax.random.key(self.seed), round_index))(ids)
+        order_of = jax.vmap(lambda key, epoch, count: shuffled(key, epoch, count, rows.shape[1]))
+
+        extra = lanes(self.rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
+        params = start["params"]
+        memory = kept["optimizer"] if self.local.keep_optimizer else lanes(self.optimizer.init, (0,))(params)
+        zeros = jnp.zeros(counts.shape, jnp.float32)
+        once = self.local.epochs == 1  # then a single order, drawn before the loop, serves
+        order = order_of(keys, jnp.zeros_like(counts), counts)
+        step = lanes(self._step, (0, 0, 0, 0, 0, None))
+
+        def body(t, carry):
+            variables, memory, order, loss_sum, seen = carry
+            epoch, within = t // per_epoch, t % per_epoch
+            if not once:
+                order = jax.lax.cond(
+                    jnp.any((within == 0) & (epoch > 0)),
+                    lambda: jnp.where((within == 0)[:, None], order_of(keys, epoch, counts), order),
+                    lambda: order,
+                )
+            position = within[:, None] * batch + jnp.arange(batch, dtype=jnp.int32)[None, :]
+            chosen = jnp.take_along_axis(order, position, axis=1, mode="clip")
+            index = jnp.take_along_axis(rows, chosen, axis=1, mode="clip")
+            mask = (position < counts[:, None]) & (t < total)[:, None]
+            rngs = self._step_keys(keys, t)
+            made = self._batch(images, labels, index, mask, rngs)
+            new, new_memory, loss = step(variables, memory, made, extra, rngs, lr)
+            size = mask.sum(1).astype(jnp.float32)
+            if self.ragged and self.width > 1:
+                active = t < total
+                new = stacked.select(active, new, variables)
+                new_memory = stacked.select(active, new_memory, memory)
+                loss = jnp.where(active, loss, 0)
+            return new, new_memory, order, loss_sum + loss * size, seen + size
+
+        trained, memory, _, loss_sum, seen = jax.lax.fori_loop(
+            0, bound, body, (start, memory, order, zeros, zeros)
+        )
+        finite = jnp.isfinite(loss_sum) & _all_finite(trained)
+        rule_state, uploads = lanes(self.rule.end, (0, 0, 0, 0, 0, None))(
+            start, trained, kept["rule"], extra, total, lr
+        )
+        kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
+        return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite
+
+    def _batch(self, images, labels, index, mask, rngs) -> Batch:
+        """All lanes' samples: one gather, one normalisation. index: i32[L, B] -> leaves [L, B, …]."""
+        pixels = images[index.reshape(-1)]
+        pixels = normalise(pixels, self.preprocessing)
+        pixels = pixels.reshape(*index.shape, *pixels.shape[1:])
+        if self.preprocessing.augments:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)
+            pixels = jax.vmap(partial(augment, preprocessing=self.preprocessing))(keys, pixels)
+        return Batch(pixels, labels[index], mask if self._masked() else None, None)
+
+    def _step(self, variables, memory, batch, extra, rng, lr):
+        """One optimiser step of one client."""
+        if self.stochastic:
+            batch = batch.replace(rng=jax.random.fold_in(rng, 1))
+
+        def apply(variables, batch):
+            return self.model.apply(variables, batch.images, train=True, mask=batch.mask, rng=batch.rng)
+
+        def loss_and_grad(variables, batch):
+            def loss(params):
+                return self.rule.loss(apply, {**variables, "params": params}, batch, extra)
+
+            return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+        (loss, moved), gradient = self.rule.direction(loss_and_grad, variables, batch, extra)
+        updates, memory = self.optimizer.update(gradient, memory, variables["params"])
+        params = jax.tree.map(lambda p, u: p + lr * u, variables["params"], updates)
+        return {**moved, "params": params}, memory, loss
+
+    def _step_keys(self, keys, t):
+        if not (self.stochastic or self.preprocessing.augments):
+            return None
+        return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _STEP), t))(keys)
+
+    def _masked(self) -> bool:
+        return self.partial or (self.ragged and self.width > 1)
+
+
+def _vmapped(function, axes):
+    return jax.vmap(function, in_axes=axes)
+
+
+def _single(function, axes):
+    """`function` on a wave of one client: the lane axis comes off and goes on again, without `vmap`."""
+
+    def call(*args):
+        bare = [
+            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
+            for arg, axis in zip(args, axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], function(*bare))
+
+    return call
+
+
+def _all_finite(tree) -> jax.Array:
+    """bool[L]: whether every number of a slot is finite. Only infinities and NaN survive a product with 0."""
+    sums = [
+        jnp.einsum("kp->k", (leaf * 0).reshape(leaf.shape[0], -1).astype(jnp.float32))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.isfinite(sum(sums, jnp.float32(0)))
