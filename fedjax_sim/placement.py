@@ -100,6 +100,6 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, d
     else:
         wave = share
     conv = execution.conv
-    if conv == "auto":
-        conv = "canonical" if on_cpu else "patches"
+    if conv == "auto" and (wave > 1 or not on_cpu):
+        conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv

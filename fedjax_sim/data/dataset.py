@@ -37,7 +37,7 @@ class Dataset:
     test_images: np.ndarray
     test_labels: np.ndarray
     num_classes: int
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     train_domains: np.ndarray | None = None
     test_domains: np.ndarray | None = None
     train_writers: np.ndarray | None = None

@@ -42,7 +42,8 @@ def read_folder(
       classes: which classes to keep, and their order; all if empty.
       test_share: of each class and domain, where the folder is not split.
       preprocessing: mean and std 0.5 if None.
-      origin, licence: see `Dataset`.
+      origin: see `Dataset`.
+      licence: see `Dataset`.
 
     Raises:
       UserError: naming `data.source` and the file at fault.

@@ -39,7 +39,8 @@ def read_npz(
       preprocessing: mean and std 0.5 if None.
       num_classes: what the set is known to have, where the file does not name its classes.
       class_names: used where the file has none.
-      origin, licence: see `Dataset`.
+      origin: see `Dataset`.
+      licence: see `Dataset`.
 
     Raises:
       UserError: naming `data.source` (the file) or the array in it.
@@ -52,7 +53,8 @@ def read_npz(
     wanted += [f"{p}_{k}" for p in ("train", "test") for k in ("domain", "writer")]
     names_keys = [f"{labels}_names"] if labels else ["class_names", "fine_names"]
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy does not close a file that turns out to be damaged.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if k in (*wanted, *names_keys, "domain_names")}
             present = sorted(file.files)
     except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as e:

@@ -105,7 +105,10 @@ def normalise(images: jax.Array | np.ndarray, preprocessing: Preprocessing) -> j
     if preprocessing.invert:  # (1 - x/255 - mean) / std
         scale, offset = -scale, (1 - mean) / std
     pixels = jnp.asarray(images).astype(jnp.float32)
-    return pixels * jnp.asarray(scale, jnp.float32) + jnp.asarray(offset, jnp.float32)
+    scale, offset = (
+        v.astype(np.float32).reshape((1,) * (pixels.ndim - 1) + v.shape) for v in (scale, offset)
+    )
+    return pixels * scale + offset
 
 
 def augment(key: jax.Array, images: jax.Array, preprocessing: Preprocessing) -> jax.Array:

@@ -58,7 +58,8 @@ def read_tfds(
       size: (H, W) to resize to; None where all images have one size already.
       transpose: swap height and width (EMNIST is stored that way).
       preprocessing: mean and std 0.5 if None.
-      origin, licence: see `Dataset`.
+      origin: see `Dataset`.
+      licence: see `Dataset`.
 
     Raises:
       UserError: not installed, not prepared, not readable without TensorFlow, not such a set.

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fedjax_sim.models import layers
-from fedjax_sim.models.conv import max_pool
 
 
 class FemnistCNN(nn.Module):
@@ -28,7 +27,7 @@ class FemnistCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
         """f32[B, H, W, C] -> f32[B, num_classes]."""
-        x = nn.relu(max_pool(layers.conv(self, x, "conv1", 16, 5)))
-        x = nn.relu(max_pool(layers.conv(self, x, "conv2", 32, 5)))
+        x = layers.conv_relu_pool(self, x, "conv1", 16, 5)
+        x = layers.conv_relu_pool(self, x, "conv2", 32, 5)
         x = nn.relu(layers.dense(self, layers.flatten(x), "fc1", 256))
         return layers.classifier(self, x, "fc2")

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from fedjax_sim.models import initialisers
 from fedjax_sim.models.base import peel
-from fedjax_sim.models.conv import Conv, max_pool
+from fedjax_sim.models.conv import Conv, ConvReluPool, max_pool
 from fedjax_sim.models.initialisers import Initialiser
 
 
@@ -53,6 +53,25 @@ def conv(
         dtype=module.dtype,
         kernel_init=kernel_init,
         bias_init=bias_init or initialisers.torch_bias(kernel * kernel * x.shape[-1]),
+        name=name,
+    )(x)
+
+
+def conv_relu_pool(
+    module: Any, x: jax.Array, name: str, features: int, kernel: int, *, padding: str = "VALID"
+) -> jax.Array:
+    """max_pool(relu(conv(x)), 2) as one fused layer `name`, PyTorch's initial weights; marks its input.
+
+    f[B, H, W, C] -> f[B, H'//2, W'//2, features].
+    """
+    peel(module, name, x)
+    return ConvReluPool(
+        features,
+        (kernel, kernel),
+        padding,
+        kernel_init=initialisers.torch_kernel,
+        bias_init=initialisers.torch_bias(kernel * kernel * x.shape[-1]),
+        dtype=module.dtype,
         name=name,
     )(x)
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fedjax_sim.models import layers
-from fedjax_sim.models.conv import max_pool
 
 
 class McMahanCNN(nn.Module):
@@ -29,7 +28,7 @@ class McMahanCNN(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
         """f32[B, H, W, C] -> f32[B, num_classes]."""
-        x = max_pool(nn.relu(layers.conv(self, x, "conv1", 32, 5, padding="SAME")))
-        x = max_pool(nn.relu(layers.conv(self, x, "conv2", 64, 5, padding="SAME")))
+        x = layers.conv_relu_pool(self, x, "conv1", 32, 5, padding="SAME")
+        x = layers.conv_relu_pool(self, x, "conv2", 64, 5, padding="SAME")
         x = nn.relu(layers.dense(self, layers.flatten(x), "fc1", 512))
         return layers.classifier(self, x, "fc2")

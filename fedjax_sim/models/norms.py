@@ -44,7 +44,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        x = x.astype(jnp.float32)
+        x = _wide(x)
         if train:
             mean, var, count = masked_moments(x, mask)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
@@ -84,6 +84,11 @@ def masked_moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax
     return mean, jnp.sum(squares, axes) / divisor, count
 
 
+def _wide(x: jax.Array) -> jax.Array:
+    # Float32 at least; float64 stays, for comparisons in which no ReLU may flip by rounding.
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
 def _channels(vector: jax.Array, x: jax.Array) -> jax.Array:
     """f[C] -> f[1, ..., 1, C], to meet `x` without an implicit broadcast."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -112,7 +117,7 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.constant(self.scale), (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         groups = math.gcd(self.groups, channels)
-        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)
+        grouped = _wide(x).reshape(x.shape[0], -1, groups, channels // groups)
         mean = jnp.mean(grouped, (1, 3), keepdims=True)
         var = jnp.mean(jnp.square(grouped - mean), (1, 3), keepdims=True)
         normal = (grouped - mean) * jax.lax.rsqrt(var + self.epsilon)

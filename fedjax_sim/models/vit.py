@@ -31,7 +31,7 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """f[B, T, D] -> f[B, T, D]."""
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        y = _layer_norm(self.dtype, "norm1")(x)
+        y = _layer_norm(x, self.dtype, "norm1")
         query, key, value = (
             self._heads(layers.dense(self, y, name, x.shape[-1], **_INITS))
             for name in ("query", "key", "value")
@@ -40,7 +40,7 @@ class Block(nn.Module):
         weights = nn.softmax(scores, axis=-1).astype(self.dtype)
         mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(x.shape)
         x = x + drop(layers.dense(self, mixed, "out", x.shape[-1], **_INITS))
-        y = _layer_norm(self.dtype, "norm2")(x)
+        y = _layer_norm(x, self.dtype, "norm2")
         y = nn.gelu(layers.dense(self, y, "mlp1", self.mlp_ratio * x.shape[-1], **_INITS), approximate=False)
         return x + drop(layers.dense(self, y, "mlp2", x.shape[-1], **_INITS))
 
@@ -89,7 +89,7 @@ class ViT(nn.Module):
         x = x + positions.astype(x.dtype)[None]
         for i in range(self.depth):
             x = Block(self.heads, self.mlp_ratio, self.dropout, self.dtype, name=f"block{i}")(x, train=train)
-        x = _layer_norm(self.dtype, "norm")(x)
+        x = _layer_norm(x, self.dtype, "norm")
         x = x[:, 0] if self.pool == "cls" else jnp.mean(x, axis=1)
         return layers.classifier(self, x, "head", **_INITS)
 
@@ -105,5 +105,7 @@ def to_patches(x: jax.Array, patch: int) -> jax.Array:
 _INITS: dict[str, Any] = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": initialisers.zeros}
 
 
-def _layer_norm(dtype: Any, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def _layer_norm(x: jax.Array, dtype: Any, name: str) -> jax.Array:
+    # In float32 throughout: in bfloat16 Flax mixes the two, which strict dtype promotion refuses.
+    layer = nn.LayerNorm(epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return layer(x.astype(jnp.float32)).astype(dtype)

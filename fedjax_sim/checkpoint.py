@@ -1,0 +1,212 @@
+"""Checkpoints: Orbax writes them in the background, and a damaged one is passed over for the one before.
+
+A checkpoint is a folder named by its round. Orbax writes it under a temporary name and renames it at the
+end, so one that a kill cut short is recognised by its name. Damage after that is recognised by a checksum of
+every leaf, which we keep beside the state: Orbax's own files do not all carry one.
+
+The next round overwrites the state in place (its buffers are donated), while Orbax may still be reading: on a
+CPU its copy to the host is none. So the state is copied here before `save` returns.
+"""
+
+import re
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fedjax_sim.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Attributes:
+      folder: where they are.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        self.folder, self.keep = Path(folder).absolute(), keep
+        self._writer: ocp.CheckpointManager | None = None
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    def save(self, round_index: int, state: Any) -> None:
+        """Starts writing `state` as it is after `round_index` rounds; returns once it has been copied."""
+        host = jax.tree.map(_to_host, state)
+        about = {"round": round_index, "leaves": _leaves(host)}
+        manager = self._manager()
+        manager.save(
+            round_index,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_numbered(host)), about=ocp.args.JsonSave(about)
+            ),
+        )
+        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(host)):
+            manager.wait_until_finished()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk. Raises what went wrong in the background."""
+        if self._writer is not None:
+            self._writer.wait_until_finished()
+            self._writer.check_for_errors()
+
+    def close(self) -> None:
+        """Waits and lets go."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._writer is None:
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
+            )
+            self._writer = ocp.CheckpointManager(self.folder, options=options)
+        return self._writer
+
+    # --- reading ------------------------------------------------------------------------------------
+
+    def rounds(self) -> list[int]:
+        """Rounds of which there is a finished checkpoint, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
+
+    def restore(self, abstract: Any, at_most: int | None = None) -> tuple[Any, int] | None:
+        """The newest sound state, on the host, and its round; None if there is none.
+
+        Half-written and damaged checkpoints are passed over with a warning. Damaged ones are moved to
+        `damaged/` beside the checkpoints, so that their rounds can be written again.
+
+        Args:
+          abstract: shapes, dtypes and shardings (`Simulation.abstract_state()`).
+          at_most: newest round that is wanted.
+
+        Raises:
+          UserError: a sound checkpoint holds a state of other shapes than `abstract`.
+        """
+        self._report_unfinished()
+        for number in reversed(self.rounds()):
+            if at_most is not None and number > at_most:
+                warnings.warn(
+                    f"checkpoint of round {number} passed over: the journal ends at round {at_most}", stacklevel=2
+                )
+                self._put_aside(number)
+                continue
+            wanted = jax.tree.map(_on_host, abstract)
+            try:
+                state = self._read(number, wanted)
+            except UserError:
+                raise
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
+                self._put_aside(number)
+                continue
+            return jax.tree.map(_from_host, state, abstract), number
+        return None
+
+    def _read(self, number: int, wanted: Any) -> Any:
+        path = self.folder / str(number)
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            about = reader.restore(path / "about", args=ocp.args.JsonRestore())
+        _check_same(about["leaves"], wanted, number)
+        with ocp.StandardCheckpointer() as reader:
+            read = reader.restore(path / "state", _numbered(wanted))
+        leaves, structure = jax.tree.flatten(wanted)
+        empty = (np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None for leaf in leaves)
+        state = structure.unflatten(
+            [read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)]
+        )
+        found = _leaves(state)
+        for name, entry in about["leaves"].items():
+            if entry["crc32"] is not None and found[name]["crc32"] not in (entry["crc32"], None):
+                raise ValueError(f"{name} does not have the checksum that was written")
+        return state
+
+    def _report_unfinished(self) -> None:
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            if "orbax-checkpoint-tmp" in path.name:
+                number = path.name.split(".")[0]
+                warnings.warn(f"checkpoint of round {number} is half-written, passed over", stacklevel=3)
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _put_aside(self, number: int) -> None:
+        home = self.folder.parent / "damaged"
+        home.mkdir(exist_ok=True)
+        target = home / str(number)
+        copies = 1
+        while target.exists():
+            target, copies = home / f"{number}-{copies}", copies + 1
+        (self.folder / str(number)).rename(target)
+
+
+# --- leaves -------------------------------------------------------------------------------------------
+
+
+def _to_host(leaf: Any) -> Any:
+    """A copy of its own in host memory; a leaf that other processes hold parts of stays as it is."""
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf
+    return np.array(leaf)
+
+
+def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What `_to_host` will have made of a leaf of this shape."""
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    if jax.process_count() > 1:
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _from_host(leaf: Any, abstract: Any) -> Any:
+    if jax.dtypes.issubdtype(abstract.dtype, jax.dtypes.prng_key):
+        implementation = []
+        jax.eval_shape(lambda key: implementation.append(jax.random.key_impl(key)), abstract)
+        return jax.random.wrap_key_data(leaf, impl=implementation[0])
+    return leaf
+
+
+def _key(index: int) -> str:
+    return f"leaf{index:05d}"
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+    """The leaves by number, empty ones left out, which Orbax refuses."""
+    return {_key(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
+
+
+def _leaves(tree: Any) -> dict[str, dict[str, Any]]:
+    """Path -> shape, dtype and checksum (None where parts are elsewhere)."""
+    out = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        crc = None
+        if isinstance(leaf, np.ndarray):
+            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+        out[jax.tree_util.keystr(path)] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc}
+    return out
+
+
+def _check_same(recorded: dict[str, Any], wanted: Any, number: int) -> None:
+    bare = lambda leaves: {k: (tuple(v["shape"]), v["dtype"]) for k, v in leaves.items()}  # noqa: E731
+    have, want = bare(recorded), bare(_leaves(wanted))
+    for name in sorted({*have, *want}):
+        if have.get(name) != want.get(name):
+            raise UserError(
+                "checkpoints",
+                number,
+                f"its leaf {name} is {have.get(name, 'missing')}, and this configuration wants "
+                f"{want.get(name, 'none')}",
+                "Resume with the configuration, the model and the data that the run was started with.",
+            )

@@ -1,0 +1,173 @@
+"""The command line: `fedjax-sim run | resume | sweep | plan | list`. Thin: each is one call of the library."""
+
+import dataclasses
+import inspect
+import sys
+import warnings
+from collections.abc import Sequence
+
+from fedjax_sim.errors import UserError
+
+USAGE = """usage: fedjax-sim COMMAND …
+
+  run [FILE.yaml] [--flags]    run a configuration (--help lists every flag; --print-config prints the YAML)
+  resume FOLDER                continue a run that was cut
+  sweep FILE.yaml              run a grid of configurations and compare them
+  plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
+  list                         algorithms, models, data sets, partitions
+
+A first run: fedjax-sim run --algorithm fedmr --partition.clients 20 --output.dir runs/first
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. -> exit status: 0 done, 1 a sweep had failures, 2 the user's mistake, 130 and 143 cut short."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    warnings.showwarning = _show_warning
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        if type(stop) is not SystemExit:
+            print(str(stop), file=sys.stderr)
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+
+
+def _dispatch(words: list[str]) -> int:
+    commands = {"run": _run, "resume": _resume, "sweep": _sweep, "plan": _plan, "list": _list}
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from fedjax_sim.provenance import describe_versions
+
+        print(", ".join(f"{name} {version}" for name, version in describe_versions().items()))
+        return 0
+    name, *rest = words
+    if name not in commands:
+        from fedjax_sim.config import nearest
+
+        raise UserError("command", name, "no such command", nearest(name, commands))
+    return commands[name](rest)
+
+
+def _run(words: list[str]) -> int:
+    from fedjax_sim import flags, runs
+    from fedjax_sim.config import dump
+
+    switches = {"print-config": "print the configuration as YAML, and stop"}
+    config, chosen = flags.parse(words, "run", "Runs a configuration.", switches)
+    if chosen:
+        print(dump(config), end="")
+        return 0
+    _told(runs.run(config))
+    return 0
+
+
+def _resume(words: list[str]) -> int:
+    from fedjax_sim import runs
+
+    _told(runs.resume(_one(words, "resume", "FOLDER")))
+    return 0
+
+
+def _sweep(words: list[str]) -> int:
+    from fedjax_sim import sweep
+
+    outcome = sweep.run(sweep.load(_one(words, "sweep", "FILE.yaml")), tell=print)
+    print(outcome.report())
+    return 1 if outcome.failures else 0
+
+
+def _plan(words: list[str]) -> int:
+    from fedjax_sim import flags, memory
+
+    switches = {"exact": "compile the round, and add what XLA says of it"}
+    config, chosen = flags.parse(words, "plan", "Says what a configuration will need in memory.", switches)
+    plan = memory.plan(config, exact=bool(chosen))
+    print(plan)
+    return 1 if plan.fits is False else 0
+
+
+def _list(words: list[str]) -> int:
+    from fedjax_sim import algorithms, data, models
+
+    if words:
+        raise UserError("list", " ".join(words), "nothing is to follow", "Write fedjax-sim list.")
+    print("algorithms (--algorithm NAME)")
+    for name, cls in algorithms.CONFIGS.items():
+        print(f"  {name:18} {_first_line(cls)}")
+        fields = ", ".join(f"{f.name.replace('_', '-')} {_default(f)}" for f in dataclasses.fields(cls))
+        if fields:
+            print(f"  {'':18}   {fields}")
+    print("\nmodels (--model.name NAME)")
+    for name, about in models.names().items():
+        print(f"  {name:18} {about}")
+    print("\ndata (--data.source NAME)")
+    for name in data.names():
+        about = data.PRESETS[name].origin if name in data.PRESETS else _SOURCES.get(name, "")
+        print(f"  {name:18} {about}")
+    print("\npartitions (--partition.kind NAME)")
+    for name in data.KINDS:
+        print(f"  {name:18} {_PARTITIONS.get(name, '')}")
+    return 0
+
+
+_SOURCES = {
+    "digits": "8x8 handwritten digits, part of this package",
+    "digits-domains": "the same in several renderings, one domain each",
+}
+_PARTITIONS = {
+    "iid": "random and even",
+    "dirichlet": "each class spread over clients by Dirichlet(alpha); sizes differ (FedMR)",
+    "dirichlet-classes": "each client's class mix from Dirichlet(alpha); clients may share samples (LIPS)",
+    "pathological": "exactly classes_per_client classes each",
+    "shards": "McMahan's sorted shards, classes_per_client of them each",
+    "domain": "one or more clients for each domain",
+    "natural": "one client for each writer",
+    "quantity": "even classes, log-normal sizes (sigma)",
+    "file": "as a JSON file says (path)",
+}
+
+
+def _first_line(cls: type) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]
+
+
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return str(field.default)
+    return str(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "(needed)"
+
+
+def _one(words: list[str], command: str, what: str) -> str:
+    """The single argument of a command."""
+    if words in (["-h"], ["--help"]):
+        print(f"usage: fedjax-sim {command} {what}")
+        raise SystemExit(0)
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UserError(
+            command, " ".join(words), f"it takes one {what}", f"Write fedjax-sim {command} {what}."
+        )
+    return words[0]
+
+
+def _told(run) -> None:
+    print(run)
+    if run.folder is not None:
+        print(f"written to {run.folder}")
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A warning as a user reads it: one line, without the place in the source."""
+    del category, filename, lineno, line
+    print(f"warning: {message}", file=file or sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""A run's folder: its paths, its checks, and the lock that keeps a second process out."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedjax_sim.errors import UserError
+
+
+class Folder:
+    """The folder of one run.
+
+    Attributes:
+      path: absolute.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def config(self) -> Path:
+        """Every setting."""
+        return self.path / "config.yaml"
+
+    @property
+    def partition(self) -> Path:
+        """Who holds which samples."""
+        return self.path / "partition.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run has come to its end here."""
+        return (self.path / "result.json").is_file()
+
+    def check_new(self) -> None:
+        """Makes the folder, for a new run.
+
+        Raises:
+          UserError: it holds something, or cannot be written.
+        """
+        if self.started:
+            state = "finished" if self.finished else "unfinished"
+            fix = (
+                "Choose another output.dir, or remove the folder."
+                if self.finished
+                else f"Continue it (fedjax-sim resume {self.path}), or choose another output.dir."
+            )
+            raise UserError("output.dir", str(self.path), f"it already holds a run ({state})", fix)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A run that died before its config.yaml leaves only these.
+            ours = {".lock", "partition.json", "provenance.json", "config.yaml.part", "partition.json.part"}
+            ours.add("provenance.json.part")
+            held = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+            probe = self.path / ".lock"
+            probe.touch()
+        except OSError as error:
+            raise UserError(
+                "output.dir",
+                str(self.path),
+                f"it cannot be written: {error.strerror or error}",
+                "Choose a folder that you may write to.",
+            ) from None
+        if held:
+            raise UserError(
+                "output.dir",
+                str(self.path),
+                f"the folder is not empty (it has {held[0]}) and holds no run",
+                "Choose a new folder.",
+            )
+
+    def check_run(self) -> None:
+        """Raises UserError unless a run is here."""
+        if not self.started:
+            why = "there is no such folder" if not self.path.is_dir() else "it holds no run (no config.yaml)"
+            raise UserError("folder", str(self.path), why, "Give the output.dir of a run.")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Raises:
+          UserError: another process has it.
+        """
+        try:
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                "folder", str(self.path), f"it cannot be written: {error.strerror}", "Make it writable."
+            ) from None
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    "folder", str(self.path), "another process is running here", "Wait for it, or end it."
+                ) from None
+            except OSError:
+                pass  # a file system without locks: nothing to hold
+            yield
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file in one go."""
+        unfinished = self.path / f"{name}.part"
+        unfinished.write_text(text)
+        os.replace(unfinished, self.path / name)

@@ -1,0 +1,384 @@
+"""What a configuration will need in memory, part by part, before anything is compiled.
+
+Sizes of data, tables, states and model stacks are exact: they come from shapes. What a training step and an
+evaluation batch need in between is an estimate: the peak of live values in the traced, not yet optimised
+program, which fusion lowers and padding raises. `exact=True` compiles the round and asks XLA instead.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from fedjax_sim import waves
+from fedjax_sim.algorithms.base import Batch, Cohort
+from fedjax_sim.config import RunConfig
+from fedjax_sim.simulation import Setup, Simulation, prepare
+from fedjax_sim.training import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One thing that takes memory.
+
+    Attributes:
+      name: what it is.
+      device: bytes on one device.
+      total: bytes on all devices together.
+      when: `always`, `round` or `evaluation`.
+      remedy: what makes it smaller.
+    """
+
+    name: str
+    device: int
+    total: int
+    when: str
+    remedy: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """All parts, and what there is to hold them. `print` it.
+
+    Attributes:
+      parts: largest first within their kind.
+      devices: how many.
+      platform: cpu, gpu or tpu. CPU devices share one memory, and only totals count.
+      available: bytes for one device, or for all of them on a CPU; None where it cannot be told.
+      compiled: XLA's own figures for the round (arguments, output, temporaries, bytes a device), if asked for.
+    """
+
+    parts: tuple[Part, ...]
+    devices: int
+    platform: str
+    available: int | None
+    compiled: dict[str, int] | None = None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment: on one device, or in all of the CPU's memory."""
+        size = lambda when: sum(  # noqa: E731
+            part.total if self.platform == "cpu" else part.device for part in self.parts if part.when == when
+        )
+        return size("always") + max(size("round"), size("evaluation"))
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether it fits; None where the memory is not known."""
+        return None if self.available is None else self.peak <= self.available
+
+    def advice(self) -> list[str]:
+        """What to change, the most effective first; empty if it fits."""
+        if self.fits is not False:
+            return []
+        whole = self.platform == "cpu"
+        ranked = sorted(self.parts, key=lambda part: -(part.total if whole else part.device))
+        lines = [f"{part.name}: {part.remedy}" for part in ranked if part.remedy]
+        return list(dict.fromkeys(lines))[:4]
+
+    def __str__(self):
+        width = max(len(part.name) for part in self.parts)
+        lines = [f"{'part':{width}}  {'one device':>11}  {'all ' + str(self.devices):>11}  when"]
+        lines += [
+            f"{part.name:{width}}  {human(part.device):>11}  {human(part.total):>11}  {part.when}"
+            for part in self.parts
+        ]
+        where = "all of the machine" if self.platform == "cpu" else "one device"
+        lines.append(f"\npeak, {where}: {human(self.peak)}")
+        if self.compiled:
+            figures = ", ".join(f"{name} {human(size)}" for name, size in self.compiled.items())
+            lines.append(f"the compiled round, one device: {figures}")
+        if self.available is None:
+            lines.append("available: not known on this platform")
+        else:
+            lines.append(f"available: {human(self.available)}: it {'fits' if self.fits else 'does NOT fit'}")
+        if self.advice():
+            lines += ["what to change, the most effective first:", *(f"  - {line}" for line in self.advice())]
+        return "\n".join(lines)
+
+
+def human(size: float) -> str:
+    """Bytes as people write them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any) -> MemoryPlan:
+    """The memory that a run will take. Loads the data, allocates nothing on a device unless `exact`.
+
+    Args:
+      config: what is to be run, or what `prepare` made of it.
+      exact: compile the round too, and add XLA's own figures.
+      **replacements: as for `prepare`.
+
+    Raises:
+      UserError: a configuration that cannot work.
+    """
+    setup = config if isinstance(config, Setup) else prepare(config, **replacements)
+    platform = jax.default_backend()
+    parts = [*_data_parts(setup, platform), *_state_parts(setup), *_round_parts(setup), *_evaluation_parts(setup)]
+    parts.append(_checkpoint_part(setup, platform))
+    parts = [part for part in parts if part.total]
+    order = {"always": 0, "round": 1, "evaluation": 2}
+    parts.sort(key=lambda part: (order[part.when], -part.total))
+    compiled = compiled_round(Simulation(setup)) if exact else None
+    return MemoryPlan(tuple(parts), setup.devices, platform, available(platform), compiled)
+
+
+def compiled_round(simulation: Simulation) -> dict[str, int]:
+    """XLA's own account of the compiled round: bytes on one device."""
+    inputs, _ = simulation.inputs(simulation.round)
+    with jax.set_mesh(simulation.mesh):
+        made = simulation._compiled.lower(simulation.state, inputs, simulation._shard).compile()
+    found: Any = made.memory_analysis()
+    return {
+        "arguments": int(found.argument_size_in_bytes),
+        "output": int(found.output_size_in_bytes),
+        "of which in place": int(found.alias_size_in_bytes),
+        "temporaries": int(found.temp_size_in_bytes),
+    }
+
+
+def available(platform: str) -> int | None:
+    """Bytes that may be used: of one accelerator, or of the machine for a CPU."""
+    if platform != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("bytes_limit")
+    limits = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        limits.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")))
+    except (OSError, StopIteration, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    try:
+        ceiling = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        limits.append(int(ceiling) - int(used))
+    except (OSError, ValueError):
+        pass  # no such limit
+    return max(min(limits), 0)
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def _data_parts(setup: Setup, platform: str) -> list[Part]:
+    population = setup.population
+    # CPU devices share one buffer, see placement.put_replicated; the Dataset itself is host memory.
+    copies = 1 if platform == "cpu" else setup.devices
+    images = population.images.nbytes + population.labels.nbytes
+    table = population.indices.nbytes
+    tests = population.test_images.nbytes + population.test_labels.nbytes
+    parts = [
+        Part("training images and labels", images, images * copies, "always", "smaller images, or fewer"),
+        Part("clients' index table", table, table * copies, "always", "a less skewed partition, or fewer clients"),
+        Part("test images and labels", -(-tests // setup.devices), tests, "always", "fewer test images"),
+    ]
+    if platform == "cpu":
+        held = images + tests
+        parts.append(Part("data set in host memory", held, held, "always", "smaller images, or fewer"))
+    return parts
+
+
+def _shapes(setup: Setup) -> tuple[Any, Any, Any]:
+    """(variables of one model, the algorithm's state, all clients' kept state), abstract."""
+    key = jax.random.key(0)
+    variables = jax.eval_shape(setup.model.init, key)
+    state = jax.eval_shape(setup.algorithm.init, key, variables)
+    one = jax.eval_shape(partial(_one_client, setup), variables)
+    grown = lambda leaf: jax.ShapeDtypeStruct((setup.num_clients, *leaf.shape), leaf.dtype)  # noqa: E731
+    return variables, state, jax.tree.map(grown, one)
+
+
+def _one_client(setup: Setup, variables: Any) -> Any:
+    rule, local = setup.algorithm.local, setup.config.local
+    kept = make_optimizer(local).init(variables["params"]) if local.keep_optimizer else None
+    return {"rule": rule.init_client(variables) if rule.init_client else None, "optimizer": kept}
+
+
+def _state_parts(setup: Setup) -> list[Part]:
+    _, state, clients = _shapes(setup)
+    parts = []
+    fields = [f.name for f in dataclasses.fields(state)] if dataclasses.is_dataclass(state) else []
+    named = {name: getattr(state, name) for name in fields} or {"state": state}
+    for name, tree in named.items():
+        if name in setup.algorithm.stacked:
+            leading = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
+            what = f"server: {name} ({'×'.join(str(n) for n in sorted(leading))} models)"
+            remedy = (
+                "more devices, or a smaller cohort.size"
+                if leading == {setup.cohort_size}
+                else "more devices, or fewer clients"
+            )
+            parts.append(Part(what, *_stack_bytes(setup, tree), "always", remedy))
+        else:
+            size = bytes_of(tree)
+            parts.append(Part(f"server: {name}", size, size * setup.devices, "always", "a smaller model"))
+    device, total = _stack_bytes(setup, clients)
+    remedy = "local.keep_optimizer = false, more devices, or fewer clients"
+    parts.append(Part(f"clients' own state ({setup.num_clients} clients)", device, total, "always", remedy))
+    return parts
+
+
+def _round_parts(setup: Setup) -> list[Part]:
+    variables, state, clients = _shapes(setup)
+    algorithm, devices, lanes = setup.algorithm, setup.devices, setup.wave
+    one = bytes_of(variables)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    integers = jax.ShapeDtypeStruct((setup.cohort_size,), jnp.int32)
+    cohort = Cohort(integers, integers, jax.ShapeDtypeStruct((), jnp.int32))
+    starts = jax.eval_shape(algorithm.dispatch, state, cohort, key)
+    places = devices * lanes * -(-setup.cohort_size // (devices * lanes))
+    steps = waves.steps_of(setup.population.counts, setup.config.local)
+    even = places == setup.cohort_size and (len(np.unique(steps)) <= 1 or devices * lanes == 1)
+
+    parts = []
+    if algorithm.needs_models or not starts.shared:
+        remedy = "more devices, or a smaller cohort.size"
+        size = places * one
+        parts.append(Part(f"models in training ({places})", -(-size // devices), size, "round", remedy))
+        if not even:
+            text = "models put in order of size, and back"
+            parts.append(Part(text, -(-size // devices), size, "round", remedy))
+        # What the merge writes exists beside what it reads.
+        out = sum(bytes_of(getattr(state, name)) for name in algorithm.stacked)
+        parts.append(Part("the merge's output", -(-out // devices), out, "round", remedy))
+    if algorithm.weights is not None:
+        parts.append(Part("sums for the mean model", 2 * one, 2 * one * devices, "round", "a smaller model"))
+
+    kept = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), clients)
+    extra = jax.eval_shape(algorithm.local.begin, variables, kept["rule"], starts.broadcast)
+    optimizer = make_optimizer(setup.config.local)
+    memory = bytes_of(jax.eval_shape(optimizer.init, variables["params"]))
+    lane = 2 * one + memory + bytes_of(extra) + bytes_of(kept)
+    text = f"a wave's models and optimisers ({lanes} a device)"
+    parts.append(Part(text, lanes * lane, lanes * lane * devices, "round", "a smaller execution.wave"))
+    step = lanes * step_bytes(setup, variables, extra)
+    remedy = "a smaller execution.wave, or a smaller local.batch_size"
+    parts.append(Part("a wave's activations and gradients", step, step * devices, "round", remedy))
+    moved = -(-setup.cohort_size * bytes_of(kept) // devices)
+    parts.append(Part("the cohort's own state", moved, moved * devices, "round", "a smaller cohort.size"))
+    return parts
+
+
+def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
+    """Peak of live values in one client's gradient step, an estimate from the traced program."""
+    rule, model, size = setup.algorithm.local, setup.model, setup.config.local.batch_size
+    rng = jax.eval_shape(lambda: jax.random.key(0)) if model.stochastic else None
+    batch = Batch(
+        jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32),
+        jax.ShapeDtypeStruct((size,), jnp.int32),
+        jax.ShapeDtypeStruct((size,), jnp.bool_) if model.takes_mask else None,
+        rng,
+    )
+
+    def apply(variables, batch):
+        return model.apply(variables, batch.images, train=True, mask=batch.mask, rng=batch.rng)
+
+    def loss_and_grad(variables, batch):
+        def loss(params):
+            return rule.loss(apply, {**variables, "params": params}, batch, extra_)
+
+        return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+    def step(variables, batch, extra):
+        nonlocal extra_
+        extra_ = extra
+        return rule.direction(loss_and_grad, variables, batch, extra)
+
+    extra_ = extra
+    return peak_bytes(jax.make_jaxpr(step)(variables, batch, extra)) + bytes_of(batch)
+
+
+def _evaluation_parts(setup: Setup) -> list[Part]:
+    size = min(setup.config.evaluation.batch_size, -(-len(setup.population.test_labels) // setup.devices))
+    variables = jax.eval_shape(setup.model.init, jax.random.key(0))
+    images = jax.ShapeDtypeStruct((size, *setup.model.input_shape), jnp.float32)
+    forward = lambda variables, images: setup.model.apply(variables, images)[0]  # noqa: E731
+    peak = peak_bytes(jax.make_jaxpr(forward)(variables, images)) + bytes_of(images)
+    parts = []
+    if setup.config.evaluation.every:
+        one = bytes_of(variables)
+        remedy = "a smaller evaluation.batch_size"
+        parts.append(Part("evaluation's activations", peak, peak * setup.devices, "evaluation", remedy))
+        parts.append(Part("the deployed model", one, one * setup.devices, "evaluation", "a smaller model"))
+    return parts
+
+
+def _checkpoint_part(setup: Setup, platform: str) -> Part:
+    """A checkpoint is copied to the host before it is written."""
+    if setup.config.output.dir is None or platform != "cpu":
+        return Part("checkpoint", 0, 0, "always")
+    _, state, clients = _shapes(setup)
+    size = bytes_of((state, clients))
+    return Part("a checkpoint on its way to disk", size, size, "always", "output.dir = null writes none")
+
+
+# --- bytes --------------------------------------------------------------------------------------------
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all leaves, abstract or not."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def peak_bytes(program: core.ClosedJaxpr) -> int:
+    """Largest sum of values alive at once while a traced program runs; its inputs do not count.
+
+    Programs inside (a loop's body, a branch, a called function) count with their own peak.
+    """
+    return _peak(program.jaxpr)
+
+
+def _peak(jaxpr: core.Jaxpr) -> int:
+    last = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, core.Var)}
+    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, core.Var)}
+    outside = {*jaxpr.invars, *jaxpr.constvars}
+    alive = peak = 0
+    for place, eqn in enumerate(jaxpr.eqns):
+        alive += sum(_leaf_bytes(var.aval) for var in eqn.outvars)
+        inner = max((_peak(inside) for value in eqn.params.values() for inside in _programs(value)), default=0)
+        peak = max(peak, alive + inner)
+        done = {var for var in eqn.invars if isinstance(var, core.Var) and last[var] == place} - outside
+        done |= {var for var in eqn.outvars if var not in last}
+        alive -= sum(_leaf_bytes(var.aval) for var in done)
+    return peak
+
+
+def _programs(value: Any) -> Sequence[core.Jaxpr]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [inside for item in value for inside in _programs(item)]
+    return []
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8 * int(np.prod(leaf.shape, dtype=np.int64))
+    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+
+
+def _stack_bytes(setup: Setup, tree: Any) -> tuple[int, int]:
+    """(on one device, on all) of leaves that are cut over devices where they can be."""
+    device = total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = _leaf_bytes(leaf)
+        even = leaf.shape[0] % setup.devices == 0
+        device += size // setup.devices if even else size
+        total += size if even else size * setup.devices
+    return device, total
+
+

@@ -1,0 +1,145 @@
+"""Figures: learning curves of a run and of a sweep, and the spread of clients' accuracies.
+
+All are drawn with Matplotlib's Agg canvas directly, so that no window system and no pyplot state is touched.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedjax_sim.records import Table
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+"""Okabe and Ito's palette, told apart by colour-blind readers too; black and grey last."""
+_DASHES = ("-", "--", "-.", ":")
+_LABELS = {
+    "accuracy": "test accuracy",
+    "loss": "test loss",
+    "train_loss": "training loss",
+    "slot_similarity": "cosine similarity of the slots",
+    "client_accuracy_mean": "mean accuracy of clients",
+}
+_PANELS = ("accuracy", "loss", "train_loss", "slot_similarity", "client_accuracy_mean")
+
+
+def label_of(metric: str) -> str:
+    """What to write at an axis."""
+    return _LABELS.get(metric, metric.replace("_", " "))
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 4.0, height: float = 3.0) -> tuple[Figure, Any]:
+    """A figure and its axes, an array [rows, columns]."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure; the suffix says the format."""
+    figure.savefig(Path(path), dpi=160)
+
+
+def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -> Figure:
+    """A run's curves, one panel a metric.
+
+    Args:
+      metrics: of the run.
+      title: what the data and their partition are.
+      names: which metrics; None: accuracy, losses, similarity and the clients' accuracy, where recorded.
+    """
+    known = metrics.names()
+    chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
+    columns = min(len(chosen), 3) or 1
+    figure, axes = new_figure(columns, -(-max(len(chosen), 1) // columns))
+    for axis, name in zip(axes.flat, chosen, strict=False):
+        rounds, values = metrics.series(name)
+        _line(axis, rounds, values, COLOURS[0], "-", label_of(name))
+        if name == "client_accuracy_mean":
+            low, high = (metrics.series(f"client_accuracy_{p}")[1] for p in ("p10", "p90"))
+            if len(low) == len(high) == len(rounds):
+                axis.fill_between(rounds, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="10th to 90th percentile")
+                axis.legend(fontsize=8, frameon=False)
+        _dress(axis, label_of(name))
+    for axis in axes.flat[len(chosen) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def compared_curves(
+    panels: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]], metric: str, title: str
+) -> Figure:
+    """Curves of several methods: a panel for each setting, mean over seeds with a band of one deviation.
+
+    Args:
+      panels: setting -> method -> (rounds i64[T], values f64[seeds, T]); NaN where a seed has no value.
+      metric: for the axis.
+      title: what the data are.
+    """
+    columns = min(len(panels), 3) or 1
+    figure, axes = new_figure(columns, -(-max(len(panels), 1) // columns))
+    methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
+    for axis, (setting, panel) in zip(axes.flat, panels.items(), strict=False):
+        for method, (rounds, values) in panel.items():
+            place = methods.index(method)
+            colour, dash = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
+            counts = np.isfinite(values).sum(0)
+            have = counts > 0
+            mean = np.nanmean(values[:, have], 0)
+            _line(axis, rounds[have], mean, colour, dash, method)
+            if len(values) > 1:
+                spread = np.zeros_like(mean)
+                several = counts[have] > 1
+                spread[several] = np.nanstd(values[:, have][:, several], 0, ddof=1)
+                axis.fill_between(rounds[have], mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
+        axis.set_title(setting, fontsize=9)
+        _dress(axis, label_of(metric))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    if len(panels):
+        axes.flat[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def client_accuracies(metrics: Table, title: str) -> Figure | None:
+    """How accurate the model is at each client, in the last round that says so; None if none does."""
+    wanted = metrics.column("metric") == "client_accuracy"
+    if not wanted.any():
+        return None
+    number = int(metrics.column("round")[wanted].max())
+    values = np.sort(metrics.by_client("client_accuracy", number)[1])
+    figure, axes = new_figure(2)
+    left, right = axes.flat
+    left.hist(values, bins=np.linspace(0, 1, 21), color=COLOURS[0])
+    left.set_xlabel("accuracy on the client's own test samples")
+    left.set_ylabel("clients")
+    right.plot(values, (np.arange(len(values)) + 1) / len(values), color=COLOURS[0], drawstyle="steps-post")
+    right.set_xlabel("accuracy on the client's own test samples")
+    right.set_ylabel("share of clients at or below")
+    right.set_xlim(0, 1)
+    right.set_ylim(0, 1)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    figure.suptitle(f"{title}, round {number}", fontsize=9)
+    return figure
+
+
+def _line(axis: Axes, rounds: np.ndarray, values: np.ndarray, colour: str, dash: str, label: str) -> None:
+    # A handful of points would vanish without marks; a thousand would be a caterpillar with them.
+    mark = "o" if len(rounds) <= 12 else None
+    axis.plot(rounds, values, dash, color=colour, label=label, lw=1.4, marker=mark, markersize=3)
+
+
+def _dress(axis: Axes, label: str) -> None:
+    axis.set_xlabel("round")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.get_major_locator().set_params(integer=True)

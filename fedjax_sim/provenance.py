@@ -1,0 +1,123 @@
+"""Where a run's numbers come from: versions, hardware, source revision, and the data's fingerprint."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_sim.data import Dataset
+from fedjax_sim.errors import UserError
+
+PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """Everything that is written to `provenance.json`, JSON as it stands."""
+    return {
+        "versions": describe_versions(),
+        **hardware(),
+        "git": {"package": _commit(Path(__file__).parent), "working_directory": _commit(Path.cwd())},
+        "data": fingerprint(dataset),
+    }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: system, devices that JAX sees, processor."""
+    devices = jax.devices()
+    return {
+        "platform": platform.platform(),
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": total_memory()},
+    }
+
+
+def machine() -> str:
+    """A name for this kind of processor: a compiled program must not travel to one without its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        told = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Shapes and checksums of a data set, by which another one is recognised."""
+    out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.num_classes}
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        values = np.ascontiguousarray(getattr(dataset, name))
+        out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8))}
+    return out
+
+
+def check_fingerprint(dataset: Dataset, recorded: dict[str, Any]) -> None:
+    """Raises UserError unless `dataset` is the one that was recorded."""
+    found = fingerprint(dataset)
+    for name, value in recorded.items():
+        if name != "name" and found.get(name) != value:
+            raise UserError(
+                f"data.{name}",
+                found.get(name),
+                f"the run was started with other data: {value} of {recorded.get('name')}",
+                "Give resume the same data, or start a new run in another folder.",
+            )
+
+
+def total_memory() -> int:
+    """Bytes of memory in this machine; 0 where it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _commit(folder: Path) -> dict[str, Any] | None:
+    """The commit that a folder is at and whether files differ from it; None outside of a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
+    )
+    return done.stdout.strip()

@@ -1,0 +1,452 @@
+"""Runs as a user sees them: `run(config)`, `resume(folder)`, `load(folder)`, and the `Run` that they give.
+
+A run's folder:
+
+    config.yaml       every setting
+    provenance.json   versions, hardware, source revision, fingerprint of the data
+    partition.json    who holds which samples
+    journal.jsonl     the rows of each round, while it runs
+    timing.csv        seconds of each round
+    metrics.parquet   the rows, tidy
+    tensorboard/      events
+    checkpoints/      of the newest rounds
+    figures/          curves, clients, partition
+    result.json       written last: a folder that has it is finished
+"""
+
+import contextlib
+import dataclasses
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from fedjax_sim import algorithms, config as config_lib, data, plots, provenance, records
+from fedjax_sim.checkpoint import Checkpoints
+from fedjax_sim.config import RunConfig
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.errors import UserError
+from fedjax_sim.folders import Folder
+from fedjax_sim.models.base import Model
+from fedjax_sim.records import Journal, Table
+from fedjax_sim.simulation import Setup, Simulation, prepare
+from fedjax_sim.tensorboard import Events
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked for an end (Ctrl-C): the round under way was finished and a checkpoint written.
+
+    Attributes:
+      run: what there is so far.
+    """
+
+    def __init__(self, run: "Run"):
+        super().__init__()
+        self.run = run
+
+    def __str__(self):
+        return f"interrupted after round {self.run.rounds}{_way_on(self.run.folder)}"
+
+
+class Terminated(SystemExit):
+    """The process was asked to end (SIGTERM): the same; uncaught, it exits with status 143.
+
+    Attributes:
+      run: what there is so far.
+    """
+
+    def __init__(self, run: "Run"):
+        super().__init__(128 + signal.SIGTERM)
+        self.run = run
+
+    def __str__(self):
+        return f"terminated after round {self.run.rounds}{_way_on(self.run.folder)}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run, finished or not.
+
+    Attributes:
+      config: what it is.
+      folder: where it is; None if nothing was written.
+      metrics: its rows.
+      partition: who holds which samples.
+      seconds: wall-clock time of all its rounds, compilation included.
+      rounds: how many are done.
+    """
+
+    config: RunConfig
+    folder: Path | None
+    metrics: Table
+    partition: Partition
+    seconds: float
+    rounds: int
+    _model: Callable[[], Any] = dataclasses.field(repr=False)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return self.rounds >= self.config.rounds
+
+    @property
+    def variables(self) -> Any:
+        """The deployed model, NumPy leaves; of a loaded run it is read from the newest checkpoint."""
+        if "variables" not in self.__dict__:
+            self.__dict__["variables"] = self._model()
+        return self.__dict__["variables"]
+
+    @property
+    def title(self) -> str:
+        """One line: method, data, partition."""
+        return title_of(self.config, self.partition)
+
+    def plot(self, *names: str) -> Figure:
+        """Learning curves, a Matplotlib figure; `names` chooses metrics."""
+        return plots.run_curves(self.metrics, self.title, names or None)
+
+    def __repr__(self):
+        state = "finished" if self.finished else f"{self.rounds} of {self.config.rounds} rounds"
+        known = self.metrics.series("accuracy")[1]
+        accuracy = f", accuracy {known[-1]:.4f}" if len(known) else ""
+        return f"Run({self.title}: {state}{accuracy}, {self.seconds:.1f} s)"
+
+
+def run(
+    config: RunConfig,
+    *,
+    dataset: Dataset | None = None,
+    partition: Partition | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
+) -> Run:
+    """Runs a configuration to its end.
+
+    Args:
+      config: what to run; with `output.dir` None nothing is written.
+      dataset, partition, model, algorithm: take the place of what `config` names. `resume` will want the
+        same ones again, but for the partition, which is kept in the folder.
+
+    Raises:
+      UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
+      Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
+    """
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    if algorithm is not None and algorithms.name_of(algorithm) is not None:
+        config, given["algorithm"] = dataclasses.replace(config, algorithm=algorithm), None
+    return _started(config, partition, given, [name for name, value in given.items() if value is not None])
+
+
+def start(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
+    """`run` with data that `config` describes but that are in memory already; `resume` will load them."""
+    return _started(config, partition, {"dataset": dataset}, [])
+
+
+def _started(config: RunConfig, partition: Partition | None, given: dict[str, Any], supplied: list[str]) -> Run:
+    folder = None if config.output.dir is None else Folder(config.output.dir)
+    if folder is not None:
+        folder.check_new()
+    setup = prepare(config, partition=partition, **given)
+    if folder is None:
+        return _drive(setup, None)
+    with folder.claimed():
+        _describe(folder, setup, supplied)
+        return _drive(setup, folder)
+
+
+def resume(
+    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+) -> Run:
+    """Continues a run that was cut, to the same metrics and the same model, bit for bit.
+
+    A finished run is only loaded. The keywords are those that `run` was given.
+
+    Raises:
+      UserError: no run is there, its configuration is of another version, or the data are not the same.
+    """
+    place = Folder(folder)
+    config, about = _read(place)
+    for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
+        if name in about.get("supplied", ()) and value is None:
+            raise UserError(
+                name, None, f"the run in {folder} was given a {name} of its own", f"Give it: resume(…, {name}=…)."
+            )
+    if place.finished:
+        return load(folder, dataset=dataset, model=model, algorithm=algorithm)
+    with place.claimed():
+        return _drive(_setup(place, config, about, dataset, model, algorithm), place)
+
+
+def load(
+    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+) -> Run:
+    """Opens a run's folder to look at it. Nothing is trained; `variables` are read when asked for.
+
+    Raises:
+      UserError: no run is there, or its configuration is of another version.
+    """
+    place = Folder(folder)
+    config, about = _read(place)
+    table, rounds = Table(), 0
+    for rounds, rows, _ in records.read_journal(place.path / records.JOURNAL):  # noqa: B007
+        table.extend(rows)
+
+    def variables():
+        simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
+        found = Checkpoints(place.checkpoints).restore(simulation.abstract_state())
+        if found is None:
+            raise UserError("folder", str(folder), "it has no sound checkpoint", "Resume the run.")
+        simulation.restore(*found)
+        return jax.device_get(simulation.variables)
+
+    seconds = float(records.read_timing(place.path)[1].sum())
+    return Run(config, place.path, table, data.load_partition(place.partition), seconds, rounds, variables)
+
+
+def title_of(config: RunConfig, partition: Partition) -> str:
+    """One line about a run: method, data, partition."""
+    recipe = partition.recipe
+    kind = str(recipe.get("kind", "given partition"))
+    if kind.startswith("dirichlet"):
+        kind += f"({recipe.get('alpha')})"
+    name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+    return (
+        f"{name}, {config.model.name} on {recipe.get('dataset', config.data.source)}, "
+        f"{partition.num_clients:,} clients, {kind}, seed {config.seed}"
+    )
+
+
+# --- the loop -----------------------------------------------------------------------------------------
+
+
+def _drive(setup: Setup, folder: Folder | None) -> Run:
+    """Brings a run to its end, from wherever its folder says that it is."""
+    simulation = Simulation(setup)
+    config = setup.config
+    checkpoints = journal = events = None
+    if folder is not None:
+        checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
+        start = _restored(simulation, checkpoints, folder)
+        journal = Journal(folder.path, start)
+        if config.output.tensorboard:
+            events = Events(folder.path / "tensorboard", start)
+    table = Table() if journal is None else journal.table
+    before = 0.0 if journal is None else journal.seconds
+    clock = _Clock(before)
+    saved = simulation.round
+
+    def outcome() -> Run:
+        model = jax.device_get(simulation.variables)
+        path = None if folder is None else folder.path
+        return Run(config, path, table, setup.partition, clock.total, simulation.round, lambda: model)
+
+    def write(number: int, rows: list[records.Row]) -> None:
+        seconds = clock.lap()
+        if journal is None:
+            rows = records.finite(rows)
+            table.extend(rows)
+        else:
+            rows = journal.append(number, rows, seconds, setup.cohort_size)
+        if events is not None:
+            events.write(rows)
+        bar.advance(rows, seconds)
+
+    def save() -> None:
+        nonlocal saved
+        if journal is None or checkpoints is None:
+            return
+        # Rows first: a checkpoint must never be ahead of the journal.
+        journal.sync()
+        if saved < simulation.round:
+            checkpoints.save(simulation.round, simulation.state)
+            saved = simulation.round
+
+    bar = _Bar(config, simulation.round, setup.cohort_size, table)
+    waiting: list[Callable[[], list[records.Row]]] = []
+    try:
+        with _signals() as asked:
+            while simulation.round < config.rounds and not asked:
+                parts = [simulation.step()]
+                if simulation.due():
+                    parts.append(simulation.evaluate())
+                # The round before is written down while this one is under way.
+                for part in waiting:
+                    write(simulation.round - 1, part())
+                waiting = [lambda parts=parts: [row for part in parts for row in part()]]
+                every = config.output.checkpoint_every
+                if every and simulation.round % every == 0:
+                    write(simulation.round, waiting.pop()())
+                    save()
+            while waiting:
+                write(simulation.round, waiting.pop()())
+            save()
+            if checkpoints is not None:
+                checkpoints.wait()
+        result = outcome()
+        if folder is not None and result.finished:
+            _finish(folder, result, setup)
+    finally:
+        bar.close()
+        for thing in (events, journal, checkpoints):
+            if thing is not None:
+                thing.close()
+    if asked and not result.finished:
+        raise Interrupted(result) if asked[0] == signal.SIGINT else Terminated(result)
+    return result
+
+
+def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) -> int:
+    """Puts the newest sound checkpoint that the journal reaches into the simulation. -> its round."""
+    last = 0
+    for last, _, _ in records.read_journal(folder.path / records.JOURNAL):  # noqa: B007
+        pass
+    found = checkpoints.restore(simulation.abstract_state(), at_most=last)
+    if found is not None:
+        simulation.restore(*found)
+    return simulation.round
+
+
+class _Clock:
+    def __init__(self, before: float):
+        self._mark, self.total = time.perf_counter(), before
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds, self._mark = now - self._mark, now
+        self.total += seconds
+        return seconds
+
+
+class _Bar:
+    """The progress bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the newest accuracy."""
+
+    def __init__(self, config: RunConfig, start: int, clients: int, table: Table):
+        self._clients, self._pace, self._start = clients, 0.0, start
+        known = table.series("accuracy")[1]
+        self._accuracy = float(known[-1]) if len(known) else None
+        name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+        self._bar = tqdm(
+            total=config.rounds,
+            initial=start,
+            desc=name,
+            unit="round",
+            disable=not config.output.progress,
+            dynamic_ncols=True,
+        )
+
+    def advance(self, rows: list[records.Row], seconds: float) -> None:
+        if self._bar.n > self._start:  # the first round's time is the compiler's
+            self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
+        for row in rows:
+            if row.metric == "accuracy":
+                self._accuracy = row.value
+        told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
+        if self._accuracy is not None:
+            told["accuracy"] = f"{self._accuracy:.4f}"
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list instead of dying of them; a second SIGINT interrupts at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number, frame):
+        del frame
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+# --- the folder ---------------------------------------------------------------------------------------
+
+
+def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
+    """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
+    about = {"supplied": supplied, **provenance.describe(setup.dataset)}
+    data.save(setup.partition, folder.partition)
+    folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
+    folder.write("config.yaml", config_lib.dump(_namable(setup.config)))
+
+
+def _namable(config: RunConfig) -> RunConfig:
+    """The configuration as YAML can hold it: an algorithm that has no name leaves the default in its place."""
+    if algorithms.name_of(config.algorithm) is None:
+        return dataclasses.replace(config, algorithm=RunConfig().algorithm)
+    return config
+
+
+def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
+    folder.check_run()
+    config = config_lib.load(folder.config)
+    # The folder may have been moved or renamed since.
+    output = dataclasses.replace(config.output, dir=str(folder.path))
+    try:
+        about = json.loads((folder.path / "provenance.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "folder", str(folder.path), f"provenance.json cannot be read: {error}", "Start the run anew."
+        ) from None
+    return dataclasses.replace(config, output=output), about
+
+
+def _setup(folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any) -> Setup:
+    dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
+    provenance.check_fingerprint(dataset, about["data"])
+    partition = data.load_partition(folder.partition, dataset)
+    return prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
+
+
+def _finish(folder: Folder, run: Run, setup: Setup) -> None:
+    """Figures, and then result.json, which says that nothing is missing."""
+    if run.config.output.figures:
+        home = folder.path / "figures"
+        home.mkdir(exist_ok=True)
+        plots.save(run.plot(), home / "curves.png")
+        clients = plots.client_accuracies(run.metrics, run.title)
+        if clients is not None:
+            plots.save(clients, home / "clients.png")
+        data.plot(setup.partition, setup.dataset, home / "partition.png")
+    final: dict[str, float] = {}
+    for row in run.metrics:
+        if row.client < 0 and not row.layer and not row.state:
+            final[row.metric] = row.value
+    result = {"rounds": run.rounds, "seconds": run.seconds, "final": final}
+    folder.write("result.json", json.dumps(result, indent=2) + "\n")
+
+
+def _way_on(folder: Path | None) -> str:
+    return "" if folder is None else f"; continue with: fedjax-sim resume {folder}"
+
+
+def same_run(folder: str | Path, config: RunConfig) -> bool:
+    """Whether a folder's run is of this configuration, layout and output aside."""
+    found, _ = _read(Folder(folder))
+
+    def essence(config):
+        plain = config_lib.to_dict(config)
+        return yaml.safe_dump({k: v for k, v in plain.items() if k not in ("execution", "output")})
+
+    return essence(found) == essence(config)

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Runs the demonstration sweep in the locked environment, which it makes first if need be. Arguments go to
+# `fedjax-sim sweep`.
+source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+
+exec .venv/bin/fedjax-sim sweep experiments/demo.yaml "$@"

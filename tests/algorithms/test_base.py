@@ -1,0 +1,53 @@
+"""What algorithms share: losses over masked batches, weights, the record's defaults."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim.algorithms import CONFIGS, Batch, Cohort, FedAvg, FedMR, name_of
+from fedjax_sim.algorithms.base import LocalRule, by_samples, cross_entropy, masked_mean, uniform
+from tests import oracles
+
+
+def test_masked_mean_counts_what_is_no_padding():
+    values = jnp.asarray([1.0, 2.0, jnp.inf, 9.0])
+    assert masked_mean(values, jnp.asarray([True, True, False, True])) == 4
+    assert masked_mean(values, jnp.zeros(4, bool)) == 0
+    assert masked_mean(values[:2], None) == 1.5
+
+
+def test_cross_entropy_and_its_gradient_do_not_see_padding(rng):
+    x, labels = rng.normal(size=(4, 5)), np.array([0, 2, 1, 2])
+    params = {"fc1": {"kernel": rng.normal(size=(5, 3)), "bias": rng.normal(size=3)}}
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    filled = jnp.asarray(np.concatenate([x, 50 * np.ones((2, 5))]), jnp.float32)
+    mask = jnp.asarray([True] * 4 + [False] * 2)
+    batch = Batch(filled, jnp.asarray([*labels, 1, 1], jnp.int32), mask, None)
+
+    def apply(variables, batch):
+        return batch.images @ variables["fc1"]["kernel"] + variables["fc1"]["bias"], variables
+
+    loss = lambda p: cross_entropy(apply, p, batch, None)[0]  # noqa: E731
+    wanted, gradient = oracles.mlp_gradient(params, x, labels)
+    np.testing.assert_allclose(loss(single), wanted, rtol=1e-5)
+    oracles.assert_trees_close(jax.grad(loss)(single), gradient, atol=1e-6)
+
+
+def test_weights():
+    cohort = Cohort(jnp.asarray([4, 2]), jnp.asarray([30, 10]), jnp.int32(0))
+    np.testing.assert_array_equal(by_samples(cohort), np.float32([30, 10]))
+    np.testing.assert_array_equal(uniform(cohort), np.float32([1, 1]))
+
+
+def test_the_default_rule_keeps_nothing_and_sends_nothing():
+    rule = LocalRule()
+    assert rule.init_client is None
+    assert rule.begin({"w": 1}, None, None) is None
+    assert rule.end({"w": 1}, {"w": 2}, "mine", None, 3, 0.1) == ("mine", None)
+
+
+def test_names_of_configurations():
+    assert name_of(FedAvg()) == "fedavg"
+    assert name_of(FedMR()) == "fedmr"
+    assert name_of(object()) is None
+    assert all(name_of(cls()) == name for name, cls in CONFIGS.items())

@@ -1,0 +1,67 @@
+"""Numbers are strict, devices are four, and nothing compiles twice: set before JAX starts a backend."""
+
+import hashlib
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+# Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import jax
+import matplotlib
+import numpy as np
+import pytest
+
+NUM_DEVICES = int(os.environ.get("JAX_NUM_CPU_DEVICES", "4"))
+
+matplotlib.use("Agg", force=True)
+jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+# A float32 that meets an int32 or a float64, a vector that meets a matrix: said out loud, or refused.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs between runs and between xdist's workers, in pytest's own cache folder."""
+    if not hasattr(config, "cache") or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    folder = config.cache.mkdir("xla-" + _machine())
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # The cheap ones are many: writing them would cost more than compiling them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _machine() -> str:
+    """A name for this processor: a compiled program must not travel to one that lacks its instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        told = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy's generator with a fixed seed, for oracles and made-up data."""
+    return np.random.default_rng(20260)
+
+
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """`real_data("cifar10")`: the path of `$FEDJAX_SIM_DATA/cifar10.npz`; skips where there is none."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("FEDJAX_SIM_DATA")
+        if not folder:
+            pytest.skip("needs real images: set FEDJAX_SIM_DATA to a folder of npz files")
+        path = Path(folder) / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"needs {path.name}, which is not in FEDJAX_SIM_DATA")
+        return path
+
+    return find

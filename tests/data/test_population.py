@@ -1,0 +1,41 @@
+import jax
+import numpy as np
+import pytest
+
+from fedjax_sim.data import Partition, PartitionConfig, Population, load, partition
+from fedjax_sim.errors import UserError
+
+DIGITS = load("digits")
+
+
+@pytest.mark.parametrize("local_test", ["none", "holdout", "matching"])
+def test_rows_hold_each_clients_samples_then_zeros(local_test):
+    p = partition(DIGITS, PartitionConfig("dirichlet", clients=15, min_size=5, local_test=local_test))
+    population = Population.build(DIGITS, p)
+    assert population.indices.dtype == population.counts.dtype == np.int32
+    assert population.indices.shape == (15, p.sizes().max())
+    for k in range(15):
+        np.testing.assert_array_equal(population.indices[k, : population.counts[k]], p.train[k])
+        assert not population.indices[k, population.counts[k] :].any()
+        if p.test is not None:
+            np.testing.assert_array_equal(population.test_indices[k, : population.test_counts[k]], p.test[k])
+    assert (population.test_indices is None) == (local_test == "none")
+    assert population.test_of_train == (local_test == "holdout")
+    assert population.num_clients == 15
+
+
+def test_it_is_a_pytree_with_a_static_flag_and_counts_its_bytes():
+    population = Population.build(DIGITS, partition(DIGITS, PartitionConfig("iid", clients=7)))
+    leaves, _ = jax.tree.flatten(population)
+    assert len(leaves) == 6
+    assert population.nbytes == sum(a.nbytes for a in leaves)
+    assert population.nbytes == 1438 * 64 + 1438 * 4 + 7 * 206 * 4 + 7 * 4 + 359 * 64 + 359 * 4
+    assert jax.tree.map(lambda a: a, population).test_of_train is False
+
+
+def test_a_partition_of_another_set_is_refused():
+    with pytest.raises(UserError, match="beyond the 1438 images"):
+        Population.build(DIGITS, Partition((np.array([1438]),)))
+    other = partition(load("digits-domains"), PartitionConfig("iid", clients=3))
+    with pytest.raises(UserError, match="made for digits-domains"):
+        Population.build(DIGITS, other)

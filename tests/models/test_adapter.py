@@ -1,0 +1,156 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from fedjax_sim import models
+from fedjax_sim.errors import UserError
+
+KEY = jax.random.key(0)
+SHAPE = (6, 6, 2)
+
+
+class Plain(nn.Module):
+    """No `train`, no `mask`."""
+
+    classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        models.peel(self, "hidden", x.reshape(x.shape[0], -1))
+        x = nn.relu(nn.Dense(7, name="hidden")(x.reshape(x.shape[0], -1)))
+        models.peel(self, "out", x)
+        return nn.Dense(self.classes, name="out")(x)
+
+
+class Normed(nn.Module):
+    """Flax's batch norm, and the opposite of `train`."""
+
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        x = models.Conv(4, (3, 3), name="conv")(x)
+        x = nn.BatchNorm(use_running_average=deterministic, name="bn")(x)
+        x = nn.Dropout(0.0, deterministic=deterministic)(nn.relu(x))
+        return nn.Dense(3, dtype=jnp.bfloat16)(x.mean((1, 2)))
+
+
+class OwnStatistics(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        mean = self.variable("batch_stats", "centre", jnp.zeros, (), jnp.float32)
+        if train and not self.is_initializing():
+            mean.value = x.mean()
+        return nn.Dense(3)(x.reshape(x.shape[0], -1) - mean.value)
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, mask=None):
+        x = nn.Dense(3)(x.reshape(x.shape[0], -1))
+        return x if mask is None else jnp.where(mask[:, None], x, 0.0)
+
+
+def images(rows):
+    return jax.random.normal(jax.random.key(1), (rows, *SHAPE), jnp.float32)
+
+
+def test_a_module_without_train_and_mask_takes_both_and_keeps_its_paths():
+    model = models.from_flax(Plain(), SHAPE, 3, name="mine")
+    variables = jax.jit(model.init)(KEY)
+    assert set(variables["params"]) == {"hidden", "out"}
+    logits, _ = model.apply(variables, images(4), train=True, mask=jnp.asarray([True] * 3 + [False]))
+    np.testing.assert_array_equal(logits, Plain().apply(variables, images(4)))
+    assert [point.name for point in model.peel_points] == ["hidden", "out"]
+    again, features = model.features(variables, images(4))
+    assert features["out"].shape == (4, 7)
+    np.testing.assert_array_equal(again, logits)
+
+
+def test_peel_points_may_be_chosen():
+    model = models.from_flax(Plain(), SHAPE, 3, name="mine", peel_points=["out"])
+    assert model.peel_points == (models.PeelPoint("out", ("out", "kernel")),)
+    with pytest.raises(UserError, match="hidden, out"):
+        models.from_flax(Plain(), SHAPE, 3, name="mine", peel_points=["conv9"])
+    with pytest.raises(UserError, match="no such parameter"):
+        models.from_flax(
+            Plain(), SHAPE, 3, name="mine", peel_points=[models.PeelPoint("out", ("out", "weight"))]
+        )
+
+
+def test_flax_batch_norms_are_given_the_mask():
+    model = models.from_flax(Normed(), SHAPE, 3, name="normed")
+    variables = jax.jit(model.init)(KEY)
+    x = images(4).at[3].set(1e3)
+    mask = jnp.asarray([True, True, True, False])
+    logits, new = model.apply(variables, x, train=True, mask=mask)
+    short, short_new = model.apply(variables, x[:3], train=True)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[:3], short, rtol=1e-2, atol=1e-2)
+    for name in ("mean", "var"):
+        new_leaf, short_leaf = (v["batch_stats"]["bn"][name] for v in (new, short_new))
+        np.testing.assert_allclose(new_leaf, short_leaf, rtol=1e-5, atol=1e-6)
+        assert not np.array_equal(new_leaf, variables["batch_stats"]["bn"][name])
+    _, empty = model.apply(variables, x, train=True, mask=jnp.zeros(4, bool))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(empty))
+
+
+def test_evaluation_is_evaluation_under_every_name():
+    model = models.from_flax(Normed(), SHAPE, 3, name="normed")
+    variables = jax.jit(model.init)(KEY)
+    one, _ = model.apply(variables, images(4))
+    np.testing.assert_allclose(one[:1], model.apply(variables, images(4)[:1])[0], rtol=1e-2, atol=1e-3)
+
+
+def test_own_batch_statistics_without_a_mask_are_warned_about():
+    with pytest.warns(UserWarning, match="padding would count"):
+        models.from_flax(OwnStatistics(), SHAPE, 3, name="own")
+
+
+def test_a_module_with_a_mask_gets_it():
+    model = models.from_flax(Masked(), SHAPE, 3, name="masked")
+    logits, _ = model.apply(jax.jit(model.init)(KEY), images(2), mask=jnp.asarray([True, False]))
+    assert np.any(np.asarray(logits[0]))
+    np.testing.assert_array_equal(logits[1], np.float32(0))
+
+
+def test_plain_convolutions_are_warned_about():
+    class Slow(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(3)(nn.Conv(4, (3, 3), name="edges")(x).mean((1, 2)))
+
+    with pytest.warns(UserWarning, match="edges.*80 times slower"):
+        models.from_flax(Slow(), SHAPE, 3, name="slow")
+
+
+def test_mistakes_in_a_module():
+    class Pair(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x, x
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.float32)(x.reshape(x.shape[0], -1))
+
+    class Misnamed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = x.reshape(x.shape[0], -1)
+            models.peel(self, "head", x)
+            return nn.Dense(3, name="out")(x)
+
+    for module, options, says in [
+        (Plain(), {"num_classes": 4}, "(1, 3)"),
+        (Plain(), {"takes_mask": True}, "no keyword `mask`"),
+        (Plain(), {"input_shape": (6, 6)}, "positive integers"),
+        (Pair(), {}, "a tuple"),
+        (Half(), {}, "bfloat16"),
+        (Misnamed(), {}, "no layer of that name"),
+        (jnp.sin, {}, "flax.linen.Module"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            models.from_flax(module, **{"input_shape": SHAPE, "num_classes": 3, "name": "bad", **options})
+        assert says in str(caught.value)

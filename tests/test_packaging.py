@@ -1,0 +1,334 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from fedjax_sim import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["scripts/demo.sh", "scripts/test.sh", "scripts/lock.sh", ".ci/run"]
+PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
+
+
+@pytest.fixture(scope="module")
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture(scope="module")
+def lock():
+    """[(requirement, number of hashes)] of every entry in the lock."""
+    entries = []
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if re.match(r"[A-Za-z0-9]", line):
+            entries.append([Requirement(line.removesuffix("\\").strip()), 0])
+        elif re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}( \\)?", line):
+            entries[-1][1] += 1
+        else:
+            assert line.lstrip().startswith("#"), line
+    return entries
+
+
+def _environment(python, platform, machine):
+    return {
+        **default_environment(),
+        "python_version": python,
+        "python_full_version": f"{python}.4",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "sys_platform": platform,
+        "platform_machine": machine,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[platform],
+        "os_name": "posix",
+        "extra": "",
+    }
+
+
+def test_the_lock_pins_and_hashes_every_entry(lock):
+    assert len(lock) > 50
+    for requirement, hashes in lock:
+        assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), requirement
+        assert requirement.url is None
+        assert hashes >= 1, requirement
+
+
+def test_the_lock_names_no_address_and_no_path():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|index-url|find-links|trusted-host|file:|(^|\s)/\w", text)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize(("platform", "machine"), PLATFORMS)
+def test_the_lock_gives_each_machine_one_release_that_the_project_accepts(
+    lock, project, python, platform, machine
+):
+    environment = _environment(python, platform, machine)
+    pinned = {}
+    for requirement, _ in lock:
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            name = canonicalize_name(requirement.name)
+            assert name not in pinned, f"two releases of {name} for {environment}"
+            pinned[name] = str(requirement.specifier).removeprefix("==")
+    for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        wanted = Requirement(line)
+        if wanted.marker is None or wanted.marker.evaluate(environment):
+            assert wanted.specifier.contains(pinned[canonicalize_name(wanted.name)]), line
+    versions.check(pinned["jax"], pinned["jaxlib"])
+    assert pinned["jax"] == pinned["jaxlib"]
+    assert pinned["jax"] == "0.10.1" if python == "3.11" else pinned["jax"].startswith("0.1")
+
+
+def test_heavy_extras_stay_out_of_the_lock(lock):
+    names = {canonicalize_name(requirement.name) for requirement, _ in lock}
+    heavy = {
+        name for name in names if re.match(r"(tensorflow(-cpu)?|torch|libtpu|jax-cuda.*|nvidia-.*)$", name)
+    }
+    assert not heavy
+
+
+def test_four_devices_and_strict_numerics():
+    assert jax.device_count() == int(os.environ.get("JAX_NUM_CPU_DEVICES", "4"))
+    with pytest.raises(Exception, match="promotion"):
+        jnp.ones(2, jnp.float32) + jnp.ones(2, jnp.int32)
+    with pytest.raises(ValueError, match="rank"):
+        jnp.ones((2, 3)) + jnp.ones(3)
+
+
+def test_the_stack_trains_and_checkpoints_under_strict_numerics_without_a_warning(tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Conv(4, (3, 3))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+            x = nn.GroupNorm(num_groups=2)(x)
+            x = nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+            x = nn.Dropout(0.2, deterministic=not train)(nn.LayerNorm()(x))
+            return nn.Dense(3)(x)
+
+    net = Net()
+    key = jax.random.key(0)
+    images = jax.random.normal(key, (6, 8, 8, 3))
+    labels = jnp.arange(6) % 3
+    variables = net.init(key, images, train=False)
+    schedule = optax.exponential_decay(0.1, 10, 0.9)
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(5.0), optax.add_decayed_weights(1e-3), optax.sgd(schedule, momentum=0.9)
+    )
+
+    @jax.jit
+    def step(params, stats, state, key):
+        def loss(params):
+            logits, new = net.apply(
+                {"params": params, "batch_stats": stats},
+                images,
+                True,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), new["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimiser.update(grads, state, params)
+        return optax.apply_updates(params, updates), stats, state, value
+
+    params, stats = variables["params"], variables["batch_stats"]
+    state = optimiser.init(params)
+    losses = []
+    for i in range(30):
+        params, stats, state, value = step(params, stats, state, jax.random.fold_in(key, i))
+        losses.append(float(value))
+    assert losses[-1] < 0.5 * losses[0]
+
+    saved = {"params": params, "stats": stats}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "model", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "model", jax.tree.map(jnp.zeros_like, saved))
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+
+
+def test_compiled_programs_are_kept_between_runs():
+    folder = jax.config.jax_compilation_cache_dir
+    assert folder is not None
+    assert Path(folder).is_dir()
+
+
+def test_the_wheel_holds_the_package_and_its_command(tmp_path):
+    pytest.importorskip("hatchling")
+    build = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    with zipfile.ZipFile(tmp_path / run.stdout.split()[-1]) as wheel:
+        names = wheel.namelist()
+        (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
+        assert "fedjax-sim = fedjax_sim.cli:main" in wheel.read(entry_points).decode()
+        (metadata,) = (name for name in names if name.endswith("dist-info/METADATA"))
+        assert "Requires-Python: >=3.11" in wheel.read(metadata).decode()
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*.py")}
+    assert modules <= set(names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fedjax_sim"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_run_and_parse(script):
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("script", ["scripts/demo.sh", "scripts/test.sh", ".ci/run"])
+def test_an_old_python_is_refused_before_anything_is_made(tmp_path, script):
+    checkout = _copy_scripts(tmp_path)
+    old = _executable(
+        tmp_path / "python3", '[ "$1" = --version ] && echo "Python 3.9.18" && exit 0\nexit 1\n'
+    )
+    run = subprocess.run(
+        [checkout / script], env={**os.environ, "PYTHON": str(old)}, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "needs Python 3.11 or later" in run.stderr
+    assert "Python 3.9.18" in run.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.mark.faults
+def test_a_python_without_venv_is_told_what_to_install(tmp_path):
+    checkout = _copy_scripts(tmp_path)
+    broken = _executable(tmp_path / "python3", f'[ "$2" = venv ] && exit 1\nexec "{sys.executable}" "$@"\n')
+    run = subprocess.run(
+        [checkout / "scripts/test.sh"],
+        env={**os.environ, "PYTHON": str(broken)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "python3-venv" in run.stderr
+    assert not (checkout / ".venv").exists()
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """A checkout whose .venv only writes down how its programs are called; calls() reads and forgets them."""
+    checkout, log = _copy_scripts(tmp_path), tmp_path / "calls"
+    (checkout / ".venv/bin").mkdir(parents=True)
+    for name, before in {
+        "python": f'[ "$1" = -m ] || exec "{sys.executable}" "$@"\n[ "$3" = config ] && exit 1\n',
+        "uv": f'[ "$1" = cache ] && echo "{tmp_path}/cache" && exit\n',
+        "fedjax-sim": "",
+    }.items():
+        _executable(checkout / ".venv/bin" / name, f'{before}echo {name} "$PWD" "$@" >>"{log}"\n')
+
+    def call(script, *arguments):
+        log.write_text("")
+        run = subprocess.run(
+            [checkout / script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return [line.replace(f" {checkout}", "") for line in log.read_text().splitlines()], run.stderr
+
+    return checkout, call
+
+
+@pytest.mark.faults
+def test_an_environment_of_another_lock_is_brought_up_to_date(stand_in):
+    checkout, call = stand_in
+    stamp = checkout / ".venv/.fedjax-sim"
+    for outdated in (None, "of an older lock\n"):
+        if outdated:
+            stamp.write_text(outdated)
+        (pip, uv_lock, uv_project, tests), said = call("scripts/test.sh")
+        assert "installing requirements.lock" in said
+        assert pip.startswith("python -m pip install") and pip.endswith(
+            "--require-hashes --no-deps -r .venv/uv.lock"
+        )
+        assert uv_lock == "uv pip install --python .venv/bin/python --require-hashes -r requirements.lock"
+        assert uv_project == "uv pip install --python .venv/bin/python --no-deps --no-build-isolation -e ."
+        assert tests == "python -m pytest -n2"
+        assert re.fullmatch(r"[0-9a-f]{64}\n", stamp.read_text())
+    only_uv = (checkout / ".venv/uv.lock").read_text()
+    assert re.fullmatch(r"uv==[^\n]+(\n {4}[^\n]+)+\n", only_uv)
+
+
+def test_a_ready_environment_is_used_as_it_is_and_arguments_pass_through(stand_in):
+    _, call = stand_in
+    call("scripts/test.sh")
+    for script, arguments, expected in [
+        ("scripts/test.sh", ["tests/models", "-m", "a b"], "python -m pytest -n2 tests/models -m a b"),
+        ("scripts/test.sh", ["-n", "0"], "python -m pytest -n 0"),
+        ("scripts/test.sh", ["-x", "--pdb"], "python -m pytest -x --pdb"),
+        (".ci/run", [], "python -m pytest -n2"),
+        ("scripts/demo.sh", ["--out", "x"], "fedjax-sim sweep experiments/demo.yaml --out x"),
+    ]:
+        assert call(script, *arguments) == ([expected], "")
+
+
+def test_pip_takes_over_where_uv_cannot_install(stand_in):
+    checkout, call = stand_in
+    _executable(checkout / ".venv/bin/uv", "exit 2\n")
+    calls, said = call("scripts/test.sh")
+    assert "trying pip" in said
+    assert calls[1:3] == [
+        "python -m pip install --require-hashes -r requirements.lock",
+        "python -m pip install --no-deps --no-build-isolation -e .",
+    ]
+
+
+def test_hooks_fetch_nothing():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in config["repos"]] == ["local"]
+    hooks = config["repos"][0]["hooks"]
+    assert {hook["language"] for hook in hooks} <= {"system", "pygrep"}
+    pattern = next(hook["entry"] for hook in hooks if hook["language"] == "pygrep")
+    assert not re.search(pattern, (ROOT / "requirements.lock").read_text())
+    assert re.search(pattern, "--index-url somewhere")
+
+
+@pytest.mark.slow
+def test_a_fresh_copy_sets_itself_up_and_passes(tmp_path):
+    """Needs a package index. Takes a minute or two, and 1.5 GB for the time being."""
+    checkout = _copy_scripts(tmp_path)
+    shutil.copytree(
+        ROOT / "fedjax_sim", checkout / "fedjax_sim", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (checkout / "tests").mkdir()
+    for name in ("conftest.py", "test_versions.py"):
+        shutil.copy(ROOT / "tests" / name, checkout / "tests" / name)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment["PYTHON"] = sys.executable
+    first = [checkout / "scripts/test.sh", "tests/test_versions.py", "-q"]
+    run = subprocess.run(first, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    again = subprocess.run(first, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0
+    assert "installing" not in again.stderr
+
+
+def _copy_scripts(tmp_path):
+    checkout = tmp_path / "a checkout"
+    for name in [*SCRIPTS, "scripts/_environment.sh", "requirements.lock", "pyproject.toml"]:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    return checkout
+
+
+def _executable(path, body):
+    path.write_text(f"#!/bin/sh\n{body}")
+    path.chmod(0o755)
+    return path

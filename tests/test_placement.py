@@ -1,0 +1,65 @@
+"""Meshes, shared buffers, and the defaults that may change speed only."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim import models, placement
+from fedjax_sim.config import ExecutionConfig
+from fedjax_sim.errors import UserError
+from fedjax_sim.models.conv import SPELLINGS
+
+
+def test_a_mesh_has_one_axis_and_as_many_devices_as_asked_for():
+    assert placement.make_mesh(2).shape == {"clients": 2}
+    assert placement.make_mesh().size == len(jax.devices())
+    with pytest.raises(UserError, match=r"execution\.devices = 99") as caught:
+        placement.make_mesh(99)
+    assert caught.value.field == "execution.devices"
+
+
+def test_an_axis_is_cut_where_it_can_be_cut_evenly():
+    mesh = placement.make_mesh(4)
+    assert placement.sharded(mesh, 8).spec == P("clients")
+    assert placement.sharded(mesh, 6).spec == P()
+    assert placement.replicated(mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_cpu_devices_share_one_buffer(dtype):
+    mesh = placement.make_mesh(4)
+    raw = np.arange(4097, dtype=dtype)[1:].reshape(64, 64)  # starts off any boundary
+    for array in (raw, raw.T, raw[::2]):
+        placed = placement.put_replicated(array, mesh)
+        np.testing.assert_array_equal(placed, array)
+        assert placed.sharding.is_fully_replicated
+        pointers = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
+        assert len(pointers) == 1
+
+
+def test_defaults_of_the_cpu():
+    auto = ExecutionConfig()
+    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    lenet = models.create("lenet", (32, 32, 3), 10)
+    assert placement.speed_defaults(auto, lenet, 100, 2) == (1, "canonical")
+    assert placement.speed_defaults(auto, mlp, 100, 2) == (10, "canonical")
+    assert placement.speed_defaults(auto, mlp, 3, 2) == (2, "canonical")
+
+
+def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():
+    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    for spelling in SPELLINGS:
+        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=spelling), mlp, 8, 2) == (3, spelling)
+    assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, 2)[0] == 4
+
+
+def test_devices_once_chosen_are_not_chosen_again(monkeypatch):
+    """The environment and an earlier `jax.config.update` take precedence, silently."""
+    before = jax.config.jax_num_cpu_devices
+    assert before > 0
+    placement.use_all_cores()
+    assert jax.config.jax_num_cpu_devices == before
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    placement.use_all_cores()
+    assert jax.config.jax_num_cpu_devices == before

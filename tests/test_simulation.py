@@ -1,0 +1,226 @@
+"""Cohorts, rounds in sequence, resuming, errors before anything is compiled."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from fedjax_sim import models
+from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR, Local
+from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
+from fedjax_sim.errors import UserError
+from fedjax_sim.simulation import NonFiniteUpdate, Simulation, draw_cohort, prepare
+from tests import oracles
+
+SIZES = (12, 7, 20, 3, 31)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A FedMR run that switches stage, keeps momentum, and meets cohorts of every mixture of sizes."""
+    simulation = oracles.simulate(
+        SIZES,
+        algorithm=FedMR(first_stage=2),
+        cohort=3,
+        rounds=5,
+        momentum=0.9,
+        keep_optimizer=True,
+        devices=2,
+        wave=2,
+    )
+    return simulation, jax.device_get(simulation.state)
+
+
+def _rewind(small):
+    simulation, start = small
+    simulation.restore(start, 0)
+    return simulation
+
+
+# --- cohorts --------------------------------------------------------------------------------------------
+
+
+def test_a_cohort_is_a_function_of_seed_and_round_without_repeats():
+    cohorts = [draw_cohort(3, r, 50, 10) for r in range(40)]
+    for r, ids in enumerate(cohorts):
+        assert ids.dtype == np.int32
+        assert ids.shape == (10,)
+        assert len(set(ids.tolist())) == 10
+        assert ids.min() >= 0 and ids.max() < 50
+        np.testing.assert_array_equal(draw_cohort(3, r, 50, 10), ids)
+    assert len({ids.tobytes() for ids in cohorts}) == 40
+    assert not np.array_equal(draw_cohort(4, 0, 50, 10), cohorts[0])
+    assert sorted(draw_cohort(0, 0, 6, 6)) == list(range(6))
+
+
+def test_clients_are_drawn_equally_often():
+    drawn = np.bincount(np.concatenate([draw_cohort(0, r, 20, 5) for r in range(800)]), minlength=20)
+    assert ((drawn - 200) ** 2 / 200).sum() < 43.8  # chi-square, 19 degrees of freedom, 0.999 quantile
+
+
+def test_all_algorithms_see_the_same_cohorts():
+    drawn = []
+    for algorithm in (FedAvg(), FedMR(), FedIndep(), Local()):
+        simulation = oracles.simulate(SIZES, algorithm=algorithm, cohort=3)
+        drawn.append([simulation.inputs(r)[0].cohort.ids.tolist() for r in range(5)])
+    assert drawn[0] == drawn[1] == drawn[2] == drawn[3]
+
+
+# --- rounds ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_compiled_after_the_first_round(small, caplog):
+    """Other clients, other sizes, the switch from averaging to recombination: the same program."""
+    simulation = _rewind(small)
+    oracles.run(simulation, 1)
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        oracles.run(simulation, 4)
+    compiled = [record.getMessage() for record in caplog.records if "Compiling" in record.getMessage()]
+    assert compiled == []
+    assert simulation._compiled._cache_size() == 1
+    assert len({tuple(simulation.inputs(r)[0].cohort.counts) for r in range(5)}) > 2
+
+
+def test_a_run_that_is_resumed_equals_one_that_was_not(small):
+    """Bit for bit, optimiser states of the clients included, from a state that lay on the host."""
+    simulation = _rewind(small)
+    rows = oracles.run(simulation)
+    final = jax.device_get(simulation.state)
+    _rewind(small)
+    head = oracles.run(simulation, 2)
+    halfway = jax.device_get(simulation.state)
+    simulation.restore(jax.tree.map(np.copy, halfway), 2)
+    tail = oracles.run(simulation)
+    assert head + tail == rows
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(simulation.state), final)
+
+
+def test_restoring_leaves_the_given_state_usable(small):
+    """With donation a round overwrites its state: the caller's own must not be the one."""
+    simulation = _rewind(small)
+    given = simulation.state
+    simulation.restore(given, 0)
+    oracles.run(simulation, 1)
+    simulation.restore(given, 0)
+    assert np.isfinite(np.asarray(jax.tree.leaves(given)[0])).all()
+
+
+def test_the_deployed_model_survives_the_next_round(small):
+    simulation = _rewind(small)
+    oracles.run(simulation, 1)
+    held = simulation.variables
+    copied = jax.device_get(held)
+    oracles.run(simulation, 1)
+    oracles.assert_trees_equal(held, copied)
+    assert oracles.far_apart(held, simulation.variables) > 0
+
+
+def test_a_larger_seed_is_another_run(small):
+    simulation = _rewind(small)
+    other = oracles.simulate(SIZES, algorithm=FedMR(), seed=8)
+    assert oracles.far_apart(simulation.variables, other.variables) > 0
+
+
+def test_abstract_state_describes_the_state(small):
+    simulation = _rewind(small)
+    described = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), simulation.abstract_state())
+    real = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), simulation.state)
+    assert described == real
+
+
+def test_rows_of_a_round(small):
+    simulation = _rewind(small)
+    rows = list(simulation.advance())
+    assert [{row.round for row in part} for part in rows] == [{1}, {2}, {3}, {4}, {5}]
+    for part in rows:
+        assert {row.metric for row in part} == {"padding_waste", "lr", "train_loss", "slot_similarity"}
+    assert simulation.round == 5
+    assert list(simulation.advance()) == []
+
+
+def test_stages_are_averaging_and_then_recombination(small):
+    """Before R0 all slots are one model, from R0 on they are not; the mean of the slots is deployed."""
+    simulation = _rewind(small)
+    spread = []
+    for _ in range(4):
+        oracles.run(simulation, 1)
+        state = jax.device_get(simulation.state.algorithm)
+        spread.append(oracles.dispersion(oracles.leaves(state.slots)))
+        oracles.assert_trees_close(oracles.map_trees(lambda leaf: leaf.mean(0), state.slots), state.mean, atol=1e-6)
+    assert spread[0] < 1e-12 and spread[1] < 1e-12
+    assert spread[2] > 1e-4 and spread[3] > 1e-4
+
+
+def test_a_round_says_which_client_was_not_finite():
+    """lr of 3e38: with an L2 term the first step leaves float32."""
+    simulation = oracles.simulate((5, 8), lr=3e38, weight_decay=1e3, steps=1, cohort=1, rounds=3)
+    client = int(simulation.inputs(0)[0].cohort.ids[0])
+    with pytest.raises(NonFiniteUpdate, match=rf"round 1 .*client\(s\) \[{client}\]") as caught:
+        oracles.run(simulation, 1)
+    assert caught.value.field == "local.non_finite"
+
+
+def test_evaluation_is_due_every_so_often_and_at_the_end(small):
+    simulation = _rewind(small)
+    config = dataclasses.replace(simulation.setup.config, evaluation=EvaluationConfig(every=2), rounds=5)
+    simulation.setup = dataclasses.replace(simulation.setup, config=config)
+    due = []
+    for simulation.round in range(6):
+        due.append(simulation.due())
+    assert due == [True, False, True, False, True, True]
+
+
+# --- mistakes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_compiles(caplog):
+    with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):
+        yield
+    assert not [record for record in caplog.records if "Compiling" in record.getMessage()]
+
+
+def _prepare(algorithm=None, model=None, given=None, **parts):
+    dataset, partition = given or oracles.world(SIZES)
+    config = RunConfig(algorithm=algorithm or FedAvg(), **parts)
+    return prepare(config, dataset=dataset, partition=partition, model=model)
+
+
+@pytest.mark.parametrize(
+    ("field", "parts"),
+    [
+        ("cohort.size", {"cohort": CohortConfig(size=6)}),
+        ("evaluation.per_client", {"evaluation": EvaluationConfig(per_client=True)}),
+        ("local.optimizer", {"local": LocalConfig(optimizer="adamm")}),
+        ("algorithm.server_optimizer", {"algorithm": FedAvg(server_optimizer="adamm")}),
+        ("algorithm.server_optimizer", {"algorithm": FedAvg(server_optimizer="apply_updates")}),
+        ("algorithm.server_optimizer", {"algorithm": FedAvg(server_optimizer="sgd", server_options={"beta": 1})}),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_compiled(field, parts, nothing_compiles):
+    with pytest.raises(UserError) as caught:
+        _prepare(**parts)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(field)
+
+
+def test_more_devices_than_there_are():
+    with pytest.raises(UserError, match=r"execution\.devices = 64"):
+        oracles.simulate(SIZES, devices=64)
+
+
+def test_a_model_for_other_images_is_refused():
+    with pytest.raises(UserError, match="model"):
+        _prepare(model=models.create("mlp", (4, 4, 1), 3, hidden=()))
+    with pytest.raises(UserError, match="model"):
+        _prepare(model=models.create("mlp", (3, 3, 1), 2, hidden=()))
+
+
+def test_a_setup_may_be_run_as_it_is(small):
+    """What `prepare` resolved needs no resolving again, and both runs are the same."""
+    simulation = _rewind(small)
+    again = Simulation(simulation.setup)
+    assert again.setup is simulation.setup
+    oracles.assert_trees_equal(again.variables, simulation.variables)

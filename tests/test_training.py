@@ -1,0 +1,108 @@
+"""The order of samples, the client optimiser, and the streams of randomness."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_sim.algorithms import FedMR
+from fedjax_sim.config import LocalConfig
+from fedjax_sim.errors import UserError
+from fedjax_sim.training import _all_finite, batch_order, client_key, make_optimizer, shuffled
+from tests import oracles
+
+_shuffled = jax.jit(shuffled, static_argnums=3)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), client=st.integers(0, 10_000), count=st.integers(0, 64))
+def test_an_order_is_a_permutation_and_does_not_depend_on_padding(seed, client, count):
+    key = client_key(seed, 3, client)
+    order = np.asarray(_shuffled(key, jnp.int32(1), jnp.int32(count), 64))
+    np.testing.assert_array_equal(np.sort(order[:count]), np.arange(count))
+    np.testing.assert_array_equal(order[count:], np.arange(count, 64))
+    longer = np.asarray(_shuffled(key, jnp.int32(1), jnp.int32(count), 200))
+    np.testing.assert_array_equal(longer[:64], order)
+
+
+def test_batch_order_differs_by_epoch_round_client_and_seed():
+    base = {"seed": 1, "round_index": 2, "client": 3, "epoch": 4}
+    orders = [batch_order(**base, count=30)]
+    orders += [batch_order(**{**base, name: value + 1}, count=30) for name, value in base.items()]
+    assert len({order.tobytes() for order in orders}) == 5
+    np.testing.assert_array_equal(batch_order(**base, count=30), orders[0])
+
+
+def test_orders_are_uniform():
+    """All 6 permutations of 3 samples over 1,200 clients: chi-square with 5 degrees of freedom."""
+    draw = jax.jit(
+        jax.vmap(lambda c: shuffled(client_key(jax.random.key(0), 0, c), jnp.int32(0), jnp.int32(3), 3))
+    )
+    _, seen = np.unique(np.asarray(draw(jnp.arange(1200))), axis=0, return_counts=True)
+    assert len(seen) == 6
+    assert ((seen - 200) ** 2 / 200).sum() < 20.5  # the 0.999 quantile
+
+
+def test_no_client_shares_its_key_with_the_server():
+    """Streams of one seed must be disjoint: the server's of a round, a client's, the initial model's."""
+    simulation = oracles.simulate((5,) * 4, algorithm=FedMR(), rounds=4)
+    root = jax.random.key(7)
+    seen = {"init": jax.random.fold_in(jax.random.fold_in(root, 0), 0)}
+    for r in range(4):
+        seen["server", r] = simulation.inputs(r)[0].key
+        for c in range(4):
+            seen["client", r, c] = client_key(7, r, c)
+    data = {name: jax.random.key_data(key).tobytes() for name, key in seen.items()}
+    owners: dict[bytes, list] = {}
+    for name, content in data.items():
+        owners.setdefault(content, []).append(name)
+    assert not [names for names in owners.values() if len(names) > 1]
+
+
+def test_an_order_does_not_depend_on_padding_under_another_generator():
+    """`jax_default_prng_impl` is the user's; results must not come to depend on the layout by it."""
+    with jax.default_prng_impl("rbg"):
+        key = client_key(0, 0, 0)
+        short, long = (np.asarray(shuffled(key, jnp.int32(0), jnp.int32(9), n)) for n in (9, 40))
+    np.testing.assert_array_equal(long[:9], short)
+
+
+def test_the_optimiser_is_pytorchs_sgd():
+    """Clip to the norm, then L2, then momentum, then Nesterov: one step and another by hand."""
+    optimizer = make_optimizer(LocalConfig(momentum=0.9, nesterov=True, weight_decay=0.1, clip_norm=1.0))
+    p, g = jnp.asarray([3.0, -4.0]), jnp.asarray([6.0, 8.0])
+    state = optimizer.init(p)
+    clipped = np.array([0.6, 0.8])
+    first = clipped + 0.1 * np.array([3.0, -4.0])
+    update, state = optimizer.update(g, state, p)
+    np.testing.assert_allclose(update, -(first + 0.9 * first), rtol=1e-6)
+    update, _ = optimizer.update(g, state, p)
+    second = 0.9 * first + first
+    np.testing.assert_allclose(update, -(first + 0.9 * second), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("adamm", {}), ("adam", {"beta1": 0.9}), ("apply_updates", {}), ("tree", {}), ("__doc__", {})],
+)
+def test_what_optax_cannot_make_is_a_users_error(name, options):
+    with pytest.raises(UserError, match="optax") as caught:
+        make_optimizer(LocalConfig(optimizer=name, options=options))
+    assert caught.value.field == "local.optimizer"
+    assert caught.value.value == name
+
+
+def test_options_which_sgd_does_not_read_are_refused():
+    """Else `{b1: 0.9}` under sgd is a setting without any effect, and nobody says so."""
+    with pytest.raises(UserError, match="local.options"):
+        make_optimizer(LocalConfig(optimizer="sgd", options={"b1": 0.9}))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_number_anywhere_marks_its_slot(bad):
+    tree = {"a": np.full((3, 2, 2), 1e38, np.float32), "b": np.zeros((3, 4), np.float32)}
+    assert np.asarray(_all_finite(tree)).all()
+    tree["b"][1, 2] = bad
+    np.testing.assert_array_equal(_all_finite(tree), [True, False, True])
