@@ -1,0 +1,81 @@
+"""fedjax_sim: federated learning as one compiled JAX program over stacked clients.
+
+    import fedjax_sim as fs
+
+    run = fs.run(fs.RunConfig(rounds=50, algorithm=fs.FedMR()))
+    run.plot()
+
+Importing it gives JAX one CPU device a core (see `fedjax_sim.placement.use_all_cores`), so import it before
+JAX starts.
+"""
+
+from fedjax_sim import versions
+
+versions.check()
+
+from fedjax_sim import placement  # noqa: E402
+
+placement.use_all_cores()
+
+from fedjax_sim import algorithms, data, models, stacked, sweep  # noqa: E402
+from fedjax_sim.algorithms import (  # noqa: E402
+    Algorithm,
+    FedAvg,
+    FedIndep,
+    FedMR,
+    Local,
+    LocalRule,
+)
+from fedjax_sim.config import (  # noqa: E402
+    CohortConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+)
+from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
+from fedjax_sim.errors import UserError  # noqa: E402
+from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
+from fedjax_sim.runs import Run, load, resume, run  # noqa: E402
+from fedjax_sim.simulation import Simulation  # noqa: E402
+from fedjax_sim.training import batch_order  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Algorithm",
+    "CohortConfig",
+    "DataConfig",
+    "Dataset",
+    "EvaluationConfig",
+    "ExecutionConfig",
+    "FedAvg",
+    "FedIndep",
+    "FedMR",
+    "Local",
+    "LocalConfig",
+    "LocalRule",
+    "Model",
+    "ModelConfig",
+    "OutputConfig",
+    "Partition",
+    "PartitionConfig",
+    "PeelPoint",
+    "Run",
+    "RunConfig",
+    "Simulation",
+    "UserError",
+    "algorithms",
+    "batch_order",
+    "data",
+    "from_flax",
+    "load",
+    "models",
+    "resume",
+    "run",
+    "stacked",
+    "sweep",
+]

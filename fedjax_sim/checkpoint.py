@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -95,7 +96,8 @@ class Checkpoints:
         for number in reversed(self.rounds()):
             if at_most is not None and number > at_most:
                 warnings.warn(
-                    f"checkpoint of round {number} passed over: the journal ends at round {at_most}", stacklevel=2
+                    f"checkpoint of round {number} passed over: the journal ends at round {at_most}",
+                    stacklevel=2,
                 )
                 self._put_aside(number)
                 continue
@@ -121,9 +123,7 @@ class Checkpoints:
             read = reader.restore(path / "state", _numbered(wanted))
         leaves, structure = jax.tree.flatten(wanted)
         empty = (np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None for leaf in leaves)
-        state = structure.unflatten(
-            [read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)]
-        )
+        state = structure.unflatten([read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)])
         found = _leaves(state)
         for name, entry in about["leaves"].items():
             if entry["crc32"] is not None and found[name]["crc32"] not in (entry["crc32"], None):
@@ -154,7 +154,7 @@ class Checkpoints:
 
 def _to_host(leaf: Any) -> Any:
     """A copy of its own in host memory; a leaf that other processes hold parts of stays as it is."""
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf
@@ -163,7 +163,7 @@ def _to_host(leaf: Any) -> Any:
 
 def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
     """What `_to_host` will have made of a leaf of this shape."""
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     if jax.process_count() > 1:
         return leaf
@@ -171,7 +171,7 @@ def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_host(leaf: Any, abstract: Any) -> Any:
-    if jax.dtypes.issubdtype(abstract.dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(abstract.dtype, jax.dtypes.prng_key):
         implementation = []
         jax.eval_shape(lambda key: implementation.append(jax.random.key_impl(key)), abstract)
         return jax.random.wrap_key_data(leaf, impl=implementation[0])
@@ -193,7 +193,7 @@ def _leaves(tree: Any) -> dict[str, dict[str, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         crc = None
         if isinstance(leaf, np.ndarray):
-            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
         out[jax.tree_util.keystr(path)] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc}
     return out
 

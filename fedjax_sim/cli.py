@@ -1,10 +1,13 @@
-"""The command line: `fedjax-sim run | resume | sweep | plan | list`. Thin: each is one call of the library."""
+"""The command line: `fedjax-sim run | resume | sweep | plan | list`. Thin: each calls the library once."""
 
+import contextlib
 import dataclasses
 import inspect
+import os
+import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fedjax_sim.errors import UserError
 
@@ -21,11 +24,17 @@ A first run: fedjax-sim run --algorithm fedmr --partition.clients 20 --output.di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. -> exit status: 0 done, 1 a sweep had failures, 2 the user's mistake, 130 and 143 cut short."""
+    """Runs a command.
+
+    Returns:
+      The exit status: 0 done, 1 a sweep had failures or a plan does not fit, 2 the user's mistake,
+      130 and 143 cut short by SIGINT and SIGTERM.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    warnings.showwarning = _show_warning
     try:
-        return _dispatch(words)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return _dispatch(words)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -79,7 +88,9 @@ def _resume(words: list[str]) -> int:
 def _sweep(words: list[str]) -> int:
     from fedjax_sim import sweep
 
-    outcome = sweep.run(sweep.load(_one(words, "sweep", "FILE.yaml")), tell=print)
+    asked = sweep.load(_one(words, "sweep", "FILE.yaml"))
+    with _without_loader_noise():
+        outcome = sweep.run(asked, tell=lambda line: print(line, flush=True))
     print(outcome.report())
     return 1 if outcome.failures else 0
 
@@ -155,6 +166,39 @@ def _one(words: list[str], command: str, what: str) -> str:
             command, " ".join(words), f"it takes one {what}", f"Write fedjax-sim {command} {what}."
         )
     return words[0]
+
+
+@contextlib.contextmanager
+def _without_loader_noise() -> Iterator[None]:
+    """Keeps XLA's complaint about `prefer-no-gather` off the screen: kilobytes for each cached CPU program.
+
+    That is a hint to the code generator and no property of a processor; XLA compares it as if it were one.
+    The messages come from C++, so the whole of stderr goes through a filter process. Real differences between
+    machines cannot occur: the cache's folder is named after the processor's features.
+    """
+    try:
+        own = os.dup(2)
+    except OSError:
+        yield
+        return
+    source = (
+        "import sys\nfor line in sys.stdin.buffer:\n"
+        "    if not (b'cpu_aot_loader' in line and b'feature +prefer-no-' in line):\n"
+        "        sys.stderr.buffer.write(line); sys.stderr.flush()"
+    )
+    # In a session of its own, or Ctrl-C would end it before us.
+    command = [sys.executable, "-S", "-c", source]
+    filtering = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=own, start_new_session=True)
+    assert filtering.stdin is not None
+    os.dup2(filtering.stdin.fileno(), 2)
+    filtering.stdin.close()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(own, 2)
+        os.close(own)
+        filtering.wait(timeout=10)
 
 
 def _told(run) -> None:

@@ -1,4 +1,4 @@
-"""The comparison of finished runs: mean ± standard deviation over seeds, paired differences, three formats."""
+"""The comparison of finished runs: mean ± deviation over seeds, paired differences, three formats."""
 
 import csv
 import dataclasses
@@ -63,7 +63,11 @@ class Comparison:
 
     def best(self, grid: Grid, column: str) -> set[str]:
         """Methods of the best mean in a column, as far as the printed digits tell."""
-        means = {m: mean(list(grid.cells[m, column].values.values())) for m in self.methods if (m, column) in grid.cells}
+        means = {
+            m: mean(list(grid.cells[m, column].values.values()))
+            for m in self.methods
+            if (m, column) in grid.cells
+        }
         if not means:
             return set()
         pick: Callable[..., float] = max if self.goal == "max" else min
@@ -104,9 +108,13 @@ class Comparison:
                 for column in self.columns:
                     cell = grid.cells.get((method, column))
                     have = cell is not None and cell.differences
-                    row.append(spread(list(cell.differences), plus_minus, signed=True) if cell and have else "–")
+                    row.append(
+                        spread(list(cell.differences), plus_minus, signed=True) if cell and have else "–"
+                    )
                 rows.append(row)
-            caption = f"{grid.caption}: paired differences to {self.reference} (same seed, partition and cohorts)"
+            caption = (
+                f"{grid.caption}: paired differences to {self.reference} (same seed, partition and cohorts)"
+            )
             out += "\n" + layout(caption, ["method", *heads], rows, bold)
         return out
 
@@ -166,7 +174,12 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
             kept = numbers if upto is None else numbers[rounds <= upto]
             if len(kept):
                 values.setdefault((method, column), {})[seed] = float(np.mean(kept[-sweep.last_k :]))
-        grids.append(Grid(caption, {key: Cell(own, _paired(own, values, key, sweep.reference)) for key, own in values.items()}))
+        grids.append(
+            Grid(
+                caption,
+                {key: Cell(own, _paired(own, values, key, sweep.reference)) for key, own in values.items()},
+            )
+        )
     curves = {
         column: {
             method: _stacked([s for (m, c, _), s in series.items() if (m, c) == (method, column)])
@@ -177,11 +190,14 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     }
     _, first = finished[0]
     recipe = first.partition.recipe
-    title = f"{first.config.model.name} on {recipe.get('dataset', first.config.data.source)}, {first.partition.num_clients:,} clients"
+    name = recipe.get("dataset", first.config.data.source)
+    title = f"{first.config.model.name} on {name}, {first.partition.num_clients:,} clients"
     if not any(key.startswith("partition.") for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
-    return Comparison(title, sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves)
+    return Comparison(
+        title, sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves
+    )
 
 
 def mean(values: Sequence[float]) -> float:
@@ -208,7 +224,9 @@ def _of_last(count: int) -> str:
     return "last value" if count == 1 else f"mean of the last {count} values"
 
 
-def _paired(own: dict[int, float], values: dict, key: tuple[str, str], reference: str | None) -> tuple[float, ...]:
+def _paired(
+    own: dict[int, float], values: dict, key: tuple[str, str], reference: str | None
+) -> tuple[float, ...]:
     if reference is None or key[0] == reference:
         return ()
     other = values.get((reference, key[1]), {})
@@ -236,7 +254,10 @@ def _latex(caption: str, heads: list[str], rows: list[list[str]], bold: Callable
     lines = [f"% {caption}", f"\\begin{{tabular}}{{l{'c' * (len(heads) - 1)}}}", "\\toprule"]
     lines.append(" & ".join(_escaped(head) for head in heads) + " \\\\")
     lines.append("\\midrule")
-    lines += [" & ".join([_escaped(row[0]), *(cell.replace("–", "--") for cell in row[1:])]) + " \\\\" for row in rows]
+    lines += [
+        " & ".join([_escaped(row[0]), *(cell.replace("–", "--") for cell in row[1:])]) + " \\\\"
+        for row in rows
+    ]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 

@@ -388,7 +388,9 @@ def _algorithm(value: Any, base: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise UserError("algorithm", value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`.")
+        raise UserError(
+            "algorithm", value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`."
+        )
     fields = dict(value)
     name = fields.pop("name", None if base is None else algorithms.name_of(base))
     if name not in algorithms.CONFIGS:
@@ -442,4 +444,6 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
         except (TypeError, ValueError):
             pass
     wanted = getattr(hint, "__name__", str(hint))
-    raise UserError(path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value.")
+    raise UserError(
+        path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value."
+    )

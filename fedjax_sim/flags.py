@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from fedjax_sim import algorithms, config as config_lib
+from fedjax_sim import algorithms
+from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
 
@@ -52,7 +53,7 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
         base = config_lib.from_dict({"algorithm": {"name": name}}, base=base)
     named = algorithms.name_of(base.algorithm)
     told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
-        f"The flags shown under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
+        f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
         f"({', '.join(algorithms.CONFIGS)})."
     )
     for switch, text in (extra or {}).items():
@@ -192,10 +193,14 @@ def _given(filled: Any, base: Any) -> dict[str, Any]:
 def _meant(text: str, hint: Any) -> Any:
     """A word as its field takes it: as text where text is wanted, as YAML everywhere else."""
     args = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
-    if text.lower() in ("null", "none") and type(None) in args:
+    literals = [
+        choice for arg in args if typing.get_origin(arg) is Literal for choice in typing.get_args(arg)
+    ]
+    if text in literals:
+        return text
+    if text in ("null", "None") and type(None) in args:
         return None
-    literals = [choice for arg in args if typing.get_origin(arg) is Literal for choice in typing.get_args(arg)]
-    if str in args or text in literals:
+    if str in args:
         return text
     try:
         return yaml.safe_load(text)
@@ -244,4 +249,3 @@ def _valued(form: type, path: str = "") -> set[str]:
         elif typing.get_args(field.type)[0] is not bool:
             out.add(f"--{path}{field.name}".replace("_", "-"))
     return out
-

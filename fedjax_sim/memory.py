@@ -7,7 +7,6 @@ program, which fusion lowers and padding raises. `exact=True` compiles the round
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
 
 from fedjax_sim import waves
 from fedjax_sim.algorithms.base import Batch, Cohort
 from fedjax_sim.config import RunConfig
+from fedjax_sim.liveness import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.simulation import Setup, Simulation, prepare
 from fedjax_sim.training import make_optimizer
 
@@ -52,7 +51,7 @@ class MemoryPlan:
       devices: how many.
       platform: cpu, gpu or tpu. CPU devices share one memory, and only totals count.
       available: bytes for one device, or for all of them on a CPU; None where it cannot be told.
-      compiled: XLA's own figures for the round (arguments, output, temporaries, bytes a device), if asked for.
+      compiled: XLA's own figures for the round in bytes a device, if asked for.
     """
 
     parts: tuple[Part, ...]
@@ -126,7 +125,12 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
     """
     setup = config if isinstance(config, Setup) else prepare(config, **replacements)
     platform = jax.default_backend()
-    parts = [*_data_parts(setup, platform), *_state_parts(setup), *_round_parts(setup), *_evaluation_parts(setup)]
+    parts = [
+        *_data_parts(setup, platform),
+        *_state_parts(setup),
+        *_round_parts(setup),
+        *_evaluation_parts(setup),
+    ]
     parts.append(_checkpoint_part(setup, platform))
     parts = [part for part in parts if part.total]
     order = {"always": 0, "round": 1, "evaluation": 2}
@@ -181,7 +185,13 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
     tests = population.test_images.nbytes + population.test_labels.nbytes
     parts = [
         Part("training images and labels", images, images * copies, "always", "smaller images, or fewer"),
-        Part("clients' index table", table, table * copies, "always", "a less skewed partition, or fewer clients"),
+        Part(
+            "clients' index table",
+            table,
+            table * copies,
+            "always",
+            "a less skewed partition, or fewer clients",
+        ),
         Part("test images and labels", -(-tests // setup.devices), tests, "always", "fewer test images"),
     ]
     if platform == "cpu":
@@ -196,8 +206,13 @@ def _shapes(setup: Setup) -> tuple[Any, Any, Any]:
     variables = jax.eval_shape(setup.model.init, key)
     state = jax.eval_shape(setup.algorithm.init, key, variables)
     one = jax.eval_shape(partial(_one_client, setup), variables)
-    grown = lambda leaf: jax.ShapeDtypeStruct((setup.num_clients, *leaf.shape), leaf.dtype)  # noqa: E731
+    grown = lambda leaf: _abstract((setup.num_clients, *leaf.shape), leaf.dtype)  # noqa: E731
     return variables, state, jax.tree.map(grown, one)
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+    """An array's shape and dtype, where the type checker expects an array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _one_client(setup: Setup, variables: Any) -> Any:
@@ -235,8 +250,8 @@ def _round_parts(setup: Setup) -> list[Part]:
     algorithm, devices, lanes = setup.algorithm, setup.devices, setup.wave
     one = bytes_of(variables)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    integers = jax.ShapeDtypeStruct((setup.cohort_size,), jnp.int32)
-    cohort = Cohort(integers, integers, jax.ShapeDtypeStruct((), jnp.int32))
+    integers = _abstract((setup.cohort_size,), jnp.int32)
+    cohort = Cohort(integers, integers, _abstract((), jnp.int32))
     starts = jax.eval_shape(algorithm.dispatch, state, cohort, key)
     places = devices * lanes * -(-setup.cohort_size // (devices * lanes))
     steps = waves.steps_of(setup.population.counts, setup.config.local)
@@ -256,7 +271,7 @@ def _round_parts(setup: Setup) -> list[Part]:
     if algorithm.weights is not None:
         parts.append(Part("sums for the mean model", 2 * one, 2 * one * devices, "round", "a smaller model"))
 
-    kept = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), clients)
+    kept = jax.tree.map(lambda leaf: _abstract(leaf.shape[1:], leaf.dtype), clients)
     extra = jax.eval_shape(algorithm.local.begin, variables, kept["rule"], starts.broadcast)
     optimizer = make_optimizer(setup.config.local)
     memory = bytes_of(jax.eval_shape(optimizer.init, variables["params"]))
@@ -276,9 +291,9 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
     rule, model, size = setup.algorithm.local, setup.model, setup.config.local.batch_size
     rng = jax.eval_shape(lambda: jax.random.key(0)) if model.stochastic else None
     batch = Batch(
-        jax.ShapeDtypeStruct((size, *model.input_shape), jnp.float32),
-        jax.ShapeDtypeStruct((size,), jnp.int32),
-        jax.ShapeDtypeStruct((size,), jnp.bool_) if model.takes_mask else None,
+        _abstract((size, *model.input_shape), jnp.float32),
+        _abstract((size,), jnp.int32),
+        _abstract((size,), jnp.bool_) if model.takes_mask else None,
         rng,
     )
 
@@ -303,7 +318,7 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
 def _evaluation_parts(setup: Setup) -> list[Part]:
     size = min(setup.config.evaluation.batch_size, -(-len(setup.population.test_labels) // setup.devices))
     variables = jax.eval_shape(setup.model.init, jax.random.key(0))
-    images = jax.ShapeDtypeStruct((size, *setup.model.input_shape), jnp.float32)
+    images = _abstract((size, *setup.model.input_shape), jnp.float32)
     forward = lambda variables, images: setup.model.apply(variables, images)[0]  # noqa: E731
     peak = peak_bytes(jax.make_jaxpr(forward)(variables, images)) + bytes_of(images)
     parts = []
@@ -327,58 +342,12 @@ def _checkpoint_part(setup: Setup, platform: str) -> Part:
 # --- bytes --------------------------------------------------------------------------------------------
 
 
-def bytes_of(tree: Any) -> int:
-    """Bytes of all leaves, abstract or not."""
-    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def peak_bytes(program: core.ClosedJaxpr) -> int:
-    """Largest sum of values alive at once while a traced program runs; its inputs do not count.
-
-    Programs inside (a loop's body, a branch, a called function) count with their own peak.
-    """
-    return _peak(program.jaxpr)
-
-
-def _peak(jaxpr: core.Jaxpr) -> int:
-    last = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, core.Var)}
-    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, core.Var)}
-    outside = {*jaxpr.invars, *jaxpr.constvars}
-    alive = peak = 0
-    for place, eqn in enumerate(jaxpr.eqns):
-        alive += sum(_leaf_bytes(var.aval) for var in eqn.outvars)
-        inner = max((_peak(inside) for value in eqn.params.values() for inside in _programs(value)), default=0)
-        peak = max(peak, alive + inner)
-        done = {var for var in eqn.invars if isinstance(var, core.Var) and last[var] == place} - outside
-        done |= {var for var in eqn.outvars if var not in last}
-        alive -= sum(_leaf_bytes(var.aval) for var in done)
-    return peak
-
-
-def _programs(value: Any) -> Sequence[core.Jaxpr]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [inside for item in value for inside in _programs(item)]
-    return []
-
-
-def _leaf_bytes(leaf: Any) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return 8 * int(np.prod(leaf.shape, dtype=np.int64))
-    return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-
-
 def _stack_bytes(setup: Setup, tree: Any) -> tuple[int, int]:
     """(on one device, on all) of leaves that are cut over devices where they can be."""
     device = total = 0
     for leaf in jax.tree.leaves(tree):
-        size = _leaf_bytes(leaf)
+        size = leaf_bytes(leaf)
         even = leaf.shape[0] % setup.devices == 0
         device += size // setup.devices if even else size
         total += size if even else size * setup.devices
     return device, total
-
-

@@ -3,6 +3,7 @@
 All are drawn with Matplotlib's Agg canvas directly, so that no window system and no pyplot state is touched.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedjax_sim.records import Table
 
@@ -32,9 +34,20 @@ def label_of(metric: str) -> str:
     return _LABELS.get(metric, metric.replace("_", " "))
 
 
-def new_figure(columns: int = 1, rows: int = 1, width: float = 4.0, height: float = 3.0) -> tuple[Figure, Any]:
+class Picture(Figure):
+    """A figure that notebooks show by themselves, whether or not pyplot was ever imported."""
+
+    def _repr_png_(self) -> bytes:
+        drawn = io.BytesIO()
+        self.savefig(drawn, format="png", dpi=110)
+        return drawn.getvalue()
+
+
+def new_figure(
+    columns: int = 1, rows: int = 1, width: float = 4.0, height: float = 3.0
+) -> tuple[Figure, Any]:
     """A figure and its axes, an array [rows, columns]."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure = Picture(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
@@ -54,15 +67,16 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
     """
     known = metrics.names()
     chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
-    columns = min(len(chosen), 3) or 1
-    figure, axes = new_figure(columns, -(-max(len(chosen), 1) // columns))
+    figure, axes = new_figure(*_shape(len(chosen)))
     for axis, name in zip(axes.flat, chosen, strict=False):
         rounds, values = metrics.series(name)
         _line(axis, rounds, values, COLOURS[0], "-", label_of(name))
         if name == "client_accuracy_mean":
             low, high = (metrics.series(f"client_accuracy_{p}")[1] for p in ("p10", "p90"))
             if len(low) == len(high) == len(rounds):
-                axis.fill_between(rounds, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="10th to 90th percentile")
+                axis.fill_between(
+                    rounds, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="10th to 90th percentile"
+                )
                 axis.legend(fontsize=8, frameon=False)
         _dress(axis, label_of(name))
     for axis in axes.flat[len(chosen) :]:
@@ -81,8 +95,7 @@ def compared_curves(
       metric: for the axis.
       title: what the data are.
     """
-    columns = min(len(panels), 3) or 1
-    figure, axes = new_figure(columns, -(-max(len(panels), 1) // columns))
+    figure, axes = new_figure(*_shape(len(panels)))
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
     for axis, (setting, panel) in zip(axes.flat, panels.items(), strict=False):
         for method, (rounds, values) in panel.items():
@@ -131,6 +144,12 @@ def client_accuracies(metrics: Table, title: str) -> Figure | None:
     return figure
 
 
+def _shape(panels: int) -> tuple[int, int]:
+    """(columns, rows) for so many panels."""
+    columns = 2 if panels == 4 else max(1, min(panels, 3))
+    return columns, max(1, -(-panels // columns))
+
+
 def _line(axis: Axes, rounds: np.ndarray, values: np.ndarray, colour: str, dash: str, label: str) -> None:
     # A handful of points would vanish without marks; a thousand would be a caterpillar with them.
     mark = "o" if len(rounds) <= 12 else None
@@ -142,4 +161,4 @@ def _dress(axis: Axes, label: str) -> None:
     axis.set_ylabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -49,7 +49,7 @@ def hardware() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """A name for this kind of processor: a compiled program must not travel to one without its instructions."""
+    """A name for this kind of processor: compiled programs must not travel to one that lacks instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         told = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -63,7 +63,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.num_classes}
     for name in ("train_images", "train_labels", "test_images", "test_labels"):
         values = np.ascontiguousarray(getattr(dataset, name))
-        out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8))}
+        out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8).data)}
     return out
 
 
@@ -117,7 +117,5 @@ def _commit(folder: Path) -> dict[str, Any] | None:
 
 
 def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-    )
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
     return done.stdout.strip()

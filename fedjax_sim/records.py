@@ -54,7 +54,8 @@ def finite(rows: Iterable[Row]) -> list[Row]:
         if not math.isfinite(row.value):
             code = 0.0 if math.isnan(row.value) else math.copysign(1.0, row.value)
             warnings.warn(
-                f"round {row.round}: {row.metric} is {row.value}; recorded as nonfinite/{row.metric} = {code:g}",
+                f"round {row.round}: {row.metric} is {row.value}, "
+                f"written as nonfinite/{row.metric} = {code:g}",
                 stacklevel=2,
             )
             row = row._replace(metric=f"nonfinite/{row.metric}", value=code)
@@ -122,7 +123,7 @@ class Table:
         """
         if name in self._texts:
             return self._texts[name].numpy()
-        plain = {"round": (self._rounds, np.int32), "client": (self._clients, np.int32)}
+        plain: dict[str, Any] = {"round": (self._rounds, np.int32), "client": (self._clients, np.int32)}
         plain["value"] = (self._values, np.float64)
         if name not in plain:
             raise UserError("column", name, "no such column", f"There are {', '.join(Row._fields)}.")

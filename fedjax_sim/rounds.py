@@ -148,7 +148,20 @@ class Round:
         return results, kept
 
     def _on_device(
-        self, shared, start, broadcast, kept, ids, counts, weights, bounds, lr, round_index, images, labels, indices
+        self,
+        shared,
+        start,
+        broadcast,
+        kept,
+        ids,
+        counts,
+        weights,
+        bounds,
+        lr,
+        round_index,
+        images,
+        labels,
+        indices,
     ):
         """One device's waves. Leaves lead with S places; bounds: i32[W]."""
         width = self.trainer.width
@@ -158,6 +171,8 @@ class Round:
         if shared and self.algorithm.needs_models:
             models = jax.tree.map(lambda leaf: jnp.zeros((ids.shape[0], *leaf.shape), leaf.dtype), one)
         total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
+        keys = self.trainer.keys(round_index, ids)
+        orders = self.trainer.orders(keys, jnp.zeros_like(counts), counts, indices.shape[1])
 
         def wave(carry, w):
             models, total, weight = carry
@@ -165,10 +180,19 @@ class Round:
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
             begin = stacked.broadcast(start, width) if shared else cut(models)
-            own_ids, own_kept, own_weights = cut(ids), cut(kept), cut(weights)
+            own_kept, own_weights = cut(kept), cut(weights)
             trained, new_kept, uploads, loss, finite = self.trainer.train_wave(
-                begin, broadcast, own_kept, own_ids, indices[own_ids], cut(counts), bounds[w], lr, round_index,
-                images, labels,
+                begin,
+                broadcast,
+                own_kept,
+                cut(keys),
+                cut(orders),
+                indices[cut(ids)],
+                cut(counts),
+                bounds[w],
+                lr,
+                images,
+                labels,
             )
             trained = stacked.select(finite, trained, begin)
             new_kept = stacked.select(finite, new_kept, own_kept)
@@ -180,7 +204,9 @@ class Round:
                 total, weight = jax.tree.map(jnp.add, total, part), weight + share.sum()
             if models is not None:
                 models = jax.tree.map(
-                    lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, w * width, 0), models, trained
+                    lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, w * width, 0),
+                    models,
+                    trained,
                 )
             return (models, total, weight), (new_kept, uploads, loss, finite)
 

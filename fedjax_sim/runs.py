@@ -14,28 +14,26 @@ A run's folder:
     result.json       written last: a folder that has it is finished
 """
 
-import contextlib
 import dataclasses
 import json
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import yaml
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
-from fedjax_sim import algorithms, config as config_lib, data, plots, provenance, records
+from fedjax_sim import algorithms, data, plots, provenance, records
+from fedjax_sim import config as config_lib
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
 from fedjax_sim.models.base import Model
+from fedjax_sim.progress import Bar, Clock, signals
 from fedjax_sim.records import Journal, Table
 from fedjax_sim.simulation import Setup, Simulation, prepare
 from fedjax_sim.tensorboard import Events
@@ -132,8 +130,11 @@ def run(
 
     Args:
       config: what to run; with `output.dir` None nothing is written.
-      dataset, partition, model, algorithm: take the place of what `config` names. `resume` will want the
-        same ones again, but for the partition, which is kept in the folder.
+      dataset: takes the place of what `config` names, as do the next three. `resume` will want the same
+        ones again, but for the partition, which is kept in the folder.
+      partition: likewise.
+      model: likewise.
+      algorithm: likewise.
 
     Raises:
       UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
@@ -150,16 +151,20 @@ def start(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
     return _started(config, partition, {"dataset": dataset}, [])
 
 
-def _started(config: RunConfig, partition: Partition | None, given: dict[str, Any], supplied: list[str]) -> Run:
+def _started(
+    config: RunConfig, partition: Partition | None, given: dict[str, Any], supplied: list[str]
+) -> Run:
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
         folder.check_new()
     setup = prepare(config, partition=partition, **given)
     if folder is None:
-        return _drive(setup, None)
+        return _drive(Simulation(setup), None)
     with folder.claimed():
+        # Made first: a mistake that shows only here leaves no half-begun run behind.
+        simulation = Simulation(setup)
         _describe(folder, setup, supplied)
-        return _drive(setup, folder)
+        return _drive(simulation, folder)
 
 
 def resume(
@@ -177,12 +182,15 @@ def resume(
     for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
         if name in about.get("supplied", ()) and value is None:
             raise UserError(
-                name, None, f"the run in {folder} was given a {name} of its own", f"Give it: resume(…, {name}=…)."
+                name,
+                None,
+                f"the run in {folder} was given a {name} of its own",
+                f"Give it: resume(…, {name}=…).",
             )
     if place.finished:
         return load(folder, dataset=dataset, model=model, algorithm=algorithm)
     with place.claimed():
-        return _drive(_setup(place, config, about, dataset, model, algorithm), place)
+        return _drive(Simulation(_setup(place, config, about, dataset, model, algorithm)), place)
 
 
 def load(
@@ -227,9 +235,9 @@ def title_of(config: RunConfig, partition: Partition) -> str:
 # --- the loop -----------------------------------------------------------------------------------------
 
 
-def _drive(setup: Setup, folder: Folder | None) -> Run:
+def _drive(simulation: Simulation, folder: Folder | None) -> Run:
     """Brings a run to its end, from wherever its folder says that it is."""
-    simulation = Simulation(setup)
+    setup = simulation.setup
     config = setup.config
     checkpoints = journal = events = None
     if folder is not None:
@@ -240,7 +248,7 @@ def _drive(setup: Setup, folder: Folder | None) -> Run:
             events = Events(folder.path / "tensorboard", start)
     table = Table() if journal is None else journal.table
     before = 0.0 if journal is None else journal.seconds
-    clock = _Clock(before)
+    clock = Clock(before)
     saved = simulation.round
 
     def outcome() -> Run:
@@ -269,10 +277,10 @@ def _drive(setup: Setup, folder: Folder | None) -> Run:
             checkpoints.save(simulation.round, simulation.state)
             saved = simulation.round
 
-    bar = _Bar(config, simulation.round, setup.cohort_size, table)
+    bar = Bar(config, simulation.round, setup.cohort_size, table)
     waiting: list[Callable[[], list[records.Row]]] = []
     try:
-        with _signals() as asked:
+        with signals() as asked:
             while simulation.round < config.rounds and not asked:
                 parts = [simulation.step()]
                 if simulation.due():
@@ -314,72 +322,6 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
     return simulation.round
 
 
-class _Clock:
-    def __init__(self, before: float):
-        self._mark, self.total = time.perf_counter(), before
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        self.total += seconds
-        return seconds
-
-
-class _Bar:
-    """The progress bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the newest accuracy."""
-
-    def __init__(self, config: RunConfig, start: int, clients: int, table: Table):
-        self._clients, self._pace, self._start = clients, 0.0, start
-        known = table.series("accuracy")[1]
-        self._accuracy = float(known[-1]) if len(known) else None
-        name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
-        self._bar = tqdm(
-            total=config.rounds,
-            initial=start,
-            desc=name,
-            unit="round",
-            disable=not config.output.progress,
-            dynamic_ncols=True,
-        )
-
-    def advance(self, rows: list[records.Row], seconds: float) -> None:
-        if self._bar.n > self._start:  # the first round's time is the compiler's
-            self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
-        for row in rows:
-            if row.metric == "accuracy":
-                self._accuracy = row.value
-        told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
-        if self._accuracy is not None:
-            told["accuracy"] = f"{self._accuracy:.4f}"
-        self._bar.set_postfix(told, refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying of them; a second SIGINT interrupts at once."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-
-    def handle(number, frame):
-        del frame
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
 # --- the folder ---------------------------------------------------------------------------------------
 
 
@@ -392,7 +334,7 @@ def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
 
 
 def _namable(config: RunConfig) -> RunConfig:
-    """The configuration as YAML can hold it: an algorithm that has no name leaves the default in its place."""
+    """The configuration as YAML can hold it: the default stands for an algorithm without a name."""
     if algorithms.name_of(config.algorithm) is None:
         return dataclasses.replace(config, algorithm=RunConfig().algorithm)
     return config
@@ -412,7 +354,9 @@ def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
     return dataclasses.replace(config, output=output), about
 
 
-def _setup(folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any) -> Setup:
+def _setup(
+    folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any
+) -> Setup:
     dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
     provenance.check_fingerprint(dataset, about["data"])
     partition = data.load_partition(folder.partition, dataset)

@@ -337,8 +337,12 @@ class Simulation:
 
     def _personal_models(self, own: Any) -> Callable[[], np.ndarray]:
         setup = self.setup
-        holder = setup.dataset.test_images if setup.partition.test_from == "test" else setup.dataset.train_images
-        labels = setup.dataset.test_labels if setup.partition.test_from == "test" else setup.dataset.train_labels
+        holder = (
+            setup.dataset.test_images if setup.partition.test_from == "test" else setup.dataset.train_images
+        )
+        labels = (
+            setup.dataset.test_labels if setup.partition.test_from == "test" else setup.dataset.train_labels
+        )
         if "personal" not in self._evaluators:
             self._evaluators["personal"] = evaluation.ClientEvaluator(
                 setup.model,
@@ -363,7 +367,8 @@ class Simulation:
         def accuracies() -> np.ndarray:
             guesses = np.concatenate([np.asarray(part) for part in predicted])[: len(own)]
             hits = [
-                np.mean(g[: len(p)] == labels[p]) if len(p) else np.nan for g, p in zip(guesses, own, strict=True)
+                np.mean(g[: len(p)] == labels[p]) if len(p) else np.nan
+                for g, p in zip(guesses, own, strict=True)
             ]
             return np.asarray(hits)
 
@@ -384,7 +389,9 @@ def _global_rows(number: int, outcome: Any, dataset: Dataset, per_class: bool) -
     if per_class:
         each = evaluation.by_client(correct, dataset.test_labels, dataset.num_classes)
         rows += [
-            Row(number, f"accuracy_class_{c}", float(value)) for c, value in enumerate(each) if np.isfinite(value)
+            Row(number, f"accuracy_class_{c}", float(value))
+            for c, value in enumerate(each)
+            if np.isfinite(value)
         ]
     return rows
 
@@ -396,5 +403,7 @@ def _client_rows(number: int, accuracies: np.ndarray) -> list[Row]:
         Row(number, "client_accuracy_p10", float(np.percentile(have, 10))),
         Row(number, "client_accuracy_p90", float(np.percentile(have, 90))),
     ]
-    rows += [Row(number, "client_accuracy", float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)]
+    rows += [
+        Row(number, "client_accuracy", float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)
+    ]
     return rows

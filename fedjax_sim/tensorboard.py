@@ -10,7 +10,7 @@ from fedjax_sim.records import Row
 
 
 def tag_of(row: Row) -> str | None:
-    """`metric`, `metric/layer`, `metric/layer/state`; None for a single client's row, of which there are too many."""
+    """`metric/layer/state`, what there is of it; None for a single client's row, of which there are many."""
     if row.client >= 0:
         return None
     return "/".join(part for part in (row.metric, row.layer, row.state) if part)

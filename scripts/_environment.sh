@@ -83,9 +83,10 @@ install_lock() {
 ensure_environment() {
   local python=.venv/bin/python
   python_is_new_enough "$python" || python="$(find_python)"
-  # Two scripts started at once take turns: the lock belongs to the open file, and goes with this shell.
+  # Two scripts started at once take turns: the lock belongs to the open file, and goes with this shell. It is not
+  # .venv/.lock, which is uv's own: uv would wait five minutes for us.
   mkdir -p .venv
-  exec 9>.venv/.lock
+  exec 9>.venv/.fedjax-sim-lock
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
   if ! python_is_new_enough .venv/bin/python; then
     if [ -e .venv/bin ]; then say ".venv does not run, or is older than Python 3.11: making it anew"; fi

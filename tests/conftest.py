@@ -35,6 +35,13 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Doctests are for the package: a helper beside the tests is not imported on its own account."""
+    if collection_path.suffix == ".py" and not collection_path.name.startswith("test_"):
+        return True
+    return None
+
+
 def _machine() -> str:
     """A name for this processor: a compiled program must not travel to one that lacks its instructions."""
     try:

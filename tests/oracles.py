@@ -119,7 +119,8 @@ def local_sgd(params: Tree, x, labels, batches, local: LocalConfig, lr: float, b
         total, seen = total + loss * len(chosen), seen + len(chosen)
         if local.clip_norm is not None:
             norm = np.sqrt(sum((leaf**2).sum() for leaf in leaves(gradient)))
-            gradient = map_trees(lambda g, s=min(1.0, local.clip_norm / norm): g * s, gradient)
+            shrink = min(1.0, local.clip_norm / norm)
+            gradient = map_trees(lambda g, s=shrink: g * s, gradient)
         gradient = map_trees(lambda g, p: g + local.weight_decay * p, gradient, params)
         buffer = map_trees(lambda b, g: local.momentum * b + g, buffer, gradient)
         step = map_trees(lambda g, b: g + local.momentum * b, gradient, buffer) if local.nesterov else buffer
@@ -219,7 +220,7 @@ def simulate(
     evaluation: EvaluationConfig | None = None,
     **local: Any,
 ) -> Simulation:
-    """A Simulation in a small world; by default FedAvg on an MLP with 4 hidden units, all clients taking part."""
+    """A Simulation in a small world; by default FedAvg of all clients on an MLP with 4 hidden units."""
     dataset, partition = given or world(sizes)
     model = model or models.create("mlp", dataset.train_images.shape[1:], dataset.num_classes, hidden=(4,))
     settings = {"epochs": None if "steps" in local else 2, "batch_size": 10, "lr": 0.1, **local}
@@ -262,8 +263,10 @@ def assert_trees_equal(got, wanted) -> None:
 
 
 def far_apart(tree, other) -> float:
-    """Largest difference between two trees: what a test compares with, so that it cannot hold of everything."""
-    return max(float(np.abs(a - b).max()) for a, b in zip(leaves(doubled(tree)), leaves(doubled(other)), strict=True))
+    """Largest difference between two trees: shows that a test of equality could have failed."""
+    return max(
+        float(np.abs(a - b).max()) for a, b in zip(leaves(doubled(tree)), leaves(doubled(other)), strict=True)
+    )
 
 
 def sizes_of(simulation: Simulation) -> np.ndarray:

@@ -261,6 +261,7 @@ def test_an_environment_of_another_lock_is_brought_up_to_date(stand_in):
         assert uv_project == "uv pip install --python .venv/bin/python --no-deps --no-build-isolation -e ."
         assert tests == "python -m pytest -n2"
         assert re.fullmatch(r"[0-9a-f]{64}\n", stamp.read_text())
+        assert not (checkout / ".venv/.lock").exists(), "uv's own lock: uv waits for its holder"
     only_uv = (checkout / ".venv/uv.lock").read_text()
     assert re.fullmatch(r"uv==[^\n]+(\n {4}[^\n]+)+\n", only_uv)
 

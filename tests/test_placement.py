@@ -39,12 +39,14 @@ def test_cpu_devices_share_one_buffer(dtype):
 
 
 def test_defaults_of_the_cpu():
+    """Convolutions alone, small dense models in narrow waves; never a grouped convolution under `vmap`."""
     auto = ExecutionConfig()
     mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
     lenet = models.create("lenet", (32, 32, 3), 10)
-    assert placement.speed_defaults(auto, lenet, 100, 2) == (1, "canonical")
-    assert placement.speed_defaults(auto, mlp, 100, 2) == (10, "canonical")
-    assert placement.speed_defaults(auto, mlp, 3, 2) == (2, "canonical")
+    assert placement.speed_defaults(auto, lenet, 100, 2) == (1, "auto")
+    assert placement.speed_defaults(ExecutionConfig(wave=2), lenet, 100, 2) == (2, "patches")
+    assert placement.speed_defaults(auto, mlp, 100, 2)[0] == 10
+    assert placement.speed_defaults(auto, mlp, 3, 2)[0] == 2
 
 
 def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():

@@ -50,7 +50,9 @@ def test_norms_gram_cosine_and_dispersion(tree):
     flat = np.concatenate([np.asarray(leaf, np.float64).reshape(5, -1) for leaf in leaves], 1)
     np.testing.assert_allclose(stacked.squared_norms(tree), (flat**2).sum(1), rtol=1e-5)
     np.testing.assert_allclose(stacked.gram(leaves), flat @ flat.T, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(stacked.pairwise_cosine(leaves), oracles.mean_pairwise_cosine(leaves), atol=1e-6)
+    np.testing.assert_allclose(
+        stacked.pairwise_cosine(leaves), oracles.mean_pairwise_cosine(leaves), atol=1e-6
+    )
     np.testing.assert_allclose(stacked.dispersion(tree), oracles.dispersion(leaves), rtol=1e-5)
 
 

@@ -207,7 +207,7 @@ def _warn(seen: tracing.Trace, name: str, own_mask: bool) -> None:
     if seen.plain_convs:
         warnings.warn(
             f"{name} uses plain Flax convolutions ({', '.join(seen.plain_convs[:3])}): on a CPU their "
-            "gradients are about 80 times slower inside a compiled loop. fedjax_sim.models.Conv takes the same "
-            "arguments and has the same parameters.",
+            "gradients are about 80 times slower inside a compiled loop. fedjax_sim.models.Conv takes the "
+            "same arguments and has the same parameters.",
             stacklevel=3,
         )

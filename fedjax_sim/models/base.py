@@ -1,9 +1,11 @@
 """What the engine knows of a model: pure functions of a variables pytree, and its peel points."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -47,7 +49,6 @@ class Model:
       input_shape: (H, W, C) of one image.
       num_classes: width of the logits.
       peel_points: ordered from the input to the classifier.
-      stochastic: whether training draws random numbers (dropout).
       takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
       conv: spelling of the convolution, see `fedjax_sim.models.conv`; speed only.
     """
@@ -58,7 +59,6 @@ class Model:
     num_classes: int
     peel_points: tuple[PeelPoint, ...] = ()
     takes_mask: bool = True
-    stochastic: bool = False
     conv: str = "canonical"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -124,6 +124,17 @@ class Model:
     def spelled(self, conv: str) -> "Model":
         """The same model with its convolutions spelled `conv`."""
         return dataclasses.replace(self, conv=conv)
+
+    @functools.cached_property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers (dropout)."""
+        key = jax.random.key(0)
+        images = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.float32)
+        try:
+            jax.eval_shape(lambda v, x: self.apply(v, x, train=True), jax.eval_shape(self.init, key), images)
+        except flax.errors.InvalidRngError:
+            return True
+        return False
 
     @property
     def convolves(self) -> bool:

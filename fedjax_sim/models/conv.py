@@ -136,7 +136,8 @@ def conv_general_dilated(
 class Conv(nn.Conv):
     """`flax.linen.Conv` (NHWC, kernel HWIO) whose gradients stay fast inside loops."""
 
-    conv_general_dilated = staticmethod(conv_general_dilated)
+    # The annotation makes it the dataclass field that Flax reads; without one Flax would not see it.
+    conv_general_dilated: Any = conv_general_dilated
 
 
 class ConvReluPool(nn.Module):
@@ -194,7 +195,7 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, padding:
         tile = best_tile(x.shape, kernel.shape, geometry, even=True)
         if chosen == "patches" or _patches_pay(x.shape, kernel.shape, geometry):
             return _patches_relu_pool(geometry, tile, x, kernel, bias)
-    return max_pool(nn.relu(conv(x, kernel, padding=padding) + bias))
+    return max_pool(nn.relu(conv(x, kernel, padding=padding) + bias[None, None, None]))
 
 
 # --- canonical ----------------------------------------------------------------------------------------
@@ -232,9 +233,7 @@ def _canonical_backward(g, saved, dy):
     )  # fmt: skip
     # by the kernel: channels of x as the batch, samples as the channels that are summed over
     lead = [p[0] for p in g.padding]
-    trail = [
-        s + (e - 1) - n - low for n, s, e, low in zip(x.shape[1:3], spread, extent, lead, strict=True)
-    ]
+    trail = [s + (e - 1) - n - low for n, s, e, low in zip(x.shape[1:3], spread, extent, lead, strict=True)]
     dk = jax.lax.conv_general_dilated(
         x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3), g.dilation, list(zip(lead, trail, strict=True)),
         rhs_dilation=g.strides, dimension_numbers=_NUMBERS, batch_group_count=g.groups,
@@ -379,7 +378,7 @@ def _relu_pool_forward(g, tile, x, kernel, bias):
     patches = _to_patches(x, g, at)
     y = patches @ _to_matrix(kernel, g, at, tile, _phasewise(tile))
     top = functools.reduce(jnp.maximum, jnp.split(y, 4, 1))
-    out = jax.nn.relu(top + jnp.tile(bias, tile[0] * tile[1] // 4))
+    out = jax.nn.relu(top + jnp.tile(bias, tile[0] * tile[1] // 4)[None])
     pooled = _untile(out, x.shape[0], at.tiles, (tile[0] // 2, tile[1] // 2), features)
     return pooled[:, : at.out[0] // 2, : at.out[1] // 2], (patches, kernel, bias, x, y, top)
 
@@ -389,7 +388,7 @@ def _relu_pool_backward(g, tile, saved, dz):
     at, features = _layout(x.shape, kernel.shape, g, tile), kernel.shape[-1]
     order = _phasewise(tile)
     dz = _tiled(dz, at.tiles, (tile[0] // 2, tile[1] // 2))
-    dz = jnp.where(top + jnp.tile(bias, tile[0] * tile[1] // 4) > 0, dz, jnp.zeros_like(dz))
+    dz = jnp.where(top + jnp.tile(bias, tile[0] * tile[1] // 4)[None] > 0, dz, jnp.zeros_like(dz))
     parts, taken = [], jnp.zeros(dz.shape, bool)
     for phase in jnp.split(y, 4, 1):
         wins = (phase == top) & ~taken
@@ -428,8 +427,11 @@ def best_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry, ev
 
 
 def _cost(shape, kernel_shape, g: Geometry, tile: Tile) -> float:
-    """Nanoseconds for an image's forward pass: the product at 100 GFLOP/s, less for narrow outputs, and the
-    patches at 0.7 ns a float (both measured, see scripts/benchmark/conv.py)."""
+    """Nanoseconds for an image's forward pass.
+
+    The product at 100 GFLOP/s, less for narrow outputs, and the patches at 0.7 ns a float; both measured,
+    see scripts/benchmark/conv.py.
+    """
     at = _layout(shape, kernel_shape, g, tile)
     rows = at.tiles[0] * at.tiles[1]
     depth = at.blocks[0] * at.blocks[1] * at.step[0] * at.step[1] * shape[-1]

@@ -166,6 +166,20 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
+CHECKS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload("check-lenet", "lenet", (32, 32, 3), 4, 4, 20, 20, 3, 0.02, 0.5, 0.5, 1),
+        Workload("check-mcmahan", "mcmahan", (32, 32, 3), 4, 4, 20, 20, 2, 0.02, 0.0, 0.5, 1),
+        Workload("check-mlp", "mlp", (8, 8, 1), 4, 4, 20, 20, 3, 0.1, 0.9, 0.5, 1),
+    )
+}
+"""Not for timing. All clients take part and a batch holds all that a client has, so that neither the draw of
+cohorts nor the shuffling matters: every framework must end at the same held-out loss but for rounding."""
+
+ALL = WORKLOADS | CHECKS
+
+
 def client_data(workload: Workload, client: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """One client's samples: its class's prototype plus noise, quantised.
 

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import WORKLOADS, Workload
+from common import ALL, Workload
 
 _BORN = time.perf_counter()
 MARK = "BENCHMARK "
@@ -29,14 +29,14 @@ def arguments(description: str | None, argv: list[str] | None = None) -> tuple[a
     JAX client, processes or actors elsewhere); a runner takes those that it has a use for.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--workload", required=True, choices=sorted(WORKLOADS))
+    parser.add_argument("--workload", required=True, choices=list(ALL))
     parser.add_argument("--rounds", type=int, default=None, help="timed rounds (default: the workload's)")
     parser.add_argument("--warmup", type=int, default=1, help="rounds before the timed ones, at least 1")
     parser.add_argument("--threads", type=int, default=1, help="threads in one operation")
     parser.add_argument("--devices", type=int, default=1, help="workers side by side")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    workload = WORKLOADS[args.workload]
+    workload = ALL[args.workload]
     args.rounds = workload.rounds if args.rounds is None else args.rounds
     for name in ("rounds", "warmup", "threads", "devices"):
         if getattr(args, name) < 1:

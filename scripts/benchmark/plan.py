@@ -45,7 +45,7 @@ TITLES = {
     "flwr": "Flower simulation",
 }
 
-_SLOW = "Flower's simulation costs some ms to seconds for each client, whatever the model; "
+_SLOW = "a choice to save time: it needs tens of seconds to start and sends each model between processes; "
 NOT_RUN = {
     ("flwr", "lenet"): _SLOW + "mcmahan-10 and mlp-100 show it",
     ("flwr", "mcmahan-100"): _SLOW + "mcmahan-10 and mlp-100 show it",
@@ -94,6 +94,11 @@ def schedule(peers: Sequence[str], workloads: Sequence[str], repetitions: int, c
                 if (peer, workload) not in NOT_RUN:
                     order += [Run(peer, variant, workload, repetition) for variant in variants(peer, cores)]
     return tuple(order)
+
+
+def checks(peers: Sequence[str], names: Sequence[str], cores: int) -> tuple[Run, ...]:
+    """One process for each peer (all its variants' arithmetic is the same: the last is run) and check."""
+    return tuple(Run(peer, variants(peer, cores)[-1], name, 0) for name in names for peer in peers)
 
 
 def is_hopeless(seconds: float, best: float, slack: float = 1.3) -> bool:

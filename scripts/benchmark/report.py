@@ -1,7 +1,7 @@
 """From JSON lines to a Markdown report: medians, spread, ratios, memory, and what was not run.
 
 `python report.py results.jsonl` writes `results.md` beside it; `run.py` does so by itself. A line's `kind` is
-`machine` (once, first), `peak`, `run`, `failed`, `not_run` or `dropped`.
+`machine` (once, first), `peak`, `check`, `run`, `failed`, `not_run` or `dropped`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import WORKLOADS, Workload
+from common import ALL, CHECKS, WORKLOADS, Workload
 from plan import OURS, TITLES
 
 Line = dict[str, Any]
@@ -97,7 +97,7 @@ def row(peer: str, runs: Sequence[Line], ours: Sequence[Line], workload: Workloa
         _spread([middle, min(seconds), max(seconds)]),
         _number(workload.images_per_round / middle),
         _spread(against, "×") if against else "–",
-        _number(rate) + (f" ({rate / peak:.0%})" if peak else ""),
+        _number(rate) + (f" ({rate / peak:.1%})" if peak else ""),
         _spread([run["warmup_seconds"][0] for run in runs]),
         _number(max(run["peak_rss_mb"] for run in runs)),
         f"{runs[0]['loss_of_start']:.3f} → {statistics.median(run['loss_at_end'] for run in runs):.3f}",
@@ -153,17 +153,45 @@ def table(workload: Workload, lines: Sequence[Line]) -> str:
     return "\n".join([*text, *([""] if notes else []), *dict.fromkeys(notes)])
 
 
-def _loss_note(lines: Sequence[Line]) -> list[str]:
-    """Says so if frameworks disagree on the initial weights' loss: then the models differ."""
+def disagreements(lines: Sequence[Line], tolerance: float = 1e-3) -> list[str]:
+    """Where frameworks did not compute the same thing: each a sentence that names the workload.
+
+    The shared initial weights must have the same held-out loss everywhere, and so must the model after the
+    rounds of a check workload.
+    """
     notes = []
-    for name in WORKLOADS:
-        starts = [x["loss_of_start"] for x in lines if x["kind"] == "run" and x["workload"] == name]
-        if starts and max(starts) - min(starts) > 1e-3:
-            notes.append(
-                f"**{name}: the held-out loss of the shared initial weights differs "
-                f"({min(starts)} to {max(starts)}): not the same model or data.**"
-            )
+    for name in ALL:
+        here = [line for line in lines if line["kind"] in ("run", "check") and line["workload"] == name]
+        for key in ("loss_of_start", "loss_at_end") if name in CHECKS else ("loss_of_start",):
+            values = {f"{line['peer']} {line[key]}": line[key] for line in here}
+            if values and max(values.values()) - min(values.values()) > tolerance:
+                notes.append(
+                    f"**{name}: {key} differs: {', '.join(values)}. Not the same model, data or steps.**"
+                )
     return notes
+
+
+def check_table(lines: Sequence[Line]) -> list[str]:
+    """What each peer computed on the check workloads; nothing if they were not run."""
+    done = [line for line in lines if line["kind"] == "check"]
+    if not done:
+        return []
+    peers = [peer for peer in TITLES if any(line["peer"] == peer for line in done)]
+    text = [
+        "## The same arithmetic",
+        "",
+        "Held-out loss after two rounds of full batches and full cohorts.",
+        "",
+    ]
+    text += ["| check | " + " | ".join(TITLES[peer] for peer in peers) + " |", "|---|" + "---|" * len(peers)]
+    for name in CHECKS:
+        ends = {line["peer"]: f"{line['loss_at_end']:.5f}" for line in done if line["workload"] == name}
+        if ends:
+            text.append(f"| {name} | " + " | ".join(ends.get(peer, "–") for peer in peers) + " |")
+    failed = [line for line in lines if line["kind"] == "failed" and line["workload"] in CHECKS]
+    text += [""] * bool(failed)
+    text += [f"- {TITLES[line['peer']]}, {line['workload']}: failed: {line['why']}." for line in failed]
+    return [*text, ""]
 
 
 def _versions(lines: Sequence[Line]) -> list[str]:
@@ -172,7 +200,7 @@ def _versions(lines: Sequence[Line]) -> list[str]:
         found = {
             ", ".join(f"{name} {version}" for name, version in line["versions"].items())
             for line in lines
-            if line["kind"] == "run" and line["peer"] == peer
+            if line["kind"] in ("run", "check") and line["peer"] == peer
         }
         out += [f"- {title}: {text}" for text in sorted(found)]
     return out
@@ -195,7 +223,7 @@ def render(lines: Sequence[Line]) -> str:
     ]
     if peaks:
         text += ["", "Matrix product, float32, GFLOP/s: " + "; ".join(peaks) + "."]
-    text += ["", *_loss_note(lines)]
+    text += ["", *disagreements(lines), "", *check_table(lines)]
     present = {line.get("workload") for line in lines}
     for workload in WORKLOADS.values():
         if workload.name in present:

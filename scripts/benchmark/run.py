@@ -25,7 +25,7 @@ import measure
 import peak
 import plan
 import report
-from common import WORKLOADS
+from common import CHECKS, WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -58,6 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=900.0, help="seconds after which a process is given up"
     )
+    parser.add_argument("--skip-checks", action="store_true", help="do not first compare what peers compute")
     parser.add_argument(
         "--quick", action="store_true", help="one repetition, one timed round, one to warm up"
     )
@@ -152,6 +153,18 @@ def execute(run: plan.Run, python: str, args: argparse.Namespace) -> dict:
     return {"kind": "failed", **head, "why": why}
 
 
+def check(args: argparse.Namespace, interpreters: dict[str, str], write: Write) -> None:
+    """Runs the check workloads of the models that will be timed, once on each peer; lines of kind `check`."""
+    models = {WORKLOADS[name].model for name in args.workloads}
+    names = [name for name, workload in CHECKS.items() if workload.model in models]
+    short = argparse.Namespace(**vars(args) | {"rounds": 1, "warmup": 1})
+    for run in plan.checks([peer for peer in args.peers if peer in interpreters], names, machine.cores()):
+        line = execute(run, interpreters[run.peer], short)
+        write(line | {"kind": "check"} if line["kind"] == "run" else line)
+        outcome = line.get("loss_at_end", line.get("why"))
+        say(f"{run.workload}, {run.peer}, {run.variant.name}: {outcome}")
+
+
 def repeat(args: argparse.Namespace, interpreters: dict[str, str], write: Write) -> None:
     """Runs the schedule; a variant that is clearly slower than a sibling, or failed, is not repeated."""
     peers = [peer for peer in args.peers if peer in interpreters]
@@ -194,6 +207,7 @@ def _revision() -> str:
 def main() -> None:
     """Environments, machine, schedule, report."""
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` ends its child then too
     if warning := machine.load_warning():
         say(warning)
     load = os.getloadavg()[0]
@@ -221,6 +235,8 @@ def main() -> None:
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write({"kind": "machine", **machine.describe(), "date": date, "load": load, "revision": _revision()})
     measure_peaks(interpreters, write)
+    if not args.skip_checks:
+        check(args, interpreters, write)
     for workload in args.workloads:
         for peer in args.peers:
             why = unavailable.get(peer) or plan.NOT_RUN.get((peer, workload))

@@ -15,7 +15,7 @@ from pathlib import Path
 import measure
 import numpy as np
 import torch
-from common import WORKLOADS, Workload, decoded_population
+from common import ALL, Workload, decoded_population
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -27,7 +27,7 @@ from torch_models import HeldOut, Network, count, train_client
 @functools.cache
 def actor_data(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """All clients' samples, made once in each actor (in its first, untimed round)."""
-    images, labels = decoded_population(WORKLOADS[name], seed, channels_first=True)
+    images, labels = decoded_population(ALL[name], seed, channels_first=True)
     return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -42,9 +42,9 @@ def make_client(name: str, seed: int, threads: int) -> ClientApp:
         torch.set_num_threads(threads)
         images, labels = runner_flwr.actor_data(name, seed)
         client = int(context.node_config["partition-id"])
-        network = Network(WORKLOADS[name], seed)
+        network = Network(ALL[name], seed)
         network.load_state_dict(message.content["arrays"].to_torch_state_dict())
-        train_client(network, WORKLOADS[name], images[client], labels[client])
+        train_client(network, ALL[name], images[client], labels[client])
         reply = RecordDict(
             {
                 "arrays": ArrayRecord(network.state_dict()),

@@ -25,7 +25,7 @@ def test_cross_entropy_and_its_gradient_do_not_see_padding(rng):
     batch = Batch(filled, jnp.asarray([*labels, 1, 1], jnp.int32), mask, None)
 
     def apply(variables, batch):
-        return batch.images @ variables["fc1"]["kernel"] + variables["fc1"]["bias"], variables
+        return batch.images @ variables["fc1"]["kernel"] + variables["fc1"]["bias"][None], variables
 
     loss = lambda p: cross_entropy(apply, p, batch, None)[0]  # noqa: E731
     wanted, gradient = oracles.mlp_gradient(params, x, labels)

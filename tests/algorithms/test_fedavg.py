@@ -1,4 +1,4 @@
-"""Server optimisers against NumPy, and the settings in which they do nothing. Rounds: tests/test_rounds.py."""
+"""Server optimisers against NumPy, and the settings in which they do nothing. (Rounds: test_rounds.py.)"""
 
 import jax
 import numpy as np

@@ -121,5 +121,5 @@ def test_no_norm_passes_through_and_unknown_kinds_are_refused(rng):
     y, variables = NoNorm().init_with_output(jax.random.key(0), x, train=True)
     np.testing.assert_array_equal(x, y)
     assert not variables
-    with pytest.raises(UserError, match="model.norm"):
+    with pytest.raises(UserError, match=r"model\.norm"):
         norm("instance")

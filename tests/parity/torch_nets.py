@@ -1,10 +1,10 @@
 """The papers' networks in plain PyTorch, and weights carried between them and ours, both ways.
 
-Written from the descriptions of the architectures, layer names as in `fedjax_sim.models`, so that a state dict
-and a variables pytree differ only in layout. Needs torch; import it behind `pytest.importorskip`.
+Written from the descriptions of the architectures, layer names as in `fedjax_sim.models`, so that a state
+dict and a variables pytree differ only in layout. Needs torch; import it behind `pytest.importorskip`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 class LeNet(nn.Module):
     """FedMR's CIFAR CNN."""
 
-    flattened = {"fc1": (16, 5, 5)}  # layer that reads a flattened map -> (C, H, W) of that map
+    flattened: ClassVar = {"fc1": (16, 5, 5)}  # layer that reads a flattened map -> (C, H, W) of that map
 
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
@@ -35,7 +35,7 @@ class LeNet(nn.Module):
 class FemnistCNN(nn.Module):
     """FedMR's FEMNIST CNN: pooling before ReLU."""
 
-    flattened = {"fc1": (32, 4, 4)}
+    flattened: ClassVar = {"fc1": (32, 4, 4)}
 
     def __init__(self, num_classes: int, channels: int = 1):
         super().__init__()
@@ -73,7 +73,7 @@ class PreActivationBottleneck(nn.Module):
 class ResNet20(nn.Module):
     """FedMR's ResNet-20; `femnist` adds the pooling after the stem. The last norm is never applied."""
 
-    flattened: dict[str, tuple[int, int, int]] = {}
+    flattened: ClassVar = {}
 
     def __init__(self, num_classes: int, channels: int = 3, femnist: bool = False):
         super().__init__()
@@ -103,7 +103,7 @@ class ResNet20(nn.Module):
 class VGG11BN(nn.Module):
     """LIPS's five-convolution "vgg11_bn"."""
 
-    flattened = {"fc1": (512, 1, 1)}
+    flattened: ClassVar = {"fc1": (512, 1, 1)}
 
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
@@ -139,7 +139,7 @@ class BasicBlock(nn.Module):
 class ResNet8(nn.Module):
     """LIPS's ResNet-8: 7×7 stem, pooling, one basic block in each of three stages."""
 
-    flattened: dict[str, tuple[int, int, int]] = {}
+    flattened: ClassVar = {}
 
     def __init__(self, num_classes: int, channels: int = 3):
         super().__init__()
@@ -159,7 +159,7 @@ class ResNet8(nn.Module):
 class VGG16Mnist(nn.Module):
     """FedMR's "VGG16_mnist"."""
 
-    flattened = {"fc1": (512, 7, 7)}
+    flattened: ClassVar = {"fc1": (512, 7, 7)}
 
     def __init__(self, num_classes: int, channels: int = 1):
         super().__init__()

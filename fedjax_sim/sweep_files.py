@@ -1,0 +1,243 @@
+"""What a sweep is: its YAML file, read and checked.
+
+
+    base: {rounds: 100, …}            # a configuration, or the path of one
+    methods:                          # rows of the table: label -> what differs from base
+      FedAvg: {algorithm: fedavg}
+      FedMR: {algorithm: {name: fedmr, first_stage: 10}}
+    grid:                             # columns: all combinations
+      partition.alpha: [0.1, 0.5]
+    seeds: [0, 1, 2]
+    reference: FedAvg                 # paired differences against it
+    metric: accuracy                  # what the table shows
+    goal: max                         # or min; the default goes by the metric's name
+    last_k: 1                         # mean over so many newest values of the metric
+    rounds_of_interest: [50]          # further tables, at these rounds
+    out: runs/study                   # where everything goes
+
+Each combination has a folder named after it, so that a second start skips what is finished and resumes what
+was cut. All methods of one column and seed get the same seed, hence the same partition and the same cohorts.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedjax_sim import algorithms
+from fedjax_sim import config as config_lib
+from fedjax_sim.config import RunConfig
+from fedjax_sim.errors import UserError
+
+_FIELDS = (
+    *(
+        "base",
+        "methods",
+        "grid",
+        "seeds",
+        "reference",
+        "metric",
+        "goal",
+        "last_k",
+        "rounds_of_interest",
+        "out",
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a sweep.
+
+    Attributes:
+      method: row of the table.
+      setting: column of the table, as dotted field -> value.
+      seed: of the run.
+      config: complete, its output folder included.
+    """
+
+    method: str
+    setting: tuple[tuple[str, Any], ...]
+    seed: int
+    config: RunConfig
+
+    @property
+    def column(self) -> str:
+        """The setting in words; "" without a grid."""
+        return ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in self.setting)
+
+    @property
+    def name(self) -> str:
+        """For messages: method, setting, seed."""
+        return ", ".join(part for part in (self.method, self.column, f"seed {self.seed}") if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep, checked: every configuration in it is valid.
+
+    Attributes:
+      jobs: in the order in which they run: seed by seed, so that a first table is there early.
+      reference: label of the method to which others are compared; None compares none.
+      metric: of the table.
+      goal: max or min.
+      last_k: newest values of the metric that are averaged.
+      rounds_of_interest: further tables.
+      out: folder of everything.
+    """
+
+    jobs: tuple[Job, ...]
+    reference: str | None
+    metric: str
+    goal: str
+    last_k: int
+    rounds_of_interest: tuple[int, ...]
+    out: Path
+
+
+def load(path: str | Path) -> Sweep:
+    """A sweep from its file; relative paths of `base` are seen from the file's folder.
+
+    Raises:
+      UserError: the file is missing, or anything in it is wrong.
+    """
+    return from_mapping(config_lib.read_yaml(path), Path(path).parent, Path(path).stem)
+
+
+def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str = "sweep") -> Sweep:
+    """A sweep from what its file says.
+
+    Args:
+      mapping: the file's content.
+      home: folder from which a relative `base` is seen.
+      name: of the sweep; gives the default of `out`.
+
+    Raises:
+      UserError: an unknown field, a configuration that is not valid, two runs of one name.
+    """
+    for key in mapping:
+        if key not in _FIELDS:
+            raise UserError(
+                f"sweep.{key}", mapping[key], "no such field", config_lib.nearest(str(key), _FIELDS)
+            )
+    base = mapping.get("base", {})
+    if isinstance(base, str):
+        base = config_lib.read_yaml(home / base)
+    config = config_lib.from_dict(base)
+    methods = mapping.get("methods") or {algorithms.name_of(config.algorithm) or "base": {}}
+    grid = mapping.get("grid") or {}
+    seeds = mapping.get("seeds", [config.seed])
+    _check(methods, grid, seeds, mapping)
+    out = Path(str(mapping.get("out", f"runs/{name}"))).expanduser().absolute()
+    jobs = []
+    for seed in seeds:
+        for values in itertools.product(*grid.values()):
+            setting = tuple(zip(grid, values, strict=True))
+            for label, changes in methods.items():
+                made = _apply(config, {**_flat(changes), **dict(setting), "seed": seed}, label)
+                where = out / "runs" / _slug(label) / _slug(_path_part(setting)) / f"seed{seed}"
+                output = dataclasses.replace(made.output, dir=str(where), progress=False)
+                jobs.append(Job(label, setting, seed, dataclasses.replace(made, output=output)))
+    taken: dict[str | None, Job] = {}
+    for job in jobs:
+        other = taken.setdefault(job.config.output.dir, job)
+        if other is not job:
+            raise UserError(
+                "sweep", job.name, f"it has the same folder as {other.name}", "Rename one of them."
+            )
+    metric = str(mapping.get("metric", "accuracy"))
+    goal = mapping.get("goal", "min" if re.search("loss|waste|time", metric) else "max")
+    rounds = tuple(mapping.get("rounds_of_interest") or ())
+    return Sweep(tuple(jobs), mapping.get("reference"), metric, goal, mapping.get("last_k", 1), rounds, out)
+
+
+def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> None:
+    def wrong(field, why, fix):
+        return UserError(f"sweep.{field}", mapping.get(field), why, fix)
+
+    if not isinstance(methods, Mapping):
+        raise wrong(
+            "methods", "a mapping of label to changes is wanted", "Write `FedAvg: {algorithm: fedavg}`."
+        )
+    for label, changes in methods.items():
+        if not isinstance(changes, Mapping):
+            raise UserError(f"sweep.methods.{label}", changes, "a mapping is wanted", "Write {algorithm: …}.")
+    if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
+        raise wrong(
+            "grid", "a mapping of dotted field to a list is wanted", "Write `partition.alpha: [0.1, 1]`."
+        )
+    if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
+        raise wrong("seeds", "a list of whole numbers is wanted", "Write `seeds: [0, 1, 2]`.")
+    if len(set(seeds)) < len(seeds):
+        raise wrong("seeds", "a seed is there twice", "Name each once.")
+    reference = mapping.get("reference")
+    if reference is not None and reference not in methods:
+        raise wrong("reference", "no such method", config_lib.nearest(str(reference), map(str, methods)))
+    if mapping.get("goal", "max") not in ("max", "min"):
+        raise wrong("goal", "not one of the choices", "Choose max or min.")
+    last_k = mapping.get("last_k", 1)
+    if type(last_k) is not int or last_k < 1:
+        raise wrong("last_k", "a whole number from 1 is wanted", "1 takes the newest value.")
+    rounds = mapping.get("rounds_of_interest") or []
+    if not isinstance(rounds, list) or not all(type(r) is int and r > 0 for r in rounds):
+        raise wrong("rounds_of_interest", "a list of rounds is wanted", "Write `[50, 100]`.")
+
+
+def _flat(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Nested changes by dotted field; an algorithm stays whole, as its fields depend on its name."""
+    out: dict[str, Any] = {}
+    for key, value in changes.items():
+        dotted = f"{path}{key}"
+        if isinstance(value, Mapping) and dotted in _SECTIONS:
+            out |= _flat(value, f"{dotted}.")
+        else:
+            out[dotted] = value
+    return out
+
+
+_SECTIONS = {
+    field.name
+    for field in dataclasses.fields(RunConfig)
+    if field.name != "algorithm" and dataclasses.is_dataclass(getattr(RunConfig(), field.name))
+}
+
+
+def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConfig:
+    """`config` with dotted fields set; fields of the algorithm after the algorithm itself."""
+    nested: dict[str, Any] = {}
+    for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):
+        *way, last = key.split(".")
+        place: dict[str, Any] = nested
+        for part in way:
+            inner = place.setdefault(part, {})
+            if isinstance(inner, str):  # `algorithm: fedmr` beside `algorithm.first_stage: 5`
+                inner = place[part] = {"name": inner}
+            # Never the user's own mapping: two methods may share it.
+            place[part] = place = dict(inner)
+        place[last] = dict(value) if isinstance(value, Mapping) else value
+    try:
+        return config_lib.from_dict(nested, base=config)
+    except UserError as error:
+        raise UserError(
+            error.field, error.value, f"(of {label!r}) {str(error).split(': ', 1)[-1]}", ""
+        ) from None
+
+
+def _value(value: Any) -> str:
+    return (
+        str(value)
+        if isinstance(value, str | int | float)
+        else yaml.safe_dump(value, default_flow_style=True).strip()
+    )
+
+
+def _path_part(setting: Sequence[tuple[str, Any]]) -> str:
+    return ",".join(f"{key}={_value(value)}" for key, value in setting) or "base"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "_", text).strip("._") or "_"

@@ -1,0 +1,175 @@
+"""Every mistake gives one line: the field, the value and the way out, before anything is compiled."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fedjax_sim import cli
+from fedjax_sim.simulation import Simulation
+
+pytestmark = pytest.mark.faults
+EIGHT = ("run", "--partition.clients", "8")
+
+
+@pytest.fixture
+def complaint(capsys, monkeypatch):
+    """What the command line says to a mistake; fails if it compiled, or said more than a line."""
+
+    def compiled(self):
+        raise AssertionError("it got as far as compiling")
+
+    def run(*words):
+        monkeypatch.setattr(Simulation, "_initial_state", compiled)
+        status = cli.main(list(words))
+        told = capsys.readouterr()
+        assert status == 2, told.out
+        assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "Traceback" not in told.err
+        return told.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        # names
+        (["run", "--algorithm", "fedavgg"], ("algorithm.name = 'fedavgg'", "fedavg")),
+        ([*EIGHT, "--model.name", "resnet21"], ("model.name = 'resnet21'", "resnet20")),
+        (["run", "--data.source", "cifar11"], ("data.source = 'cifar11'", "cifar10")),
+        (["run", "--partition.kind", "dirchlet"], ("partition.kind = 'dirchlet'", "dirichlet")),
+        ([*EIGHT, "--local.optimizer", "adamm"], ("local.optimizer = 'adamm'", "adam")),
+        (["run", "--local.schedule", "linear"], ("local.schedule = 'linear'", "cosine")),
+        (["run", "--execution.conv", "fft"], ("execution.conv = 'fft'", "auto")),
+        (["run", "--algorithm=fedmr", "--algorithm.granularity=row"], ("algorithm.granularity", "tensor")),
+        (["run", "--locl.lr", "1"], ("--locl.lr", "--local.lr")),
+        (["runn"], ("command = 'runn'", "run")),
+        (["sweep", "nowhere.yaml"], ("nowhere.yaml", "no such file")),
+        (["resume", "nowhere"], ("nowhere", "folder")),
+        # numbers
+        (["run", "--local.lr", "-0.1"], ("local.lr = -0.1", "above 0")),
+        (["run", "--local.lr=nan"], ("local.lr", "positive")),
+        (["run", "--local.momentum", "1.5"], ("local.momentum = 1.5", "[0.0, 1.0)")),
+        (["run", "--local.batch-size", "0"], ("local.batch_size = 0", "at least 1")),
+        (["run", "--rounds", "0"], ("rounds = 0", "at least 1")),
+        (["run", "--seed", "-1"], ("seed = -1", "outside")),
+        (["run", "--local.steps", "3"], ("local.epochs = 5", "null")),
+        (["run", "--rounds", "many"], ("rounds = 'many'", "int")),
+        # partitions
+        (["run", "--partition.kind=iid", "--partition.clients=5000"], ("partition.clients = 5000", "1438")),
+        (["run", "--partition.alpha", "0"], ("partition.alpha = 0", "positive")),
+        (["run", "--partition.alpha", "0.01"], ("partition.alpha = 0.01", "fewer partition.clients")),
+        (["run", "--partition.kind", "natural"], ("partition.kind = 'natural'", "writer")),
+        (["run", "--partition.kind", "file"], ("partition.path", "Give")),
+        ([*EIGHT, "--cohort.size", "9"], ("cohort.size = 9", "at most 8")),
+        (["run", "--cohort.fraction", "0"], ("cohort.fraction = 0", "(0.0, 1.0]")),
+        ([*EIGHT, "--evaluation.per-client"], ("evaluation.per_client", "local_test")),
+        # machine
+        ([*EIGHT, "--execution.devices", "99"], ("execution.devices = 99", "null")),
+        (["run", "--output.dir", "/proc/nowhere"], ("output.dir = '/proc/nowhere'", "may write")),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line(complaint, words, told):
+    said = complaint(*words)
+    assert all(part in said for part in told), said
+
+
+def arrays(**changes):
+    """What an npz file of 8 × 8 grey images holds."""
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    labels = np.arange(40) % 4
+    whole = {
+        "train_images": images,
+        "train_labels": labels,
+        "test_images": images[:8],
+        "test_labels": labels[:8],
+    }
+    return {**whole, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train_images": np.zeros((40, 8, 8, 1), np.float32) * np.nan}, ("train_images", "NaN")),
+        ({"test_images": np.zeros((8, 9, 8, 1), np.uint8)}, ("test_images", "shape")),
+        ({"train_images": np.zeros((40, 8), np.uint8)}, ("train_images", "shape")),
+        ({"train_labels": np.zeros(39, np.int64)}, ("train_labels", "40")),
+        ({"train_labels": np.full(40, -1)}, ("train_labels", "-1")),
+        ({"train_labels": np.zeros(40, np.float32)}, ("train_labels", "integer")),
+    ],
+)
+def test_data_that_does_not_fit_together(complaint, tmp_path, changes, told):
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays(**changes))
+    said = complaint(
+        "run", "--data.source", f"npz:{path}", "--partition.kind", "iid", "--partition.clients", "4"
+    )
+    assert all(part in said for part in told), said
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"\x00" * len(b)])
+def test_a_corrupt_npz(complaint, tmp_path, spoil):
+    path = tmp_path / "set.npz"
+    np.savez(path, **arrays())
+    path.write_bytes(spoil(path.read_bytes()))
+    assert "set.npz" in complaint("run", "--data.source", f"npz:{path}", "--partition.clients", "4")
+
+
+def test_a_folder_below_a_file(complaint, tmp_path):
+    (tmp_path / "file").touch()
+    said = complaint("run", "--output.dir", str(tmp_path / "file" / "run"))
+    assert "output.dir" in said and "may write" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("version: 0\n", ("version = 0", "--print-config")),
+        ("roundz: 3\n", ("roundz = 3", "rounds")),
+        ("local: {lrr: 1}\n", ("local.lrr = 1", "lr")),
+        ("local: 3\n", ("local", "mapping")),
+        ("algorithm: {name: fedmr, first_stag: 1}\n", ("algorithm.first_stag", "first_stage")),
+        ("rounds: [1\n", ("cannot be read", "Mend")),
+        ("- 1\n", ("mapping", "field: value")),
+    ],
+)
+def test_a_file_with_a_mistake(complaint, tmp_path, text, told):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    said = complaint("run", str(path))
+    assert all(part in said for part in told), said
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: [1]\n", ("sweep.seed", "seeds")),
+        ("seeds: []\n", ("sweep.seeds", "[0, 1, 2]")),
+        ("seeds: [1, 1]\n", ("sweep.seeds", "twice")),
+        ("grid: {partition.alpha: 3}\n", ("sweep.grid", "list")),
+        ("methods: {A: {}}\nreference: B\n", ("sweep.reference = 'B'", "A")),
+        ("methods: {A: {algorithm: fedavgg}}\n", ("algorithm.name = 'fedavgg'", "'A'")),
+        ("grid: {partition.alfa: [1]}\n", ("partition.alfa", "alpha")),
+        ("goal: up\n", ("sweep.goal", "max or min")),
+        ("methods: {a/b: {}, a b: {}}\n", ("same folder", "Rename")),
+    ],
+)
+def test_a_sweep_with_a_mistake(complaint, tmp_path, text, told):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    said = complaint("sweep", str(path))
+    assert all(part in said for part in told), said
+
+
+def test_as_a_user_types_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "fedjax_sim.cli", "run", "--local.lr", "-1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: local.lr = -1.0: must be a positive, finite number. Give a value above 0.\n"

@@ -1,0 +1,186 @@
+"""A run that is killed at any moment, and resumed until it is done, is bit for bit the run that never was."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import data, records, runs
+from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.config import (
+    CohortConfig,
+    EvaluationConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+)
+
+pytestmark = [
+    pytest.mark.faults,
+    # Orbax reads leaves side by side; when one fails, the others' answers find its event loop closed.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+ROUNDS = 600
+
+
+def make(folder, **changes):
+    return RunConfig(
+        rounds=changes.pop("rounds", ROUNDS),
+        partition=data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0),
+        model=ModelConfig(options={"hidden": [8]}),
+        algorithm=CONFIGS["fedmr"](),
+        local=LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.05, momentum=0.9, keep_optimizer=True),
+        cohort=CohortConfig(size=4),
+        evaluation=EvaluationConfig(every=10),
+        output=OutputConfig(
+            dir=str(folder), checkpoint_every=7, tensorboard=False, figures=False, progress=False, **changes
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that was never cut, in this process."""
+    return runs.run(make(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def command(*words):
+    """The command line in a process of its own, on as many devices as here."""
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count()), "JAX_PLATFORMS": "cpu"}
+    if jax.config.jax_compilation_cache_dir:
+        env["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+        env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        env["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    line = [sys.executable, "-m", "fedjax_sim.cli", *words]
+    return subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(folder):
+    path = Path(folder) / records.JOURNAL
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_after(process, folder, more, chance):
+    """SIGKILL once the journal has grown by `more` rounds, and a moment longer. -> whether it was in time."""
+    target, end = lines(folder) + more, time.monotonic() + 120
+    while process.poll() is None and lines(folder) < target:
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.02))
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
+
+
+def check_same(folder, whole):
+    """Metrics and final parameters, bit for bit."""
+    found = runs.load(folder)
+    assert found.finished
+    one, other = (records.read_parquet(Path(f) / records.METRICS) for f in (folder, whole.folder))
+    assert list(one) == list(other) == list(whole.metrics)
+    for a, b in zip(jax.tree.leaves(found.variables), jax.tree.leaves(whole.variables), strict=True):
+        assert a.dtype == b.dtype and np.array_equal(a, b)
+
+
+def killed_until_done(tmp_path, whole, kills, seed):
+    chance = random.Random(seed)
+    folder = tmp_path / "run"
+    path = tmp_path / "run.yaml"
+    path.write_text(config_lib.dump(make(folder, rounds=whole.config.rounds)))
+    done = 0
+    process = command("run", str(path))
+    while done < kills:
+        if kill_after(process, folder, chance.randint(1, whole.config.rounds // (2 * kills)), chance):
+            done += 1
+        elif runs.load(folder).finished:
+            pytest.fail(f"it finished before it had been killed {kills} times")
+        process = command("resume", str(folder))
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    check_same(folder, whole)
+
+
+def test_killed_twice(tmp_path, whole):
+    killed_until_done(tmp_path, whole, 2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_killed_twenty_times(tmp_path, seed):
+    long = runs.run(make(tmp_path / "whole", rounds=3000))
+    killed_until_done(tmp_path, long, 20, seed)
+
+
+def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path, whole):
+    folder = tmp_path / "run"
+    path = tmp_path / "run.yaml"
+    path.write_text(config_lib.dump(make(folder)))
+    process = command("run", str(path))
+    end = time.monotonic() + 120
+    while lines(folder) < 20 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 143, told
+    assert "fedjax-sim resume" in told and "Traceback" not in told
+    stopped = runs.load(folder)
+    assert 20 <= stopped.rounds < ROUNDS
+    assert (folder / "checkpoints" / str(stopped.rounds)).is_dir()
+    assert runs.resume(folder).finished
+    check_same(folder, whole)
+
+
+def cut_short(tmp_path, whole):
+    """A folder as a kill leaves it: of the finished run, without its end."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    (folder / "result.json").unlink()
+    return folder
+
+
+def newest(folder):
+    return max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "half-written", "no state", "journal torn"])
+def test_damage_is_passed_over_and_the_end_is_the_same(tmp_path, whole, damage):
+    folder = cut_short(tmp_path, whole)
+    victim = newest(folder)
+    told = "damaged"
+    if damage == "half-written":
+        victim.rename(victim.with_name(f"{victim.name}.orbax-checkpoint-tmp-0"))
+        told = "half-written"
+    elif damage == "no state":
+        shutil.rmtree(victim / "state")
+    elif damage == "journal torn":
+        path = folder / records.JOURNAL
+        path.write_bytes(path.read_bytes()[:-40])
+        told = "journal ends"
+    else:
+        for path in (path for path in (victim / "state").rglob("*") if path.is_file()):
+            content = bytearray(path.read_bytes())
+            if damage == "truncated":
+                content = content[: len(content) // 2]
+            else:
+                content[len(content) // 2 :: 7] = bytes(b ^ 0xFF for b in content[len(content) // 2 :: 7])
+            path.write_bytes(bytes(content))
+    with pytest.warns(UserWarning, match=told):
+        assert runs.resume(folder).finished
+    check_same(folder, whole)
+
+
+def test_with_all_checkpoints_lost_it_starts_over(tmp_path, whole):
+    folder = cut_short(tmp_path, whole)
+    shutil.rmtree(folder / "checkpoints")
+    assert runs.resume(folder).finished
+    check_same(folder, whole)

@@ -1,0 +1,153 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from fedjax_sim import algorithms, cli, flags, runs
+from fedjax_sim import config as config_lib
+from fedjax_sim.config import RunConfig
+from fedjax_sim.errors import UserError
+
+TINY = [
+    *("--partition.clients", "8", "--partition.kind", "iid", "--cohort.size", "4", "--rounds", "2"),
+    *("--model.options", "{hidden: [8]}", "--local.epochs", "null", "--local.steps", "2"),
+    *("--output.no-progress", "--output.no-figures", "--output.no-tensorboard"),
+]
+
+
+def parsed(*words):
+    return flags.parse(words, "run", "Runs.")[0]
+
+
+def test_no_flags_is_the_default():
+    assert parsed() == RunConfig()
+
+
+def test_flags_reach_every_kind_of_field():
+    made = parsed(
+        *("--seed", "3", "--local.lr", "1e-2", "--local.momentum=0.5", "--partition.clients", "null"),
+        *("--partition.kind", "natural", "--model.norm", "none", "--model.options", "{hidden: [64, 32]}"),
+        *("--output.no-tensorboard", "--evaluation.per-client", "--output.dir", "1", "--cohort.size", "5"),
+    )
+    assert made.seed == 3 and made.local.lr == 0.01 and made.local.momentum == 0.5
+    assert made.partition.clients is None and made.model.norm == "none"
+    assert made.model.options == {"hidden": [64, 32]}
+    assert made.output.tensorboard is False and made.evaluation.per_client is True
+    assert made.output.dir == "1" and made.cohort.size == 5
+
+
+def test_every_field_of_every_algorithm_has_a_flag():
+    for name, cls in algorithms.CONFIGS.items():
+        words = []
+        for field in dataclasses.fields(cls):
+            value = getattr(cls(), field.name)
+            if isinstance(value, bool):
+                words.append(f"--algorithm.{field.name.replace('_', '-')}")
+            elif isinstance(value, int | float | str):
+                words += [f"--algorithm.{field.name.replace('_', '-')}", str(value)]
+        made = parsed("--algorithm", name, *words).algorithm
+        assert type(made) is cls
+        for field in dataclasses.fields(cls):
+            if not isinstance(getattr(cls(), field.name), bool):
+                assert getattr(made, field.name) == getattr(cls(), field.name)
+
+
+def test_the_file_gives_defaults_and_flags_override(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "rounds: 7\nseed: 2\nalgorithm: {name: fedmr, first_stage: 3}\nlocal: {lr: 0.5, epochs: 2}\n"
+    )
+    made = parsed(str(path), "--seed", "9", "--algorithm.partition", "0.5")
+    assert (made.rounds, made.seed, made.local.lr, made.local.epochs) == (7, 9, 0.5, 2)
+    assert made.algorithm == algorithms.CONFIGS["fedmr"](first_stage=3, partition=0.5)
+    assert parsed(str(path), "--algorithm", "fedmr").algorithm.first_stage == 3
+    assert type(parsed(str(path), "--algorithm=fedavg").algorithm) is algorithms.CONFIGS["fedavg"]
+
+
+def test_print_config_gives_yaml_that_reads_back(tmp_path, capsys):
+    assert cli.main(["run", "--algorithm", "fedmr", *TINY, "--print-config"]) == 0
+    text = capsys.readouterr().out
+    assert set(yaml.safe_load(text)) == {f.name for f in dataclasses.fields(RunConfig)}
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert config_lib.load(path) == parsed("--algorithm", "fedmr", *TINY)
+
+
+def test_help_lists_flags_with_what_they_mean(capsys):
+    assert cli.main(["run", "--algorithm", "fedmr", "--help"]) == 0
+    text = capsys.readouterr().out
+    for told in (
+        "--algorithm.first-stage",
+        "--partition.alpha",
+        "--local.lr",
+        "learning rate in round 0",
+        "--print-config",
+    ):
+        assert told in text
+    assert cli.main(["--help"]) == 0 and "sweep" in capsys.readouterr().out
+    assert cli.main(["resume", "--help"]) == 0 and "FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--local.lrr", "1"], "--local.lr"),
+        (["--algorithm", "fedmr", "--algorithm.first-stag", "1"], "--algorithm.first-stage"),
+        (["--algorithm.first-stage", "1"], "--algorithm.first-stage"),
+        (["--algorithm", "fedmrr"], "fedmr"),
+        (["--local.lr", "fast"], "local.lr"),
+        (["--rounds", "1.5"], "rounds"),
+        (["--local.lr"], "value"),
+        (["lonely.yaml"], "no such file"),
+        (["--seed", "1", "stray"], "stray"),
+    ],
+)
+def test_a_wrong_flag_names_itself_and_the_way_out(words, told):
+    with pytest.raises(UserError, match=told.replace(".", r"\.")):
+        parsed(*words)
+
+
+def test_list_names_everything(capsys):
+    assert cli.main(["list"]) == 0
+    text = capsys.readouterr().out
+    for told in (*algorithms.CONFIGS, "first-stage 0", "resnet20", "cifar10", "digits", "dirichlet-classes"):
+        assert told in text
+    from fedjax_sim import data
+
+    assert set(cli._PARTITIONS) == set(data.KINDS)
+
+
+def test_run_then_resume_then_refuse(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert cli.main(["run", *TINY, "--output.dir", folder]) == 0
+    assert folder in capsys.readouterr().out
+    assert runs.load(folder).finished
+    assert cli.main(["resume", folder]) == 0
+    capsys.readouterr()
+    assert cli.main(["run", *TINY, "--output.dir", folder]) == 2
+    assert capsys.readouterr().err.startswith("error: output.dir")
+
+
+def test_plan_prints_parts_and_a_verdict(capsys):
+    assert cli.main(["plan", "--algorithm", "fedmr", *TINY]) == 0
+    text = capsys.readouterr().out
+    assert "server: slots (4 models)" in text and "it fits" in text
+
+
+def test_a_memory_that_is_too_small_is_said_with_status_1(capsys, monkeypatch):
+    monkeypatch.setattr("fedjax_sim.memory.available", lambda platform: 1000)
+    assert cli.main(["plan", *TINY]) == 1
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_status_of_signals(monkeypatch, capsys):
+    def stop(error):
+        def command(words):
+            raise error
+
+        return command
+
+    monkeypatch.setattr(cli, "_list", stop(KeyboardInterrupt()))
+    assert cli.main(["list"]) == 130
+    monkeypatch.setattr(cli, "_list", stop(SystemExit(143)))
+    assert cli.main(["list"]) == 143

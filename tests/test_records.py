@@ -1,0 +1,165 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedjax_sim import provenance, records
+from fedjax_sim.data import load
+from fedjax_sim.errors import UserError
+from fedjax_sim.records import Journal, Row, Table
+from fedjax_sim.tensorboard import Events, tag_of
+
+ROWS = [
+    Row(1, "accuracy", 0.1),
+    Row(1, "trace", 2.0, layer="conv1", state="before"),
+    Row(1, "trace", 3.0, layer="conv1", state="after"),
+    Row(2, "accuracy", 0.2),
+    Row(2, "client_accuracy", 0.5, client=7),
+    Row(2, "client_accuracy", 0.25, client=3),
+]
+
+any_row = st.builds(
+    Row,
+    st.integers(1, 10_000),
+    st.text("abc_/", min_size=1, max_size=5),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text("xyz", max_size=3),
+    st.integers(-1, 5000),
+    st.sampled_from(["", "before", "after"]),
+)
+
+
+@given(st.lists(any_row, max_size=30))
+def test_table_holds_rows_as_they_are(rows):
+    table = Table(rows)
+    assert len(table) == len(rows)
+    assert list(table) == rows
+    for name in Row._fields:
+        assert table.column(name).tolist() == [getattr(row, name) for row in rows]
+
+
+def test_series_picks_one_number_over_time():
+    table = Table(ROWS)
+    rounds, values = table.series("accuracy")
+    assert rounds.tolist() == [1, 2] and values.tolist() == [0.1, 0.2]
+    assert table.series("trace", layer="conv1", state="after")[1].tolist() == [3.0]
+    assert len(table.series("trace")[0]) == 0
+    assert len(table.series("nothing")[0]) == 0
+    assert table.last("accuracy") == 0.2
+    clients, values = table.by_client("client_accuracy", 2)
+    assert clients.tolist() == [7, 3] and values.tolist() == [0.5, 0.25]
+
+
+def test_what_is_not_there_is_named():
+    with pytest.raises(UserError, match="such column"):
+        Table(ROWS).column("epoch")
+    with pytest.raises(UserError, match="accuracy"):
+        Table(ROWS).last("acuracy")
+
+
+def test_parquet_keeps_every_bit(tmp_path, rng):
+    rows = [
+        Row(i, "x", float(value), "l" * (i % 3), i - 1, "s") for i, value in enumerate(rng.normal(size=100))
+    ]
+    rows.append(Row(100, "x", 5e-324))
+    records.write_parquet(Table(rows), tmp_path / "m.parquet")
+    assert list(records.read_parquet(tmp_path / "m.parquet")) == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["m.parquet"]
+
+
+@pytest.mark.parametrize(("value", "code"), [(math.nan, 0.0), (math.inf, 1.0), (-math.inf, -1.0)])
+def test_values_that_are_not_finite_get_a_name_and_a_code(value, code):
+    with pytest.warns(UserWarning, match="nonfinite/loss"):
+        kept = records.finite([Row(3, "loss", value), Row(3, "accuracy", 0.5)])
+    assert kept == [Row(3, "nonfinite/loss", code), Row(3, "accuracy", 0.5)]
+
+
+def written(folder, count):
+    journal = Journal(folder, 0)
+    for number in range(1, count + 1):
+        journal.append(number, [Row(number, "accuracy", number / 7)], 0.5, 10)
+    journal.sync()
+    journal.close()
+
+
+def test_journal_cut_to_a_round_then_continued_is_as_if_never_cut(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    written(tmp_path / "a", 6)
+    written(tmp_path / "b", 5)
+    journal = Journal(tmp_path / "b", 3)
+    assert journal.last == 3 and journal.seconds == 1.5 and len(journal.table) == 3
+    for number in range(4, 7):
+        journal.append(number, [Row(number, "accuracy", number / 7)], 0.5, 10)
+    journal.sync()
+    journal.close()
+    for name in (records.JOURNAL, records.METRICS, records.TIMING):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("lost", [1, 5, 30])
+def test_a_torn_line_does_not_count(tmp_path, lost):
+    written(tmp_path, 4)
+    path = tmp_path / records.JOURNAL
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert [number for number, _, _ in records.read_journal(path)] == [1, 2, 3]
+    journal = Journal(tmp_path, None)
+    journal.append(4, [Row(4, "accuracy", 4 / 7)], 0.5, 10)
+    journal.close()
+    assert [rows[0].value for _, rows, _ in records.read_journal(path)] == [1 / 7, 2 / 7, 3 / 7, 4 / 7]
+
+
+def test_a_journal_with_a_gap_ends_before_it(tmp_path):
+    written(tmp_path, 4)
+    path = tmp_path / records.JOURNAL
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:1], *lines[2:]]))
+    assert [number for number, _, _ in records.read_journal(path)] == [1]
+
+
+def test_timing_is_kept_apart_from_the_metrics(tmp_path):
+    written(tmp_path, 3)
+    rounds, seconds, clients = records.read_timing(tmp_path)
+    assert rounds.tolist() == [1, 2, 3] and seconds.tolist() == [0.5] * 3 and clients.tolist() == [10] * 3
+    assert "seconds" not in records.read_parquet(tmp_path / records.METRICS).names()
+
+
+def test_tags_name_layer_and_state_and_leave_single_clients_out():
+    assert tag_of(ROWS[0]) == "accuracy"
+    assert tag_of(ROWS[1]) == "trace/conv1/before"
+    assert tag_of(ROWS[4]) is None
+
+
+def test_events_hold_the_scalars(tmp_path):
+    events = Events(tmp_path)
+    events.write(ROWS)
+    events.close()
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    assert b"trace/conv1/after" in content and b"client_accuracy" not in content
+
+
+def test_provenance_says_versions_hardware_and_data():
+    about = provenance.describe(load("digits"))
+    assert json.loads(json.dumps(about)) == about
+    assert {"python", "fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(
+        about["versions"]
+    )
+    assert about["devices"]["count"] >= 1 and about["cpu"]["cores"] >= 1 and about["cpu"]["memory_bytes"] > 0
+
+
+def test_other_data_is_recognised():
+    digits = load("digits")
+    recorded = provenance.fingerprint(digits)
+    provenance.check_fingerprint(digits, recorded)
+    images = digits.train_images.copy()
+    images[3, 2, 2, 0] ^= 1
+    with pytest.raises(UserError, match="train_images"):
+        provenance.check_fingerprint(dataclasses.replace(digits, train_images=images), recorded)
+    labels = np.roll(digits.train_labels, 1)
+    with pytest.raises(UserError, match="train_labels"):
+        provenance.check_fingerprint(dataclasses.replace(digits, train_labels=labels), recorded)

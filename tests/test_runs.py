@@ -1,0 +1,281 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import data, models, records, runs
+from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.config import (
+    CohortConfig,
+    EvaluationConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+)
+from fedjax_sim.errors import UserError
+from fedjax_sim.folders import Folder
+from fedjax_sim.simulation import Simulation
+
+
+def tiny(folder=None, **changes):
+    base = RunConfig(
+        rounds=5,
+        partition=data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0, local_test="holdout"),
+        model=ModelConfig(options={"hidden": [8]}),
+        local=LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.1),
+        cohort=CohortConfig(size=4),
+        evaluation=EvaluationConfig(every=2, per_client=True),
+        output=OutputConfig(
+            dir=None if folder is None else str(folder),
+            checkpoint_every=2,
+            tensorboard=False,
+            figures=False,
+            progress=False,
+        ),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def stop_at(monkeypatch, number, what):
+    """Makes the step after `number` rounds do `what` first."""
+    step = Simulation.step
+
+    def changed(self):
+        if self.round == number:
+            what()
+        return step(self)
+
+    monkeypatch.setattr(Simulation, "step", changed)
+    return step
+
+
+class Crash(Exception):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+def same(one, other):
+    return jax.tree.all(jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other))
+
+
+def test_in_memory_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = runs.run(tiny())
+    assert done.finished and done.folder is None and list(tmp_path.iterdir()) == []
+    rounds, values = done.metrics.series("accuracy")
+    assert rounds.tolist() == [2, 4, 5] and ((values >= 0) & (values <= 1)).all()
+    picture = done.plot("accuracy")
+    assert picture.axes[0].get_xlabel() == "round" and picture._repr_png_().startswith(b"\x89PNG")
+    assert "accuracy" in repr(done)
+
+
+def test_a_folder_holds_all_and_says_the_same(tmp_path):
+    config = tiny(tmp_path / "run")
+    config = dataclasses.replace(
+        config, output=dataclasses.replace(config.output, tensorboard=True, figures=True, progress=True)
+    )
+    done = runs.run(config)
+    folder = done.folder
+    for name in (
+        *(
+            "config.yaml",
+            "provenance.json",
+            "partition.json",
+            "metrics.parquet",
+            "journal.jsonl",
+            "timing.csv",
+        ),
+        *("result.json", "figures/curves.png", "figures/partition.png", "figures/clients.png"),
+    ):
+        assert (folder / name).stat().st_size > 0, name
+    assert list((folder / "tensorboard").iterdir())
+    assert config_lib.load(folder / "config.yaml") == config
+    assert set(yaml.safe_load((folder / "config.yaml").read_text())) == {
+        f.name for f in dataclasses.fields(config)
+    }
+    memory = runs.run(dataclasses.replace(config, output=tiny().output))
+    assert (
+        list(records.read_parquet(folder / "metrics.parquet")) == list(memory.metrics) == list(done.metrics)
+    )
+    assert same(done.variables, memory.variables)
+    assert json.loads((folder / "result.json").read_text())["final"]["accuracy"] == done.metrics.last(
+        "accuracy"
+    )
+    opened = runs.load(folder)
+    assert opened.finished and list(opened.metrics) == list(done.metrics)
+    assert same(opened.variables, done.variables)
+    assert opened.seconds == pytest.approx(done.seconds, abs=1e-3)
+    assert sorted(int(p.name) for p in (folder / "checkpoints").iterdir()) == [4, 5]
+
+
+def demanding(algorithm):
+    """With everything that a checkpoint has to bring back: client optimisers too."""
+    local = dataclasses.replace(tiny().local, momentum=0.9, keep_optimizer=True)
+    return {"algorithm": CONFIGS[algorithm](), "local": local}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """algorithm -> its run, never cut."""
+    return {
+        name: runs.run(tiny(tmp_path_factory.mktemp(name) / "whole", **demanding(name)))
+        for name in ("fedavg", "fedmr")
+    }
+
+
+@pytest.mark.parametrize(("algorithm", "number"), [("fedmr", 0), ("fedavg", 1), ("fedmr", 3), ("fedavg", 4)])
+def test_cut_and_resumed_is_bit_for_bit_uncut(tmp_path, monkeypatch, whole, algorithm, number):
+    with monkeypatch.context() as patch:
+        stop_at(patch, number, crash)
+        with pytest.raises(Crash):
+            runs.run(tiny(tmp_path / "cut", **demanding(algorithm)))
+    assert not runs.load(tmp_path / "cut").finished
+    done, uncut = runs.resume(tmp_path / "cut"), whole[algorithm]
+    assert done.finished and list(done.metrics) == list(uncut.metrics)
+    assert same(done.variables, uncut.variables)
+    assert (done.folder / "metrics.parquet").read_bytes() == (uncut.folder / "metrics.parquet").read_bytes()
+
+
+def test_resuming_a_finished_run_only_loads_it(tmp_path, monkeypatch):
+    done = runs.run(tiny(tmp_path / "run"))
+    stop_at(monkeypatch, 0, crash)
+    again = runs.resume(tmp_path / "run")
+    assert list(again.metrics) == list(done.metrics)
+
+
+def test_without_checkpoints_it_starts_over_and_ends_the_same(tmp_path, monkeypatch):
+    whole = runs.run(tiny())
+    output = dataclasses.replace(tiny(tmp_path / "run").output, checkpoint_every=0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, crash)
+        with pytest.raises(Crash):
+            runs.run(tiny(output=output))
+    done = runs.resume(tmp_path / "run")
+    assert list(done.metrics) == list(whole.metrics) and same(done.variables, whole.variables)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised", "status"),
+    [(signal.SIGTERM, runs.Terminated, 143), (signal.SIGINT, runs.Interrupted, None)],
+)
+def test_a_signal_finishes_the_round_and_leaves_a_checkpoint(tmp_path, monkeypatch, number, raised, status):
+    whole = runs.run(tiny())
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(raised) as stopped:
+            runs.run(tiny(tmp_path / "run"))
+    assert signal.getsignal(number) is before
+    assert stopped.value.run.rounds == 3 and not stopped.value.run.finished
+    assert "resume" in str(stopped.value)
+    if status is not None:
+        assert stopped.value.code == status
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+    done = runs.resume(tmp_path / "run")
+    assert list(done.metrics) == list(whole.metrics) and same(done.variables, whole.variables)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, crash)
+        with pytest.raises(Crash):
+            runs.run(tiny(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"unfinished.*resume"):
+        runs.run(tiny(tmp_path / "run"))
+    runs.resume(tmp_path / "run")
+    with pytest.raises(UserError, match=r"another output\.dir"):
+        runs.run(tiny(tmp_path / "run"))
+
+
+def test_a_folder_with_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"thesis\.tex"):
+        runs.run(tiny(tmp_path))
+
+
+def test_a_mistake_leaves_no_half_begun_run(tmp_path):
+    with pytest.raises(UserError, match="adamm"):
+        runs.run(tiny(tmp_path / "run", local=LocalConfig(optimizer="adamm")))
+    assert not Folder(tmp_path / "run").started
+    assert runs.run(tiny(tmp_path / "run", rounds=1)).finished
+
+
+def test_one_folder_one_process(tmp_path):
+    runs.run(tiny(tmp_path / "run", rounds=1))
+    (tmp_path / "run" / "result.json").unlink()
+    with Folder(tmp_path / "run").claimed(), pytest.raises(UserError, match="another process"):
+        runs.resume(tmp_path / "run")
+
+
+def test_no_run_there(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="folder"):
+            runs.resume(path)
+
+
+def other_digits():
+    digits = data.load("digits")
+    return dataclasses.replace(digits, train_images=255 - digits.train_images)
+
+
+def test_resume_wants_the_same_data(tmp_path, monkeypatch):
+    stopped = stop_at(monkeypatch, 2, crash)
+    with pytest.raises(Crash):
+        runs.run(tiny(tmp_path / "run"), dataset=other_digits())
+    monkeypatch.setattr(Simulation, "step", stopped)
+    with pytest.raises(UserError, match="dataset"):
+        runs.resume(tmp_path / "run")
+    with pytest.raises(UserError, match="train_images"):
+        runs.resume(tmp_path / "run", dataset=data.load("digits"))
+    done = runs.resume(tmp_path / "run", dataset=other_digits())
+    assert list(done.metrics) == list(runs.run(tiny(), dataset=other_digits()).metrics)
+
+
+def test_supplied_model_algorithm_and_partition_take_effect(tmp_path):
+    config = tiny(tmp_path / "run", rounds=2)
+    digits = data.load("digits")
+    partition = data.partition(digits, data.PartitionConfig(kind="iid", clients=6, local_test="holdout"), 3)
+    model = models.create("mlp", (8, 8, 1), 10, hidden=(4,))
+    done = runs.run(config, partition=partition, model=model, algorithm=CONFIGS["fedmr"](first_stage=1))
+    assert done.partition.num_clients == 6
+    assert config_lib.load(done.folder / "config.yaml").algorithm == CONFIGS["fedmr"](first_stage=1)
+    assert "slot_similarity" in done.metrics.names()
+    with pytest.raises(UserError, match="model"):
+        runs.resume(done.folder)
+    assert same(runs.load(done.folder, model=model).variables, done.variables)
+
+
+def test_a_config_of_another_version_is_refused(tmp_path):
+    runs.run(tiny(tmp_path / "run", rounds=1))
+    path = tmp_path / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("version: 1", "version: 0"))
+    with pytest.raises(UserError, match="version"):
+        runs.resume(tmp_path / "run")
+
+
+def test_an_update_that_is_not_finite_stops_with_what_there_is(tmp_path):
+    local = dataclasses.replace(tiny().local, lr=1e30)
+    with pytest.raises(UserError, match="not finite"):
+        runs.run(tiny(tmp_path / "run", local=local))
+    opened = runs.load(tmp_path / "run")
+    assert not opened.finished and np.isfinite(opened.metrics.column("value")).all()
+
+
+def test_same_run_ignores_layout_and_output(tmp_path):
+    config = tiny(tmp_path / "run", rounds=1)
+    runs.run(config)
+    moved = dataclasses.replace(
+        config, output=OutputConfig(), execution=dataclasses.replace(config.execution, wave=1)
+    )
+    assert runs.same_run(tmp_path / "run", moved)
+    assert not runs.same_run(tmp_path / "run", dataclasses.replace(config, seed=1))

@@ -1,0 +1,227 @@
+import csv
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from fedjax_sim import cli, comparison, runs, sweep
+from fedjax_sim.comparison import deviation, mean, spread
+from fedjax_sim.errors import UserError
+from fedjax_sim.records import Row, Table
+from fedjax_sim.simulation import Simulation
+
+BASE = {
+    "rounds": 2,
+    "partition": {"kind": "dirichlet", "clients": 8, "alpha": 1.0},
+    "model": {"options": {"hidden": [8]}},
+    "local": {"epochs": None, "steps": 2, "batch_size": 16, "lr": 0.1},
+    "cohort": {"size": 4},
+    "evaluation": {"every": 1},
+    "output": {"tensorboard": False, "figures": False, "checkpoint_every": 1},
+}
+METHODS = {"FedAvg": {"algorithm": "fedavg"}, "FedMR": {"algorithm": {"name": "fedmr", "first_stage": 1}}}
+
+
+def asked(out, **changes):
+    return {
+        "base": BASE,
+        "methods": METHODS,
+        "seeds": [0, 1],
+        "reference": "FedAvg",
+        "out": str(out),
+        **changes,
+    }
+
+
+def test_jobs_are_the_product_and_share_what_a_comparison_shares(tmp_path):
+    made = sweep.from_mapping(asked(tmp_path, grid={"partition.alpha": [0.5, 1.0], "local.lr": [0.1]}))
+    assert len(made.jobs) == 2 * 2 * 2
+    by_place = {}
+    for job in made.jobs:
+        by_place.setdefault((job.column, job.seed), []).append(job.config)
+    for (column, seed), (one, other) in by_place.items():
+        assert (one.partition, one.cohort, one.seed, one.data) == (
+            other.partition,
+            other.cohort,
+            other.seed,
+            other.data,
+        )
+        assert one.seed == seed and one.algorithm != other.algorithm
+        assert column == f"alpha {one.partition.alpha}, lr 0.1"
+    assert len({job.config.output.dir for job in made.jobs}) == 8
+    assert [job.seed for job in made.jobs] == [0] * 4 + [1] * 4
+
+
+def test_changes_may_be_nested_or_dotted_and_the_algorithm_s_fields_follow_its_name(tmp_path):
+    methods = {
+        "a": {"local": {"lr": 0.5}, "cohort.size": 2},
+        "b": {"algorithm": "fedmr", "algorithm.first_stage": 7},
+    }
+    one, other = sweep.from_mapping(asked(tmp_path, methods=methods, seeds=[3], reference=None)).jobs
+    assert one.config.local.lr == 0.5 and one.config.cohort.size == 2 and one.config.local.steps == 2
+    assert other.config.algorithm.first_stage == 7 and other.config.local.lr == 0.1
+    grid = {"algorithm.first_stage": [1, 2]}
+    made = sweep.from_mapping(
+        asked(tmp_path, methods={"m": METHODS["FedMR"]}, grid=grid, seeds=[0], reference="m")
+    )
+    assert [job.config.algorithm.first_stage for job in made.jobs] == [1, 2]
+
+
+def test_base_may_be_a_file_beside(tmp_path):
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "study.yaml").write_text("base: base.yaml\n")
+    made = sweep.load(tmp_path / "study.yaml")
+    assert made.jobs[0].config.rounds == 2 and made.out.parts[-2:] == ("runs", "study")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    return sweep.run(sweep.from_mapping(asked(out, rounds_of_interest=[1])))
+
+
+def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
+    out = done.sweep.out
+    assert not done.failures and len(done.seconds) == 4
+    for name in ("table.md", "table.csv", "table.tex", "curves.png", "curves.pdf", "sweep.json"):
+        assert (out / name).stat().st_size > 0
+    accuracy = {
+        (job.method, job.seed): runs.load(job.config.output.dir).metrics.last("accuracy")
+        for job in done.sweep.jobs
+    }
+    values = [accuracy["FedMR", seed] for seed in (0, 1)]
+    text = (out / "table.md").read_text()
+    assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} (2)" in text
+    differences = [accuracy["FedMR", seed] - accuracy["FedAvg", seed] for seed in (0, 1)]
+    assert f"{np.mean(differences):+.4f} ± {np.std(differences, ddof=1):.4f} (2)" in text
+    assert "after round 1" in text and text.count("**") >= 4
+    rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
+    assert {row["method"] for row in rows} == {"FedAvg", "FedMR"} and len(rows) == 4
+    tex = (out / "table.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") == 4 and r"\textbf" in tex
+    about = json.loads((out / "sweep.json").read_text())
+    assert all(job["seconds"] > 0 and job["config"]["rounds"] == 2 for job in about["jobs"])
+    assert about["versions"]["jax"] == jax.__version__
+
+
+def test_a_second_start_runs_nothing_and_says_the_same(done, monkeypatch):
+    def never(self):
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(Simulation, "step", never)
+    told = []
+    again = sweep.run(done.sweep, told.append)
+    assert not again.failures and all("finished before" in line for line in told)
+    assert again.comparison.markdown() == done.comparison.markdown()
+
+
+def test_methods_see_the_same_partition(done):
+    parts = {}
+    for job in done.sweep.jobs:
+        parts.setdefault(job.seed, []).append(runs.load(job.config.output.dir).partition)
+    for one, other in parts.values():
+        assert all(np.array_equal(a, b) for a, b in zip(one.train, other.train, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(parts[0][0].train, parts[1][0].train, strict=False))
+
+
+def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path, monkeypatch, capsys):
+    methods = {"good": {}, "bad": {"local.lr": 1e30}, "cut": {}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out", methods=methods, seeds=[0], reference="good")))
+    step = Simulation.step
+
+    def cut(self):
+        if self.round == 1 and "/cut/" in str(self.setup.config.output.dir):
+            raise RuntimeError("the lights went out")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Simulation, "step", cut)
+        assert cli.main(["sweep", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert "2 of 3 runs failed" in told and "not finite" in told and "the lights went out" in told
+    assert cli.main(["sweep", str(path)]) == 1
+    told = capsys.readouterr().out
+    assert "cut, seed 0: resumed" in told and "good, seed 0: finished before" in told and "1 of 3" in told
+    good, cut_run = (
+        runs.load(tmp_path / "out" / "runs" / name / "base" / "seed0") for name in ("good", "cut")
+    )
+    assert list(good.metrics) == list(cut_run.metrics)
+
+
+def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
+    changed = {**BASE, "rounds": 1}
+    again = sweep.run(sweep.from_mapping(asked(done.sweep.out, base=changed)))
+    assert len(again.failures) == 4 and all("other settings" in why for why in again.failures.values())
+    assert runs.load(done.sweep.jobs[0].config.output.dir).rounds == 2
+
+
+def test_a_metric_that_nobody_recorded(done):
+    with pytest.raises(UserError, match="no run has recorded it"):
+        sweep.run(sweep.from_mapping(asked(done.sweep.out, metric="bleu")))
+
+
+# --- the table's arithmetic ---------------------------------------------------------------------------
+
+
+class Fake:
+    """A run with a given course of accuracy."""
+
+    def __init__(self, values, config):
+        self.metrics = Table(Row(i + 1, "accuracy", float(v)) for i, v in enumerate(values))
+        self.config, self.partition = config, type("P", (), {"recipe": {}, "num_clients": 8})()
+
+
+def compared(tmp_path, table, **changes):
+    made = sweep.from_mapping(asked(tmp_path, **changes))
+    return comparison.compare(
+        made, [(j, Fake(table[j.method, j.seed], j.config)) for j in made.jobs if (j.method, j.seed) in table]
+    )
+
+
+def test_last_k_rounds_of_interest_and_pairs(tmp_path):
+    table = {
+        ("FedAvg", 0): [0.1, 0.2, 0.6],
+        ("FedAvg", 1): [0.1, 0.4, 0.5],
+        ("FedMR", 0): [0.3, 0.4, 0.8],
+        ("FedMR", 1): [0.0, 0.1, 0.4],
+    }
+    got = compared(tmp_path, table, last_k=2, rounds_of_interest=[2])
+    last, second = got.grids
+    assert last.cells["FedAvg", ""].values == pytest.approx({0: 0.4, 1: 0.45})
+    assert second.cells["FedMR", ""].values == pytest.approx({0: 0.35, 1: 0.05})
+    assert last.cells["FedMR", ""].differences == pytest.approx((0.2, -0.2))
+    assert last.cells["FedAvg", ""].differences == ()
+    rounds, values = got.curves[""]["FedMR"]
+    assert rounds.tolist() == [1, 2, 3] and values.shape == (2, 3)
+
+
+def test_pairs_need_both_seeds_and_missing_cells_are_dashes(tmp_path):
+    table = {("FedAvg", 0): [0.5], ("FedMR", 0): [0.7], ("FedMR", 1): [0.1]}
+    got = compared(tmp_path, table)
+    assert got.grids[0].cells["FedMR", ""].differences == pytest.approx((0.2,))
+    none = compared(tmp_path, {("FedMR", 0): [0.7]})
+    assert "| FedAvg | – |" in none.markdown() and "--" in none.latex()
+
+
+def test_the_best_is_bold_by_goal_and_ties_share_it(tmp_path):
+    table = {("FedAvg", 0): [0.5], ("FedMR", 0): [0.7]}
+    assert "**0.7000**" in compared(tmp_path, table, seeds=[0]).markdown()
+    assert "**0.5000**" in compared(tmp_path, table, seeds=[0], goal="min").markdown()
+    tied = compared(tmp_path, {("FedAvg", 0): [0.70001], ("FedMR", 0): [0.70002]}, seeds=[0])
+    assert tied.best(tied.grids[0], "") == {"FedAvg", "FedMR"}
+
+
+def test_deviation_is_the_sample_s(rng):
+    values = rng.normal(size=7).tolist()
+    assert mean(values) == pytest.approx(np.mean(values))
+    assert deviation(values) == pytest.approx(np.std(values, ddof=1))
+    assert deviation([1.0]) is None and spread([0.25]) == "0.2500"
+    assert spread([0.25, 0.75]) == "0.5000 ± 0.3536 (2)"
+    assert (
+        spread([-0.25, 0.25], signed=True).startswith("+0.0000")
+        and comparison._escaped("a_b&c%") == r"a\_b\&c\%"
+    )
