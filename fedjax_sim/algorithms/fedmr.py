@@ -159,10 +159,8 @@ def recombine(models: Any, groups: dict[Path, int], key: jax.Array) -> Any:
     """
     flat = traverse_util.flatten_dict(models)
     count = next(iter(flat.values())).shape[0]
-    draws = {
-        group: jax.random.permutation(jax.random.fold_in(key, group), count)
-        for group in sorted(set(groups.values()))
-    }
+    numbers = jnp.arange(max(groups.values()) + 1, dtype=jnp.uint32)
+    draws = jax.vmap(lambda g: jax.random.permutation(jax.random.fold_in(key, g), count))(numbers)
     return traverse_util.unflatten_dict(
         {path: stacked.permute(leaf, draws[groups[path]]) for path, leaf in flat.items()}
     )

@@ -2,7 +2,7 @@
 
 PyTorch computes in float64, so that what differs is our float32 rounding alone. ResNet-20 gets a smooth
 activation on both sides: among some hundred thousand ReLUs a batch a few inputs lie so near 0 that rounding
-decides their sign, and each turn changes a gradient visibly (in PyTorch itself a perturbation of the weights by
+decides their sign, and each turn changes a gradient visibly (in PyTorch itself perturbing the weights by
 1e-6 moves single gradients by 2e-2 under ReLU, by 1e-5 under softplus).
 """
 
