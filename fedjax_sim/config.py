@@ -282,11 +282,11 @@ class RunConfig:
     seed: int = 0
     rounds: int = 100
     data: DataConfig = DataConfig()
-    partition: PartitionConfig = PartitionConfig()
+    partition: PartitionConfig = PartitionConfig(clients=20)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
-    cohort: CohortConfig = CohortConfig()
+    cohort: CohortConfig = CohortConfig(size=10)
     evaluation: EvaluationConfig = EvaluationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()

@@ -17,10 +17,11 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim import stacked
 from fedjax_sim.algorithms.base import Algorithm, Cohort, Results, Starts
 from fedjax_sim.stacked import AXIS
-from fedjax_sim.training import Trainer
+from fedjax_sim.streams import CLIENTS, SERVER, stream
+from fedjax_sim.training import Lanes, Shard, Trainer
 from fedjax_sim.waves import Plan
 
-_DISPATCH, _MERGE = 0, 1
+_DISPATCH, _MERGE = 0, 1  # below the server's key of a round
 
 
 @struct.dataclass
@@ -37,21 +38,6 @@ class ServerState:
 
 
 @struct.dataclass
-class Shard:
-    """The training set as the round reads it.
-
-    Attributes:
-      images: u8[n, H, W, C].
-      labels: i32[n].
-      indices: i32[N, n_max], each client's samples, padded.
-    """
-
-    images: jax.Array
-    labels: jax.Array
-    indices: jax.Array
-
-
-@struct.dataclass
 class RoundInputs:
     """What the host decides of a round: who, where, how fast.
 
@@ -59,7 +45,7 @@ class RoundInputs:
       cohort: clients of the K slots.
       plan: places and waves.
       lr: f32[], client learning rate.
-      key: of the server's randomness in this round.
+      key: of the run; clients and server draw from it by round.
     """
 
     cohort: Cohort
@@ -104,12 +90,11 @@ class Round:
     ) -> tuple[ServerState, RoundOutputs]:
         """One round. To be jitted with `state` donated."""
         cohort = inputs.cohort
-        starts = self.algorithm.dispatch(state.algorithm, cohort, _stream(inputs.key, _DISPATCH))
+        key = stream(inputs.key, SERVER, cohort.round)
+        starts = self.algorithm.dispatch(state.algorithm, cohort, stream(key, _DISPATCH))
         kept = jax.tree.map(lambda leaf: leaf[cohort.ids], state.clients)
         results, kept = self._train(starts, kept, inputs, shard)
-        merged, metrics = self.algorithm.merge(
-            state.algorithm, cohort, starts, results, _stream(inputs.key, _MERGE)
-        )
+        merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, stream(key, _MERGE))
         clients = jax.tree.map(lambda all_, new: all_.at[cohort.ids].set(new), state.clients, kept)
         return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics)
 
@@ -121,85 +106,57 @@ class Round:
         back = lambda tree: self._move(tree, plan.places)  # noqa: E731
 
         occupied = plan.layout < cohort.ids.shape[0]
+        lanes = Lanes(
+            kept=place(kept),
+            ids=_take(cohort.ids, plan.layout),
+            counts=jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
+            weights=jnp.where(occupied, _take(weights, plan.layout), 0),
+        )
         own, same = P(AXIS), P()
         run = jax.shard_map(
             lambda *args: self._on_device(starts.shared, *args),
             mesh=self.mesh,
-            in_specs=(same if starts.shared else own, same, *(own,) * 5, *(same,) * 5),
+            in_specs=(same if starts.shared else own, same, own, own, same, same, same),
             out_specs=(own, same, own),
             check_vma=False,
         )
         models, mean, rest = run(
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
-            place(kept),
-            _take(cohort.ids, plan.layout),
-            jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
-            jnp.where(occupied, _take(weights, plan.layout), 0),
+            lanes,
             plan.bounds,
             inputs.lr,
-            cohort.round,
-            shard.images,
-            shard.labels,
-            shard.indices,
+            stream(inputs.key, CLIENTS, cohort.round),
+            shard,
         )
         kept, uploads, loss, included = jax.tree.map(lambda leaf: _take(leaf, plan.places), rest)
-        results = Results(back(models), mean, uploads, included, loss)
-        return results, kept
+        return Results(back(models), mean, uploads, included, loss), kept
 
-    def _on_device(
-        self,
-        shared,
-        start,
-        broadcast,
-        kept,
-        ids,
-        counts,
-        weights,
-        bounds,
-        lr,
-        round_index,
-        images,
-        labels,
-        indices,
-    ):
-        """One device's waves. Leaves lead with S places; bounds: i32[W]."""
-        width = self.trainer.width
+    def _on_device(self, shared, start, broadcast, lanes, bounds, lr, key, shard):
+        """One device's waves. Leaves of `lanes` lead with S places; bounds: i32[W]."""
+        trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
         one = start if shared else jax.tree.map(lambda leaf: leaf[0], start)
         models = start if not shared else None
         if shared and self.algorithm.needs_models:
-            models = jax.tree.map(lambda leaf: jnp.zeros((ids.shape[0], *leaf.shape), leaf.dtype), one)
+            places = lanes.ids.shape[0]
+            models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
-        keys = self.trainer.keys(round_index, ids)
-        orders = self.trainer.orders(keys, jnp.zeros_like(counts), counts, indices.shape[1])
+        lanes = trainer.ready(lanes, key, shard.indices)
 
         def wave(carry, w):
             models, total, weight = carry
             cut = lambda tree: jax.tree.map(  # noqa: E731
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
-            begin = stacked.broadcast(start, width) if shared else cut(models)
-            own_kept, own_weights = cut(kept), cut(weights)
-            trained, new_kept, uploads, loss, finite = self.trainer.train_wave(
-                begin,
-                broadcast,
-                own_kept,
-                cut(keys),
-                cut(orders),
-                indices[cut(ids)],
-                cut(counts),
-                bounds[w],
-                lr,
-                images,
-                labels,
-            )
+            begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
+            trained, kept, uploads, loss, finite = trainer.train_wave(begin, broadcast, own, bounds[w], lr, shard)
             trained = stacked.select(finite, trained, begin)
-            new_kept = stacked.select(finite, new_kept, own_kept)
+            kept = stacked.select(finite, kept, own.kept)
             uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)
             if wants_mean:
                 # A slot that has a model of its own keeps it; a shared start has nothing to add.
-                share = jnp.where(finite, own_weights, 0) if shared else own_weights
+                share = jnp.where(finite, own.weights, 0) if shared else own.weights
                 part = stacked.weighted_sum(trained, share)
                 total, weight = jax.tree.map(jnp.add, total, part), weight + share.sum()
             if models is not None:
@@ -208,10 +165,10 @@ class Round:
                     models,
                     trained,
                 )
-            return (models, total, weight), (new_kept, uploads, loss, finite)
+            return (models, total, weight), (kept, uploads, loss, finite)
 
-        places = jnp.arange(bounds.shape[0], dtype=jnp.int32)
-        (models, total, weight), rest = jax.lax.scan(wave, (models, total, jnp.float32(0)), places)
+        numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
+        (models, total, weight), rest = jax.lax.scan(wave, (models, total, jnp.float32(0)), numbers)
         rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
         mean = None
         if wants_mean:
@@ -230,7 +187,3 @@ class Round:
 
 def _take(leaf, index):
     return jnp.take(leaf, index, axis=0, mode="clip")
-
-
-def _stream(key, number):
-    return jax.random.fold_in(key, number)

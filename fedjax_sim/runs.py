@@ -282,13 +282,11 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
     try:
         with signals() as asked:
             while simulation.round < config.rounds and not asked:
-                parts = [simulation.step()]
-                if simulation.due():
-                    parts.append(simulation.evaluate())
+                under_way = simulation.step()
                 # The round before is written down while this one is under way.
                 for part in waiting:
                     write(simulation.round - 1, part())
-                waiting = [lambda parts=parts: [row for part in parts for row in part()]]
+                waiting = [under_way]
                 every = config.output.checkpoint_every
                 if every and simulation.round % every == 0:
                     write(simulation.round, waiting.pop()())

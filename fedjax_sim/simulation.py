@@ -17,10 +17,10 @@ from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.records import Row
-from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Shard
-from fedjax_sim.training import Trainer
+from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState
+from fedjax_sim.streams import COHORTS, INIT, stream
+from fedjax_sim.training import Shard, Trainer
 
-_INIT, _ROUNDS, _COHORTS = 0, 1, 2  # streams of the run's seed
 
 
 class NonFiniteUpdate(UserError):
@@ -29,7 +29,7 @@ class NonFiniteUpdate(UserError):
 
 def draw_cohort(seed: int, round_index: int, num_clients: int, size: int) -> np.ndarray:
     """Client ids of a round: uniform without replacement, a function of its arguments alone. -> i32[size]."""
-    generator = np.random.default_rng([seed, _COHORTS, round_index])
+    generator = np.random.default_rng([seed, COHORTS, round_index])
     return generator.choice(num_clients, size=size, replace=False).astype(np.int32)
 
 
@@ -79,8 +79,6 @@ def prepare(
       UserError: anything that cannot work, before anything is compiled.
     """
     dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
-    partition = partition or data.partition(dataset, config.partition, config.seed)
-    population = Population.build(dataset, partition)
     shape = dataset.train_images.shape[1:]
     if model is None:
         options = dict(config.model.options)
@@ -97,6 +95,8 @@ def prepare(
             f"has {tuple(shape)} of {dataset.num_classes}",
             "Make the model for these images.",
         )
+    partition = partition or data.partition(dataset, config.partition, config.seed)
+    population = Population.build(dataset, partition)
     cohort_size = config.cohort.count(partition.num_clients)
     if config.evaluation.per_client and partition.test is None:
         raise UserError(
@@ -122,6 +122,8 @@ class Simulation:
       round: the next round, from 0; also the number of rounds done.
       state: the server's state, on the devices.
       mesh: the devices.
+      program: the compiled round, `(state, inputs(r)[0], shard) -> (state, outputs)`.
+      shard: the training set, on the devices.
     """
 
     def __init__(self, config: RunConfig | Setup, **replacements: Any):
@@ -130,6 +132,7 @@ class Simulation:
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
+        self._key = jax.random.key(setup.config.seed)
         population, local = setup.population, setup.config.local
         self._steps = waves.steps_of(population.counts, local)
         ragged = len(np.unique(self._steps)) > 1
@@ -138,7 +141,6 @@ class Simulation:
             rule=setup.algorithm.local,
             local=local,
             preprocessing=setup.dataset.preprocessing,
-            seed=setup.config.seed,
             width=setup.wave,
             ragged=ragged,
             partial=bool(np.any(population.counts % local.batch_size)),
@@ -148,11 +150,11 @@ class Simulation:
         in_order = even and (not ragged or setup.devices * setup.wave == 1)
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order)
         put = partial(placement.put_replicated, mesh=self.mesh)
-        self._shard = Shard(put(population.images), put(population.labels), put(population.indices))
+        self.shard = Shard(put(population.images), put(population.labels), put(population.indices))
         self._shardings = self._state_shardings()
         self.state = self._initial_state()
-        self._compiled = jax.jit(
-            self._function,
+        self.program = jax.jit(
+            _named(self._function),
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
@@ -162,12 +164,12 @@ class Simulation:
     # --- state --------------------------------------------------------------------------------------
 
     def _make_state(self, key: jax.Array) -> ServerState:
-        variables = self.setup.model.init(jax.random.fold_in(key, 0))
+        variables = self.setup.model.init(stream(key, 0))
         one = self._trainer.init_client(variables)
         clients = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self.setup.num_clients, *jnp.shape(leaf))), one
         )
-        return ServerState(self.setup.algorithm.init(jax.random.fold_in(key, 1), variables), clients)
+        return ServerState(self.setup.algorithm.init(stream(key, 1), variables), clients)
 
     def _state_shardings(self) -> ServerState:
         shapes = jax.eval_shape(self._make_state, jax.random.key(0))
@@ -180,7 +182,7 @@ class Simulation:
         return ServerState(inner, clients)
 
     def _initial_state(self) -> ServerState:
-        key = jax.random.fold_in(jax.random.key(self.setup.config.seed), _INIT)
+        key = stream(self._key, INIT)
         with jax.set_mesh(self.mesh):
             return jax.jit(self._make_state, out_shardings=self._shardings)(key)
 
@@ -206,25 +208,27 @@ class Simulation:
         counts = setup.population.counts[ids]
         plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
         waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
-        key = jax.random.fold_in(jax.random.key(setup.config.seed), _ROUNDS)
         lr = setup.config.local.lr_at(round_index, setup.config.rounds)
         return RoundInputs(
             cohort=Cohort(ids, counts.astype(np.int32), np.int32(round_index)),
             plan=plan,
             lr=np.float32(lr),
-            key=jax.random.fold_in(key, round_index),
+            key=self._key,
         ), waste
 
     def step(self) -> Callable[[], list[Row]]:
-        """Starts the next round without waiting for it; call the result for the round's rows.
+        """Starts the next round, and its evaluation if one is due, without waiting for them.
 
-        The result raises NonFiniteUpdate if a client's update was not finite and `local.non_finite` is stop.
+        Call the result for the round's rows. It raises NonFiniteUpdate if a client's update was not finite and `local.non_finite` is stop.
         """
         inputs, waste = self.inputs(self.round)
         with jax.set_mesh(self.mesh):
-            self.state, outputs = self._compiled(self.state, inputs, self._shard)
+            self.state, outputs = self.program(self.state, inputs, self.shard)
         self.round += 1
-        return partial(self._rows, self.round, inputs, outputs, waste)
+        parts = [partial(self._rows, self.round, inputs, outputs, waste)]
+        if self.due():
+            parts.append(self.evaluate())
+        return partial(_joined, parts)
 
     def _rows(self, number: int, inputs: RoundInputs, outputs: RoundOutputs, waste: float) -> list[Row]:
         fetched: RoundOutputs = jax.device_get(outputs)
@@ -261,12 +265,10 @@ class Simulation:
         last = self.setup.config.rounds if rounds is None else self.round + rounds
         waiting: list[Callable[[], list[Row]]] = []
         while self.round < last:
-            parts = [self.step()]
-            if self.due():
-                parts.append(self.evaluate())
+            under_way = self.step()
             for part in waiting:
                 yield part()
-            waiting = [partial(_joined, parts)]
+            waiting = [under_way]
         for part in waiting:
             yield part()
 
@@ -373,6 +375,15 @@ class Simulation:
             return np.asarray(hits)
 
         return accuracies
+
+
+def _named(function: Round) -> Callable[..., Any]:
+    """The round under a name that profiles and logs can show."""
+
+    def federated_round(state, inputs, shard):
+        return function(state, inputs, shard)
+
+    return federated_round
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import struct
 
 from fedjax_sim import stacked
 from fedjax_sim.algorithms.base import Batch, LocalRule
@@ -23,17 +24,17 @@ from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import Preprocessing, augment, normalise
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
+from fedjax_sim.streams import CLIENTS, stream
 
-_ORDER, _STEP = 0, 1  # streams of a client's randomness: the order of its samples; augmentation and dropout
+_ORDER, _STEP = 0, 1  # below a client's key: the order of its samples; augmentation and dropout
 
 
 # --- the order of samples -----------------------------------------------------------------------------
 
 
-def client_key(seed: int | jax.Array, round_index: int | jax.Array, client: int | jax.Array) -> jax.Array:
+def client_key(seed: int, round_index: int, client: int) -> jax.Array:
     """The key from which everything random of a client in a round comes."""
-    root = jax.random.key(seed) if isinstance(seed, int) else seed
-    return jax.random.fold_in(jax.random.fold_in(root, round_index), client)
+    return stream(jax.random.key(seed), CLIENTS, round_index, client)
 
 
 def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) -> jax.Array:
@@ -41,8 +42,7 @@ def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) ->
 
     Does not depend on `length`: a client's order is the same beside larger ones.
     """
-    stream = jax.random.fold_in(jax.random.fold_in(key, _ORDER), epoch)
-    bits = jax.random.bits(stream, (length,), jnp.uint32) >> 1
+    bits = jax.random.bits(stream(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
     ranks = jnp.where(jnp.arange(length) < count, bits, jnp.uint32(0xFFFFFFFF))
     return jnp.argsort(ranks, stable=True).astype(jnp.int32)
 
@@ -94,6 +94,54 @@ def make_optimizer(local: LocalConfig) -> optax.GradientTransformation:
     return optax.chain(*parts, made)
 
 
+# --- what a wave reads --------------------------------------------------------------------------------
+
+
+@struct.dataclass
+class Shard:
+    """The training set as the round reads it.
+
+    Attributes:
+      images: u8[n, H, W, C].
+      labels: i32[n].
+      indices: i32[N, n_max], each client's samples, padded.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    indices: jax.Array
+
+
+@struct.dataclass
+class Lanes:
+    """Clients side by side, leaves [S, …]: all of a device, or those of a wave.
+
+    Attributes:
+      kept: their own state between rounds.
+      ids: i32[S].
+      counts: i32[S], training samples; 0 for an empty place.
+      weights: f32[S], in the mean; 0 for an empty place.
+      keys: key[S], of each in this round.
+      rows: i32[S, n_max], their samples.
+      samples: i32[S, n_max], the same in the order of the first epoch.
+    """
+
+    kept: Any
+    ids: jax.Array
+    counts: jax.Array
+    weights: jax.Array
+    keys: Any = None
+    rows: Any = None
+    samples: Any = None
+
+
+def _samples(lanes: Lanes, epochs: jax.Array) -> jax.Array:
+    """Every client's samples in the order of an epoch of its own. i32[S] -> i32[S, n_max]."""
+    length = lanes.rows.shape[1]
+    order = jax.vmap(partial(shuffled, length=length))(lanes.keys, epochs, lanes.counts)
+    return jnp.take_along_axis(lanes.rows, order, axis=1)
+
+
 # --- one wave -----------------------------------------------------------------------------------------
 
 
@@ -106,7 +154,6 @@ class Trainer:
       rule: what the algorithm does on a client.
       local: hyper-parameters.
       preprocessing: normalisation and augmentation.
-      seed: of the run.
       width: clients side by side.
       ragged: some clients of the population take more steps than others.
       partial: some client has a last batch that is not full.
@@ -117,7 +164,6 @@ class Trainer:
     rule: LocalRule
     local: LocalConfig
     preprocessing: Preprocessing
-    seed: int
     width: int
     ragged: bool
     partial: bool
@@ -133,63 +179,58 @@ class Trainer:
         kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
         return {"rule": rule, "optimizer": kept}
 
-    def keys(self, round_index: jax.Array, ids: jax.Array) -> jax.Array:
-        """The keys of clients i32[S] in a round. -> key[S]."""
-        return jax.vmap(partial(client_key, jax.random.key(self.seed), round_index))(ids)
+    def ready(self, lanes: Lanes, key: jax.Array, indices: jax.Array) -> Lanes:
+        """Fills in what the clients' training draws on; all places together, which many small ones want.
 
-    def orders(self, keys: jax.Array, epochs: jax.Array, counts: jax.Array, length: int) -> jax.Array:
-        """Every client's order in an epoch of its own. key[S], i32[S], i32[S] -> i32[S, length]."""
-        return jax.vmap(partial(shuffled, length=length))(keys, epochs, counts)
+        Args:
+          lanes: [S, …] with ids, counts, weights and kept.
+          key: of the run and round.
+          indices: i32[N, n_max].
+        """
+        keys = jax.vmap(partial(jax.random.fold_in, key))(lanes.ids)
+        lanes = lanes.replace(keys=keys, rows=indices[lanes.ids])
+        return lanes.replace(samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
 
-    def train_wave(self, start, broadcast, kept, keys, order, rows, counts, bound, lr, images, labels):
+    def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, shard: Shard):
         """Trains `width` clients to the end.
 
         Args:
           start: [L, …] models.
           broadcast: extra of the algorithm, no lane axis.
-          kept: clients' own state, [L, …].
-          keys: key[L], see `keys`.
-          order: i32[L, n_max], of the first epoch. It comes from outside because many small clients are
-            shuffled much faster together than wave by wave.
-          rows, counts: i32[L, n_max], i32[L].
+          lanes: the clients.
           bound: i32[], steps of the wave.
           lr: f32[].
-          images, labels: u8[n, H, W, C], i32[n], the training set.
+          shard: the training set.
 
         Returns:
           (trained, kept, uploads, loss f32[L], finite bool[L]).
         """
-        lanes = _vmapped if self.width > 1 else _single
-        batch = self.local.batch_size
+        over = _vmapped if self.width > 1 else _single
+        batch, counts, keys = self.local.batch_size, lanes.counts, lanes.keys
         per_epoch = jnp.maximum(-(-counts // batch), 1)
-        total = jnp.where(
-            counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0
-        )
+        total = jnp.where(counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0)
 
-        extra = lanes(self.rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
+        rule, kept = self.rule, lanes.kept
+        extra = over(rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
         params = start["params"]
-        memory = kept["optimizer"] if self.local.keep_optimizer else lanes(self.optimizer.init, (0,))(params)
+        memory = kept["optimizer"] if self.local.keep_optimizer else over(self.optimizer.init, (0,))(params)
         zeros = jnp.zeros(counts.shape, jnp.float32)
-        once = self.local.epochs == 1  # then the first order serves
-        step = lanes(self._step, (0, 0, 0, 0, 0, None))
+        step = over(self._step, (0, 0, 0, 0, 0, None))
 
         def body(t, carry):
-            variables, memory, order, loss_sum, seen = carry
+            variables, memory, samples, loss_sum, seen = carry
             epoch, within = t // per_epoch, t % per_epoch
-            if not once:
-                order = jax.lax.cond(
+            if self.local.epochs != 1:  # one epoch gets by with the first order
+                samples = jax.lax.cond(
                     jnp.any((within == 0) & (epoch > 0)),
-                    lambda: jnp.where(
-                        (within == 0)[:, None], self.orders(keys, epoch, counts, rows.shape[1]), order
-                    ),
-                    lambda: order,
+                    lambda: jnp.where((within == 0)[:, None], _samples(lanes, epoch), samples),
+                    lambda: samples,
                 )
             position = within[:, None] * batch + jnp.arange(batch, dtype=jnp.int32)[None, :]
-            chosen = jnp.take_along_axis(order, position, axis=1, mode="clip")
-            index = jnp.take_along_axis(rows, chosen, axis=1, mode="clip")
+            index = jnp.take_along_axis(samples, position, axis=1, mode="clip")
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
-            made = self._batch(images, labels, index, mask, rngs)
+            made = self._batch(shard, index, mask, rngs)
             new, new_memory, loss = step(variables, memory, made, extra, rngs, lr)
             size = mask.sum(1).astype(jnp.float32)
             if self.ragged and self.width > 1:
@@ -197,27 +238,27 @@ class Trainer:
                 new = stacked.select(active, new, variables)
                 new_memory = stacked.select(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
-            return new, new_memory, order, loss_sum + loss * size, seen + size
+            return new, new_memory, samples, loss_sum + loss * size, seen + size
 
         trained, memory, _, loss_sum, seen = jax.lax.fori_loop(
-            0, bound, body, (start, memory, order, zeros, zeros)
+            0, bound, body, (start, memory, lanes.samples, zeros, zeros)
         )
         finite = jnp.isfinite(loss_sum) & _all_finite(trained)
-        rule_state, uploads = lanes(self.rule.end, (0, 0, 0, 0, 0, None))(
+        rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None))(
             start, trained, kept["rule"], extra, total, lr
         )
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
         return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite
 
-    def _batch(self, images, labels, index, mask, rngs) -> Batch:
+    def _batch(self, shard, index, mask, rngs) -> Batch:
         """All lanes' samples: one gather, one normalisation. index: i32[L, B] -> leaves [L, B, …]."""
-        pixels = images[index.reshape(-1)]
+        pixels = shard.images[index.reshape(-1)]
         pixels = normalise(pixels, self.preprocessing)
         pixels = pixels.reshape(*index.shape, *pixels.shape[1:])
         if self.preprocessing.augments:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)
             pixels = jax.vmap(partial(augment, preprocessing=self.preprocessing))(keys, pixels)
-        return Batch(pixels, labels[index], mask if self._masked() else None, None)
+        return Batch(pixels, shard.labels[index], mask if self._masked() else None, None)
 
     def _step(self, variables, memory, batch, extra, rng, lr):
         """One optimiser step of one client."""
@@ -241,7 +282,7 @@ class Trainer:
     def _step_keys(self, keys, t):
         if not (self.stochastic or self.preprocessing.augments):
             return None
-        return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(key, _STEP), t))(keys)
+        return jax.vmap(lambda key: stream(key, _STEP, t))(keys)
 
     def _masked(self) -> bool:
         return self.partial or (self.ragged and self.width > 1)

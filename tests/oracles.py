@@ -4,7 +4,6 @@ Nothing of `fedjax_sim` takes part in an oracle except `training.batch_order`, w
 client walks through its samples.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -272,11 +271,6 @@ def far_apart(tree, other) -> float:
 def sizes_of(simulation: Simulation) -> np.ndarray:
     """Training samples of each client."""
     return np.asarray(simulation.setup.partition.sizes())
-
-
-def replaced(config: Any, **changes: Any) -> Any:
-    """`dataclasses.replace`, under a name that reads well in a test."""
-    return dataclasses.replace(config, **changes)
 
 
 def _paths(tree, above: tuple = ()) -> set:

@@ -193,9 +193,7 @@ def test_randomness_on_a_client_does_not_depend_on_the_layout(kind):
     plain = oracles.world((13, 4, 20, 8), (4, 4, 1))
     noisy = models.create("mlp", (4, 4, 1), 3, hidden=(8,))
     if kind == "dropout":
-        noisy = oracles.replaced(
-            models.from_flax(WithDropout(), (4, 4, 1), 3, name="dropout"), stochastic=True
-        )
+        noisy = models.from_flax(WithDropout(), (4, 4, 1), 3, name="dropout")
     results = {}
     for devices, wave in ((1, 1), (2, 2), (4, 1)):
         simulation = oracles.simulate(given=given, model=noisy, algorithm=FedMR(), devices=devices, wave=wave)
@@ -292,7 +290,7 @@ def test_no_stack_of_models_is_gathered_on_one_device(algorithm, keep):
     )
     inputs = simulation.inputs(0)[0]
     with jax.set_mesh(simulation.mesh):
-        text = simulation._compiled.lower(simulation.state, inputs, simulation._shard).compile().as_text()
+        text = simulation.program.lower(simulation.state, inputs, simulation.shard).compile().as_text()
     gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
     sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in gathered]
     # Even the smallest leaf that can be cut over 4 devices has 8 slots of 64 numbers.

@@ -1,0 +1,16 @@
+"""Where randomness comes from: every draw of a run folds the run's key with numbers that name the draw.
+
+Nothing depends on the order of execution, so neither waves, devices nor a resumed run change a draw.
+"""
+
+import jax
+
+INIT, SERVER, CLIENTS, COHORTS = range(4)
+"""First number below the run's key: initial model; server by round; clients by round and id; who is drawn."""
+
+
+def stream(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:
+    """The key that is named by `numbers` below `key`."""
+    for number in numbers:
+        key = jax.random.fold_in(key, number)
+    return key
