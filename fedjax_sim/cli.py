@@ -59,7 +59,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     name, *rest = words
     if name not in commands:
-        from fedjax_sim.config import nearest
+        from fedjax_sim.fields import nearest
 
         raise UserError("command", name, "no such command", nearest(name, commands))
     return commands[name](rest)

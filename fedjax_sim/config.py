@@ -5,9 +5,7 @@ only speed (`ExecutionConfig`). A test sweeps the second kind and demands equal 
 """
 
 import dataclasses
-import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,29 +16,10 @@ import yaml
 from fedjax_sim import algorithms
 from fedjax_sim.data import PartitionConfig
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 
 VERSION = 1
 """Of the configuration's layout. Raised when a field changes its meaning."""
-
-
-# --- checks -------------------------------------------------------------------------------------------
-
-
-def _at_least(field: str, value: float, least: float) -> None:
-    if not (isinstance(value, int | float) and value >= least and math.isfinite(value)):
-        raise UserError(field, value, f"must be at least {least}", "Raise it.")
-
-
-def _positive(field: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(field, value, "must be a positive, finite number", "Give a value above 0.")
-
-
-def _within(field, value, low, high, *, open_left=False, open_right=False) -> None:
-    inside = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)
-    if not inside:
-        span = f"{'(' if open_left else '['}{low}, {high}{')' if open_right else ']'}"
-        raise UserError(field, value, f"lies outside {span}", "Choose a value inside.")
 
 
 # --- the parts of a run ---------------------------------------------------------------------------------
@@ -59,6 +38,9 @@ class DataConfig:
     source: str = "digits"
     data_dir: str | None = None
 
+    def __post_init__(self):
+        check(self, "data.")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -75,6 +57,9 @@ class ModelConfig:
     norm: Literal["batch", "group", "none"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self, "model.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +99,7 @@ class LocalConfig:
     non_finite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self):
+        check(self, "local.")
         if (self.epochs is None) == (self.steps is None):
             raise UserError(
                 "local.epochs",
@@ -123,14 +109,21 @@ class LocalConfig:
             )
         for name in ("epochs", "steps"):
             if getattr(self, name) is not None:
-                _at_least(f"local.{name}", getattr(self, name), 1)
-        _at_least("local.batch_size", self.batch_size, 1)
-        _positive("local.lr", self.lr)
-        _within("local.momentum", self.momentum, 0.0, 1.0, open_right=True)
-        _at_least("local.weight_decay", self.weight_decay, 0.0)
+                at_least(f"local.{name}", getattr(self, name), 1)
+        at_least("local.batch_size", self.batch_size, 1)
+        positive("local.lr", self.lr)
+        within("local.momentum", self.momentum, 0.0, 1.0, open_right=True)
+        at_least("local.weight_decay", self.weight_decay, 0.0)
         if self.clip_norm is not None:
-            _positive("local.clip_norm", self.clip_norm)
-        _within("local.decay", self.decay, 0.0, 1.0)
+            positive("local.clip_norm", self.clip_norm)
+        within("local.decay", self.decay, 0.0, 1.0)
+        if self.optimizer == "sgd" and self.options:
+            raise UserError(
+                "local.options",
+                self.options,
+                "sgd takes its arguments from momentum, nesterov and weight_decay",
+                "Set those, or name another optimiser.",
+            )
         if self.optimizer != "sgd" and (self.momentum or self.nesterov or self.weight_decay):
             raise UserError(
                 "local.optimizer",
@@ -162,9 +155,10 @@ class CohortConfig:
     size: int | None = None
 
     def __post_init__(self):
+        check(self, "cohort.")
         if self.size is not None:
-            _at_least("cohort.size", self.size, 1)
-        _within("cohort.fraction", self.fraction, 0.0, 1.0, open_left=True)
+            at_least("cohort.size", self.size, 1)
+        within("cohort.fraction", self.fraction, 0.0, 1.0, open_left=True)
 
     def count(self, num_clients: int) -> int:
         """K for a population of `num_clients`.
@@ -202,8 +196,9 @@ class EvaluationConfig:
     per_client: bool = False
 
     def __post_init__(self):
-        _at_least("evaluation.every", self.every, 0)
-        _at_least("evaluation.batch_size", self.batch_size, 1)
+        check(self, "evaluation.")
+        at_least("evaluation.every", self.every, 0)
+        at_least("evaluation.batch_size", self.batch_size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,9 +218,10 @@ class ExecutionConfig:
     donate: bool = True
 
     def __post_init__(self):
+        check(self, "execution.")
         for name in ("devices", "wave"):
             if getattr(self, name) is not None:
-                _at_least(f"execution.{name}", getattr(self, name), 1)
+                at_least(f"execution.{name}", getattr(self, name), 1)
         from fedjax_sim.models.conv import SPELLINGS
 
         if self.conv not in ("auto", *SPELLINGS):
@@ -255,8 +251,9 @@ class OutputConfig:
     progress: bool = True
 
     def __post_init__(self):
-        _at_least("output.checkpoint_every", self.checkpoint_every, 0)
-        _at_least("output.keep", self.keep, 1)
+        check(self, "output.")
+        at_least("output.checkpoint_every", self.checkpoint_every, 0)
+        at_least("output.keep", self.keep, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +279,7 @@ class RunConfig:
     seed: int = 0
     rounds: int = 100
     data: DataConfig = DataConfig()
-    partition: PartitionConfig = PartitionConfig(clients=20)
+    partition: PartitionConfig = dataclasses.field(default_factory=lambda: PartitionConfig(clients=20))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
@@ -292,16 +289,17 @@ class RunConfig:
     output: OutputConfig = OutputConfig()
 
     def __post_init__(self):
-        if self.version != VERSION:
+        check(self)
+        if not hasattr(self.algorithm, "build"):
             raise UserError(
-                "version",
-                self.version,
-                f"this fedjax_sim reads version {VERSION}",
-                "Rewrite the file for this version (a fresh one: fedjax-sim run --print-config), "
-                "or use the fedjax_sim that wrote it.",
+                "algorithm",
+                self.algorithm,
+                "is no algorithm's configuration",
+                "Give one with a `build(context)` method, such as FedAvg().",
             )
-        _at_least("rounds", self.rounds, 1)
-        _within("seed", self.seed, 0, 2**31 - 1)
+        _check_version(self.version)
+        at_least("rounds", self.rounds, 1)
+        within("seed", self.seed, 0, 2**31 - 1)
 
 
 # --- reading and writing ------------------------------------------------------------------------------
@@ -326,9 +324,13 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
       UserError: an unknown field, or a value of the wrong type; names the field by its dotted path.
     """
     if not isinstance(mapping, Mapping):
-        raise UserError(path or "config", mapping, "a mapping is wanted here", "Write `field: value` lines.")
+        raise UserError(
+            path.rstrip(".") or "config", mapping, "a mapping is wanted here", "Write `field: value` lines."
+        )
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
+    if cls is RunConfig:
+        _check_version(mapping.get("version", VERSION))  # first: in another version anything may be unknown
     values = {} if base is None else {name: getattr(base, name) for name in names}
     for key, value in mapping.items():
         dotted = f"{path}{key}"
@@ -340,7 +342,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)
         else:
-            values[key] = _coerce(value, hints[key], dotted)
+            values[key] = coerce(value, hints[key], dotted, text=True)
     return cls(**values)
 
 
@@ -375,13 +377,15 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """A sentence that offers what the user may have meant."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"Known: {', '.join(known)}."
+def _check_version(version: Any) -> None:
+    if version != VERSION:
+        raise UserError(
+            "version",
+            version,
+            f"this fedjax_sim reads version {VERSION}",
+            "Rewrite the file for this version (a fresh one: fedjax-sim run --print-config), "
+            "or use the fedjax_sim that wrote it.",
+        )
 
 
 def _algorithm(value: Any, base: Any) -> Any:
@@ -393,7 +397,7 @@ def _algorithm(value: Any, base: Any) -> Any:
         )
     fields = dict(value)
     name = fields.pop("name", None if base is None else algorithms.name_of(base))
-    if name not in algorithms.CONFIGS:
+    if not isinstance(name, str) or name not in algorithms.CONFIGS:
         raise UserError("algorithm.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
     cls = algorithms.CONFIGS[name]
     return from_dict(fields, cls, "algorithm.", base if isinstance(base, cls) else None)
@@ -405,45 +409,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
-
-
-def _coerce(value: Any, hint: Any, path: str) -> Any:
-    """`value` as a `hint`, where the two mean the same (2 for 2.0, "1e-2" as YAML reads it, lists as tuples)."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        rest = [arg for arg in args if arg is not type(None)]
-        for arg in rest:
-            try:
-                return _coerce(value, arg, path)
-            except UserError:
-                if arg is rest[-1]:
-                    raise
-    if origin is Literal:
-        if value in args:
-            return value
-        raise UserError(path, value, "not one of the choices", f"Choose {', '.join(map(str, args))}.")
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
-        return tuple(_coerce(item, inner or args[i], path) for i, item in enumerate(value))
-    if origin in (dict, Mapping) or hint is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is bool or hint is str:
-        if isinstance(value, hint):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif hint is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    wanted = getattr(hint, "__name__", str(hint))
-    raise UserError(
-        path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value."
-    )

@@ -46,12 +46,12 @@ class Evaluator:
         batch = max(1, min(self.batch_size, -(-count // devices)))
         batches = -(-count // (devices * batch))
         padded = devices * batches * batch
-        grow = (
-            lambda array: np.concatenate(  # noqa: E731
-                [array, np.zeros((padded - count, *array.shape[1:]), array.dtype)]
-            ).reshape(devices * batches, batch, *array.shape[1:])
-        )
-        place = lambda array: jax.device_put(grow(array), sharded(self.mesh, devices))  # noqa: E731
+
+        def place(array: np.ndarray) -> jax.Array:
+            rest = np.zeros((padded - count, *array.shape[1:]), array.dtype)
+            whole = np.concatenate([array, rest]).reshape(devices * batches, batch, *array.shape[1:])
+            return jax.device_put(whole, sharded(self.mesh, devices))
+
         object.__setattr__(self, "_data", (place(self.images), place(self.labels)))
         object.__setattr__(self, "_forward", jax.jit(self._compiled))
 

@@ -19,6 +19,7 @@ from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import nearest
 
 
 def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str] | None = None) -> tuple:
@@ -223,7 +224,7 @@ def _check_known(words: Sequence[str], form: type) -> None:
             )
         if flag.replace("_", "-") not in readable:
             value = word.partition("=")[2] if equals else (words[place + 1] if place + 1 < len(words) else "")
-            close = config_lib.nearest(flag, sorted(readable - {"-h"}))
+            close = nearest(flag, sorted(readable - {"-h"}))
             fix = close if close.startswith("Did") else "See --help for all of them."
             raise UserError(flag, value, "no such flag", fix)
         skip = not equals and flag.replace("_", "-") in _valued(form)

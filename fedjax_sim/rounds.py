@@ -92,10 +92,10 @@ class Round:
         cohort = inputs.cohort
         key = stream(inputs.key, SERVER, cohort.round)
         starts = self.algorithm.dispatch(state.algorithm, cohort, stream(key, _DISPATCH))
-        kept = jax.tree.map(lambda leaf: leaf[cohort.ids], state.clients)
+        kept = stacked.take_rows(state.clients, cohort.ids)
         results, kept = self._train(starts, kept, inputs, shard)
         merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, stream(key, _MERGE))
-        clients = jax.tree.map(lambda all_, new: all_.at[cohort.ids].set(new), state.clients, kept)
+        clients = stacked.put_rows(state.clients, cohort.ids, kept)
         return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics)
 
     def _train(self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard) -> tuple[Results, Any]:
@@ -129,8 +129,9 @@ class Round:
             stream(inputs.key, CLIENTS, cohort.round),
             shard,
         )
-        kept, uploads, loss, included = jax.tree.map(lambda leaf: _take(leaf, plan.places), rest)
-        return Results(back(models), mean, uploads, included, loss), kept
+        kept, uploads, loss, included = rest
+        loss, included = _take(loss, plan.places), _take(included, plan.places)
+        return Results(back(models), mean, back(uploads), included, loss), back(kept)
 
     def _on_device(self, shared, start, broadcast, lanes, bounds, lr, key, shard):
         """One device's waves. Leaves of `lanes` lead with S places; bounds: i32[W]."""
@@ -150,7 +151,9 @@ class Round:
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
-            trained, kept, uploads, loss, finite = trainer.train_wave(begin, broadcast, own, bounds[w], lr, shard)
+            trained, kept, uploads, loss, finite = trainer.train_wave(
+                begin, broadcast, own, bounds[w], lr, shard
+            )
             trained = stacked.select(finite, trained, begin)
             kept = stacked.select(finite, kept, own.kept)
             uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)

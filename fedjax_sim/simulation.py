@@ -18,9 +18,8 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState
-from fedjax_sim.streams import COHORTS, INIT, stream
-from fedjax_sim.training import Shard, Trainer
-
+from fedjax_sim.streams import COHORTS, INIT, root, stream
+from fedjax_sim.training import Shard, Trainer, make_optimizer
 
 
 class NonFiniteUpdate(UserError):
@@ -107,6 +106,7 @@ def prepare(
         )
     context = Context(model, partition.num_clients, cohort_size, config.rounds)
     record = (algorithm or config.algorithm).build(context)
+    make_optimizer(config.local)
     devices = placement.make_mesh(config.execution.devices).size
     wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
     return Setup(
@@ -132,7 +132,7 @@ class Simulation:
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
-        self._key = jax.random.key(setup.config.seed)
+        self._key = root(setup.config.seed)
         population, local = setup.population, setup.config.local
         self._steps = waves.steps_of(population.counts, local)
         ragged = len(np.unique(self._steps)) > 1
@@ -172,7 +172,7 @@ class Simulation:
         return ServerState(self.setup.algorithm.init(stream(key, 1), variables), clients)
 
     def _state_shardings(self) -> ServerState:
-        shapes = jax.eval_shape(self._make_state, jax.random.key(0))
+        shapes = jax.eval_shape(self._make_state, root(0))
         same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
         first = {name: getattr(shapes.algorithm, name) for name in self.setup.algorithm.stacked}
         inner = jax.tree.map(lambda _: same, shapes.algorithm)
@@ -190,13 +190,14 @@ class Simulation:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(self._make_state, jax.random.key(0)),
+            jax.eval_shape(self._make_state, root(0)),
             self._shardings,
         )
 
     def restore(self, state: ServerState, round_index: int) -> None:
-        """Continues from `state` after `round_index` rounds."""
-        self.state = jax.device_put(state, self._shardings)
+        """Continues from a copy of `state` after `round_index` rounds."""
+        # A copy, because device_put may alias what it is given, and the next round overwrites its state.
+        self.state = jax.tree.map(jnp.copy, jax.device_put(state, self._shardings))
         self.round = round_index
 
     # --- rounds -------------------------------------------------------------------------------------
@@ -219,7 +220,8 @@ class Simulation:
     def step(self) -> Callable[[], list[Row]]:
         """Starts the next round, and its evaluation if one is due, without waiting for them.
 
-        Call the result for the round's rows. It raises NonFiniteUpdate if a client's update was not finite and `local.non_finite` is stop.
+        Call the result for the round's rows. It raises NonFiniteUpdate if a client's update was not finite
+        and `local.non_finite` is stop; the state has moved on by then, without that update.
         """
         inputs, waste = self.inputs(self.round)
         with jax.set_mesh(self.mesh):

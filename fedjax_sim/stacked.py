@@ -45,16 +45,94 @@ def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
     and memory a device stays what its share is.
     """
     devices = _devices()
-    count, size = leaf.shape[0], leaf[0].size
-    movable = devices > 1 and count % devices == 0 and index.shape[0] % devices == 0 and size % devices == 0
-    if not movable:
+    if not _movable(leaf, devices) or index.shape[0] % devices:
         return jnp.take(leaf, index, axis=0, mode="clip")
-    flat = jax.lax.with_sharding_constraint(leaf.reshape(count, size), P(None, AXIS))
-    flat = jnp.take(flat, index, axis=0, mode="clip")
+    flat = jnp.take(_by_parameter(leaf), index, axis=0, mode="clip")
     flat = jax.lax.with_sharding_constraint(flat, P(None, AXIS))
-    out = flat.reshape(index.shape[0], *leaf.shape[1:]) if leaf.ndim == 2 else flat
-    out = jax.lax.with_sharding_constraint(out, P(AXIS))
+    out = jax.lax.with_sharding_constraint(flat, P(AXIS))
     return out.reshape(index.shape[0], *leaf.shape[1:])
+
+
+def take_rows(tree: Any, ids: jax.Array) -> Any:
+    """Some clients' rows of a stack over all N: tree[ids]. [N, …], i32[K] -> [K, …].
+
+    Where the stack is sharded, a request for K/D rows travels round the ring of devices and each fills in
+    what it holds: memory a device stays its share of both, traffic is that of K rows.
+    """
+    devices = _devices()
+    count, wanted = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
+    if devices == 1 or count % devices:
+        return jax.tree.map(lambda leaf: leaf[ids], tree)
+
+    def owned(leaf, own_ids, rows):
+        """`rows`, with those filled in that this device holds."""
+        local = own_ids - jax.lax.axis_index(AXIS) * leaf.shape[0]
+        mine = (local >= 0) & (local < leaf.shape[0])
+        return select(mine, jnp.take(leaf, local, axis=0, mode="clip"), rows)
+
+    def ring(tree, ids):
+        def hop(number, rows):
+            home = (jax.lax.axis_index(AXIS) - number) % devices
+            chunk = jax.lax.dynamic_slice_in_dim(ids, home * (wanted // devices), wanted // devices)
+            rows = jax.tree.map(lambda leaf, part: owned(leaf, chunk, part), tree, rows)
+            return jax.lax.ppermute(rows, AXIS, _around(devices))
+
+        empty = jax.tree.map(lambda x: jnp.zeros((wanted // devices, *x.shape[1:]), x.dtype), tree)
+        return jax.lax.fori_loop(0, devices, hop, empty)
+
+    def everywhere(tree, ids):
+        def one(leaf):
+            rows = owned(leaf, ids, jnp.zeros((wanted, *leaf.shape[1:]), leaf.dtype))
+            return jax.lax.psum(rows, AXIS)
+
+        return jax.tree.map(one, tree)
+
+    even = wanted % devices == 0
+    run = jax.shard_map(
+        ring if even else everywhere,
+        in_specs=(P(AXIS), P()),
+        out_specs=P(AXIS) if even else P(),
+        check_vma=False,
+    )
+    return run(tree, ids)
+
+
+def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
+    """The stack over all N with some clients' rows replaced. [N, …], i32[K] distinct, [K, …] -> [N, …].
+
+    Sharded, the rows travel round the ring as in `take_rows`.
+    """
+    devices = _devices()
+    count, given = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
+    if devices == 1 or count % devices:
+        return jax.tree.map(lambda leaf, new: leaf.at[ids].set(new), tree, rows)
+    hops = devices if given % devices == 0 else 1
+
+    def ring(tree, ids, rows):
+        def hop(number, carry):
+            tree, rows = carry
+            home = (jax.lax.axis_index(AXIS) - number) % hops
+            chunk = jax.lax.dynamic_slice_in_dim(ids, home * (given // hops), given // hops)
+
+            def put(leaf, new):
+                local = chunk - jax.lax.axis_index(AXIS) * leaf.shape[0]
+                beyond = jnp.where(
+                    local < 0, leaf.shape[0], local
+                )  # a negative index would count from the end
+                return leaf.at[beyond].set(new, mode="drop")
+
+            tree = jax.tree.map(put, tree, rows)
+            return tree, jax.lax.ppermute(rows, AXIS, _around(devices)) if hops > 1 else rows
+
+        return jax.lax.fori_loop(0, hops, hop, (tree, rows))[0]
+
+    run = jax.shard_map(
+        ring,
+        in_specs=(P(AXIS), P(), P(AXIS) if hops > 1 else P()),
+        out_specs=P(AXIS),
+        check_vma=False,
+    )
+    return run(tree, ids, rows)
 
 
 def squared_norms(tree: Any) -> jax.Array:
@@ -66,7 +144,9 @@ def gram(leaves: list[jax.Array]) -> jax.Array:
     """Inner products between slots, summed over `leaves`. [K, …] each -> f32[K, K]."""
     total = jnp.float32(0)
     for leaf in leaves:
-        flat = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
+        movable = _movable(leaf, _devices())
+        flat = _by_parameter(leaf) if movable else leaf.reshape(leaf.shape[0], -1)
+        flat = flat.astype(jnp.float32)
         total = total + jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.asarray(total)
 
@@ -95,6 +175,20 @@ def dispersion(tree: Any) -> jax.Array:
 def _dots(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (a, b))
     return jnp.einsum("kp,kp->k", a, b)
+
+
+def _movable(leaf: jax.Array, devices: int) -> bool:
+    """Whether the sharding can move from the slot axis to the parameters."""
+    return devices > 1 and leaf.shape[0] % devices == 0 and leaf[0].size % devices == 0
+
+
+def _by_parameter(leaf: jax.Array) -> jax.Array:
+    """[K, …] as [K, P], sharded over P: every device has all slots of its share of the parameters."""
+    return jax.lax.with_sharding_constraint(leaf.reshape(leaf.shape[0], -1), P(None, AXIS))
+
+
+def _around(devices: int) -> list[tuple[int, int]]:
+    return [(d, (d + 1) % devices) for d in range(devices)]
 
 
 def _devices() -> int:

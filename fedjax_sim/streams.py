@@ -9,6 +9,11 @@ INIT, SERVER, CLIENTS, COHORTS = range(4)
 """First number below the run's key: initial model; server by round; clients by round and id; who is drawn."""
 
 
+def root(seed: int) -> jax.Array:
+    """The run's key. Always Threefry, whose draws for one client do not depend on who is drawn beside it."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def stream(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:
     """The key that is named by `numbers` below `key`."""
     for number in numbers:

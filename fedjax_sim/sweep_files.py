@@ -32,6 +32,7 @@ from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import nearest
 
 _FIELDS = (
     *(
@@ -121,9 +122,7 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
     """
     for key in mapping:
         if key not in _FIELDS:
-            raise UserError(
-                f"sweep.{key}", mapping[key], "no such field", config_lib.nearest(str(key), _FIELDS)
-            )
+            raise UserError(f"sweep.{key}", mapping[key], "no such field", nearest(str(key), _FIELDS))
     base = mapping.get("base", {})
     if isinstance(base, str):
         base = config_lib.read_yaml(home / base)
@@ -176,7 +175,7 @@ def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> N
         raise wrong("seeds", "a seed is there twice", "Name each once.")
     reference = mapping.get("reference")
     if reference is not None and reference not in methods:
-        raise wrong("reference", "no such method", config_lib.nearest(str(reference), map(str, methods)))
+        raise wrong("reference", "no such method", nearest(str(reference), map(str, methods)))
     if mapping.get("goal", "max") not in ("max", "min"):
         raise wrong("goal", "not one of the choices", "Choose max or min.")
     last_k = mapping.get("last_k", 1)

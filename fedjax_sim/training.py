@@ -24,7 +24,7 @@ from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import Preprocessing, augment, normalise
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
-from fedjax_sim.streams import CLIENTS, stream
+from fedjax_sim.streams import CLIENTS, root, stream
 
 _ORDER, _STEP = 0, 1  # below a client's key: the order of its samples; augmentation and dropout
 
@@ -34,7 +34,7 @@ _ORDER, _STEP = 0, 1  # below a client's key: the order of its samples; augmenta
 
 def client_key(seed: int, round_index: int, client: int) -> jax.Array:
     """The key from which everything random of a client in a round comes."""
-    return stream(jax.random.key(seed), CLIENTS, round_index, client)
+    return stream(root(seed), CLIENTS, round_index, client)
 
 
 def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) -> jax.Array:
@@ -208,7 +208,9 @@ class Trainer:
         over = _vmapped if self.width > 1 else _single
         batch, counts, keys = self.local.batch_size, lanes.counts, lanes.keys
         per_epoch = jnp.maximum(-(-counts // batch), 1)
-        total = jnp.where(counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0)
+        total = jnp.where(
+            counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0
+        )
 
         rule, kept = self.rule, lanes.kept
         extra = over(rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
@@ -227,7 +229,9 @@ class Trainer:
                     lambda: samples,
                 )
             position = within[:, None] * batch + jnp.arange(batch, dtype=jnp.int32)[None, :]
-            index = jnp.take_along_axis(samples, position, axis=1, mode="clip")
+            # Padding repeats a sample of the client's own: what it holds must not matter, but inf * 0 would.
+            last = jnp.maximum(counts - 1, 0)[:, None]
+            index = jnp.take_along_axis(samples, jnp.minimum(position, last), axis=1, mode="clip")
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
             made = self._batch(shard, index, mask, rngs)
@@ -306,12 +310,12 @@ def _single(function, axes):
 
 
 def _all_finite(tree) -> jax.Array:
-    """bool[L]: whether every number of a slot is finite.
+    """bool[L]: whether every number of a slot is finite: only what is not survives a product with 0.
 
-    A product with ones instead of a sum, which XLA's CPU backend turns into a slow windowed reduction.
+    The sum is a product with ones because XLA's CPU backend makes a plain one a slow windowed reduction.
     """
     total = jnp.float32(0)
     for leaf in jax.tree.leaves(tree):
         flat = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
-        total = total + flat @ jnp.ones((flat.shape[1],), jnp.float32)
+        total = total + (flat * 0) @ jnp.ones((flat.shape[1],), jnp.float32)
     return jnp.isfinite(total)

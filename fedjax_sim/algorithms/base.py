@@ -107,7 +107,9 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1).astype(values.dtype)
 
 
-def cross_entropy(apply: Apply, variables: Variables, batch: Batch, extra: Any) -> tuple[jax.Array, Variables]:
+def cross_entropy(
+    apply: Apply, variables: Variables, batch: Batch, extra: Any
+) -> tuple[jax.Array, Variables]:
     """Mean cross-entropy of a batch, and the variables with their state moved on."""
     del extra
     logits, variables = apply(variables, batch)
@@ -138,8 +140,9 @@ class LocalRule:
     loss: Callable[..., tuple[jax.Array, Variables]] = cross_entropy
     direction: Callable[..., Any] = plain_gradient
     begin: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
-    end: Callable[..., tuple[Any, Any]] = (
-        lambda start, trained, client_state, extra, steps, lr: (client_state, None)
+    end: Callable[..., tuple[Any, Any]] = lambda start, trained, client_state, extra, steps, lr: (
+        client_state,
+        None,
     )
     init_client: Callable[[Variables], Any] | None = None
 

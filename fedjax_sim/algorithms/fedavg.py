@@ -6,6 +6,7 @@ Decentralized Data. AISTATS 2017. https://arxiv.org/abs/1602.05629
 Server optimisers: Reddi et al. Adaptive Federated Optimization. ICLR 2021.
 https://arxiv.org/abs/2003.00295 (FedAdam, FedYogi, FedAdagrad; FedAvgM is `sgd` with momentum). The
 pseudo-gradient is x − mean_k w_k; batch statistics are averaged and do not pass through the optimiser.
+optax's Adam and Yogi correct the bias of their moments, which Reddi et al. do not.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from flax import struct
 
 from fedjax_sim.algorithms import base
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import check, positive
 
 
 @struct.dataclass
@@ -42,6 +44,19 @@ class FedAvg:
     server_optimizer: str = "none"
     server_lr: float = 1.0
     server_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        check(self, "algorithm.")
+        positive("algorithm.server_lr", self.server_lr)
+        if self.server_optimizer == "none":
+            for name, default in (("server_lr", 1.0), ("server_options", {})):
+                if getattr(self, name) != default:
+                    raise UserError(
+                        f"algorithm.{name}",
+                        getattr(self, name),
+                        "there is no server optimiser to take it",
+                        "Name one in algorithm.server_optimizer (sgd, adam, yogi …).",
+                    )
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions."""

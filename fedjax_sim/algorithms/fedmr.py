@@ -30,6 +30,7 @@ from flax import struct, traverse_util
 from fedjax_sim import stacked
 from fedjax_sim.algorithms import base
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import check
 
 Path = tuple[str, ...]
 
@@ -65,6 +66,7 @@ class FedMR:
     similarity_group: int = 5
 
     def __post_init__(self):
+        check(self, "algorithm.")
         if not 0 < self.partition <= 1:
             raise UserError(
                 "algorithm.partition", self.partition, "lies outside (0, 1]", "0.25 gives four blocks."

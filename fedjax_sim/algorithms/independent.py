@@ -9,7 +9,6 @@ Local is the classical lower bound on collaboration: every client keeps and trai
 import dataclasses
 from typing import Any
 
-import jax
 from flax import struct
 
 from fedjax_sim import stacked
@@ -77,12 +76,11 @@ class Local:
 
         def dispatch(state, cohort, key):
             del key
-            return base.Starts(_take(state.models, cohort.ids), shared=False)
+            return base.Starts(stacked.take_rows(state.models, cohort.ids), shared=False)
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            put = jax.tree.map(lambda all_, new: all_.at[cohort.ids].set(new), state.models, results.models)
-            return LocalState(put), {}
+            return LocalState(stacked.put_rows(state.models, cohort.ids, results.models)), {}
 
         return base.Algorithm(
             init=init,
@@ -90,9 +88,5 @@ class Local:
             merge=merge,
             deploy=lambda state: stacked.mean(state.models),
             stacked=("models",),
-            personal=lambda state, ids: _take(state.models, ids),
+            personal=lambda state, ids: stacked.take_rows(state.models, ids),
         )
-
-
-def _take(tree, ids):
-    return jax.tree.map(lambda leaf: leaf[ids], tree)

@@ -85,7 +85,9 @@ def flops(layer: str) -> float:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--wave", type=int, default=1)
     parser.add_argument("--layers", default=",".join(LAYERS))
     parser.add_argument("--spellings", default=",".join((*conv.SPELLINGS[1:], "auto")))

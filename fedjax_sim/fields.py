@@ -1,0 +1,120 @@
+"""Checks that settings share: right type, right range, and what the user may have meant instead."""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from fedjax_sim.errors import UserError
+
+
+def check(config: Any, path: str = "") -> None:
+    """Checks every field of a frozen dataclass against its annotation, in its `__post_init__`.
+
+    A value of another type that means the same (an int for a float, a NumPy number, a list for a tuple) is
+    replaced by what is annotated.
+
+    Args:
+      config: the dataclass.
+      path: its dotted name with a trailing dot, for messages; "" for the root.
+
+    Raises:
+      UserError: names the first field whose value is not what is annotated.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        made = coerce(value, hints[field.name], path + field.name)
+        if made is not value:
+            object.__setattr__(config, field.name, made)
+
+
+def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
+    """`value` as a `hint`, where the two mean the same (2 for 2.0, a list for a tuple).
+
+    Args:
+      value: what was given.
+      hint: a type annotation.
+      path: dotted name, for messages.
+      text: whether a number may come as text, as YAML reads `1e-2`.
+
+    Raises:
+      UserError: the two do not mean the same.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        rest = [arg for arg in args if arg is not type(None)]
+        for arg in rest:
+            try:
+                return coerce(value, arg, path, text=text)
+            except UserError:
+                if arg is rest[-1]:
+                    raise
+    if origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+        raise UserError(path, value, "not one of the choices", f"Choose {', '.join(map(str, args))}.")
+    if origin is tuple and isinstance(value, list | tuple):
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else None
+        return tuple(coerce(item, inner or args[i], path, text=text) for i, item in enumerate(value))
+    if origin in (dict, Mapping) or hint is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is bool or hint is str:
+        if isinstance(value, hint):
+            return value
+    elif hint is int:
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+    elif hint is float and not isinstance(value, bool):
+        if isinstance(value, numbers.Real):
+            return float(value)
+        if text and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return float(value)
+    elif dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise UserError(
+        path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value."
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that offers what the user may have meant."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known: {', '.join(known)}."
+
+
+def at_least(field: str, value: float, least: float) -> None:
+    """Raises UserError unless `value` is finite and at least `least`."""
+    if not (isinstance(value, int | float) and value >= least and math.isfinite(value)):
+        raise UserError(field, value, f"must be at least {least}", "Raise it.")
+
+
+def positive(field: str, value: float) -> None:
+    """Raises UserError unless `value` is finite and above 0."""
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(field, value, "must be a positive, finite number", "Give a value above 0.")
+
+
+def within(
+    field: str, value: float, low: float, high: float, *, open_left: bool = False, open_right: bool = False
+) -> None:
+    """Raises UserError unless `value` lies between `low` and `high`."""
+    inside = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)
+    if not inside:
+        span = f"{'(' if open_left else '['}{low}, {high}{')' if open_right else ']'}"
+        raise UserError(field, value, f"lies outside {span}", "Choose a value inside.")
