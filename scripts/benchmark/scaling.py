@@ -1,0 +1,184 @@
+"""How cost grows: time per client with population and cohort, padding, compile time, memory.
+
+    python scripts/benchmark/scaling.py [--parts clients padding compile memory]
+
+Prints Markdown tables. Data are synthetic (their values do not matter here); clocks are medians of rounds,
+compilation apart. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import statistics
+import time
+
+import fedjax_sim as fs  # first: it gives JAX one CPU device a core
+import jax
+import jax.numpy as jnp
+import numpy as np
+from fedjax_sim import waves
+from fedjax_sim.data import Dataset, Preprocessing
+from fedjax_sim.simulation import Simulation
+
+MIB = 2**20
+
+
+def images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Dataset:
+    """Noise with labels, ten classes."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
+    labels = rng.integers(0, 10, count).astype(np.int32)
+    return Dataset(
+        name="noise",
+        train_images=pixels,
+        train_labels=labels,
+        test_images=pixels[:100],
+        test_labels=labels[:100],
+        num_classes=10,
+        preprocessing=Preprocessing(),
+    )
+
+
+def equal(clients: int, each: int) -> fs.Partition:
+    """Clients with `each` samples; few images serve many clients."""
+    starts = np.arange(clients) * each % 40_000
+    return fs.Partition(tuple(np.arange(s, s + each) for s in starts))
+
+
+def made(dataset, partition, model, cohort, algorithm=None, devices=None, **local) -> Simulation:
+    """A simulation without evaluation."""
+    config = fs.RunConfig(
+        rounds=10**6,
+        model=model,
+        local=fs.LocalConfig(**local),
+        cohort=fs.CohortConfig(size=cohort),
+        evaluation=fs.EvaluationConfig(every=0),
+        execution=fs.ExecutionConfig(devices=devices),
+        algorithm=algorithm or fs.FedAvg(),
+    )
+    return Simulation(config, dataset=dataset, partition=partition)
+
+
+def round_seconds(simulation: Simulation, rounds: int) -> float:
+    """Median seconds of a round, compiled before."""
+    times = []
+    for _ in range(rounds + 2):
+        begin = time.perf_counter()
+        simulation.step()()
+        jax.block_until_ready(simulation.state)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
+
+
+def clients() -> None:
+    """Time per client, many small ones: MLP 64-64-10, 20 samples, batch 10."""
+    model = fs.ModelConfig("mlp", options={"hidden": [64]})
+    dataset = images(45_000, (8, 8, 1))
+    print("\n| population | cohort | ms a round | µs a client |\n|---:|---:|---:|---:|")
+    for population, cohort in [(100, 100), (1000, 100), (5000, 100), (5000, 10), (5000, 1000), (5000, 5000)]:
+        run = made(dataset, equal(population, 20), model, cohort, epochs=1, batch_size=10, lr=0.05)
+        seconds = round_seconds(run, 30)
+        print(f"| {population} | {cohort} | {seconds * 1e3:.2f} | {seconds / cohort * 1e6:.1f} |", flush=True)
+    print("\nLeNet, 100 samples a client, batch 50, one epoch:")
+    print("\n| population | cohort | ms a round | ms a client |\n|---:|---:|---:|---:|")
+    dataset = images(45_000, (32, 32, 3))
+    for population, cohort in [(100, 10), (1000, 10), (5000, 10), (5000, 100), (5000, 1000)]:
+        run = made(dataset, equal(population, 100), fs.ModelConfig("lenet"), cohort, epochs=1, batch_size=50)
+        seconds = round_seconds(run, 5)
+        print(f"| {population} | {cohort} | {seconds * 1e3:.1f} | {seconds / cohort * 1e3:.2f} |", flush=True)
+
+
+def padding() -> None:
+    """Samples that go through the network over samples that should, 100 clients of 50,000 images."""
+    dataset = images(50_000, (1, 1, 1))
+    print("\n| alpha | sizes (min, median, max) | wave | devices | padding waste |\n|---:|---|---:|---:|---:|")
+    for alpha in (0.1, 0.5):
+        config = fs.PartitionConfig(kind="dirichlet", clients=100, alpha=alpha)
+        sizes = fs.data.partition(dataset, config, 0).sizes()
+        local = fs.LocalConfig(epochs=5, batch_size=50)
+        told = f"{sizes.min()}, {np.median(sizes):.0f}, {sizes.max()}"
+        for wave, devices in [(1, 1), (1, 2), (5, 1), (10, 1)]:
+            wastes = []
+            for number in range(200):
+                ids = fs.simulation.draw_cohort(0, number, 100, 10)
+                plan = waves.make_plan(waves.steps_of(sizes[ids], local), devices, wave)
+                wastes.append(waves.padding_waste(sizes[ids], plan, local, wave))
+            print(f"| {alpha} | {told} | {wave} | {devices} | {np.mean(wastes):.3f} |")
+
+
+def compile_times() -> None:
+    """Tracing and compiling a FedMR round, cohort 10, no cache."""
+    dataset = images(2000, (32, 32, 3))
+    print("\n| model | trace s | compile s |\n|---|---:|---:|")
+    for name in ("mlp", "lenet", "mcmahan", "resnet20"):
+        run = made(dataset, equal(20, 100), fs.ModelConfig(name), 10, fs.FedMR(), epochs=5, momentum=0.5)
+        with jax.set_mesh(run.mesh):
+            begin = time.perf_counter()
+            lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
+            middle = time.perf_counter()
+            lowered.compile()
+            end = time.perf_counter()
+        print(f"| {name} | {middle - begin:.1f} | {end - middle:.1f} |", flush=True)
+
+
+def memory() -> None:
+    """XLA's account of the compiled round against what the algorithm needs by definition, on one device.
+
+    Needed: FedMR's K models and their mean (FedAvg: one model), the data, and the temporaries of one
+    client's optimiser step compiled by itself.
+    """
+    dataset = images(50_000, (32, 32, 3))
+    print("\n| model | method | cohort | needed MiB | peak MiB | ratio |\n|---|---|---:|---:|---:|---:|")
+    for name, algorithm, cohort in [
+        ("lenet", fs.FedMR(), 10),
+        ("lenet", fs.FedMR(), 100),
+        ("mcmahan", fs.FedMR(), 50),
+        ("mcmahan", fs.FedAvg(), 50),
+    ]:
+        run = made(dataset, equal(100, 100), fs.ModelConfig(name), cohort, algorithm, 1, epochs=5, momentum=0.5)
+        with jax.set_mesh(run.mesh):
+            lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
+            told = lowered.compile().memory_analysis()
+        peak = told.argument_size_in_bytes + told.temp_size_in_bytes
+        peak += told.output_size_in_bytes - told.alias_size_in_bytes
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.shard)))
+        needed = state + step_temporaries(run)
+        ratio = f"{peak / needed:.2f}"
+        print(f"| {name} | {type(algorithm).__name__} | {cohort} | {needed / MIB:.1f} | {peak / MIB:.1f} | {ratio} |")
+
+
+def step_temporaries(run: Simulation) -> int:
+    """Bytes that one client's optimiser step takes by itself: activations, gradients, momentum."""
+    model, batch = run.setup.model, run.setup.config.local.batch_size
+
+    def step(variables, buffer, pixels, labels):
+        def loss(params):
+            logits, _ = model.apply({**variables, "params": params}, pixels, train=True)
+            return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
+
+        gradient = jax.grad(loss)(variables["params"])
+        buffer = jax.tree.map(lambda b, g: 0.5 * b + g, buffer, gradient)
+        return jax.tree.map(lambda p, b: p - 0.01 * b, variables["params"], buffer), buffer
+
+    variables = jax.eval_shape(model.init, jax.random.key(0))
+    pixels = jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32)
+    labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    told = jax.jit(step).lower(variables, variables["params"], pixels, labels).compile().memory_analysis()
+    return told.temp_size_in_bytes + told.argument_size_in_bytes + told.output_size_in_bytes
+
+
+PARTS = {"clients": clients, "padding": padding, "compile": compile_times, "memory": memory}
+
+
+def main() -> None:
+    """Prints the tables that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    device = jax.devices()[0]
+    args = parser.parse_args()
+    print(f"jax {jax.__version__}, {jax.device_count()} × {device.device_kind}")
+    for name in args.parts:
+        print(f"\n## {name}\n\n{PARTS[name].__doc__.splitlines()[0]}")
+        PARTS[name]()
+
+
+if __name__ == "__main__":
+    main()

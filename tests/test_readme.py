@@ -1,0 +1,25 @@
+"""The README's examples run as they stand."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+TEXT = (Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", EXAMPLES, ids=[f"example{n}" for n in range(len(EXAMPLES))])
+def test_example_runs(code):
+    scope = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["run"].finished
+
+
+def test_commands_exist(capsys):
+    from fedjax_sim import cli
+
+    assert cli.main(["--help"]) == 0
+    told = capsys.readouterr().out
+    for command in set(re.findall(r"^fedjax-sim (\w+)", TEXT, flags=re.MULTILINE)):
+        assert f"\n  {command} " in told
