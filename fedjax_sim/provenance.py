@@ -37,7 +37,7 @@ def hardware() -> dict[str, Any]:
     """The machine: system, devices that JAX sees, processor."""
     devices = jax.devices()
     return {
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "devices": {
             "platform": devices[0].platform,
             "kind": devices[0].device_kind,

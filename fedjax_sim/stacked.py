@@ -21,6 +21,8 @@ def broadcast(tree: Any, count: int) -> Any:
 
 def weighted_sum(tree: Any, weights: jax.Array) -> Any:
     """Sum over slots of weights[k] * leaf[k]. [K, …] leaves, f32[K] -> […] leaves, float32."""
+    if weights.shape[0] == 1:  # a product that fuses with what is around it
+        return jax.tree.map(lambda leaf: weights[0] * leaf[0].astype(jnp.float32), tree)
     return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf.astype(jnp.float32), axes=1), tree)
 
 

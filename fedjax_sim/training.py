@@ -310,12 +310,14 @@ def _single(function, axes):
 
 
 def _all_finite(tree) -> jax.Array:
-    """bool[L]: whether every number of a slot is finite: only what is not survives a product with 0.
+    """bool[L]: whether every number of a slot is finite.
 
-    The sum is a product with ones because XLA's CPU backend makes a plain one a slow windowed reduction.
+    A sum of tiny multiples, which overflows for no finite number. Written as products, row by row, because
+    XLA's CPU backend makes a plain sum a slow windowed reduction.
     """
     total = jnp.float32(0)
     for leaf in jax.tree.leaves(tree):
-        flat = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
-        total = total + (flat * 0) @ jnp.ones((flat.shape[1],), jnp.float32)
+        rows = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1] if leaf.ndim > 1 else 1).astype(jnp.float32)
+        sums = rows @ jnp.full((rows.shape[2],), 1e-30, jnp.float32)
+        total = total + sums @ jnp.ones((rows.shape[1],), jnp.float32)
     return jnp.isfinite(total)

@@ -89,7 +89,9 @@ def clients() -> None:
 def padding() -> None:
     """Samples that go through the network over samples that should, 100 clients of 50,000 images."""
     dataset = images(50_000, (1, 1, 1))
-    print("\n| alpha | sizes (min, median, max) | wave | devices | padding waste |\n|---:|---|---:|---:|---:|")
+    print(
+        "\n| alpha | sizes (min, median, max) | wave | devices | padding waste |\n|---:|---|---:|---:|---:|"
+    )
     for alpha in (0.1, 0.5):
         config = fs.PartitionConfig(kind="dirichlet", clients=100, alpha=alpha)
         sizes = fs.data.partition(dataset, config, 0).sizes()
@@ -133,7 +135,9 @@ def memory() -> None:
         ("mcmahan", fs.FedMR(), 50),
         ("mcmahan", fs.FedAvg(), 50),
     ]:
-        run = made(dataset, equal(100, 100), fs.ModelConfig(name), cohort, algorithm, 1, epochs=5, momentum=0.5)
+        run = made(
+            dataset, equal(100, 100), fs.ModelConfig(name), cohort, algorithm, 1, epochs=5, momentum=0.5
+        )
         with jax.set_mesh(run.mesh):
             lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
             told = lowered.compile().memory_analysis()
@@ -142,7 +146,9 @@ def memory() -> None:
         state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.shard)))
         needed = state + step_temporaries(run)
         ratio = f"{peak / needed:.2f}"
-        print(f"| {name} | {type(algorithm).__name__} | {cohort} | {needed / MIB:.1f} | {peak / MIB:.1f} | {ratio} |")
+        print(
+            f"| {name} | {type(algorithm).__name__} | {cohort} | {needed / MIB:.1f} | {peak / MIB:.1f} | {ratio} |"
+        )
 
 
 def step_temporaries(run: Simulation) -> int:
@@ -170,7 +176,9 @@ PARTS = {"clients": clients, "padding": padding, "compile": compile_times, "memo
 
 def main() -> None:
     """Prints the tables that were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     device = jax.devices()[0]
     args = parser.parse_args()
