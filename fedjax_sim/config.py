@@ -283,7 +283,7 @@ class RunConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
-    cohort: CohortConfig = CohortConfig(size=10)
+    cohort: CohortConfig = CohortConfig(fraction=0.5)
     evaluation: EvaluationConfig = EvaluationConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()

@@ -275,7 +275,8 @@ def _round_parts(setup: Setup) -> list[Part]:
     extra = jax.eval_shape(algorithm.local.begin, variables, kept["rule"], starts.broadcast)
     optimizer = make_optimizer(setup.config.local)
     memory = bytes_of(jax.eval_shape(optimizer.init, variables["params"]))
-    lane = 2 * one + memory + bytes_of(extra) + bytes_of(kept)
+    # The step updates a model in place; its gradient is among the activations.
+    lane = one + memory + bytes_of(extra) + bytes_of(kept)
     text = f"a wave's models and optimisers ({lanes} a device)"
     parts.append(Part(text, lanes * lane, lanes * lane * devices, "round", "a smaller execution.wave"))
     step = lanes * step_bytes(setup, variables, extra)

@@ -10,10 +10,11 @@ import argparse
 import statistics
 import time
 
-import fedjax_sim as fs  # first: it gives JAX one CPU device a core
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import fedjax_sim as fs
 from fedjax_sim import waves
 from fedjax_sim.data import Dataset, Preprocessing
 from fedjax_sim.simulation import Simulation
@@ -145,10 +146,8 @@ def memory() -> None:
         peak += told.output_size_in_bytes - told.alias_size_in_bytes
         state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.shard)))
         needed = state + step_temporaries(run)
-        ratio = f"{peak / needed:.2f}"
-        print(
-            f"| {name} | {type(algorithm).__name__} | {cohort} | {needed / MIB:.1f} | {peak / MIB:.1f} | {ratio} |"
-        )
+        row = f"{needed / MIB:.1f} | {peak / MIB:.1f} | {peak / needed:.2f}"
+        print(f"| {name} | {type(algorithm).__name__} | {cohort} | {row} |")
 
 
 def step_temporaries(run: Simulation) -> int:

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim.data import Partition, PartitionConfig, Population, load, partition
+from fedjax_sim.data.population import pad
 from fedjax_sim.errors import UserError
 
 DIGITS = load("digits")
@@ -13,7 +14,8 @@ def test_rows_hold_each_clients_samples_then_zeros(local_test):
     p = partition(DIGITS, PartitionConfig("dirichlet", clients=15, min_size=5, local_test=local_test))
     population = Population.build(DIGITS, p)
     assert population.indices.dtype == population.counts.dtype == np.int32
-    assert population.indices.shape == (15, p.sizes().max())
+    longest = p.sizes().max()
+    assert len(population.indices) == 15 and longest <= population.indices.shape[1] <= 1.25 * longest
     for k in range(15):
         np.testing.assert_array_equal(population.indices[k, : population.counts[k]], p.train[k])
         assert not population.indices[k, population.counts[k] :].any()
@@ -29,8 +31,14 @@ def test_it_is_a_pytree_with_a_static_flag_and_counts_its_bytes():
     leaves, _ = jax.tree.flatten(population)
     assert len(leaves) == 6
     assert population.nbytes == sum(a.nbytes for a in leaves)
-    assert population.nbytes == 1438 * 64 + 1438 * 4 + 7 * 206 * 4 + 7 * 4 + 359 * 64 + 359 * 4
+    assert population.nbytes == 1438 * 64 + 1438 * 4 + 7 * 224 * 4 + 7 * 4 + 359 * 64 + 359 * 4
     assert jax.tree.map(lambda a: a, population).test_of_train is False
+
+
+def test_clients_of_another_draw_mostly_find_the_same_width():
+    widths = {n: pad([np.arange(n)])[0].shape[1] for n in range(1, 5000)}
+    assert all(n <= width <= max(16, 1.25 * n) for n, width in widths.items())
+    assert len({widths[n] for n in range(1024, 4097)}) <= 9  # four sizes an octave
 
 
 def test_a_partition_of_another_set_is_refused():
