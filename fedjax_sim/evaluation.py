@@ -5,6 +5,7 @@ every sample, and all figures are computed from these on the host.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,8 @@ class Evaluator:
     images: np.ndarray
     labels: np.ndarray
     batch_size: int = 500
+    _data: tuple[jax.Array, jax.Array] = dataclasses.field(init=False, repr=False)
+    _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         count, devices = len(self.labels), self.mesh.size
@@ -91,6 +94,7 @@ class ClientEvaluator:
     images: jax.Array
     labels: jax.Array
     batch_size: int = 500
+    _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "_forward", jax.jit(self._compiled))

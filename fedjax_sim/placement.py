@@ -20,7 +20,7 @@ def use_all_cores() -> None:
     Slots sharded over single-core devices use a CPU far better than one device's threads do. Called on
     import; `JAX_NUM_CPU_DEVICES` or `jax.config.update("jax_num_cpu_devices", …)` before it take precedence.
     """
-    if "JAX_NUM_CPU_DEVICES" in os.environ or jax.config.jax_num_cpu_devices > 0:
+    if "JAX_NUM_CPU_DEVICES" in os.environ or jax.config.jax_num_cpu_devices > 0:  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
         return
     try:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

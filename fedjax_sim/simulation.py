@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim import algorithms, data, evaluation, models, placement, waves
-from fedjax_sim.algorithms.base import Algorithm, Cohort, Context
+from fedjax_sim import data, evaluation, models, placement, waves
+from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
@@ -70,7 +70,7 @@ def prepare(
     dataset: Dataset | None = None,
     partition: Partition | None = None,
     model: Model | None = None,
-    algorithm: algorithms.base.AlgorithmConfig | None = None,
+    algorithm: AlgorithmConfig | None = None,
 ) -> Setup:
     """Resolves a RunConfig; the keywords take the place of what it would load or build.
 
@@ -210,10 +210,16 @@ class Simulation:
         plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
         waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
         lr = setup.config.local.lr_at(round_index, setup.config.rounds)
+        # Host values still; the compiled round, whose view the types give, takes them as device arrays.
+        cohort = Cohort(
+            cast(jax.Array, ids),
+            cast(jax.Array, counts.astype(np.int32)),
+            cast(jax.Array, np.int32(round_index)),
+        )
         return RoundInputs(
-            cohort=Cohort(ids, counts.astype(np.int32), np.int32(round_index)),
+            cohort=cohort,
             plan=plan,
-            lr=np.float32(lr),
+            lr=cast(jax.Array, np.float32(lr)),
             key=self._key,
         ), waste
 
@@ -227,7 +233,7 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             self.state, outputs = self.program(self.state, inputs, self.shard)
         self.round += 1
-        parts = [partial(self._rows, self.round, inputs, outputs, waste)]
+        parts: list[Callable[[], list[Row]]] = [partial(self._rows, self.round, inputs, outputs, waste)]
         if self.due():
             parts.append(self.evaluate())
         return partial(_joined, parts)
@@ -341,6 +347,7 @@ class Simulation:
 
     def _personal_models(self, own: Any) -> Callable[[], np.ndarray]:
         setup = self.setup
+        assert setup.algorithm.personal is not None
         holder = (
             setup.dataset.test_images if setup.partition.test_from == "test" else setup.dataset.train_images
         )

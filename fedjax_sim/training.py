@@ -188,8 +188,8 @@ class Trainer:
           indices: i32[N, n_max].
         """
         keys = jax.vmap(partial(jax.random.fold_in, key))(lanes.ids)
-        lanes = lanes.replace(keys=keys, rows=indices[lanes.ids])
-        return lanes.replace(samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
+        lanes = dataclasses.replace(lanes, keys=keys, rows=indices[lanes.ids])
+        return dataclasses.replace(lanes, samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
 
     def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, shard: Shard):
         """Trains `width` clients to the end.
@@ -208,9 +208,9 @@ class Trainer:
         over = _vmapped if self.width > 1 else _single
         batch, counts, keys = self.local.batch_size, lanes.counts, lanes.keys
         per_epoch = jnp.maximum(-(-counts // batch), 1)
-        total = jnp.where(
-            counts > 0, per_epoch * self.local.epochs if self.local.epochs else self.local.steps, 0
-        )
+        length = per_epoch * self.local.epochs if self.local.epochs else self.local.steps
+        assert length is not None
+        total = jnp.where(counts > 0, length, 0)
 
         rule, kept = self.rule, lanes.kept
         extra = over(rule.begin, (0, 0, None))(start, kept["rule"], broadcast)

@@ -32,6 +32,7 @@ def steps_of(counts: np.ndarray, local: LocalConfig) -> np.ndarray:
     per_epoch = -(-np.asarray(counts) // local.batch_size)
     if local.epochs is not None:
         return per_epoch * local.epochs
+    assert local.steps is not None
     return np.where(per_epoch > 0, local.steps, 0)
 
 
@@ -82,6 +83,7 @@ def padding_waste(counts: np.ndarray, plan: Plan, local: LocalConfig, width: int
     if local.epochs is not None:
         wanted = int(counts.sum()) * local.epochs
     else:
+        assert local.steps is not None
         full, batch = np.maximum(counts, 1), local.batch_size
         per_epoch = -(-full // batch)
         whole, rest = np.divmod(local.steps, per_epoch)

@@ -21,7 +21,7 @@ Not available here: the paper's text, so none of its numbers.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -159,7 +159,7 @@ def recombine(models: Any, groups: dict[Path, int], key: jax.Array) -> Any:
       The same leaves, slots exchanged: per leaf the multiset of slices along K is unchanged, hence so are
       the mean model and, for every x, the sum over slots of ‖w_k − x‖².
     """
-    flat = traverse_util.flatten_dict(models)
+    flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
     count = next(iter(flat.values())).shape[0]
     numbers = jnp.arange(max(groups.values()) + 1, dtype=jnp.uint32)
     draws = jax.vmap(lambda g: jax.random.permutation(jax.random.fold_in(key, g), count))(numbers)
@@ -173,7 +173,7 @@ def similarity(models: Any, order: Sequence[Path], group: int = 5) -> jax.Array:
 
     The authors' similarity probe (FOUND in the code, there for K = 10).
     """
-    flat = traverse_util.flatten_dict(models)
+    flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
     leaves = [flat[path] for path in _network_order(order)]
     parts = [leaves[start : start + group] for start in range(0, len(leaves), group)]
     return jnp.stack([stacked.pairwise_cosine(part) for part in parts]).mean()

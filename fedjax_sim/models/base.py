@@ -5,11 +5,10 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
+from flax import errors, traverse_util
 from flax import linen as nn
-from flax import traverse_util
 
 from fedjax_sim.models import conv as conv_lib
 
@@ -99,7 +98,7 @@ class Model:
     def features(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
         logits, sown = self._call(variables, images, mutable=["peel"])
-        flat = traverse_util.flatten_dict(dict(sown.get("peel", {})))
+        flat: Any = traverse_util.flatten_dict(dict(sown.get("peel", {})))
         by_name = {"/".join(path).replace(_PREFIX, ""): values[0] for path, values in flat.items()}
         return logits, {point.name: by_name[point.name] for point in self.peel_points}
 
@@ -132,7 +131,7 @@ class Model:
         images = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.float32)
         try:
             jax.eval_shape(lambda v, x: self.apply(v, x, train=True), jax.eval_shape(self.init, key), images)
-        except flax.errors.InvalidRngError:
+        except errors.InvalidRngError:
             return True
         return False
 
@@ -142,7 +141,17 @@ class Model:
         shapes = jax.eval_shape(self.init, jax.random.key(0))
         return any(leaf.ndim == 4 for leaf in jax.tree.leaves(shapes["params"]))
 
-    def _call(self, first, images, *, train=False, mask=None, rng=None, mutable=False, init=False):
+    def _call(
+        self,
+        first: Any,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+        mutable: list[str] | bool = False,
+        init: bool = False,
+    ) -> Any:
         keywords: dict[str, Any] = {"train": train}
         if self.takes_mask:
             keywords["mask"] = mask

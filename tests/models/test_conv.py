@@ -1,0 +1,149 @@
+"""Every spelling of the convolution and of pooling agrees with plain XLA and its autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_sim.models import conv
+
+
+def arrays(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def with_gradients(function, *args):
+    """The value and its pull-back of a fixed random cotangent."""
+    value, pull = jax.vjp(function, *args)
+    cotangent = arrays(value.shape, seed=1)[0].astype(value.dtype)
+    return value, *pull(cotangent)
+
+
+def assert_same(got, wanted, tolerance=2e-6):
+    for a, b in zip(got, wanted, strict=True):
+        scale = float(jnp.abs(b).max()) + 1e-12
+        np.testing.assert_allclose(np.asarray(a) / scale, np.asarray(b) / scale, atol=tolerance)
+
+
+GEOMETRIES = [
+    # height, width, in, out, kernel, stride, padding, dilation, groups
+    (8, 8, 3, 4, (3, 3), (1, 1), "SAME", (1, 1), 1),
+    (9, 7, 3, 4, (3, 3), (2, 2), "SAME", (1, 1), 1),
+    (11, 10, 2, 6, (5, 5), (1, 1), "VALID", (1, 1), 1),
+    (11, 10, 4, 6, (3, 3), (2, 2), "VALID", (2, 2), 2),
+    (8, 8, 4, 8, (3, 3), (1, 1), "SAME", (2, 1), 4),
+    (12, 12, 3, 5, (7, 7), (2, 2), ((3, 3), (3, 3)), (1, 1), 1),
+    (8, 8, 5, 6, (1, 1), (2, 2), "VALID", (1, 1), 1),
+    (10, 9, 4, 4, (3, 2), (3, 1), ((1, 0), (0, 2)), (1, 1), 1),
+    (7, 7, 9, 2, (2, 2), (2, 2), "VALID", (1, 1), 1),
+    (6, 6, 3, 3, (3, 3), (1, 2), "SAME", (1, 1), 3),
+]
+
+
+@pytest.mark.parametrize("name", conv.SPELLINGS[1:])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_spellings_agree_with_autodiff(geometry, name):
+    height, width, inner, outer, kernel, strides, padding, dilation, groups = geometry
+    x, k = arrays((2, height, width, inner), (*kernel, inner // groups, outer))
+    call = functools.partial(conv.conv, strides=strides, padding=padding, dilation=dilation, groups=groups)
+    wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
+    assert_same(with_gradients(functools.partial(call, spelling=name), x, k), wanted)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_patches_of_any_geometry(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    kernel, strides = (draw(1, 4), draw(1, 4)), (draw(1, 3), draw(1, 3))
+    padding = ((draw(0, 2), draw(0, 2)), (draw(0, 2), draw(0, 2)))
+    x, k = arrays((2, draw(5, 9), draw(5, 9), draw(1, 9)), (*kernel, 1, 3))
+    k = jnp.broadcast_to(k, (*kernel, x.shape[-1], 3))
+    call = functools.partial(conv.conv, strides=strides, padding=padding)
+    wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
+    assert_same(with_gradients(functools.partial(call, spelling="patches"), x, k), wanted)
+
+
+@pytest.mark.parametrize("name", conv.SPELLINGS)
+def test_stacked_kernels_are_one_convolution_each(name):
+    x, k = arrays((3, 2, 8, 8, 2), (3, 3, 3, 2, 4))
+    call = functools.partial(conv.conv, padding="SAME", spelling=name)
+    got = jax.vmap(lambda x, k: with_gradients(call, x, k)[1:])(x, k)
+    xla = functools.partial(conv.conv, padding="SAME", spelling="xla")
+    cotangent = arrays((2, 8, 8, 4), seed=1)[0]
+    for client in range(3):
+        pull = jax.vjp(xla, x[client], k[client])[1]
+        assert_same([part[client] for part in got], pull(cotangent))
+
+
+@pytest.mark.parametrize("name", conv.SPELLINGS)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "padding"),
+    [((32, 32, 3, 6), 5, "VALID"), ((14, 14, 6, 16), 5, "VALID"), ((9, 11, 3, 5), 3, "SAME")],
+)
+def test_fused_relu_and_pooling(shape, kernel, padding, name):
+    height, width, inner, outer = shape
+    x, k, bias = arrays((3, height, width, inner), (kernel, kernel, inner, outer), (outer,))
+
+    def plain(x, k, bias):
+        y = nn.relu(conv.conv(x, k, padding=padding, spelling="xla") + bias[None, None, None])
+        return nn.max_pool(y, (2, 2), (2, 2))
+
+    def fused(x, k, bias):
+        with conv.spelling(name):
+            return conv.conv_relu_pool(x, k, bias, padding=padding)
+
+    assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias))
+
+
+def test_fused_pooling_gives_a_tie_to_the_first():
+    """On a blank image all four of a window are equal: the gradient must go to one of them, once."""
+    x, k, bias = jnp.ones((1, 6, 6, 1)), jnp.ones((3, 3, 1, 1)), jnp.zeros(1)
+
+    def total(k):
+        with conv.spelling("patches"):
+            return conv.conv_relu_pool(x, k, bias).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(k), np.full((3, 3, 1, 1), 4.0))
+
+
+@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, None), (9, 2, None), (9, 3, None), (8, 3, 2)])
+def test_max_pool(size, window, strides):
+    x = arrays((2, size, size, 3))[0]
+    step = strides or window
+    plain = functools.partial(nn.max_pool, window_shape=(window, window), strides=(step, step))
+    ours = functools.partial(conv.max_pool, window=window, strides=strides)
+    assert_same(with_gradients(ours, x), with_gradients(plain, x))
+
+
+def test_the_layer_takes_the_spelling_of_its_context():
+    layer = conv.Conv(4, (3, 3))
+    x = arrays((1, 8, 8, 2))[0]
+    variables = layer.init(jax.random.key(0), x)
+
+    def traced(name):
+        with conv.spelling(name):
+            return str(jax.make_jaxpr(lambda v: layer.apply(v, x))(variables))
+
+    assert "conv_general_dilated" in traced("xla") and "custom_vjp" not in traced("xla")
+    assert "custom_vjp" in traced("canonical") and "conv_general_dilated" in traced("canonical")
+    assert "conv_general_dilated" not in traced("patches")
+
+
+def test_transposed_and_one_dimensional_convolutions_go_to_xla():
+    x, k = arrays((2, 9, 3), (3, 3, 4))
+    wanted = jax.lax.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    got = conv.conv_general_dilated(x, k, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["canonical", "patches"])
+def test_half_precision(name):
+    x, k = (a.astype(jnp.bfloat16) for a in arrays((2, 8, 8, 3), (3, 3, 3, 4)))
+    got = with_gradients(functools.partial(conv.conv, padding="SAME", spelling=name), x, k)
+    assert all(part.dtype == jnp.bfloat16 for part in got)
