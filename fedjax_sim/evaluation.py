@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.models.base import Model
-from fedjax_sim.placement import replicated, sharded
+from fedjax_sim.placement import sharded
 from fedjax_sim.stacked import AXIS
 
 
@@ -150,8 +150,3 @@ def by_client(correct: np.ndarray, owners: np.ndarray, num_clients: int) -> np.n
     sizes = np.bincount(owners, minlength=num_clients)
     with np.errstate(invalid="ignore", divide="ignore"):
         return hits / sizes
-
-
-def on_all(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A pool for `ClientEvaluator`, on every device."""
-    return jax.device_put(array, replicated(mesh))
