@@ -137,7 +137,10 @@ class Round:
         """One device's waves. Leaves of `lanes` lead with S places; bounds: i32[W]."""
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
-        one = start if shared else jax.tree.map(lambda leaf: leaf[0], start)
+        # Of slots only the shape: reading one after the waves would keep all starts beside the trained.
+        one = (
+            start if shared else jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), start)
+        )
         models = start if not shared else None
         if shared and self.algorithm.needs_models:
             places = lanes.ids.shape[0]
@@ -176,9 +179,9 @@ class Round:
         mean = None
         if wants_mean:
             total, weight = jax.lax.psum((total, weight), AXIS)
-            mean = jax.tree.map(
-                lambda leaf, old: jnp.where(weight > 0, leaf / weight, old).astype(old.dtype), total, one
-            )
+            mean = jax.tree.map(lambda leaf, like: (leaf / weight).astype(like.dtype), total, one)
+            if shared:  # all left out: nothing has been learnt
+                mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
         return models if self.algorithm.needs_models else None, mean, rest
 
     def _move(self, tree, index):

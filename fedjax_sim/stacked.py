@@ -48,11 +48,34 @@ def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
     """
     devices = _devices()
     if not _movable(leaf, devices) or index.shape[0] % devices:
-        return jnp.take(leaf, index, axis=0, mode="clip")
+        return _exchange(leaf, index)
     flat = jnp.take(_by_parameter(leaf), index, axis=0, mode="clip")
     flat = jax.lax.with_sharding_constraint(flat, P(None, AXIS))
     out = jax.lax.with_sharding_constraint(flat, P(AXIS))
     return out.reshape(index.shape[0], *leaf.shape[1:])
+
+
+def _exchange(leaf: jax.Array, index: jax.Array) -> jax.Array:
+    """leaf[index]; a large leaf in strips of columns, so that it can be written where it is read."""
+    count, size = leaf.shape[0], leaf[0].size
+    strip = max(_STRIP // count, 1)
+    if index.shape[0] != count or size < 2 * strip:
+        return jnp.take(leaf, index, axis=0, mode="clip")
+
+    def move(number, flat):
+        first = number * strip
+        columns = jax.lax.dynamic_slice_in_dim(flat, first, strip, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(flat, columns[index], first, axis=1)
+
+    whole = size // strip
+    flat = jax.lax.fori_loop(0, whole, move, leaf.reshape(count, size))
+    rest = flat[:, whole * strip :]
+    flat = jax.lax.dynamic_update_slice_in_dim(flat, rest[index], whole * strip, axis=1)
+    return flat.reshape(leaf.shape)
+
+
+_STRIP = 2**18
+"""Numbers of all slots together that `_exchange` moves at once."""
 
 
 def take_rows(tree: Any, ids: jax.Array) -> Any:

@@ -98,3 +98,13 @@ def test_a_sharded_permutation_moves_the_sharding_and_gathers_nothing(shape):
     assert "all-gather" not in moved
     # What it is measured against: the plain gather brings all slots to every device, one way or another.
     assert "all-gather" in plain or "all-reduce" in plain
+
+
+def test_a_large_leaf_is_permuted_in_strips(monkeypatch):
+    """However the columns fall into strips, it is a plain gather."""
+    rng = np.random.default_rng(0)
+    for size, strip in [(12, 4), (13, 4), (40, 7), (9, 1)]:
+        monkeypatch.setattr(stacked, "_STRIP", 3 * strip)
+        leaf, index = rng.normal(size=(3, size)).astype(np.float32), rng.permutation(3)
+        got = jax.jit(lambda x, i: stacked.permute(x, i))(leaf, index)
+        np.testing.assert_array_equal(got, leaf[index])
