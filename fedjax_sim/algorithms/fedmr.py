@@ -92,16 +92,20 @@ class FedMR:
 
         def merge(state, cohort, starts, results, key):
             del state, starts
+            metrics, round_index = {}, cohort.round
+            if self.similarity:
+                cosine = similarity(results.models, order, self.similarity_group)
+                metrics["slot_similarity"] = cosine
+                # Adds nothing, as no cosine is above 2; but so the slots are measured before they are dealt
+                # out, which can then happen in place.
+                round_index = round_index + (cosine > 2).astype(jnp.int32)
             new = jax.lax.cond(
-                cohort.round >= self.first_stage,
+                round_index >= self.first_stage,
                 lambda trained, mean: recombine(trained, groups, key),
                 lambda trained, mean: stacked.broadcast(mean, slots),
                 results.models,
                 results.mean,
             )
-            metrics = {}
-            if self.similarity:
-                metrics["slot_similarity"] = similarity(results.models, order, self.similarity_group)
             return FedMRState(new, results.mean), metrics
 
         return base.Algorithm(
