@@ -1,6 +1,6 @@
 """The machine's float32 matrix-product peak, so that a workload's time can be set against its arithmetic.
 
-`python peak.py --library numpy|torch|jax --threads T` prints one JSON line, in whichever environment has
+`python peak.py --package numpy|torch|jax --threads T` prints one JSON line, in whichever environment has
 that library. The number of threads must be fixed before a library starts them, so each figure takes a
 process of its own (`run.py` starts them) and libraries are imported late.
 """
@@ -62,17 +62,17 @@ def gflops(call: Callable[[], object], side: int, repetitions: int = 15) -> tupl
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--library", choices=LIBRARIES, required=True)
+    parser.add_argument("--package", choices=LIBRARIES, required=True)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.threads < 1:
         parser.error(f"argument --threads: {args.threads} is less than 1; give 1 or more")
     limit_threads(args.threads)
-    median, best = gflops(product(args.library, SIDE), SIDE)
+    median, best = gflops(product(args.package, SIDE), SIDE)
     print(
         json.dumps(
             {
-                "library": args.library,
+                "library": args.package,
                 "threads": args.threads,
                 "gflops": round(median, 1),
                 "best_gflops": round(best, 1),

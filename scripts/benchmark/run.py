@@ -120,7 +120,7 @@ def measure_peaks(interpreters: dict[str, str], write: Write) -> None:
     for library in peak.LIBRARIES:
         python = interpreters.get(holders[library])
         for threads in sorted({1, machine.cores()}) if python else ():
-            out, why = call([str(python), "peak.py", "--library", library, "--threads", str(threads)], 120)
+            out, why = call([str(python), "peak.py", "--package", library, "--threads", str(threads)], 120)
             if why is None:
                 write({"kind": "peak", **json.loads(out.splitlines()[-1])})
 
