@@ -265,9 +265,9 @@ def _round_parts(setup: Setup) -> list[Part]:
         if not even:
             text = "models put in order of size, and back"
             parts.append(Part(text, -(-size // devices), size, "round", remedy))
-        # What the merge writes exists beside what it reads.
-        out = sum(bytes_of(getattr(state, name)) for name in algorithm.stacked)
-        parts.append(Part("the merge's output", -(-out // devices), out, "round", remedy))
+        if not setup.config.execution.donate:
+            out = sum(bytes_of(getattr(state, name)) for name in algorithm.stacked)
+            parts.append(Part("the new state beside the old", -(-out // devices), out, "round", remedy))
     if algorithm.weights is not None:
         parts.append(Part("sums for the mean model", 2 * one, 2 * one * devices, "round", "a smaller model"))
 

@@ -108,7 +108,8 @@ def test_a_damaged_checkpoint_is_passed_over_whatever_file_is_hit(tmp_path, dama
     count = len(files_of(saved(tmp_path / "first", [1, 2]).folder / "2"))
     for place in range(count):
         store = saved(tmp_path / str(place), [1, 2])
-        victim = files_of(store.folder / "2")[place]
+        files = files_of(store.folder / "2")  # how many there are depends on how the writers met
+        victim = files[place % len(files)]
         content = bytearray(victim.read_bytes())
         if damage == "flip":
             for i in range(0, len(content), 5):

@@ -8,7 +8,7 @@ from fedjax_sim import models, placement
 from fedjax_sim.algorithms import FedAvg, Local
 from fedjax_sim.config import EvaluationConfig
 from fedjax_sim.data import Partition
-from fedjax_sim.evaluation import ClientEvaluator, Evaluator, by_client, on_all
+from fedjax_sim.evaluation import ClientEvaluator, Evaluator, by_client
 from tests import oracles
 
 MODEL = models.create("mlp", (3, 3, 1), 3, hidden=(5,))
@@ -40,7 +40,9 @@ def test_a_stack_of_models_each_on_its_own_samples(devices, batch, rng):
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     indices = rng.integers(0, 40, (4, 7)).astype(np.int32)
     mesh = placement.make_mesh(devices)
-    pool = on_all(dataset.train_images, mesh), on_all(dataset.train_labels, mesh)
+    pool = tuple(
+        placement.put_replicated(part, mesh) for part in (dataset.train_images, dataset.train_labels)
+    )
     evaluator = ClientEvaluator(MODEL, dataset.preprocessing, mesh, *pool, batch)
     losses, predicted = evaluator(stack, indices)
     for c, chosen in enumerate(indices):
