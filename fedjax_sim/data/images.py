@@ -27,9 +27,9 @@ def resize(images: np.ndarray, size: tuple[int, int], *, chunk: int = 4096) -> n
     out = np.empty((len(images), *size, channels), np.uint8)
     for start in range(0, len(images), chunk):
         part = images[start : start + chunk].astype(np.float32)
-        part = _round(rows @ part.reshape(-1, height, width * channels))
+        part = _round(_product(rows, part.reshape(-1, height, width * channels)))
         part = part.reshape(-1, size[0], width, channels).swapaxes(2, 3)  # the last axis is contracted
-        part = _round(np.ascontiguousarray(part).reshape(-1, width) @ columns.T)
+        part = _round(_product(np.ascontiguousarray(part).reshape(-1, width), columns.T))
         out[start : start + chunk] = part.reshape(-1, size[0], channels, size[1]).swapaxes(2, 3)
     return out
 
@@ -45,6 +45,13 @@ def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
     if images.shape[-1] != 1:
         raise ValueError(f"{images.shape[-1]} channels cannot become {channels}")
     return np.repeat(images, channels, axis=-1)
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    # A BLAS kernel for odd shapes may compute on lanes that belong to no entry and leave the
+    # processor's "invalid" flag raised, which NumPy reports; finite integers cannot raise it.
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        return left @ right
 
 
 def _round(scaled: np.ndarray) -> np.ndarray:
