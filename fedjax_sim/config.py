@@ -222,7 +222,7 @@ class ExecutionConfig:
         for name in ("devices", "wave"):
             if getattr(self, name) is not None:
                 at_least(f"execution.{name}", getattr(self, name), 1)
-        from fedjax_sim.models.conv import SPELLINGS
+        from fedjax_sim.models.spelling import SPELLINGS
 
         if self.conv not in ("auto", *SPELLINGS):
             raise UserError(

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim import models, placement
 from fedjax_sim.config import ExecutionConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.models.conv import SPELLINGS
+from fedjax_sim.models.spelling import SPELLINGS
 
 
 def test_a_mesh_has_one_axis_and_as_many_devices_as_asked_for():

@@ -11,8 +11,8 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
-from fedjax_sim.models.conv import SPELLINGS
 from fedjax_sim.models.norms import BatchNorm
+from fedjax_sim.models.spelling import SPELLINGS
 from tests import oracles
 
 RAGGED = (1, 37, 10, 23, 20, 4, 31)

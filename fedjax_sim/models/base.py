@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import errors, traverse_util
 from flax import linen as nn
 
-from fedjax_sim.models import conv as conv_lib
+from fedjax_sim.models.spelling import spelling
 
 Variables = Mapping[str, Any]
 """{'params': …, and, where the model has them, other collections such as 'batch_stats'}."""
@@ -155,7 +155,7 @@ class Model:
         keywords: dict[str, Any] = {"train": train}
         if self.takes_mask:
             keywords["mask"] = mask
-        with conv_lib.spelling(self.conv):
+        with spelling(self.conv):
             if init:
                 return self.module.init(first, images, **keywords)
             rngs = None if rng is None else {"dropout": rng}

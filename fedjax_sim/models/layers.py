@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from fedjax_sim.models import initialisers
 from fedjax_sim.models.base import peel
 from fedjax_sim.models.conv import Conv, ConvReluPool, max_pool
+from fedjax_sim.models.dense import Dense
 from fedjax_sim.models.initialisers import Initialiser
 
 
@@ -87,7 +87,7 @@ def dense(
 ) -> jax.Array:
     """Adds the dense layer `name` to `module` and marks its input. f[..., C] -> f[..., features]."""
     peel(module, name, x)
-    return nn.Dense(
+    return Dense(
         features,
         dtype=module.dtype,
         kernel_init=kernel_init,

@@ -15,7 +15,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.models import conv
+from fedjax_sim.models import conv, tiles
+from fedjax_sim.models.spelling import SPELLINGS
+from fedjax_sim.models.spelling import spelling as spelled
 
 # name: batch, side, channels in, channels out, kernel, stride, padding, fused with ReLU and pooling
 LAYERS = {
@@ -47,7 +49,7 @@ def step_time(layer: str, spelling: str, wave: int, loops: int = 5, repeats: int
     kernel = jax.random.normal(keys[1], (wave, k, k, inner, outer)) / (k * k * inner) ** 0.5
 
     def loss(x, kernel):
-        with conv.spelling(spelling):
+        with spelled(spelling):
             if fused:
                 y = conv.conv_relu_pool(x, kernel, jnp.zeros(outer), padding=padding)
             else:
@@ -90,7 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--wave", type=int, default=1)
     parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--spellings", default=",".join((*conv.SPELLINGS[1:], "auto")))
+    parser.add_argument("--spellings", default=",".join((*SPELLINGS[1:], "auto")))
     args = parser.parse_args()
     spellings = args.spellings.split(",")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, wave {args.wave}")
@@ -99,7 +101,8 @@ def main() -> None:
         batch, side, inner, outer, k, stride, padding, fused = LAYERS[layer]
         times = [step_time(layer, s, args.wave) for s in spellings]
         pads = jax.lax.padtype_to_pads((side, side), (k, k), (stride, stride), padding)
-        shape = conv.Geometry((stride, stride), tuple(map(tuple, pads)), (1, 1), 1)
+        top, left = (tuple(pad) for pad in pads)
+        shape = tiles.Geometry((stride, stride), (top, left), (1, 1), 1)  # type: ignore[arg-type]
         tile = conv.best_tile((batch, side, side, inner), (k, k, inner, outer), shape, even=fused)
         rate = flops(layer) * args.wave / min(times) / 1e6
         row = "".join(f"{t:12.3f}" for t in times)

@@ -10,7 +10,8 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.models import conv
+from fedjax_sim.models import conv, tiles
+from fedjax_sim.models.spelling import SPELLINGS, spelling
 
 
 def arrays(*shapes, seed=0):
@@ -20,9 +21,18 @@ def arrays(*shapes, seed=0):
 
 def with_gradients(function, *args):
     """The value and its pull-back of a fixed random cotangent."""
-    value, pull = jax.vjp(function, *args)
-    cotangent = arrays(value.shape, seed=1)[0].astype(value.dtype)
-    return value, *pull(cotangent)
+
+    @jax.jit
+    def both(*args):
+        value, pull = jax.vjp(function, *args)
+        return value, *pull(arrays(value.shape, seed=1)[0].astype(value.dtype))
+
+    return both(*args)
+
+
+def tolerance(name: str) -> float:
+    """Relative to the largest entry. Winograd's transforms amplify rounding."""
+    return 4e-5 if name == "winograd" else 2e-6
 
 
 def assert_same(got, wanted, tolerance=2e-6):
@@ -46,14 +56,14 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("name", conv.SPELLINGS[1:])
+@pytest.mark.parametrize("name", SPELLINGS[1:])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_spellings_agree_with_autodiff(geometry, name):
     height, width, inner, outer, kernel, strides, padding, dilation, groups = geometry
     x, k = arrays((2, height, width, inner), (*kernel, inner // groups, outer))
     call = functools.partial(conv.conv, strides=strides, padding=padding, dilation=dilation, groups=groups)
     wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
-    assert_same(with_gradients(functools.partial(call, spelling=name), x, k), wanted)
+    assert_same(with_gradients(functools.partial(call, spelling=name), x, k), wanted, tolerance(name))
 
 
 @settings(max_examples=10, deadline=None)
@@ -69,7 +79,47 @@ def test_patches_of_any_geometry(data):
     assert_same(with_gradients(functools.partial(call, spelling="patches"), x, k), wanted)
 
 
-@pytest.mark.parametrize("name", conv.SPELLINGS)
+@settings(max_examples=10, deadline=None)
+@given(st.data())
+def test_winograd_of_any_geometry(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    side = data.draw(st.sampled_from([3, 5]))
+    padding = ((draw(0, 2), draw(0, 2)), (draw(0, 2), draw(0, 2)))
+    x, k = arrays((2, draw(5, 13), draw(5, 13), draw(1, 9)), (side, side, 1, 3))
+    k = jnp.broadcast_to(k, (side, side, x.shape[-1], 3))
+    call = functools.partial(conv.conv, padding=padding)
+    wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
+    assert_same(with_gradients(functools.partial(call, spelling="winograd"), x, k), wanted, 4e-5)
+
+
+@pytest.mark.parametrize(("m", "r"), [(2, 3), (4, 3), (2, 5), (4, 5)])
+def test_winograd_transforms_are_a_correlation(m, r):
+    """Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A is the m×m outputs of g on d: its transforms are exact but for float32."""
+    n = m + r - 1
+    d, g = (np.random.default_rng(0).normal(size=(size, size)) for size in (n, r))
+    read, grow, write = (a.astype(np.float64) for a in tiles._transforms(m, r))
+    got = (write @ ((grow @ g.reshape(-1)) * (read @ d.reshape(-1)))).reshape(m, m)
+    wanted = [[(d[i : i + r, j : j + r] * g).sum() for j in range(m)] for i in range(m)]
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_auto_takes_winograd_for_wide_layers_in_float32_only():
+    def jaxpr(x, k, **options):
+        return str(jax.make_jaxpr(functools.partial(conv.conv, padding="SAME", **options))(x, k))
+
+    x, k = arrays((2, 8, 8, 32), (3, 3, 32, 32))
+    assert (
+        jaxpr(x, k, spelling="auto") == jaxpr(x, k, spelling="winograd") != jaxpr(x, k, spelling="canonical")
+    )
+    x, k = x.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
+    assert (
+        jaxpr(x, k, spelling="auto") == jaxpr(x, k, spelling="winograd") == jaxpr(x, k, spelling="canonical")
+    )
+    x, k = arrays((2, 8, 8, 8), (3, 3, 8, 8))
+    assert jaxpr(x, k, spelling="auto") != jaxpr(x, k, spelling="winograd")
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_stacked_kernels_are_one_convolution_each(name):
     x, k = arrays((3, 2, 8, 8, 2), (3, 3, 3, 2, 4))
     call = functools.partial(conv.conv, padding="SAME", spelling=name)
@@ -78,10 +128,10 @@ def test_stacked_kernels_are_one_convolution_each(name):
     cotangent = arrays((2, 8, 8, 4), seed=1)[0]
     for client in range(3):
         pull = jax.vjp(xla, x[client], k[client])[1]
-        assert_same([part[client] for part in got], pull(cotangent))
+        assert_same([part[client] for part in got], pull(cotangent), tolerance(name))
 
 
-@pytest.mark.parametrize("name", conv.SPELLINGS)
+@pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize(
     ("shape", "kernel", "padding"),
     [((32, 32, 3, 6), 5, "VALID"), ((14, 14, 6, 16), 5, "VALID"), ((9, 11, 3, 5), 3, "SAME")],
@@ -95,10 +145,10 @@ def test_fused_relu_and_pooling(shape, kernel, padding, name):
         return nn.max_pool(y, (2, 2), (2, 2))
 
     def fused(x, k, bias):
-        with conv.spelling(name):
+        with spelling(name):
             return conv.conv_relu_pool(x, k, bias, padding=padding)
 
-    assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias))
+    assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias), tolerance(name))
 
 
 def test_fused_pooling_gives_a_tie_to_the_first():
@@ -106,7 +156,7 @@ def test_fused_pooling_gives_a_tie_to_the_first():
     x, k, bias = jnp.ones((1, 6, 6, 1)), jnp.ones((3, 3, 1, 1)), jnp.zeros(1)
 
     def total(k):
-        with conv.spelling("patches"):
+        with spelling("patches"):
             return conv.conv_relu_pool(x, k, bias).sum()
 
     np.testing.assert_array_equal(jax.grad(total)(k), np.full((3, 3, 1, 1), 4.0))
@@ -127,7 +177,7 @@ def test_the_layer_takes_the_spelling_of_its_context():
     variables = layer.init(jax.random.key(0), x)
 
     def traced(name):
-        with conv.spelling(name):
+        with spelling(name):
             return str(jax.make_jaxpr(lambda v: layer.apply(v, x))(variables))
 
     assert "conv_general_dilated" in traced("xla") and "custom_vjp" not in traced("xla")
