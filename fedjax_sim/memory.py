@@ -261,7 +261,8 @@ def _round_parts(setup: Setup) -> list[Part]:
     if algorithm.needs_models or not starts.shared:
         remedy = "more devices, or a smaller cohort.size"
         size = places * one
-        parts.append(Part(f"models in training ({places})", -(-size // devices), size, "round", remedy))
+        if starts.shared:  # starts that differ by slot are part of the state, and trained in place
+            parts.append(Part(f"models in training ({places})", -(-size // devices), size, "round", remedy))
         if not even:
             text = "models put in order of size, and back"
             parts.append(Part(text, -(-size // devices), size, "round", remedy))

@@ -157,8 +157,15 @@ class Round:
             trained, kept, uploads, loss, finite = trainer.train_wave(
                 begin, broadcast, own, bounds[w], lr, shard
             )
-            trained = stacked.select(finite, trained, begin)
-            kept = stacked.select(finite, kept, own.kept)
+            # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
+            # for which XLA then copies all slots, as it also reads them.
+            trained, kept = jax.lax.cond(
+                finite.all(),
+                lambda new, old: new,
+                lambda new, old: stacked.select(finite, new, old),
+                (trained, kept),
+                (begin, own.kept),
+            )
             uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)
             if wants_mean:
                 # A slot that has a model of its own keeps it; a shared start has nothing to add.

@@ -44,38 +44,80 @@ def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
 
     Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
     device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls,
-    and memory a device stays what its share is.
+    and memory a device stays what its share is. With K' = K it goes strip by strip, each written where it
+    was read, so that a donated leaf needs no second copy of itself.
     """
     devices = _devices()
+    if index.shape[0] == leaf.shape[0] and (devices == 1 or _movable(leaf, devices)):
+        return _exchange(leaf, index, devices)
     if not _movable(leaf, devices) or index.shape[0] % devices:
-        return _exchange(leaf, index)
+        return jnp.take(leaf, index, axis=0, mode="clip")
     flat = jnp.take(_by_parameter(leaf), index, axis=0, mode="clip")
     flat = jax.lax.with_sharding_constraint(flat, P(None, AXIS))
     out = jax.lax.with_sharding_constraint(flat, P(AXIS))
     return out.reshape(index.shape[0], *leaf.shape[1:])
 
 
-def _exchange(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """leaf[index]; a large leaf in strips of columns, so that it can be written where it is read."""
+def _exchange(leaf: jax.Array, index: jax.Array, devices: int) -> jax.Array:
+    """leaf[index] in strips of columns; every device holds K / devices slots."""
     count, size = leaf.shape[0], leaf[0].size
-    strip = max(_STRIP // count, 1)
-    if index.shape[0] != count or size < 2 * strip:
-        return jnp.take(leaf, index, axis=0, mode="clip")
+    width = _STRIP if jax.default_backend() == "cpu" else _WIDE_STRIP
+    strip = min(max(width // count, 1) * devices, size)
 
-    def move(number, flat):
-        first = number * strip
+    def move(number, flat, index):
+        first = jnp.minimum(number * strip, size - strip)  # the last strip reaches back over moved columns
         columns = jax.lax.dynamic_slice_in_dim(flat, first, strip, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(flat, columns[index], first, axis=1)
+        fresh = first + jnp.arange(strip, dtype=jnp.int32) >= number * strip
+        moved = columns
+        if devices > 1:
+            moved = jax.lax.all_to_all(moved, AXIS, split_axis=1, concat_axis=0, tiled=True)
+        moved = jnp.take(moved, index, axis=0, mode="clip")
+        if devices > 1:
+            moved = jax.lax.all_to_all(moved, AXIS, split_axis=0, concat_axis=1, tiled=True)
+        columns = jnp.where(fresh[None], moved, columns)
+        return jax.lax.dynamic_update_slice_in_dim(flat, columns, first, axis=1)
 
-    whole = size // strip
-    flat = jax.lax.fori_loop(0, whole, move, leaf.reshape(count, size))
-    rest = flat[:, whole * strip :]
-    flat = jax.lax.dynamic_update_slice_in_dim(flat, rest[index], whole * strip, axis=1)
-    return flat.reshape(leaf.shape)
+    def run(leaf, index):
+        flat = leaf.reshape(leaf.shape[0], size)
+        strips = -(-size // strip)
+        if strips == 1:
+            return move(0, flat, index).reshape(leaf.shape)
+        return jax.lax.fori_loop(0, strips, lambda n, flat: move(n, flat, index), flat).reshape(leaf.shape)
+
+    return _on_own_slots(run, devices)(leaf, index)
 
 
-_STRIP = 2**18
-"""Numbers of all slots together that `_exchange` moves at once."""
+_STRIP, _WIDE_STRIP = 2**18, 2**24
+"""Numbers of all slots together that each device moves at once: what a CPU's cache holds; an accelerator."""
+
+
+def overwrite(tree: Any, row: Any, when: jax.Array) -> Any:
+    """Every slot becomes `row` where `when`, written in place. [K, …], […], bool[] -> [K, …]."""
+    devices = _devices()
+    count = jax.tree.leaves(tree)[0].shape[0]
+    devices = 1 if count % devices else devices
+
+    def run(tree, row, when):
+        def write(slot, tree):
+            return jax.tree.map(
+                lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot, 0), tree, row
+            )
+
+        return jax.lax.fori_loop(0, jnp.where(when, count // devices, 0), write, tree)
+
+    return _on_own_slots(run, devices)(tree, row, when)
+
+
+def _on_own_slots(run, devices: int):
+    """`run` on every device's own slots of its first argument; the others are whole everywhere."""
+    if devices == 1:
+        return run
+
+    def call(slots, *others):
+        specs = (P(AXIS), *(P() for _ in others))
+        return jax.shard_map(run, in_specs=specs, out_specs=P(AXIS), check_vma=False)(slots, *others)
+
+    return call
 
 
 def take_rows(tree: Any, ids: jax.Array) -> Any:

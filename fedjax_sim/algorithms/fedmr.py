@@ -92,20 +92,16 @@ class FedMR:
 
         def merge(state, cohort, starts, results, key):
             del state, starts
-            metrics, round_index = {}, cohort.round
+            metrics, draws = {}, permutations(groups, slots, key)
             if self.similarity:
                 cosine = similarity(results.models, order, self.similarity_group)
                 metrics["slot_similarity"] = cosine
                 # Adds nothing, as no cosine is above 2; but so the slots are measured before they are dealt
                 # out, which can then happen in place.
-                round_index = round_index + (cosine > 2).astype(jnp.int32)
-            new = jax.lax.cond(
-                round_index >= self.first_stage,
-                lambda trained, mean: recombine(trained, groups, key),
-                lambda trained, mean: stacked.broadcast(mean, slots),
-                results.models,
-                results.mean,
-            )
+                draws = draws + (cosine > 2).astype(jnp.int32)
+            new = recombine(results.models, groups, draws)
+            if self.first_stage:
+                new = stacked.overwrite(new, results.mean, cohort.round < self.first_stage)
             return FedMRState(new, results.mean), metrics
 
         return base.Algorithm(
@@ -151,22 +147,25 @@ def group_of(
     return {path: numbers[label] for path, label in labels.items()}
 
 
-def recombine(models: Any, groups: dict[Path, int], key: jax.Array) -> Any:
-    """Permutes every group of leaves along the slot axis, each by a uniform permutation of its own.
+def permutations(groups: dict[Path, int], slots: int, key: jax.Array) -> jax.Array:
+    """A uniform permutation of the slots for every group; g draws from fold_in(key, g). -> i32[G, K]."""
+    numbers = jnp.arange(max(groups.values()) + 1, dtype=jnp.uint32)
+    return jax.vmap(lambda g: jax.random.permutation(jax.random.fold_in(key, g), slots))(numbers)
+
+
+def recombine(models: Any, groups: dict[Path, int], draws: jax.Array) -> Any:
+    """Permutes every group of leaves along the slot axis.
 
     Args:
       models: [K, …] leaves.
       groups: path -> group number.
-      key: of this round; group g draws from fold_in(key, g).
+      draws: i32[G, K], a permutation for every group.
 
     Returns:
       The same leaves, slots exchanged: per leaf the multiset of slices along K is unchanged, hence so are
       the mean model and, for every x, the sum over slots of ‖w_k − x‖².
     """
     flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
-    count = next(iter(flat.values())).shape[0]
-    numbers = jnp.arange(max(groups.values()) + 1, dtype=jnp.uint32)
-    draws = jax.vmap(lambda g: jax.random.permutation(jax.random.fold_in(key, g), count))(numbers)
     return traverse_util.unflatten_dict(
         {path: stacked.permute(leaf, draws[groups[path]]) for path, leaf in flat.items()}
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedjax_sim import models, stacked
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR
-from fedjax_sim.algorithms.fedmr import group_of, recombine, similarity
+from fedjax_sim.algorithms.fedmr import group_of, permutations, recombine, similarity
 from tests import oracles
 
 LENET = models.create("lenet", (32, 32, 3), 10)
@@ -22,7 +22,13 @@ SIZES = (12, 7, 20, 3, 31)
 
 # --- the lemma ------------------------------------------------------------------------------------------
 
-_recombine = jax.jit(recombine, static_argnums=1)
+
+def deal(stack, groups, key):
+    count = jax.tree.leaves(stack)[0].shape[0]
+    return recombine(stack, groups, permutations(groups, count, key))
+
+
+_deal = jax.jit(deal, static_argnums=1)
 
 
 class _Groups(dict):
@@ -49,7 +55,7 @@ def test_recombination_keeps_multiset_mean_distances_and_dispersion(slots, tied,
     flat = {path: draw.normal(size=(slots, *shape)).astype(np.float32) for path, shape in shapes.items()}
     groups = _Groups({path: 0 if tied else n for n, path in enumerate(shapes)})
     before = traverse_util.unflatten_dict(flat)
-    after = jax.device_get(_recombine(before, groups, jax.random.key(key)))
+    after = jax.device_get(_deal(before, groups, jax.random.key(key)))
     moved = traverse_util.flatten_dict(after)
     for path, leaf in flat.items():
         rows = lambda stack: sorted(slot.tobytes() for slot in stack)  # noqa: E731
@@ -66,9 +72,7 @@ def _indices(groups, slots, keys):
     stack = traverse_util.unflatten_dict(
         {path: jnp.tile(jnp.arange(slots, dtype=jnp.int32)[:, None], (1, 2)) for path in groups}
     )
-    out = jax.jit(jax.vmap(lambda key: recombine(stack, groups, key)))(
-        jax.random.split(jax.random.key(0), keys)
-    )
+    out = jax.jit(jax.vmap(lambda key: deal(stack, groups, key)))(jax.random.split(jax.random.key(0), keys))
     flat = traverse_util.flatten_dict(out)
     return np.stack([np.asarray(flat[path])[..., 0] for path in groups], 1)
 
