@@ -18,11 +18,15 @@ class Cell:
 
     Attributes:
       values: seed -> the metric.
+      seconds: mean wall-clock seconds of the seeds' whole runs.
+      cpu_seconds: mean CPU seconds of them; None unless all recorded it.
       differences: value minus the reference's with the same seed, for the seeds that both have; empty without
         a reference, and for the reference itself.
     """
 
     values: dict[int, float]
+    seconds: float
+    cpu_seconds: float | None
     differences: tuple[float, ...] = ()
 
 
@@ -119,7 +123,10 @@ class Comparison:
         return out
 
     def records(self) -> list[dict[str, Any]]:
-        """Every cell of every table as plain values."""
+        """Every cell of every table as plain values.
+
+        `seconds` and `cpu_seconds` are the cost of whole runs (`Cell`), in the tables of earlier rounds too.
+        """
         out = []
         for grid in self.grids:
             for (method, column), cell in grid.cells.items():
@@ -138,6 +145,8 @@ class Comparison:
                         "pairs": len(differences),
                         "difference_mean": mean(differences) if differences else None,
                         "difference_std": deviation(differences) if differences else None,
+                        "seconds": cell.seconds,
+                        "cpu_seconds": cell.cpu_seconds,
                         "values": ";".join(f"{seed}:{value!r}" for seed, value in cell.values.items()),
                     }
                 )
@@ -165,6 +174,7 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     if not any(len(values) for _, values in series.values()):
         known = ", ".join(finished[0][1].metrics.names())
         raise UserError("sweep.metric", sweep.metric, "no run has recorded it", f"They have {known}.")
+    costs = {(job.method, job.column, job.seed): (run.seconds, run.cpu_seconds) for job, run in finished}
     captions = [(f"{sweep.metric}, {_of_last(sweep.last_k)}", None)]
     captions += [(f"{sweep.metric} after round {number}", number) for number in sweep.rounds_of_interest]
     grids = []
@@ -177,7 +187,14 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         grids.append(
             Grid(
                 caption,
-                {key: Cell(own, _paired(own, values, key, sweep.reference)) for key, own in values.items()},
+                {
+                    key: Cell(
+                        own,
+                        *_cost([costs[*key, seed] for seed in own]),
+                        _paired(own, values, key, sweep.reference),
+                    )
+                    for key, own in values.items()
+                },
             )
         )
     curves = {
@@ -189,9 +206,9 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         for column in columns
     }
     _, first = finished[0]
-    recipe = first.partition.recipe
+    recipe = first.recipe
     name = recipe.get("dataset", first.config.data.source)
-    title = f"{first.config.model.name} on {name}, {first.partition.num_clients:,} clients"
+    title = f"{first.config.model.name} on {name}, {recipe['clients']:,} clients"
     if not any(key.startswith("partition.") for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
@@ -222,6 +239,13 @@ def spread(values: Sequence[float], plus_minus: str = "±", signed: bool = False
 
 def _of_last(count: int) -> str:
     return "last value" if count == 1 else f"mean of the last {count} values"
+
+
+def _cost(runs: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:
+    """Means, to the millisecond, of (seconds, CPU seconds)."""
+    cpu = [seconds for _, seconds in runs if seconds is not None]
+    whole = round(mean([seconds for seconds, _ in runs]), 3)
+    return whole, round(mean(cpu), 3) if len(cpu) == len(runs) else None
 
 
 def _paired(

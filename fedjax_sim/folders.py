@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedjax_sim import config as config_lib
+from fedjax_sim import records
 from fedjax_sim.errors import UserError
 
 
@@ -41,8 +43,8 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        """Whether a run has come to its end here."""
-        return (self.path / "result.json").is_file()
+        """Whether the table, which is written last, reaches the last round of the configuration."""
+        return self.started and records.reached(self.path) >= config_lib.load(self.config).rounds
 
     def check_new(self) -> None:
         """Makes the folder, for a new run.

@@ -14,21 +14,20 @@ from fedjax_sim.records import Table
 
 
 class Clock:
-    """Wall-clock time: seconds since the last lap, and in all.
+    """Wall-clock time, and the process's CPU time."""
 
-    Attributes:
-      total: seconds, those of earlier starts of the run included.
-    """
+    def __init__(self):
+        self._mark = self._read()
 
-    def __init__(self, before: float):
-        self._mark, self.total = time.perf_counter(), before
+    def lap(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) since the last call, to the microsecond, as timing.csv has them."""
+        now = self._read()
+        then, self._mark = self._mark, now
+        return round(now[0] - then[0], 6), round(now[1] - then[1], 6)
 
-    def lap(self) -> float:
-        """Seconds since the last call."""
-        now = time.perf_counter()
-        seconds, self._mark = now - self._mark, now
-        self.total += seconds
-        return seconds
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
 
 class Bar:

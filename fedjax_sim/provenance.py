@@ -1,4 +1,7 @@
-"""Where a run's numbers come from: versions, hardware, source revision, and the data's fingerprint."""
+"""Where a run's numbers come from: versions, hardware, source revision, fingerprints of data and partition.
+
+No path is among them, so that the record may be published and is true on another machine.
+"""
 
 import hashlib
 import importlib.metadata
@@ -12,20 +15,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from fedjax_sim.data import Dataset
+from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.errors import UserError
 
 PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe(dataset: Dataset, partition: Partition) -> dict[str, Any]:
     """Everything that is written to `provenance.json`, JSON as it stands."""
     return {
         "versions": describe_versions(),
         **hardware(),
         "git": {"package": _commit(Path(__file__).parent), "working_directory": _commit(Path.cwd())},
         "data": fingerprint(dataset),
+        "partition": describe_partition(partition),
     }
+
+
+def describe_partition(partition: Partition) -> dict[str, Any]:
+    """A partition in short: of its recipe what a title says, the number of clients, a checksum."""
+    told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
+    crc = 0
+    for indices in (*partition.train, *(partition.test or ())):
+        crc = zlib.crc32(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes(), crc)
+    return {**told, "clients": partition.num_clients, "crc32": crc}
 
 
 def describe_versions() -> dict[str, str | None]:

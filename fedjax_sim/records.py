@@ -1,20 +1,32 @@
 """What a run writes down: tidy rows, their journal while it runs, and their table afterwards.
 
 The journal (`journal.jsonl`) gets one line a round, flushed at once, so that a kill costs at most the round
-under way; a line is whole or it does not count. `metrics.parquet` is written from it at checkpoints and at
-the end. Wall-clock time is never the same twice, so it has a file of its own (`timing.csv`), and the metrics
-of a run that was cut and resumed are bit for bit those of one that was not.
+under way; a line is whole or it does not count. `metrics.parquet` is written from it at checkpoints, and at
+the end when all else is in place: a run is finished when that table reaches its last round, and the journal
+is then needed no more.
+
+Time is never the same twice, so it has a file of its own (`timing.csv`), and the metrics of a run that was
+cut and resumed are bit for bit those of one that was not. Its columns:
+
+    round          from 1; a round that was run again after a cut has its newest cost only
+    seconds        wall-clock time; includes time when the process was stopped or others had the processor
+    cpu_seconds    of all threads of the process, user and system; includes neither of these, and not what an
+                   accelerator does; empty in files of older versions
+    clients        trained in the round
+
+The first round of each start includes compilation.
 
 No NaN and no infinity gets into the metrics. A value that is not finite is written under the name
 `nonfinite/<metric>` instead, as -1 for minus infinity, 1 for infinity and 0 for NaN, with a warning.
 """
 
+import csv
 import json
 import math
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -181,18 +193,80 @@ def write_parquet(table: Table, path: str | Path) -> None:
     """Writes the table in one go: a reader sees the old file or the new one, never half of it."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
-    pq.write_table(table.to_arrow(), unfinished)
+    with unfinished.open("wb") as file:
+        pq.write_table(table.to_arrow(), file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)
 
 
 def read_parquet(path: str | Path) -> Table:
     """Reads what `write_parquet` wrote."""
-    columns = pq.read_table(path, columns=list(Row._fields))
+    with pq.ParquetFile(path) as file:
+        columns = file.read(columns=list(Row._fields))
     values = [columns[name].to_pylist() for name in Row._fields]
     return Table(Row(*row) for row in zip(*values, strict=True))
 
 
+def reached(folder: str | Path) -> int:
+    """The newest round in a run's table; 0 without one, or with a damaged one beside a journal.
+
+    Raises:
+      UserError: the table is damaged, and there is no journal.
+    """
+    folder = Path(folder)
+    try:
+        with pq.ParquetFile(folder / METRICS) as file:
+            rounds = file.read(columns=["round"])["round"].to_numpy()
+    except FileNotFoundError:
+        return 0
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if (folder / JOURNAL).is_file():
+            return 0
+        why = f"{METRICS} cannot be read: {' '.join(str(error).split())}"
+        raise UserError("folder", str(folder), why, "Restore that file, or remove the folder.") from None
+    return int(rounds.max(initial=0))
+
+
+def read(folder: str | Path, rounds: int) -> tuple[Table, int]:
+    """The rows of a run of `rounds` rounds, and the newest round that they know.
+
+    The table's, and before its end whichever knows more, the table or the journal.
+    """
+    folder = Path(folder)
+    last = reached(folder)
+    if last < rounds:
+        table, number = Table(), 0
+        for number, rows, _ in read_journal(folder / JOURNAL):  # noqa: B007
+            table.extend(rows)
+        if number >= last:
+            return table, number
+    return read_parquet(folder / METRICS), last
+
+
 # --- while it runs ------------------------------------------------------------------------------------
+
+
+class Lap(NamedTuple):
+    """What a round cost: a line of timing.csv, whose columns this module's docstring explains.
+
+    Attributes:
+      round: from 1.
+      seconds: wall-clock time, in whole microseconds.
+      cpu_seconds: of the process; NaN if it was not recorded.
+      clients: how many were trained.
+    """
+
+    round: int
+    seconds: float
+    cpu_seconds: float
+    clients: int
+
+
+def total(laps: Sequence[Lap], rounds: int) -> tuple[float, float | None]:
+    """(seconds, CPU seconds) of all laps; the second is None unless each of so many rounds recorded it."""
+    cpu = math.fsum(lap.cpu_seconds for lap in laps)
+    return math.fsum(lap.seconds for lap in laps), None if math.isnan(cpu) or len(laps) < rounds else cpu
 
 
 class Journal:
@@ -203,13 +277,13 @@ class Journal:
     Attributes:
       table: all rows so far.
       last: newest round on disk.
-      seconds: wall-clock time of all rounds so far.
+      laps: what each round cost, those of earlier starts included.
     """
 
     def __init__(self, folder: str | Path, upto: int | None = 0):
         folder = Path(folder)
         self._path = folder / METRICS
-        self.table, self.last, self.seconds = Table(), 0, 0.0
+        self.table, self.last = Table(), 0
         end = 0
         for number, rows, offset in read_journal(folder / JOURNAL):
             if upto is not None and number > upto:
@@ -217,28 +291,33 @@ class Journal:
             self.table.extend(rows)
             self.last, end = number, offset
         self._rows = _opened_at(folder / JOURNAL, end)
-        lines = _timing_lines(folder / TIMING, self.last)
-        self.seconds = sum(float(line.split(",")[1]) for line in lines)
-        header = "round,seconds,clients\n"
-        self._times = _opened_at(folder / TIMING, 0)
-        self._times.write((header + "".join(lines)).encode())
-        self._times.flush()
+        self.laps = [lap for lap in read_timing(folder) if lap.round <= self.last]
+        unfinished = folder / f"{TIMING}.part"
+        unfinished.write_text(",".join(Lap._fields) + "\n" + "".join(map(_line, self.laps)))
+        os.replace(unfinished, folder / TIMING)
+        self._times = (folder / TIMING).open("ab")
 
-    def append(self, number: int, rows: Iterable[Row], seconds: float, clients: int) -> list[Row]:
-        """Writes a round's rows and how long it took. Returns the rows as they were written."""
+    def append(self, rows: Iterable[Row], lap: Lap) -> list[Row]:
+        """Writes a round's rows and what it cost. Returns the rows as they were written."""
         rows = finite(rows)
         self.table.extend(rows)
-        self._rows.write((json.dumps({"round": number, "rows": rows}, separators=(",", ":")) + "\n").encode())
+        entry = {"round": lap.round, "rows": rows}
+        self._rows.write((json.dumps(entry, separators=(",", ":")) + "\n").encode())
         self._rows.flush()
-        self._times.write(f"{number},{seconds:.6f},{clients}\n".encode())
+        self._times.write(_line(lap).encode())
         self._times.flush()
-        self.last, self.seconds = number, self.seconds + seconds
+        self.laps.append(lap)
+        self.last = lap.round
         return rows
 
     def sync(self) -> None:
-        """Brings the journal to the disk itself (a power cut spares it), and writes the table."""
-        self._rows.flush()
-        os.fsync(self._rows.fileno())
+        """Brings journal and times to the disk itself: a power cut spares them."""
+        for file in (self._rows, self._times):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def tabulate(self) -> None:
+        """Writes the table. With the last round in it the run is finished."""
         write_parquet(self.table, self._path)
 
     def close(self) -> None:
@@ -267,20 +346,25 @@ def read_journal(path: str | Path) -> Iterator[tuple[int, list[Row], int]]:
         yield number, rows, offset
 
 
-def read_timing(folder: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rounds i64[R], seconds f64[R], clients trained i64[R]) of a run's folder."""
-    lines = [line.split(",") for line in _timing_lines(Path(folder) / TIMING, None)]
-    columns = list(zip(*lines, strict=True)) or [(), (), ()]
-    return np.array(columns[0], np.int64), np.array(columns[1], np.float64), np.array(columns[2], np.int64)
-
-
-def _timing_lines(path: Path, upto: int | None) -> list[str]:
+def read_timing(folder: str | Path) -> list[Lap]:
+    """What each round in a run's folder cost; a torn line does not count."""
     try:
-        lines = path.read_text().splitlines(keepends=True)[1:]
+        text = (Path(folder) / TIMING).read_text()
     except FileNotFoundError:
         return []
-    whole = [line for line in lines if line.endswith("\n") and line.count(",") == 2]
-    return whole if upto is None else [line for line in whole if int(line.split(",")[0]) <= upto]
+    laps = []
+    for cells in csv.DictReader(text[: text.rfind("\n") + 1].splitlines()):
+        try:
+            cpu = float(cells.get("cpu_seconds") or "nan")
+            laps.append(Lap(int(cells["round"]), float(cells["seconds"]), cpu, int(cells["clients"])))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return laps
+
+
+def _line(lap: Lap) -> str:
+    cpu = "" if math.isnan(lap.cpu_seconds) else f"{lap.cpu_seconds:.6f}"
+    return f"{lap.round},{lap.seconds:.6f},{cpu},{lap.clients}\n"
 
 
 def _opened_at(path: Path, offset: int) -> IO[bytes]:

@@ -3,21 +3,25 @@
 A run's folder:
 
     config.yaml       every setting
-    provenance.json   versions, hardware, source revision, fingerprint of the data
+    provenance.json   versions, hardware, source revision, fingerprints of data and partition
     partition.json    who holds which samples
     journal.jsonl     the rows of each round, while it runs
-    timing.csv        seconds of each round
-    metrics.parquet   the rows, tidy
+    timing.csv        what each round cost
     tensorboard/      events
     checkpoints/      of the newest rounds
     figures/          curves, clients, partition
-    result.json       written last: a folder that has it is finished
+    metrics.parquet   the rows, tidy; written last: a run whose last round is in it is finished
+
+Of a finished run config.yaml, provenance.json, metrics.parquet and timing.csv are enough: `load` and sweeps
+need no more, in any place. Without checkpoints it has no model; its partition is drawn again when asked for.
 """
 
 import dataclasses
+import functools
 import json
+import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
 from fedjax_sim.models.base import Model
 from fedjax_sim.progress import Bar, Clock, signals
-from fedjax_sim.records import Journal, Table
+from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.simulation import Setup, Simulation, prepare
 from fedjax_sim.tensorboard import Events
 
@@ -77,17 +81,21 @@ class Run:
       config: what it is.
       folder: where it is; None if nothing was written.
       metrics: its rows.
-      partition: who holds which samples.
-      seconds: wall-clock time of all its rounds, compilation included.
+      recipe: its partition in short: `clients`, and as far as they are known `kind`, `alpha`, `dataset` and a
+        checksum.
+      seconds: wall-clock time of all its rounds, compilation included, over all its starts.
+      cpu_seconds: CPU time of the process in them, all threads; None if not all rounds recorded it.
       rounds: how many are done.
     """
 
     config: RunConfig
     folder: Path | None
     metrics: Table
-    partition: Partition
+    recipe: Mapping[str, Any]
     seconds: float
+    cpu_seconds: float | None
     rounds: int
+    _partition: Callable[[], Partition] = dataclasses.field(repr=False)
     _model: Callable[[], Any] = dataclasses.field(repr=False)
 
     @property
@@ -95,17 +103,20 @@ class Run:
         """Whether all rounds are done."""
         return self.rounds >= self.config.rounds
 
-    @property
+    @functools.cached_property
+    def partition(self) -> Partition:
+        """Who holds which samples; of a loaded run without partition.json it is drawn again from the data."""
+        return self._partition()
+
+    @functools.cached_property
     def variables(self) -> Any:
         """The deployed model, NumPy leaves; of a loaded run it is read from the newest checkpoint."""
-        if "variables" not in self.__dict__:
-            self.__dict__["variables"] = self._model()
-        return self.__dict__["variables"]
+        return self._model()
 
     @property
     def title(self) -> str:
         """One line: method, data, partition."""
-        return title_of(self.config, self.partition)
+        return title_of(self.config, self.recipe)
 
     def plot(self, *names: str) -> Figure:
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
@@ -203,32 +214,36 @@ def load(
     """
     place = Folder(folder)
     config, about = _read(place)
-    table, rounds = Table(), 0
-    for rounds, rows, _ in records.read_journal(place.path / records.JOURNAL):  # noqa: B007
-        table.extend(rows)
+    table, rounds = records.read(place.path, config.rounds)
+
+    def partition():
+        return _partition(place, config, about, dataset)
 
     def variables():
-        simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
-        found = Checkpoints(place.checkpoints).restore(simulation.abstract_state())
-        if found is None:
-            raise UserError("folder", str(folder), "it has no sound checkpoint", "Resume the run.")
-        simulation.restore(*found)
-        return jax.device_get(simulation.variables)
+        checkpoints = Checkpoints(place.checkpoints)
+        if checkpoints.rounds():
+            simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
+            found = checkpoints.restore(simulation.abstract_state())
+            if found is not None:
+                simulation.restore(*found)
+                return jax.device_get(simulation.variables)
+        fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
+        raise UserError("folder", str(folder), "it has no sound checkpoint", fix)
 
-    seconds = float(records.read_timing(place.path)[1].sum())
-    return Run(config, place.path, table, data.load_partition(place.partition), seconds, rounds, variables)
+    seconds, cpu = records.total(records.read_timing(place.path), rounds)
+    recipe = _recipe(place, config, about, partition)
+    return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
 
 
-def title_of(config: RunConfig, partition: Partition) -> str:
-    """One line about a run: method, data, partition."""
-    recipe = partition.recipe
+def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:
+    """One line about a run: method, data, partition (`Run.recipe`)."""
     kind = str(recipe.get("kind", "given partition"))
     if kind.startswith("dirichlet"):
         kind += f"({recipe.get('alpha')})"
     name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
     return (
         f"{name}, {config.model.name} on {recipe.get('dataset', config.data.source)}, "
-        f"{partition.num_clients:,} clients, {kind}, seed {config.seed}"
+        f"{recipe['clients']:,} clients, {kind}, seed {config.seed}"
     )
 
 
@@ -247,25 +262,29 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
         if config.output.tensorboard:
             events = Events(folder.path / "tensorboard", start)
     table = Table() if journal is None else journal.table
-    before = 0.0 if journal is None else journal.seconds
-    clock = Clock(before)
+    laps: list[Lap] = [] if journal is None else journal.laps
+    clock = Clock()
     saved = simulation.round
 
     def outcome() -> Run:
         model = jax.device_get(simulation.variables)
         path = None if folder is None else folder.path
-        return Run(config, path, table, setup.partition, clock.total, simulation.round, lambda: model)
+        recipe = provenance.describe_partition(setup.partition)
+        done = simulation.round
+        seconds, cpu = records.total(laps, done)
+        return Run(config, path, table, recipe, seconds, cpu, done, lambda: setup.partition, lambda: model)
 
     def write(number: int, rows: list[records.Row]) -> None:
-        seconds = clock.lap()
+        lap = Lap(number, *clock.lap(), setup.cohort_size)
         if journal is None:
             rows = records.finite(rows)
             table.extend(rows)
+            laps.append(lap)
         else:
-            rows = journal.append(number, rows, seconds, setup.cohort_size)
+            rows = journal.append(rows, lap)
         if events is not None:
             events.write(rows)
-        bar.advance(rows, seconds)
+        bar.advance(rows, lap.seconds)
 
     def save() -> None:
         nonlocal saved
@@ -276,6 +295,8 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
         if saved < simulation.round:
             checkpoints.save(simulation.round, simulation.state)
             saved = simulation.round
+        if simulation.round < config.rounds:  # the whole table comes last
+            journal.tabulate()
 
     bar = Bar(config, simulation.round, setup.cohort_size, table)
     waiting: list[Callable[[], list[records.Row]]] = []
@@ -297,8 +318,9 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
             if checkpoints is not None:
                 checkpoints.wait()
         result = outcome()
-        if folder is not None and result.finished:
-            _finish(folder, result, setup)
+        if journal is not None and result.finished:
+            _figures(result, setup)
+            journal.tabulate()
     finally:
         bar.close()
         for thing in (events, journal, checkpoints):
@@ -323,12 +345,24 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
 # --- the folder ---------------------------------------------------------------------------------------
 
 
+def portable(config: RunConfig) -> RunConfig:
+    """`config` for a record: its folder as seen from the working directory or from home, if it is below."""
+    if config.output.dir is None:
+        return config
+    path = Folder(config.output.dir).path
+    for base, start in ((Path.cwd(), "."), (Path(os.path.expanduser("~")), "~")):
+        if path.is_relative_to(base):
+            where = str(Path(start, path.relative_to(base)))
+            return dataclasses.replace(config, output=dataclasses.replace(config.output, dir=where))
+    return config
+
+
 def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
     """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
-    about = {"supplied": supplied, **provenance.describe(setup.dataset)}
+    about = {"supplied": supplied, **provenance.describe(setup.dataset, setup.partition)}
     data.save(setup.partition, folder.partition)
     folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
-    folder.write("config.yaml", config_lib.dump(_namable(setup.config)))
+    folder.write("config.yaml", config_lib.dump(portable(_namable(setup.config))))
 
 
 def _namable(config: RunConfig) -> RunConfig:
@@ -355,28 +389,58 @@ def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
 def _setup(
     folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any
 ) -> Setup:
-    dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
-    provenance.check_fingerprint(dataset, about["data"])
-    partition = data.load_partition(folder.partition, dataset)
+    dataset = _dataset(config, about, dataset)
+    partition = _partition(folder, config, about, dataset)
     return prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
 
 
-def _finish(folder: Folder, run: Run, setup: Setup) -> None:
-    """Figures, and then result.json, which says that nothing is missing."""
-    if run.config.output.figures:
-        home = folder.path / "figures"
-        home.mkdir(exist_ok=True)
-        plots.save(run.plot(), home / "curves.png")
-        clients = plots.client_accuracies(run.metrics, run.title)
-        if clients is not None:
-            plots.save(clients, home / "clients.png")
-        data.plot(setup.partition, setup.dataset, home / "partition.png")
-    final: dict[str, float] = {}
-    for row in run.metrics:
-        if row.client < 0 and not row.layer and not row.state:
-            final[row.metric] = row.value
-    result = {"rounds": run.rounds, "seconds": run.seconds, "final": final}
-    folder.write("result.json", json.dumps(result, indent=2) + "\n")
+def _dataset(config: RunConfig, about: dict[str, Any], given: Dataset | None) -> Dataset:
+    dataset = given or data.load(config.data.source, data_dir=config.data.data_dir)
+    provenance.check_fingerprint(dataset, about["data"])
+    return dataset
+
+
+def _partition(
+    folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Dataset | None
+) -> Partition:
+    """The run's partition: from its file, or drawn again where that was not kept."""
+    if folder.partition.is_file():
+        return data.load_partition(folder.partition, dataset)
+    drawn = data.partition(_dataset(config, about, dataset), config.partition, config.seed)
+    recorded = about.get("partition", {}).get("crc32")
+    if recorded not in (None, provenance.describe_partition(drawn)["crc32"]):
+        raise UserError(
+            "partition",
+            str(folder.path),
+            "partition.json is missing, and the configuration gives another partition than the run had",
+            "Restore that file.",
+        )
+    return drawn
+
+
+def _recipe(
+    folder: Folder, config: RunConfig, about: dict[str, Any], partition: Callable[[], Partition]
+) -> Mapping[str, Any]:
+    """`Run.recipe`, from the record; those of older versions do not have it."""
+    if "partition" in about:
+        return about["partition"]
+    wanted = config.partition
+    if wanted.clients is None or folder.partition.is_file():
+        return provenance.describe_partition(partition())
+    named = {"kind": wanted.kind, "alpha": wanted.alpha, "dataset": about["data"]["name"]}
+    return {**named, "clients": wanted.clients}
+
+
+def _figures(run: Run, setup: Setup) -> None:
+    if run.folder is None or not run.config.output.figures:
+        return
+    home = run.folder / "figures"
+    home.mkdir(exist_ok=True)
+    plots.save(run.plot(), home / "curves.png")
+    clients = plots.client_accuracies(run.metrics, run.title)
+    if clients is not None:
+        plots.save(clients, home / "clients.png")
+    data.plot(setup.partition, setup.dataset, home / "partition.png")
 
 
 def _way_on(folder: Path | None) -> str:

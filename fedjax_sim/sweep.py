@@ -4,9 +4,13 @@ The file that describes one is explained in `fedjax_sim.sweep_files`. In the swe
 
     table.md, table.csv, table.tex    mean ± deviation over seeds, best in bold, paired differences
     curves.png, curves.pdf            mean and deviation of the metric over rounds
-    sweep.json                        everything that was run, versions, hardware, cost in seconds
+    sweep.json                        everything that was run, versions, hardware, cost
     runs/METHOD/SETTING/seedN/        each run's own folder
     compiled/                         compiled programs, shared by all runs
+
+Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
+else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
+finished, wherever the sweep's folder has been moved.
 """
 
 import contextlib
@@ -39,12 +43,14 @@ class Outcome:
       comparison: the table; None if not one run was finished.
       failures: job's name -> what went wrong.
       seconds: job's name -> wall-clock seconds of its rounds.
+      cpu_seconds: job's name -> CPU seconds of its rounds; None where they were not recorded.
     """
 
     sweep: Sweep
     comparison: Comparison | None
     failures: dict[str, str]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float | None]
 
     def report(self) -> str:
         """For the terminal: the table and the failures."""
@@ -96,7 +102,9 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
             tell(f"{head}: {how}{told}, {result.seconds:.1f} s")
     finished = [(job, done[job.name]) for job in sweep.jobs if job.name in done]
     compared = comparison.compare(sweep, finished) if finished else None
-    outcome = Outcome(sweep, compared, failures, {name: run.seconds for name, run in done.items()})
+    wall = {name: result.seconds for name, result in done.items()}
+    cpu = {name: result.cpu_seconds for name, result in done.items()}
+    outcome = Outcome(sweep, compared, failures, wall, cpu)
     _write(place, outcome, time.perf_counter() - began)
     return outcome
 
@@ -169,6 +177,7 @@ def compile_cache(folder: Path) -> Iterator[None]:
 
 def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
     sweep, table = outcome.sweep, outcome.comparison
+    cpu = [seconds for seconds in outcome.cpu_seconds.values() if seconds is not None]
     if table is not None:
         place.write("table.md", table.markdown())
         place.write("table.csv", table.csv())
@@ -184,8 +193,9 @@ def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
                 "seed": job.seed,
                 "folder": str(Path(str(job.config.output.dir)).relative_to(sweep.out)),
                 "seconds": outcome.seconds.get(job.name),
+                "cpu_seconds": outcome.cpu_seconds.get(job.name),
                 "failure": outcome.failures.get(job.name),
-                "config": config_lib.to_dict(job.config),
+                "config": config_lib.to_dict(runs.portable(job.config)),
             }
             for job in sweep.jobs
         ],
@@ -195,6 +205,7 @@ def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
         "reference": sweep.reference,
         "table": None if table is None else table.records(),
         "seconds_of_rounds": sum(outcome.seconds.values()),
+        "cpu_seconds_of_rounds": sum(cpu) if len(cpu) == len(outcome.cpu_seconds) else None,
         "seconds_of_this_start": seconds,
         "versions": provenance.describe_versions(),
         "hardware": provenance.hardware(),

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedjax_sim import provenance, records
-from fedjax_sim.data import load
+from fedjax_sim.data import PartitionConfig, load, partition, save
 from fedjax_sim.errors import UserError
-from fedjax_sim.records import Journal, Row, Table
+from fedjax_sim.records import Journal, Lap, Row, Table
 from fedjax_sim.tensorboard import Events, tag_of
 
 ROWS = [
@@ -78,11 +79,15 @@ def test_values_that_are_not_finite_get_a_name_and_a_code(value, code):
     assert kept == [Row(3, "nonfinite/loss", code), Row(3, "accuracy", 0.5)]
 
 
+def add(journal, first, last):
+    for number in range(first, last + 1):
+        journal.append([Row(number, "accuracy", number / 7)], Lap(number, 0.5, 0.25, 10))
+
+
 def written(folder, count):
     journal = Journal(folder, 0)
-    for number in range(1, count + 1):
-        journal.append(number, [Row(number, "accuracy", number / 7)], 0.5, 10)
-    journal.sync()
+    add(journal, 1, count)
+    journal.tabulate()
     journal.close()
 
 
@@ -92,11 +97,12 @@ def test_journal_cut_to_a_round_then_continued_is_as_if_never_cut(tmp_path):
     written(tmp_path / "a", 6)
     written(tmp_path / "b", 5)
     journal = Journal(tmp_path / "b", 3)
-    assert journal.last == 3 and journal.seconds == 1.5 and len(journal.table) == 3
-    for number in range(4, 7):
-        journal.append(number, [Row(number, "accuracy", number / 7)], 0.5, 10)
-    journal.sync()
+    assert journal.last == 3 and len(journal.table) == 3
+    assert records.total(journal.laps, 3) == (1.5, 0.75)
+    add(journal, 4, 6)
+    journal.tabulate()
     journal.close()
+    assert records.total(journal.laps, 6) == (3.0, 1.5)
     for name in (records.JOURNAL, records.METRICS, records.TIMING):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -108,7 +114,7 @@ def test_a_torn_line_does_not_count(tmp_path, lost):
     path.write_bytes(path.read_bytes()[:-lost])
     assert [number for number, _, _ in records.read_journal(path)] == [1, 2, 3]
     journal = Journal(tmp_path, None)
-    journal.append(4, [Row(4, "accuracy", 4 / 7)], 0.5, 10)
+    add(journal, 4, 4)
     journal.close()
     assert [rows[0].value for _, rows, _ in records.read_journal(path)] == [1 / 7, 2 / 7, 3 / 7, 4 / 7]
 
@@ -123,9 +129,52 @@ def test_a_journal_with_a_gap_ends_before_it(tmp_path):
 
 def test_timing_is_kept_apart_from_the_metrics(tmp_path):
     written(tmp_path, 3)
-    rounds, seconds, clients = records.read_timing(tmp_path)
-    assert rounds.tolist() == [1, 2, 3] and seconds.tolist() == [0.5] * 3 and clients.tolist() == [10] * 3
+    assert records.read_timing(tmp_path) == [Lap(number, 0.5, 0.25, 10) for number in (1, 2, 3)]
     assert "seconds" not in records.read_parquet(tmp_path / records.METRICS).names()
+
+
+def test_timing_without_cpu_seconds_is_read_continued_and_has_no_sum_of_them(tmp_path):
+    written(tmp_path, 2)
+    path = tmp_path / records.TIMING
+    path.write_text("round,seconds,clients\n1,0.500000,10\n2,0.500000,10\n3,0.5")
+    assert records.total(records.read_timing(tmp_path), 2) == (1.0, None)
+    journal = Journal(tmp_path, None)
+    add(journal, 3, 3)
+    journal.close()
+    lines = path.read_text().splitlines()
+    assert lines == [
+        "round,seconds,cpu_seconds,clients",
+        "1,0.500000,,10",
+        "2,0.500000,,10",
+        "3,0.500000,0.250000,10",
+    ]
+    laps = records.read_timing(tmp_path)
+    assert records.total(laps, 3) == (1.5, None) and records.total(laps[2:], 1) == (0.5, 0.25)
+    assert records.total([], 3)[1] is None
+
+
+def test_the_table_counts_at_its_end_and_before_it_what_knows_more(tmp_path):
+    written(tmp_path, 4)
+    journal = Journal(tmp_path, None)
+    add(journal, 5, 5)
+    journal.close()
+    assert records.reached(tmp_path) == 4
+    for rounds, last in ((4, 4), (9, 5)):
+        table, found = records.read(tmp_path, rounds)
+        assert found == last and table.column("round").tolist() == list(range(1, last + 1))
+    (tmp_path / records.JOURNAL).unlink()
+    assert records.read(tmp_path, 9)[1] == 4
+    (tmp_path / records.METRICS).unlink()
+    assert records.reached(tmp_path) == 0 and records.read(tmp_path, 9)[1] == 0
+
+
+def test_a_damaged_table_is_made_up_for_by_the_journal_or_said(tmp_path):
+    written(tmp_path, 4)
+    (tmp_path / records.METRICS).write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert records.reached(tmp_path) == 0 and records.read(tmp_path, 4)[1] == 4
+    (tmp_path / records.JOURNAL).unlink()
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read"):
+        records.read(tmp_path, 4)
 
 
 def test_tags_name_layer_and_state_and_leave_single_clients_out():
@@ -144,12 +193,44 @@ def test_events_hold_the_scalars(tmp_path):
 
 
 def test_provenance_says_versions_hardware_and_data():
-    about = provenance.describe(load("digits"))
+    digits = load("digits")
+    about = provenance.describe(digits, partition(digits, PartitionConfig(clients=5)))
     assert json.loads(json.dumps(about)) == about
     assert {"python", "fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(
         about["versions"]
     )
     assert about["devices"]["count"] >= 1 and about["cpu"]["cores"] >= 1 and about["cpu"]["memory_bytes"] > 0
+    told = {name: about["partition"][name] for name in ("kind", "alpha", "dataset", "clients")}
+    assert told == {"kind": "dirichlet", "alpha": 0.5, "dataset": "digits", "clients": 5}
+
+
+def test_other_partitions_have_other_checksums():
+    digits = load("digits")
+    one, other, same = (
+        provenance.describe_partition(partition(digits, PartitionConfig(clients=5), seed))["crc32"]
+        for seed in (0, 1, 0)
+    )
+    assert one == same != other
+
+
+def test_provenance_has_no_path(tmp_path, monkeypatch):
+    digits = load("digits")
+    parts = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(tmp_path / "own.npz", **{part: getattr(digits, part) for part in parts})
+    own = load(f"npz:{tmp_path / 'own.npz'}")
+    made = partition(own, PartitionConfig(clients=5))
+    save(made, tmp_path / "made.json")
+    config = PartitionConfig("file", None, path=str(tmp_path / "made.json"), local_test="holdout")
+    monkeypatch.chdir(tmp_path)
+    about = provenance.describe(own, partition(own, config))
+    assert about["data"]["name"] == "own"
+
+    def texts(value):
+        if isinstance(value, dict):
+            return [text for inner in value.values() for text in texts(inner)]
+        return [value] if isinstance(value, str) else []
+
+    assert not [text for text in texts(about) if "/" in text or str(Path.home()) in text]
 
 
 def test_other_data_is_recognised():

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -105,6 +106,13 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
     about = json.loads((out / "sweep.json").read_text())
     assert all(job["seconds"] > 0 and job["config"]["rounds"] == 2 for job in about["jobs"])
     assert about["versions"]["jax"] == jax.__version__
+    for unit in ("seconds", "cpu_seconds"):
+        spent = [job[unit] for job in about["jobs"]]
+        assert min(spent) > 0 and about[f"{unit}_of_rounds"] == pytest.approx(sum(spent))
+        assert {job.name: getattr(done, unit)[job.name] for job in done.sweep.jobs} == getattr(done, unit)
+        for row in rows:
+            of_method = [job[unit] for job in about["jobs"] if job["method"] == row["method"]]
+            assert float(row[unit]) == pytest.approx(mean(of_method), abs=1e-3)
 
 
 def test_a_second_start_runs_nothing_and_says_the_same(done, monkeypatch):
@@ -116,6 +124,39 @@ def test_a_second_start_runs_nothing_and_says_the_same(done, monkeypatch):
     again = sweep.run(done.sweep, told.append)
     assert not again.failures and all("finished before" in line for line in told)
     assert again.comparison.markdown() == done.comparison.markdown()
+
+
+def test_a_clone_with_the_records_alone_is_finished_and_gives_the_same_table(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    # As in an experiment: = in the folders' names. `out` is absolute here, and relative in the clone.
+    wanted = asked(tmp_path / "first" / "out", grid={"partition.alpha": [0.5]})
+    done = sweep.run(sweep.from_mapping(wanted))
+    assert not done.failures
+    tables = {name: (done.sweep.out / name).read_bytes() for name in ("table.md", "table.csv", "table.tex")}
+    for job in done.sweep.jobs:
+        folder = runs.load(job.config.output.dir).folder
+        for path in folder.iterdir():
+            if path.name not in ("config.yaml", "provenance.json", "metrics.parquet", "timing.csv"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for name in tables:
+        (done.sweep.out / name).unlink()
+    here = str(tmp_path)
+    texts = [*done.sweep.out.rglob("*.yaml"), *done.sweep.out.rglob("*.json")]
+    assert len(texts) == 9 and not [path for path in texts if here in path.read_text()]
+    (tmp_path / "first").rename(tmp_path / "clone")
+    monkeypatch.chdir(tmp_path / "clone")
+
+    def never(*arguments, **more):
+        raise AssertionError("a finished run was run again, or its data were loaded")
+
+    monkeypatch.setattr(Simulation, "step", never)
+    monkeypatch.setattr("fedjax_sim.data.load", never)
+    told = []
+    again = sweep.run(sweep.from_mapping({**wanted, "out": "out"}), told.append)
+    assert not again.failures and len(told) == 4 and all("finished before" in line for line in told)
+    for name, content in tables.items():
+        assert (tmp_path / "clone" / "out" / name).read_bytes() == content
 
 
 def test_methods_see_the_same_partition(done):
@@ -172,7 +213,8 @@ class Fake:
 
     def __init__(self, values, config):
         self.metrics = Table(Row(i + 1, "accuracy", float(v)) for i, v in enumerate(values))
-        self.config, self.partition = config, type("P", (), {"recipe": {}, "num_clients": 8})()
+        self.config, self.recipe = config, {"clients": 8}
+        self.seconds, self.cpu_seconds = 3.0, None if config.seed else 2.0
 
 
 def compared(tmp_path, table, **changes):
@@ -195,6 +237,7 @@ def test_last_k_rounds_of_interest_and_pairs(tmp_path):
     assert second.cells["FedMR", ""].values == pytest.approx({0: 0.35, 1: 0.05})
     assert last.cells["FedMR", ""].differences == pytest.approx((0.2, -0.2))
     assert last.cells["FedAvg", ""].differences == ()
+    assert {(row["seconds"], row["cpu_seconds"]) for row in got.records()} == {(3.0, None)}
     rounds, values = got.curves[""]["FedMR"]
     assert rounds.tolist() == [1, 2, 3] and values.shape == (2, 3)
 
