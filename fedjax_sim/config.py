@@ -202,6 +202,39 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PeelConfig:
+    """What the layer-peeled probe measures, and how often; `fedjax_sim.peel.probe` says what comes of it.
+
+    Attributes:
+      every: rounds between measurements (the first round is measured too); 0 never.
+      clients: how many of a round's clients are measured.
+      samples: of each of them, at most: one half is measured, to the other probes are fitted.
+      split: `test` measures clients' own test samples, `train` halves of their training samples, `auto` the
+        first where the partition has them.
+      class_samples: classes with fewer of a client's samples are not measured there.
+      pool: average a convolution's features over places before taking variances.
+      angles: record the cosine of every principal angle, not only their mean and the smallest.
+      ranks: record numerical and stable ranks, which take the eigenvalues of a covariance for each layer.
+    """
+
+    every: int = 0
+    clients: int = 16
+    samples: int = 500
+    split: Literal["auto", "test", "train"] = "auto"
+    class_samples: int = 5
+    pool: bool = False
+    angles: bool = False
+    ranks: bool = False
+
+    def __post_init__(self):
+        check(self, "peel.")
+        at_least("peel.every", self.every, 0)
+        at_least("peel.clients", self.clients, 1)
+        at_least("peel.samples", self.samples, 2)
+        at_least("peel.class_samples", self.class_samples, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
     """How the arithmetic is laid out. May change speed and memory, never results beyond float rounding.
 
@@ -270,7 +303,8 @@ class RunConfig:
       algorithm: one of `fedjax_sim.algorithms.CONFIGS`; in YAML a mapping with `name`.
       local: what a client does.
       cohort: how many take part.
-      evaluation: what is measured.
+      evaluation: what is measured of the deployed model.
+      peel: what is measured of every layer, before against after the merge.
       execution: layout; speed only.
       output: what is written.
     """
@@ -285,6 +319,7 @@ class RunConfig:
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
     cohort: CohortConfig = CohortConfig(fraction=0.5)
     evaluation: EvaluationConfig = EvaluationConfig()
+    peel: PeelConfig = PeelConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()
 

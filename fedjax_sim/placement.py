@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -56,6 +57,20 @@ def sharded(mesh: Mesh, leading: int) -> NamedSharding:
     Replicated where the axis cannot be cut evenly.
     """
     return NamedSharding(mesh, P(AXIS) if leading % mesh.size == 0 else P())
+
+
+def lapack_on_one_thread() -> None:
+    """Lets the LAPACK that XLA's CPU devices call use the thread that calls it, and no more.
+
+    Devices call it side by side. Left alone, each call starts as many threads as there are cores, and
+    small decompositions take up to six times longer.
+    """
+    import scipy.linalg  # noqa: F401 - loads the library in question
+    import threadpoolctl
+
+    for library in threadpoolctl.ThreadpoolController().lib_controllers:
+        if library.internal_api == "openblas" and "scipy.libs" in Path(library.filepath).parts:
+            library.set_num_threads(1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,10 +3,14 @@
 Slots are sharded over the mesh axis `clients`. Within a device, waves run one after another; a merge that
 needs only the mean gets it accumulated wave by wave, so that K models never exist at once, and starts that
 differ by slot are trained in place.
+
+An observer sees, inside the same program, what some of the clients had before the merge and hold after it; a
+round that none of them measures is a program without them.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +59,46 @@ class RoundInputs:
 
 
 @struct.dataclass
+class Witness:
+    """What an observer sees of a round: m clients, and the round's models of each.
+
+    Attributes:
+      ids: i32[m], the clients.
+      start: [m, …], what each started from.
+      before: [m, …], what each had trained, before the merge; its start where that was not finite.
+      after: [m, …], what each holds once merged.
+      lr: f32[], the round's learning rate.
+    """
+
+    ids: jax.Array
+    start: Any
+    before: Any
+    after: Any
+    lr: jax.Array
+
+
+@struct.dataclass
+class Watched:
+    """What observers ask of a round that they measure.
+
+    Attributes:
+      slots: i32[m], whom they want to see; distinct.
+      given: name of each observer -> whatever else it wants at hand.
+    """
+
+    slots: jax.Array
+    given: dict[str, Any]
+
+
+class Observer(Protocol):
+    """A diagnostic, compiled into the rounds that it measures."""
+
+    def observe(self, witness: Witness, given: Any, shard: Shard) -> Any:
+        """What is measured, any pytree of arrays. Traced."""
+        ...
+
+
+@struct.dataclass
 class RoundOutputs:
     """What a round says of itself.
 
@@ -62,11 +106,13 @@ class RoundOutputs:
       loss: f32[K], mean training loss of each client.
       included: bool[K], False where an update was not finite.
       metrics: the algorithm's own scalars.
+      observed: name -> what an observer measured.
     """
 
     loss: jax.Array
     included: jax.Array
     metrics: dict[str, jax.Array]
+    observed: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,27 +124,50 @@ class Round:
       trainer: local training.
       mesh: devices.
       in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
+      observers: name -> diagnostic.
     """
 
     algorithm: Algorithm
     trainer: Trainer
     mesh: Mesh
     in_order: bool
+    observers: Mapping[str, Observer] = dataclasses.field(default_factory=dict)
 
     def __call__(
-        self, state: ServerState, inputs: RoundInputs, shard: Shard
+        self,
+        state: ServerState,
+        inputs: RoundInputs,
+        shard: Shard,
+        watched: Watched | None = None,
     ) -> tuple[ServerState, RoundOutputs]:
-        """One round. To be jitted with `state` donated."""
+        """One round. To be jitted with `state` donated.
+
+        Args:
+          state: of the server.
+          inputs: what the host decides.
+          shard: the training set.
+          watched: what the observers that measure this round ask for.
+        """
         cohort = inputs.cohort
         key = stream(inputs.key, SERVER, cohort.round)
         starts = self.algorithm.dispatch(state.algorithm, cohort, stream(key, _DISPATCH))
         kept = stacked.take_rows(state.clients, cohort.ids)
-        results, kept = self._train(starts, kept, inputs, shard)
+        results, kept, seen = self._train(starts, kept, inputs, shard, watched)
         merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, stream(key, _MERGE))
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
-        return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics)
+        observed = {}
+        if watched is not None:
+            ids = _take(cohort.ids, watched.slots)
+            start, before = seen
+            witness = Witness(ids, start, before, self.algorithm.held(merged, watched.slots, ids), inputs.lr)
+            for name, given in watched.given.items():
+                observed[name] = self.observers[name].observe(witness, given, shard)
+        return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics, observed)
 
-    def _train(self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard) -> tuple[Results, Any]:
+    def _train(
+        self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard, watched: Watched | None
+    ) -> tuple[Results, Any, Any]:
+        """(what came back, what clients keep, (start, trained) of the watched slots: [m, …] each)."""
         cohort, plan = inputs.cohort, inputs.plan
         weigh = self.algorithm.weights
         weights = weigh(cohort) if weigh else jnp.zeros(cohort.ids.shape, jnp.float32)
@@ -112,15 +181,20 @@ class Round:
             counts=jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
             weights=jnp.where(occupied, _take(weights, plan.layout), 0),
         )
+        rank = None
+        if watched is not None:  # of each place among those watched; one past the last for the others
+            count = watched.slots.shape[0]
+            rank = jnp.full(plan.layout.shape, count, jnp.int32)
+            rank = rank.at[_take(plan.places, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
         own, same = P(AXIS), P()
         run = jax.shard_map(
-            lambda *args: self._on_device(starts.shared, *args),
+            lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
-            in_specs=(same if starts.shared else own, same, own, own, same, same, same),
-            out_specs=(own, same, own),
+            in_specs=(same if starts.shared else own, same, own, own, same, same, same, own),
+            out_specs=(own, same, own, same),
             check_vma=False,
         )
-        models, mean, rest = run(
+        models, mean, rest, seen = run(
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
             lanes,
@@ -128,13 +202,16 @@ class Round:
             inputs.lr,
             stream(inputs.key, CLIENTS, cohort.round),
             shard,
+            rank,
         )
+        if watched is not None and starts.shared:
+            seen = (stacked.broadcast(starts.models, count), seen[1])
         kept, uploads, loss, included = rest
         loss, included = _take(loss, plan.places), _take(included, plan.places)
-        return Results(back(models), mean, back(uploads), included, loss), back(kept)
+        return Results(back(models), mean, back(uploads), included, loss), back(kept), seen
 
-    def _on_device(self, shared, start, broadcast, lanes, bounds, lr, key, shard):
-        """One device's waves. Leaves of `lanes` lead with S places; bounds: i32[W]."""
+    def _on_device(self, shared, watched, start, broadcast, lanes, bounds, lr, key, shard, rank):
+        """One device's waves. Leaves of `lanes` and `rank` lead with S places; bounds: i32[W]."""
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
         # Of slots only the shape: reading one after the waves would keep all starts beside the trained.
@@ -147,9 +224,12 @@ class Round:
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
         lanes = trainer.ready(lanes, key, shard.indices)
+        # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
+        rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
+        seen = (None if shared else rows, rows) if watched else None
 
         def wave(carry, w):
-            models, total, weight = carry
+            models, total, weight, seen = carry
             cut = lambda tree: jax.tree.map(  # noqa: E731
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
@@ -178,10 +258,18 @@ class Round:
                     models,
                     trained,
                 )
-            return (models, total, weight), (kept, uploads, loss, finite)
+            if watched:
+                where = jax.lax.dynamic_slice_in_dim(rank, w * width, width)
+                seen = (
+                    None if shared else _written(seen[0], where, begin),
+                    _written(seen[1], where, trained),
+                )
+            return (models, total, weight, seen), (kept, uploads, loss, finite)
 
         numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
-        (models, total, weight), rest = jax.lax.scan(wave, (models, total, jnp.float32(0)), numbers)
+        (models, total, weight, seen), rest = jax.lax.scan(
+            wave, (models, total, jnp.float32(0), seen), numbers
+        )
         rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
         mean = None
         if wants_mean:
@@ -189,13 +277,25 @@ class Round:
             mean = jax.tree.map(lambda leaf, like: (leaf / weight).astype(like.dtype), total, one)
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
-        return models if self.algorithm.needs_models else None, mean, rest
+        seen = jax.tree.map(lambda leaf: jax.lax.psum(leaf[:watched], AXIS), seen)
+        return models if self.algorithm.needs_models else None, mean, rest, seen
 
     def _move(self, tree, index):
         """Slots to places or back; nothing to do where the two are the same."""
         if self.in_order:
             return tree
         return jax.tree.map(lambda leaf: stacked.permute(leaf, index), tree)
+
+
+def _written(rows, where, models):
+    """Each model into its row. [m, …], i32[L], [L, …] -> [m, …]."""
+
+    def write(lane, rows):
+        return jax.tree.map(
+            lambda row, new: jax.lax.dynamic_update_index_in_dim(row, new[lane], where[lane], 0), rows, models
+        )
+
+    return jax.lax.fori_loop(0, len(where), write, rows)
 
 
 def _take(leaf, index):

@@ -16,8 +16,9 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
+from fedjax_sim.peel import Peeling, peeling
 from fedjax_sim.records import Row
-from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState
+from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.streams import COHORTS, INIT, root, stream
 from fedjax_sim.training import Shard, Trainer, make_optimizer
 
@@ -148,8 +149,14 @@ class Simulation:
         )
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not ragged or setup.devices * setup.wave == 1)
-        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order)
         put = partial(placement.put_replicated, mesh=self.mesh)
+        self._peeling = None
+        if setup.config.peel.every:
+            self._peeling = Peeling(
+                setup.config, setup.dataset, setup.partition, setup.model, self.mesh, setup.wave, put
+            )
+        observers = {} if self._peeling is None else {peeling.NAME: self._peeling.probe}
+        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers)
         self.shard = Shard(put(population.images), put(population.labels), put(population.indices))
         self._shardings = self._state_shardings()
         self.state = self._initial_state()
@@ -230,15 +237,27 @@ class Simulation:
         and `local.non_finite` is stop; the state has moved on by then, without that update.
         """
         inputs, waste = self.inputs(self.round)
+        watched = None
+        if self._peeling is not None and self._peeling.due(self.round + 1):
+            watched = self._peeling.watched(np.asarray(inputs.cohort.ids))
         with jax.set_mesh(self.mesh):
-            self.state, outputs = self.program(self.state, inputs, self.shard)
+            self.state, outputs = self.program(self.state, inputs, self.shard, watched)
         self.round += 1
-        parts: list[Callable[[], list[Row]]] = [partial(self._rows, self.round, inputs, outputs, waste)]
+        parts: list[Callable[[], list[Row]]] = [
+            partial(self._rows, self.round, inputs, outputs, waste, watched)
+        ]
         if self.due():
             parts.append(self.evaluate())
         return partial(_joined, parts)
 
-    def _rows(self, number: int, inputs: RoundInputs, outputs: RoundOutputs, waste: float) -> list[Row]:
+    def _rows(
+        self,
+        number: int,
+        inputs: RoundInputs,
+        outputs: RoundOutputs,
+        waste: float,
+        watched: Watched | None,
+    ) -> list[Row]:
         fetched: RoundOutputs = jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
         if not included.all():
@@ -258,6 +277,8 @@ class Simulation:
             rows.append(Row(number, "train_loss", float(loss @ weights / weights.sum())))
         rows += [Row(number, "left_out", 1.0, client=int(c)) for c in ids[~included]]
         rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
+        if self._peeling is not None and watched is not None:
+            rows += self._peeling.rows(number, ids, watched, fetched.observed)
         return rows
 
     def due(self) -> bool:
@@ -389,8 +410,8 @@ class Simulation:
 def _named(function: Round) -> Callable[..., Any]:
     """The round under a name that profiles and logs can show."""
 
-    def federated_round(state, inputs, shard):
-        return function(state, inputs, shard)
+    def federated_round(state, inputs, shard, watched=None):
+        return function(state, inputs, shard, watched)
 
     return federated_round
 

@@ -5,8 +5,9 @@ Nothing depends on the order of execution, so neither waves, devices nor a resum
 
 import jax
 
-INIT, SERVER, CLIENTS, COHORTS = range(4)
-"""First number below the run's key: initial model; server by round; clients by round and id; who is drawn."""
+INIT, SERVER, CLIENTS, COHORTS, PEEL = range(5)
+"""First number below the run's key: initial model; server by round; clients by round and id; who is drawn;
+whom and what the layer-peeled probe measures."""
 
 
 def root(seed: int) -> jax.Array:

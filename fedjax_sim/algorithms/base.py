@@ -163,6 +163,8 @@ class Algorithm:
       stacked: names of the state's fields whose leaves lead with K or N; they are sharded over devices.
       personal: (state, ids) -> variables [len(ids), …], what each client itself would use; None: the
         deployed model.
+      slot: (state, slots) -> variables [len(slots), …], what slots hold after a merge, of an algorithm whose
+        slots have models of their own; None: what their clients would use.
     """
 
     init: Callable[[jax.Array, Variables], State]
@@ -174,6 +176,15 @@ class Algorithm:
     needs_models: bool = True
     stacked: tuple[str, ...] = ()
     personal: Callable[[State, jax.Array], Variables] | None = None
+    slot: Callable[[State, jax.Array], Variables] | None = None
+
+    def held(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
+        """What a round's clients hold once its models are merged. i32[m] slots and ids -> [m, …] models."""
+        if self.slot is not None:
+            return self.slot(state, slots)
+        if self.personal is not None:
+            return self.personal(state, ids)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ids), *leaf.shape)), self.deploy(state))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,6 +49,7 @@ class FedIndep:
             deploy=lambda state: state.mean,
             weights=base.uniform,
             stacked=("slots",),
+            slot=lambda state, slots: stacked.take_rows(state.slots, slots),
         )
 
 

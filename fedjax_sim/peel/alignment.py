@@ -1,0 +1,88 @@
+"""How well features lie in the directions that the weights after them read: principal angles (PABS).
+
+U_w and U_m are the leading left singular vectors of the next layer's kernel and of the features' class
+means, both as matrices over the layer's input channels; the singular values of U_wᵀ U_m are the cosines of
+the principal angles between the two subspaces, and their mean is PABS, in [0, 1]. Transcribed from the code
+of Rangamani, Lindegaard, Galanti and Poggio, "Feature Learning in Deep Classifiers through Intermediate
+Neural Collapse", ICML 2023 (FOUND there, uncentred means). That the layer-peeled paper uses principal
+angles is FOUND; its rank, centring and matricisation are not. OUR CHOICE: r = the number of classes present,
+or the rank if that is less; the centred variant (r one less) beside it, because features after a ReLU share
+a positive mean that lifts the other; the level that random subspaces reach subtracted in `corrected`.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def kernel_matrix(kernel: jax.Array) -> jax.Array:
+    """Input channels first: f32[d, F] as it is, f32[kh, kw, C, F] -> f32[C, kh·kw·F]."""
+    if kernel.ndim == 4:
+        kernel = jnp.moveaxis(kernel, 2, 0)
+    return kernel.reshape(kernel.shape[0], -1)
+
+
+def means_matrix(means: jax.Array) -> jax.Array:
+    """Class means of a layer's input, channels first: f32[K, …, C] -> f32[C, K·…]."""
+    return jnp.moveaxis(means, -1, 0).reshape(means.shape[-1], -1)
+
+
+def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Left singular vectors and values, largest first. f32[d, p] -> (f32[d, q], f32[q]), q = min(d, p).
+
+    A wide matrix is first cut to d×d by a QR decomposition of its transpose, which keeps both.
+    """
+    if matrix.shape[1] > matrix.shape[0]:
+        matrix = jnp.linalg.qr(matrix.T, mode="r").T
+    vectors, values, _ = jnp.linalg.svd(matrix, full_matrices=False)
+    return vectors, values
+
+
+def cosines(
+    weights: tuple[jax.Array, jax.Array], features: tuple[jax.Array, jax.Array], wanted: jax.Array, most: int
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines of the principal angles between two leading subspaces.
+
+    Args:
+      weights: `basis` of the kernel's matrix.
+      features: `basis` of the means' matrix.
+      wanted: i32[], dimension of the subspaces; less where a matrix has less rank.
+      most: a static bound on `wanted`.
+
+    Returns:
+      (f32[most] in [0, 1], largest first and 0 beyond r; r i32[]).
+    """
+    most = min(most, weights[0].shape[1], features[0].shape[1])
+    rank = jnp.minimum(*(_rank(values) for _, values in (weights, features)))
+    r = jnp.minimum(jnp.minimum(wanted, rank), most)
+    used = (jnp.arange(most, dtype=jnp.int32) < r).astype(jnp.float32)
+    u, v = (vectors[:, :most] * used[None] for vectors, _ in (weights, features))
+    product = jnp.matmul(u.T, v, precision=jax.lax.Precision.HIGHEST)
+    return jnp.clip(jnp.linalg.svd(product, compute_uv=False), 0, 1) * used, r
+
+
+def _rank(values: jax.Array) -> jax.Array:
+    """Singular values that float32 can tell from 0."""
+    return (values > values[0] * len(values) * jnp.finfo(jnp.float32).eps).sum().astype(jnp.int32)
+
+
+@functools.cache
+def chance(d: int, r: int, draws: int = 64) -> float:
+    """Mean PABS of two random r-dimensional subspaces of R^d, by simulation with a fixed seed. In [0, 1]."""
+    if r <= 0 or r >= d:
+        return float(r >= d > 0)
+    generator = np.random.default_rng([d, r])
+    total = 0.0
+    for _ in range(draws):
+        # By symmetry one of the two may be the span of the first r axes.
+        other = np.linalg.qr(generator.standard_normal((d, r)))[0]
+        total += np.linalg.svd(other[:r], compute_uv=False).mean()
+    return float(total / draws)
+
+
+def corrected(pabs: float, d: int, r: int) -> float:
+    """(PABS - chance) / (1 - chance): 0 for random subspaces, 1 for equal ones; 0 where r = d."""
+    level = chance(d, r)
+    return (pabs - level) / (1 - level) if level < 1 else 0.0

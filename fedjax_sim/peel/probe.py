@@ -1,0 +1,357 @@
+"""The layer-peeled probe: what a merge does to every layer's features, measured inside the round.
+
+For some clients of a measured round it takes the model that the client trained (`before`) and what the
+client holds once merged (`after`), runs both on the same samples of the client's own, and peels off the
+features at each of the model's peel points, the inputs of its weight layers. That features are compared
+before and after aggregation by class variances, by their alignment with the next weights and by linear
+probes is FOUND of "The Other Side of the Coin: Unveiling the Downsides of Model Aggregation in Federated
+Learning from a Layer-peeled Perspective" (arXiv 2502.03231); formulas, samples and pooling are not, and are
+OUR CHOICE where a function's docstring names no other source.
+
+One row a (client, layer, state, metric), layer being the name of the weight layer that reads the feature:
+
+    trace_within, trace_between, trace_total    of the class covariances; the first two add up to the third
+    sigma_within, sigma_between                 the first two over the third
+    log_c                                       log(trace_within / trace_between)
+    log_c_balanced                              the same with every present class weighing alike
+    cdnv, discrimination                        see `fedjax_sim.peel.moments`
+    rank, stable_rank                           if asked for: of the pooled features about their class means
+    pabs, pabs_centred                          mean cosine of the principal angles with the next kernel
+    pabs_corrected                              pabs above what random subspaces have, 1 at most
+    pabs_smallest                               cosine of the largest angle
+    ncm, ridge                                  accuracy of probes fitted to the client's other samples
+    shift_cka, shift_cosine                     of one state only, `after`: 1 - similarity to before
+    spread, update_cosine                       of the kernel, see `Probe.observe`
+
+and, without a layer, `peel_accuracy` and `peel_loss` of start, before and after, `peel_classes` and
+`peel_samples`. A number that its client's samples do not define (log_c of a single class, say) has no row;
+in its place stands one with the metric `undefined/<metric>` and value 1.
+
+A convolution's feature is flattened for variances (as in the code of Rangamani et al., ICML 2023), averaged
+over places for probes, ranks and CKA. A transformer's is averaged over its tokens throughout.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.config import PeelConfig
+from fedjax_sim.data import Preprocessing, normalise
+from fedjax_sim.models.base import Model
+from fedjax_sim.peel import alignment, moments, probing
+from fedjax_sim.records import Row
+from fedjax_sim.rounds import Witness
+from fedjax_sim.stacked import AXIS
+from fedjax_sim.training import Shard
+
+STATES = ("before", "after")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Probe:
+    """Measures rounds; the engine compiles it into them.
+
+    Attributes:
+      model: the network.
+      preprocessing: its normalisation.
+      mesh: devices, over which the measured clients are sharded.
+      config: what to measure.
+      width: clients side by side on a device.
+      num_classes: C.
+      batch_size: samples in one forward pass.
+    """
+
+    model: Model
+    preprocessing: Preprocessing
+    mesh: Mesh
+    config: PeelConfig
+    width: int
+    num_classes: int
+    batch_size: int
+
+    # --- inside the round ---------------------------------------------------------------------------
+
+    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+        """Everything that is measured: name -> f32[m, 2, L] by state, f32[m, L] across states, f32[m, 3].
+
+        `spread` is ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's kernel before (w) and after (w') the merge;
+        `update_cosine` the mean cosine of a client's update of the kernel with the other measured clients'.
+        """
+        count = len(witness.ids)
+        spare = -count % self.mesh.size
+        own = (witness.start, witness.before, witness.after, given["fit"], given["measured"])
+        own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
+
+        train = {"images": shard.images, "labels": shard.labels}
+        pools = {"fit": train, "measured": given["test"] or train}
+
+        def share(own, pools):
+            width = None if self.width == 1 else self.width
+            return jax.lax.map(lambda one: self._client(one, pools), own, batch_size=width)
+
+        run = jax.shard_map(
+            share, mesh=self.mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS), check_vma=False
+        )
+        out = jax.tree.map(lambda leaf: leaf[:count], run(own, pools))
+        return out | self._kernels(witness)
+
+    def _client(self, own, pools) -> dict[str, jax.Array]:
+        """One client: [2, L], [L] and [3]."""
+        start, before, after, fit, measured = own
+        both, layers = (before, after), range(len(self.model.peel_points))
+
+        def fitted(images, labels, mask):
+            target = jax.nn.one_hot(labels, self.num_classes)
+            return [
+                [
+                    (probing.of_batch(_pooled(z), target, mask), self._moments(z, labels, mask))
+                    for z in features
+                ]
+                for _, features in map(partial(self._features, images=images), both)
+            ]
+
+        def merged(old, new):
+            return [[_merge(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)]
+
+        learnt = self._over(fit, pools["fit"], fitted, merged)
+        ridges = [[probing.ridge(own[layer][0]) for layer in layers] for own in learnt]
+
+        def seen(images, labels, mask):
+            logits, features = zip(*map(partial(self._features, images=images), both), strict=True)
+            logits = (self.model.apply(start, images)[0], *logits)
+
+            def right(guess):
+                return ((guess == labels) & mask).sum().astype(jnp.float32)
+
+            def by_ridge(s, layer):
+                return right(probing.predict(ridges[s][layer], _pooled(features[s][layer])))
+
+            def by_mean(s, layer):
+                return right(moments.nearest_mean(learnt[s][layer][1], self._flat(features[s][layer])))
+
+            def alike(layer):
+                return jnp.where(mask, _cosine(*(self._flat(own[layer]) for own in features)), 0).sum()
+
+            sums = {
+                "peel_loss": jnp.stack([jnp.where(mask, _losses(out, labels), 0).sum() for out in logits]),
+                "peel_accuracy": jnp.stack([right(jnp.argmax(out, -1)) for out in logits]),
+                "ridge": _table(by_ridge, layers),
+                "ncm": _table(by_mean, layers),
+                "shift_cosine": jnp.stack([alike(layer) for layer in layers]),
+            }
+            before, after = ([_pooled(z) for z in own] for own in features)
+            pairs = [probing.of_batch(x, y, mask) for x, y in zip(before, after, strict=True)]
+            return sums, pairs, [[self._moments(z, labels, mask) for z in own] for own in features]
+
+        def added(old, new):
+            sums, pairs, classes = zip(old, new, strict=True)
+            return (
+                jax.tree.map(jnp.add, *sums),
+                [probing.merge(a, b) for a, b in zip(*pairs, strict=True)],
+                [
+                    [moments.merge(a, b) for a, b in zip(*own, strict=True)]
+                    for own in zip(*classes, strict=True)
+                ],
+            )
+
+        sums, pairs, classes = self._over(measured, pools["measured"], seen, added)
+        total = jnp.maximum(measured["count"], 1).astype(jnp.float32)
+        out = {name: value / total for name, value in sums.items()}
+        out["shift_cosine"] = 1 - out["shift_cosine"]
+        out["shift_cka"] = jnp.stack([1 - probing.linear_cka(pair) for pair in pairs])
+        figures = [
+            [
+                self._figures(classes[s][layer], (pairs[layer].xx, pairs[layer].yy)[s], point, both[s], shape)
+                for layer, (point, shape) in enumerate(
+                    zip(self.model.peel_points, self._shapes(), strict=True)
+                )
+            ]
+            for s in range(2)
+        ]
+        for name in figures[0][0]:
+            out[name] = jnp.stack([jnp.stack([one[name] for one in own]) for own in figures])
+        return out
+
+    def _figures(self, m: moments.Moments, covariance, point, variables, shape) -> dict[str, jax.Array]:
+        """What one layer's features of one model say."""
+        plain, even = moments.traces(m), moments.traces(m, balanced=True)
+        out = {
+            "trace_within": plain.within,
+            "trace_between": plain.between,
+            "trace_total": plain.total,
+            "sigma_within": plain.within / plain.total,
+            "sigma_between": plain.between / plain.total,
+            "log_c": jnp.log(plain.within / plain.between),
+            "log_c_balanced": jnp.log(even.within / even.between),
+            "cdnv": moments.cdnv(m),
+            "discrimination": moments.discrimination(m),
+        }
+        maps = m.mean.reshape(self.num_classes, *shape)
+        share = m.count / jnp.maximum(m.count.sum(), 1)
+        if self.config.ranks:
+            pooled = _pooled(maps)
+            away = (pooled - (share @ pooled)[None]) * jnp.sqrt(m.count)[:, None]
+            out["rank"], out["stable_rank"] = probing.ranks(covariance - away.T @ away)
+
+        present = (m.count > 0).reshape(-1, *[1] * len(shape))
+        classes = present.sum().astype(jnp.int32)
+        centre = jnp.tensordot(share, maps, 1)
+        kernel = variables["params"]
+        for key in point.kernel:
+            kernel = kernel[key]
+        weights = alignment.basis(alignment.kernel_matrix(kernel))
+        for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
+            found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
+            cosines, r = alignment.cosines(weights, found, wanted, self.num_classes)
+            cosines = jnp.pad(cosines, (0, self.num_classes - len(cosines)))
+            size = r.astype(jnp.float32)
+            out["pabs" + suffix] = cosines.sum() / size
+            out["pabs_rank" + suffix] = size
+            if not suffix:
+                out["pabs_smallest"] = jnp.where(r > 0, cosines[jnp.maximum(r - 1, 0)], jnp.nan)
+                out["pabs_cosines"] = cosines
+        return out
+
+    def _kernels(self, witness: Witness) -> dict[str, jax.Array]:
+        """Of the layers' kernels: spread and agreement of updates, f32[m, L] each."""
+        spread, agreement = [], []
+        for point in self.model.peel_points:
+            start, before, after = (
+                _leaf(tree["params"], point.kernel).astype(jnp.float32)
+                for tree in (witness.start, witness.before, witness.after)
+            )
+            norm = lambda a: jnp.sqrt((a * a).reshape(len(a), -1).sum(1))  # noqa: E731
+            spread.append(norm(before - after) / norm(after))
+            update = (before - start).reshape(len(start), -1)
+            size = norm(update)
+            cosine = jnp.matmul(update, update.T, precision=jax.lax.Precision.HIGHEST) / (
+                size[None] * size[:, None]
+            )
+            others = cosine.sum(1) - jnp.diagonal(cosine)
+            agreement.append(others / (len(start) - 1) if len(start) > 1 else jnp.full_like(others, jnp.nan))
+        return {"spread": jnp.stack(spread, 1), "update_cosine": jnp.stack(agreement, 1)}
+
+    def _over(self, chosen, pool, measure, merge):
+        """Measures batch by batch and merges. chosen: index i32[s], whole batches of it; count i32[]."""
+        index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
+        size = index.shape[1]
+
+        def batch(number):
+            rows = index[number]
+            images = normalise(pool["images"][rows], self.preprocessing)
+            mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
+            return measure(images, pool["labels"][rows], mask)
+
+        first = batch(0)
+        if len(index) == 1:
+            return first
+        return jax.lax.fori_loop(1, len(index), lambda number, sums: merge(sums, batch(number)), first)
+
+    def _features(self, variables, images):
+        logits, features = self.model.features(variables, images)
+        return logits, [features[point.name].astype(jnp.float32) for point in self.model.peel_points]
+
+    def _flat(self, z):
+        return _pooled(z) if self.config.pool or z.ndim == 3 else z.reshape(len(z), -1)
+
+    def _moments(self, z, labels, mask):
+        return moments.of_batch(self._flat(z), labels, mask, self.num_classes)
+
+    def _shapes(self):
+        """Of one sample's feature at each point, as `_flat` keeps it."""
+        images = jax.ShapeDtypeStruct((1, *self.model.input_shape), jnp.float32)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        _, features = jax.eval_shape(self.model.features, variables, images)
+        whole = [features[point.name].shape[1:] for point in self.model.peel_points]
+        return [shape[-1:] if self.config.pool or len(shape) == 2 else shape for shape in whole]
+
+    # --- on the host --------------------------------------------------------------------------------
+
+    def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
+        """The tidy rows of round `number`, from what `observe` returned for the clients `ids`.
+
+        counts: i32[m], samples that were measured of each.
+        """
+        made: list[Row] = []
+        layers = [point.name for point in self.model.peel_points]
+        widths = [shape[-1] for shape in self._shapes()]
+
+        def add(metric, value, **where):
+            if np.isfinite(value):
+                made.append(Row(number, metric, float(value), **where))
+            else:
+                made.append(Row(number, f"undefined/{metric}", 1.0, **where))
+
+        for place, client in enumerate(ids.tolist()):
+            for name in ("peel_accuracy", "peel_loss"):
+                for state, value in zip(("start", *STATES), out[name][place], strict=True):
+                    add(name, value, client=client, state=state)
+            add("peel_samples", counts[place], client=client)
+            for layer, name in enumerate(layers):
+                for metric in ACROSS:
+                    add(metric, out[metric][place, layer], layer=name, client=client)
+                for s, state in enumerate(STATES):
+                    where = dict(layer=name, client=client, state=state)
+                    for metric in EACH + RANKS * self.config.ranks:
+                        add(metric, out[metric][place, s, layer], **where)
+                    pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
+                    add(
+                        "pabs_corrected",
+                        alignment.corrected(float(pabs), widths[layer], r) if r else np.nan,
+                        **where,
+                    )
+                    if self.config.angles:
+                        for angle in range(r):
+                            add(
+                                f"pabs_cosine_{angle + 1}",
+                                out["pabs_cosines"][place, s, layer, angle],
+                                **where,
+                            )
+        return made
+
+
+ACROSS = ("shift_cka", "shift_cosine", "spread", "update_cosine")
+EACH = (
+    "trace_within", "trace_between", "trace_total", "sigma_within", "sigma_between", "log_c",
+    "log_c_balanced", "cdnv", "discrimination", "pabs", "pabs_centred", "pabs_smallest", "pabs_rank",
+    "ncm", "ridge",
+)  # fmt: skip
+RANKS = ("rank", "stable_rank")
+
+
+def _merge(a, b):
+    return probing.merge(a[0], b[0]), moments.merge(a[1], b[1])
+
+
+def _table(value, layers):
+    return jnp.stack([jnp.stack([value(s, layer) for layer in layers]) for s in range(2)])
+
+
+def _losses(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _cosine(a, b):
+    """Of rows; 1 where both are zero, 0 where one is. f32[B, d] twice -> f32[B]."""
+    square = [(v * v).sum(1) for v in (a, b)]
+    scale = jnp.sqrt(square[0] * square[1])
+    cosine = (a * b).sum(1) / jnp.where(scale > 0, scale, 1)
+    return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(a.dtype))
+
+
+def _pooled(z):
+    """f32[B, …, C] -> f32[B, C], the mean over places or tokens."""
+    return z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z
+
+
+def _leaf(tree, path):
+    for key in path:
+        tree = tree[key]
+    return tree

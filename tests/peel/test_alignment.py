@@ -1,0 +1,63 @@
+"""Principal angles between features and the next weights, against SVDs in float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim.peel import alignment
+from tests.peel import reference
+
+
+def cosines(kernel, means, r):
+    weights = alignment.basis(alignment.kernel_matrix(jnp.asarray(kernel, jnp.float32)))
+    features = alignment.basis(alignment.means_matrix(jnp.asarray(means, jnp.float32)))
+    values, rank = alignment.cosines(weights, features, jnp.int32(r), len(means))
+    return np.asarray(values), int(rank)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "means"),
+    [((40, 12), (5, 40)), ((12, 40), (5, 12)), ((3, 3, 8, 16), (5, 6, 6, 8)), ((5, 5, 20, 4), (5, 2, 2, 20))],
+    ids=str,
+)
+def test_cosines_agree_with_numpy(kernel, means):
+    draw = np.random.default_rng(0)
+    w, m = draw.normal(size=kernel), draw.normal(size=means) + 1.0
+    for r in (1, 3, 5):
+        got, rank = cosines(w, m, r)
+        assert rank == r and not got[r:].any()
+        np.testing.assert_allclose(got[:r], reference.principal_cosines(w, m, r), atol=1e-3)
+
+
+def test_weights_that_are_the_class_means_are_aligned_at_any_scale():
+    means = np.random.default_rng(1).normal(size=(4, 30))
+    for factor in (1e-3, 1.0, 1e3):
+        got, rank = cosines(factor * means.T, means, 4)
+        assert rank == 4
+        np.testing.assert_allclose(got, 1, atol=1e-5)
+
+
+def test_a_1x1_convolution_on_one_pixel_is_a_dense_layer():
+    draw = np.random.default_rng(2)
+    kernel, means = draw.normal(size=(10, 6)), draw.normal(size=(3, 10))
+    dense = cosines(kernel, means, 3)[0]
+    np.testing.assert_allclose(cosines(kernel[None, None], means[:, None, None], 3)[0], dense, atol=1e-5)
+
+
+def test_the_dimension_is_no_more_than_the_rank():
+    """Two of four means are the same: their span has three dimensions; a zero kernel has none."""
+    draw = np.random.default_rng(3)
+    means = draw.normal(size=(4, 12))
+    means[3] = means[2]
+    assert cosines(draw.normal(size=(12, 9)), means, 4)[1] == 3
+    assert cosines(np.zeros((12, 9)), means, 4)[1] == 0
+
+
+def test_chance_is_what_the_method_sheet_simulated():
+    for (d, r), wanted in {(32, 7): 0.40, (64, 10): 0.34, (512, 10): 0.12}.items():
+        assert alignment.chance(d, r) == pytest.approx(wanted, abs=0.015)
+    assert alignment.chance(4, 4) == 1.0 and alignment.corrected(1.0, 4, 4) == 0.0
+    assert (
+        alignment.corrected(alignment.chance(64, 10), 64, 10) == 0.0
+        and alignment.corrected(1.0, 64, 10) == 1.0
+    )

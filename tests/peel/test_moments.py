@@ -1,0 +1,93 @@
+"""Streamed class moments against NumPy in float64, and the laws that they keep."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_sim.peel import moments
+from tests.peel import reference
+
+
+def made(seed, n=60, d=7, classes=4, offset=0.0, spread=1.0):
+    draw = np.random.default_rng(seed)
+    y = np.concatenate([np.arange(classes), draw.integers(0, classes, n - classes)]).astype(np.int32)
+    centres = draw.normal(size=(classes, d))
+    return (centres[y] + spread * draw.normal(size=(n, d)) + offset).astype(np.float32), y
+
+
+def streamed(z, y, classes, batch):
+    """Moments merged over batches, the last one padded with what must not count."""
+    total = moments.empty(classes, z.shape[1])
+    for first in range(0, len(z), batch):
+        part, label = z[first : first + batch], y[first : first + batch]
+        spare = batch - len(part)
+        mask = np.arange(batch) < len(part)
+        part = np.concatenate([part, np.full((spare, z.shape[1]), 1e6, np.float32)])
+        label = np.concatenate([label, np.zeros(spare, np.int32)])
+        total = moments.merge(total, moments.of_batch(jnp.asarray(part), jnp.asarray(label), mask, classes))
+    return total
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([1, 7, 60]), st.sampled_from([0.0, 100.0]))
+def test_traces_agree_with_numpy_however_they_are_streamed(seed, batch, offset):
+    """Also far from the origin, where sums of squares in float32 would have lost everything."""
+    z, y = made(seed, offset=offset)
+    got = streamed(z, y, 5, batch)  # the fifth class has no sample
+    for balanced in (False, True):
+        wanted = reference.traces(z.astype(np.float64), y, balanced)
+        found = moments.traces(got, balanced=balanced)
+        np.testing.assert_allclose(found[:2], wanted[:2], rtol=1e-4)
+        if not balanced:
+            np.testing.assert_allclose(found.total, wanted[2], rtol=1e-4)
+    np.testing.assert_allclose(moments.cdnv(got), reference.cdnv(z.astype(np.float64), y), rtol=1e-3)
+
+
+def test_a_collapsed_layer_keeps_its_small_variance():
+    """Within-class variance a millionth of the total: to 1e-4 of itself."""
+    z, y = made(3, spread=1e-3)
+    wanted = reference.traces(z.astype(np.float64), y)
+    got = moments.traces(streamed(z, y, 4, 16))
+    np.testing.assert_allclose(got.within, wanted[0], rtol=1e-4)
+
+
+def test_the_normalised_variances_ignore_scale():
+    z, y = made(1)
+    one, other = (moments.traces(streamed(factor * z, y, 4, 60)) for factor in (1.0, 37.0))
+    np.testing.assert_allclose(one.within / one.total, other.within / other.total, rtol=1e-5)
+
+
+def test_distances_and_cosines_of_class_means():
+    z, y = made(5, offset=2.0)
+    means = np.stack([z[y == c].mean(0) for c in range(4)]).astype(np.float64)
+    apart, cosine = moments.distances(streamed(z, y, 6, 20))
+    wanted = ((means[:, None] - means[None]) ** 2).sum(-1)
+    np.testing.assert_allclose(apart[:4, :4], wanted, rtol=1e-4, atol=1e-4)
+    norms = np.linalg.norm(means, axis=1)
+    np.testing.assert_allclose(cosine[:4, :4], means @ means.T / np.outer(norms, norms), atol=1e-5)
+    assert not np.asarray(apart)[4:].any() and not np.asarray(cosine)[4:].any()
+
+
+def test_the_nearest_mean_is_never_an_absent_class():
+    z, y = made(2, offset=50.0)
+    m = streamed(z, y, 9, 60)
+    means = np.stack([z[y == c].mean(0) for c in range(4)])
+    wanted = ((z[:, None] - means[None]) ** 2).sum(-1).argmin(1)
+    assert (np.asarray(moments.nearest_mean(m, jnp.asarray(z))) == wanted).mean() > 0.98
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_two_classes_what_compares_classes_is_zero(count):
+    m = moments.of_batch(jnp.ones((3, 2)), jnp.zeros(3, jnp.int32), np.arange(3) < count, 4)
+    assert moments.cdnv(m) == 0 and moments.discrimination(m) == 0
+    assert all(value == 0 for value in moments.traces(m))
+
+
+def test_merging_with_nothing_changes_nothing():
+    z, y = made(4)
+    m = streamed(z, y, 4, 60)
+    for pair in ((m, moments.empty(4, 7)), (moments.empty(4, 7), m)):
+        jax.tree.map(np.testing.assert_array_equal, moments.merge(*pair), m)
