@@ -214,6 +214,8 @@ class PeelConfig:
       class_samples: classes with fewer of a client's samples are not measured there.
       pool: average a convolution's features over places before taking variances.
       angles: record the cosine of every principal angle, not only their mean and the smallest.
+      chimeras: measure models of which only some layers are aggregated, see `fedjax_sim.peel.chimera`; three
+        more forward passes a layer.
       ranks: record numerical and stable ranks, which take the eigenvalues of a covariance for each layer.
     """
 
@@ -224,6 +226,7 @@ class PeelConfig:
     class_samples: int = 5
     pool: bool = False
     angles: bool = False
+    chimeras: bool = False
     ranks: bool = False
 
     def __post_init__(self):

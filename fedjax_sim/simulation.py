@@ -16,7 +16,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
-from fedjax_sim.peel import Peeling, peeling
+from fedjax_sim.peel import Peeling
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.streams import COHORTS, INIT, root, stream
@@ -155,7 +155,7 @@ class Simulation:
             self._peeling = Peeling(
                 setup.config, setup.dataset, setup.partition, setup.model, self.mesh, setup.wave, put
             )
-        observers = {} if self._peeling is None else {peeling.NAME: self._peeling.probe}
+        observers = {} if self._peeling is None else self._peeling.observers
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers)
         self.shard = Shard(put(population.images), put(population.labels), put(population.indices))
         self._shardings = self._state_shardings()

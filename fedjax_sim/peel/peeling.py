@@ -12,19 +12,21 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
+from fedjax_sim.peel.chimera import Chimeras
+from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import Probe
 from fedjax_sim.peel.samples import Samples
 from fedjax_sim.records import Row
-from fedjax_sim.rounds import Watched
+from fedjax_sim.rounds import Observer, Watched
 
-NAME = "peel"
+PROBE, CHIMERAS = "probe", "chimeras"
 
 
 class Peeling:
     """Measures the rounds of a run that `config.peel` asks for.
 
     Attributes:
-      probe: what is compiled into them.
+      observers: what is compiled into them, by name.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Peeling:
             batch = min(batch, 50)  # whose features stay in a core's cache
             placement.lapack_on_one_thread()
         self._samples = Samples(config.peel, dataset, partition, config.seed, batch)
-        self.probe = Probe(model, dataset.preprocessing, mesh, config.peel, width, dataset.num_classes, batch)
+        forward = Forward(model, dataset.preprocessing, config.peel, dataset.num_classes, batch)
+        self._probe, self._chimeras = Probe(forward, mesh, width), Chimeras(forward, mesh)
+        self.observers: dict[str, Observer] = {PROBE: self._probe, CHIMERAS: self._chimeras}
         self._test = None
         if self._samples.of_test:
             self._test = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
@@ -67,11 +71,17 @@ class Peeling:
     def watched(self, cohort: np.ndarray) -> Watched:
         """What the round of this cohort, i32[K] client ids, is asked for."""
         slots = self._samples.slots(cohort)
-        return Watched(
-            cast(jax.Array, slots), {NAME: {**self._samples.given(cohort[slots]), "test": self._test}}
-        )
+        given = {**self._samples.given(cohort[slots]), "test": self._test}
+        asked = {PROBE: given}
+        if self._config.chimeras:
+            asked[CHIMERAS] = {name: given[name] for name in ("measured", "test")}
+        return Watched(cast(jax.Array, slots), asked)
 
     def rows(self, number: int, cohort: np.ndarray, watched: Watched, observed: dict[str, Any]) -> list[Row]:
         """What came of it."""
-        counts = watched.given[NAME]["measured"]["count"]
-        return self.probe.rows(number, cohort[np.asarray(watched.slots)], observed[NAME], counts)
+        ids = cohort[np.asarray(watched.slots)]
+        counts = watched.given[PROBE]["measured"]["count"]
+        rows = self._probe.rows(number, ids, observed[PROBE], counts)
+        if CHIMERAS in observed:
+            rows += self._chimeras.rows(number, ids, observed[CHIMERAS])
+        return rows

@@ -42,10 +42,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.config import PeelConfig
-from fedjax_sim.data import Preprocessing, normalise
-from fedjax_sim.models.base import Model
 from fedjax_sim.peel import alignment, moments, probing
+from fedjax_sim.peel.forward import Forward, pooled, tidy
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
@@ -59,22 +57,14 @@ class Probe:
     """Measures rounds; the engine compiles it into them.
 
     Attributes:
-      model: the network.
-      preprocessing: its normalisation.
+      forward: the model on samples.
       mesh: devices, over which the measured clients are sharded.
-      config: what to measure.
       width: clients side by side on a device.
-      num_classes: C.
-      batch_size: samples in one forward pass.
     """
 
-    model: Model
-    preprocessing: Preprocessing
+    forward: Forward
     mesh: Mesh
-    config: PeelConfig
     width: int
-    num_classes: int
-    batch_size: int
 
     # --- inside the round ---------------------------------------------------------------------------
 
@@ -105,39 +95,39 @@ class Probe:
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: [2, L], [L] and [3]."""
         start, before, after, fit, measured = own
-        both, layers = (before, after), range(len(self.model.peel_points))
+        both, layers = (before, after), range(len(self.forward.model.peel_points))
 
         def fitted(images, labels, mask):
-            target = jax.nn.one_hot(labels, self.num_classes)
+            target = jax.nn.one_hot(labels, self.forward.num_classes)
             return [
                 [
-                    (probing.of_batch(_pooled(z), target, mask), self._moments(z, labels, mask))
+                    (probing.of_batch(pooled(z), target, mask), self.forward.moments(z, labels, mask))
                     for z in features
                 ]
-                for _, features in map(partial(self._features, images=images), both)
+                for _, features in map(partial(self.forward.features, images=images), both)
             ]
 
         def merged(old, new):
             return [[_merge(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)]
 
-        learnt = self._over(fit, pools["fit"], fitted, merged)
+        learnt = self.forward.over(fit, pools["fit"], fitted, merged)
         ridges = [[probing.ridge(own[layer][0]) for layer in layers] for own in learnt]
 
         def seen(images, labels, mask):
-            logits, features = zip(*map(partial(self._features, images=images), both), strict=True)
-            logits = (self.model.apply(start, images)[0], *logits)
+            logits, features = zip(*map(partial(self.forward.features, images=images), both), strict=True)
+            logits = (self.forward.model.apply(start, images)[0], *logits)
 
             def right(guess):
                 return ((guess == labels) & mask).sum().astype(jnp.float32)
 
             def by_ridge(s, layer):
-                return right(probing.predict(ridges[s][layer], _pooled(features[s][layer])))
+                return right(probing.predict(ridges[s][layer], pooled(features[s][layer])))
 
             def by_mean(s, layer):
-                return right(moments.nearest_mean(learnt[s][layer][1], self._flat(features[s][layer])))
+                return right(moments.nearest_mean(learnt[s][layer][1], self.forward.flat(features[s][layer])))
 
             def alike(layer):
-                return jnp.where(mask, _cosine(*(self._flat(own[layer]) for own in features)), 0).sum()
+                return jnp.where(mask, _cosine(*(self.forward.flat(own[layer]) for own in features)), 0).sum()
 
             sums = {
                 "peel_loss": jnp.stack([jnp.where(mask, _losses(out, labels), 0).sum() for out in logits]),
@@ -146,9 +136,9 @@ class Probe:
                 "ncm": _table(by_mean, layers),
                 "shift_cosine": jnp.stack([alike(layer) for layer in layers]),
             }
-            before, after = ([_pooled(z) for z in own] for own in features)
+            before, after = ([pooled(z) for z in own] for own in features)
             pairs = [probing.of_batch(x, y, mask) for x, y in zip(before, after, strict=True)]
-            return sums, pairs, [[self._moments(z, labels, mask) for z in own] for own in features]
+            return sums, pairs, [[self.forward.moments(z, labels, mask) for z in own] for own in features]
 
         def added(old, new):
             sums, pairs, classes = zip(old, new, strict=True)
@@ -161,7 +151,7 @@ class Probe:
                 ],
             )
 
-        sums, pairs, classes = self._over(measured, pools["measured"], seen, added)
+        sums, pairs, classes = self.forward.over(measured, pools["measured"], seen, added)
         total = jnp.maximum(measured["count"], 1).astype(jnp.float32)
         out = {name: value / total for name, value in sums.items()}
         out["shift_cosine"] = 1 - out["shift_cosine"]
@@ -170,7 +160,7 @@ class Probe:
             [
                 self._figures(classes[s][layer], (pairs[layer].xx, pairs[layer].yy)[s], point, both[s], shape)
                 for layer, (point, shape) in enumerate(
-                    zip(self.model.peel_points, self._shapes(), strict=True)
+                    zip(self.forward.model.peel_points, self.forward.shapes(), strict=True)
                 )
             ]
             for s in range(2)
@@ -193,11 +183,11 @@ class Probe:
             "cdnv": moments.cdnv(m),
             "discrimination": moments.discrimination(m),
         }
-        maps = m.mean.reshape(self.num_classes, *shape)
+        maps = m.mean.reshape(self.forward.num_classes, *shape)
         share = m.count / jnp.maximum(m.count.sum(), 1)
-        if self.config.ranks:
-            pooled = _pooled(maps)
-            away = (pooled - (share @ pooled)[None]) * jnp.sqrt(m.count)[:, None]
+        if self.forward.config.ranks:
+            centres = pooled(maps)
+            away = (centres - (share @ centres)[None]) * jnp.sqrt(m.count)[:, None]
             out["rank"], out["stable_rank"] = probing.ranks(covariance - away.T @ away)
 
         present = (m.count > 0).reshape(-1, *[1] * len(shape))
@@ -209,8 +199,8 @@ class Probe:
         weights = alignment.basis(alignment.kernel_matrix(kernel))
         for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
             found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
-            cosines, r = alignment.cosines(weights, found, wanted, self.num_classes)
-            cosines = jnp.pad(cosines, (0, self.num_classes - len(cosines)))
+            cosines, r = alignment.cosines(weights, found, wanted, self.forward.num_classes)
+            cosines = jnp.pad(cosines, (0, self.forward.num_classes - len(cosines)))
             size = r.astype(jnp.float32)
             out["pabs" + suffix] = cosines.sum() / size
             out["pabs_rank" + suffix] = size
@@ -222,7 +212,7 @@ class Probe:
     def _kernels(self, witness: Witness) -> dict[str, jax.Array]:
         """Of the layers' kernels: spread and agreement of updates, f32[m, L] each."""
         spread, agreement = [], []
-        for point in self.model.peel_points:
+        for point in self.forward.model.peel_points:
             start, before, after = (
                 _leaf(tree["params"], point.kernel).astype(jnp.float32)
                 for tree in (witness.start, witness.before, witness.after)
@@ -238,40 +228,6 @@ class Probe:
             agreement.append(others / (len(start) - 1) if len(start) > 1 else jnp.full_like(others, jnp.nan))
         return {"spread": jnp.stack(spread, 1), "update_cosine": jnp.stack(agreement, 1)}
 
-    def _over(self, chosen, pool, measure, merge):
-        """Measures batch by batch and merges. chosen: index i32[s], whole batches of it; count i32[]."""
-        index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
-        size = index.shape[1]
-
-        def batch(number):
-            rows = index[number]
-            images = normalise(pool["images"][rows], self.preprocessing)
-            mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
-            return measure(images, pool["labels"][rows], mask)
-
-        first = batch(0)
-        if len(index) == 1:
-            return first
-        return jax.lax.fori_loop(1, len(index), lambda number, sums: merge(sums, batch(number)), first)
-
-    def _features(self, variables, images):
-        logits, features = self.model.features(variables, images)
-        return logits, [features[point.name].astype(jnp.float32) for point in self.model.peel_points]
-
-    def _flat(self, z):
-        return _pooled(z) if self.config.pool or z.ndim == 3 else z.reshape(len(z), -1)
-
-    def _moments(self, z, labels, mask):
-        return moments.of_batch(self._flat(z), labels, mask, self.num_classes)
-
-    def _shapes(self):
-        """Of one sample's feature at each point, as `_flat` keeps it."""
-        images = jax.ShapeDtypeStruct((1, *self.model.input_shape), jnp.float32)
-        variables = jax.eval_shape(self.model.init, jax.random.key(0))
-        _, features = jax.eval_shape(self.model.features, variables, images)
-        whole = [features[point.name].shape[1:] for point in self.model.peel_points]
-        return [shape[-1:] if self.config.pool or len(shape) == 2 else shape for shape in whole]
-
     # --- on the host --------------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
@@ -280,14 +236,11 @@ class Probe:
         counts: i32[m], samples that were measured of each.
         """
         made: list[Row] = []
-        layers = [point.name for point in self.model.peel_points]
-        widths = [shape[-1] for shape in self._shapes()]
+        layers = [point.name for point in self.forward.model.peel_points]
+        widths = [shape[-1] for shape in self.forward.shapes()]
 
         def add(metric, value, **where):
-            if np.isfinite(value):
-                made.append(Row(number, metric, float(value), **where))
-            else:
-                made.append(Row(number, f"undefined/{metric}", 1.0, **where))
+            made.append(tidy(number, metric, value, **where))
 
         for place, client in enumerate(ids.tolist()):
             for name in ("peel_accuracy", "peel_loss"):
@@ -299,7 +252,7 @@ class Probe:
                     add(metric, out[metric][place, layer], layer=name, client=client)
                 for s, state in enumerate(STATES):
                     where = dict(layer=name, client=client, state=state)
-                    for metric in EACH + RANKS * self.config.ranks:
+                    for metric in EACH + RANKS * self.forward.config.ranks:
                         add(metric, out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
                     add(
@@ -307,7 +260,7 @@ class Probe:
                         alignment.corrected(float(pabs), widths[layer], r) if r else np.nan,
                         **where,
                     )
-                    if self.config.angles:
+                    if self.forward.config.angles:
                         for angle in range(r):
                             add(
                                 f"pabs_cosine_{angle + 1}",
@@ -344,11 +297,6 @@ def _cosine(a, b):
     scale = jnp.sqrt(square[0] * square[1])
     cosine = (a * b).sum(1) / jnp.where(scale > 0, scale, 1)
     return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(a.dtype))
-
-
-def _pooled(z):
-    """f32[B, …, C] -> f32[B, C], the mean over places or tokens."""
-    return z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z
 
 
 def _leaf(tree, path):

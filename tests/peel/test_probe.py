@@ -12,6 +12,7 @@ from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.config import PeelConfig, from_dict
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import EACH, STATES, Probe
 from fedjax_sim.rounds import Witness
 from fedjax_sim.simulation import Simulation
@@ -70,7 +71,8 @@ def observed(name, options, devices=2, batch_size=32, count=3, **peel):
     counts = np.asarray([64, 50, 33][:count], np.int32)
     given = {part: {"index": index[part].astype(np.int32), "count": counts} for part in index}
     mesh = placement.make_mesh(devices)
-    probe = Probe(model, Preprocessing(), mesh, PeelConfig(every=1, **peel), 1, CLASSES, batch_size)
+    forward = Forward(model, Preprocessing(), PeelConfig(every=1, **peel), CLASSES, batch_size)
+    probe = Probe(forward, mesh, 1)
     witness = Witness(jnp.arange(count, dtype=jnp.int32), *stacks, jnp.float32(0.1))
     shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((count, 1), jnp.int32))
     with jax.set_mesh(mesh):
@@ -184,14 +186,12 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
     config = settings_of(peel={"every": 1, "clients": 4, "samples": 60, "class_samples": 1}, rounds=1)
     for name in ("fedavg", "fedmr"):
         simulation = Simulation(dataclasses.replace(config, algorithm=CONFIGS[name]()))
-        kept = {}
-        probe = simulation._function.observers["peel"]
-        object.__setattr__(simulation._function, "observers", {"peel": _Keep(probe, kept)})
+        object.__setattr__(simulation._function, "observers", {"probe": _Keep()})
         inputs, _ = simulation.inputs(0)
         watched = simulation._peeling.watched(np.asarray(inputs.cohort.ids))
         with jax.set_mesh(simulation.mesh):
             state, outputs = simulation.program(simulation.state, inputs, simulation.shard, watched)
-        got = jax.device_get(outputs.observed["peel"])
+        got = jax.device_get(outputs.observed["probe"])
         for before, after, one in zip(
             *map(
                 jax.tree.leaves,
@@ -211,9 +211,6 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
 
 class _Keep:
     """An observer that hands out the witness itself."""
-
-    def __init__(self, probe, kept):
-        self.probe, self.kept = probe, kept
 
     def observe(self, witness, given, shard):
         return witness
