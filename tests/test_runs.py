@@ -228,20 +228,20 @@ def test_more_rounds_may_be_asked_of_a_finished_run(tmp_path):
 
 
 def test_the_folder_is_written_without_what_is_above_it(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "study").mkdir()
+    monkeypatch.chdir(tmp_path / "study")
     monkeypatch.setenv("HOME", str(tmp_path))
     given = {
-        str(tmp_path / "work" / "runs" / "a"): "runs/a",
+        str(tmp_path / "study" / "runs" / "a"): "runs/a",
         "runs/a": "runs/a",
-        "~/work/runs/a": "runs/a",
+        "~/study/runs/a": "runs/a",
         "~/b": "~/b",
         str(tmp_path / "b"): "~/b",
         "/elsewhere/c": "/elsewhere/c",
     }
     assert [runs.portable(tiny(path)).output.dir for path in given] == list(given.values())
     assert runs.portable(tiny()).output.dir is None
-    runs.run(tiny(tmp_path / "work" / "runs" / "a", rounds=1))
+    runs.run(tiny(tmp_path / "study" / "runs" / "a", rounds=1))
     assert config_lib.load("runs/a/config.yaml").output.dir == "runs/a"
 
 
