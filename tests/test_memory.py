@@ -63,7 +63,7 @@ def test_the_estimate_of_a_round_is_near_what_xla_says(algorithm):
     compiled = plan.compiled
     measured = compiled["temporaries"] + compiled["output"] - compiled["of which in place"]
     estimate = sum(part.device for part in plan.parts if part.when == "round")
-    assert measured / 2 < estimate < measured * 2.5
+    assert measured / 2 < estimate < measured * 2
 
 
 def test_smaller_waves_and_batches_take_less():

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedjax_sim import stacked
 from fedjax_sim.models.base import Model, Variables
 
 State = Any
@@ -184,7 +185,7 @@ class Algorithm:
             return self.slot(state, slots)
         if self.personal is not None:
             return self.personal(state, ids)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(ids), *leaf.shape)), self.deploy(state))
+        return stacked.broadcast(self.deploy(state), len(ids))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,12 @@ One row a (client, layer, state, metric), layer being the name of the weight lay
     rank, stable_rank                           if asked for: of the pooled features about their class means
     pabs, pabs_centred                          mean cosine of the principal angles with the next kernel
     pabs_corrected                              pabs above what random subspaces have, 1 at most
-    pabs_smallest                               cosine of the largest angle
+    pabs_smallest, pabs_rank                    cosine of the largest angle; how many angles there are
     ncm, ridge                                  accuracy of probes fitted to the client's other samples
-    shift_cka, shift_cosine                     of one state only, `after`: 1 - similarity to before
-    spread, update_cosine                       of the kernel, see `Probe.observe`
+    shift_cka, shift_cosine                     without a state: 1 - similarity of after to before
+    spread, update_cosine                       of the kernel, without a state; see `Probe.observe`
 
-and, without a layer, `peel_accuracy` and `peel_loss` of start, before and after, `peel_classes` and
+and, without a layer, `peel_accuracy` and `peel_loss` of start, before and after, and
 `peel_samples`. A number that its client's samples do not define (log_c of a single class, say) has no row;
 in its place stands one with the metric `undefined/<metric>` and value 1.
 
@@ -193,10 +193,7 @@ class Probe:
         present = (m.count > 0).reshape(-1, *[1] * len(shape))
         classes = present.sum().astype(jnp.int32)
         centre = jnp.tensordot(share, maps, 1)
-        kernel = variables["params"]
-        for key in point.kernel:
-            kernel = kernel[key]
-        weights = alignment.basis(alignment.kernel_matrix(kernel))
+        weights = alignment.basis(alignment.kernel_matrix(_leaf(variables["params"], point.kernel)))
         for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
             found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
             cosines, r = alignment.cosines(weights, found, wanted, self.forward.num_classes)
