@@ -216,6 +216,11 @@ class PeelConfig:
       angles: record the cosine of every principal angle, not only their mean and the smallest.
       chimeras: measure models of which only some layers are aggregated, see `fedjax_sim.peel.chimera`; three
         more forward passes a layer.
+      controls: models to measure besides, in the place of `after`; see `fedjax_sim.peel.controls`.
+      finetune: epochs of training the classifier alone after the merge, whose outcome is measured as state
+        `finetuned`; 0 for none. See `fedjax_sim.peel.finetuning`.
+      others: measure each client's models on the other measured clients' samples and on the global test set,
+        see `fedjax_sim.peel.generality`; its cost grows with the square of `clients`.
       ranks: record numerical and stable ranks, which take the eigenvalues of a covariance for each layer.
     """
 
@@ -227,6 +232,9 @@ class PeelConfig:
     pool: bool = False
     angles: bool = False
     chimeras: bool = False
+    controls: tuple[Literal["perturbed", "reestimated", "local_statistics"], ...] = ()
+    finetune: int = 0
+    others: bool = False
     ranks: bool = False
 
     def __post_init__(self):
@@ -235,6 +243,35 @@ class PeelConfig:
         at_least("peel.clients", self.clients, 1)
         at_least("peel.samples", self.samples, 2)
         at_least("peel.class_samples", self.class_samples, 1)
+        at_least("peel.finetune", self.finetune, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialConfig:
+    """What the first round starts from.
+
+    Attributes:
+      run: folder of another run, whose deployed model after its last checkpoint is taken; None: fresh random
+        weights, which come from the seed.
+      pretrain: epochs of central training of the fresh model, on samples that no client gets; 0 for none.
+      holdout: the fraction of the training images that are put aside for it.
+    """
+
+    run: str | None = None
+    pretrain: int = 0
+    holdout: float = 0.1
+
+    def __post_init__(self):
+        check(self, "initial.")
+        at_least("initial.pretrain", self.pretrain, 0)
+        within("initial.holdout", self.holdout, 0.0, 1.0, open_left=True, open_right=True)
+        if self.run is not None and self.pretrain:
+            raise UserError(
+                "initial.pretrain",
+                self.pretrain,
+                f"the model already comes from the run {self.run}",
+                "Set one of initial.run and initial.pretrain.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +341,7 @@ class RunConfig:
       partition: which client holds which of them.
       model: which network.
       algorithm: one of `fedjax_sim.algorithms.CONFIGS`; in YAML a mapping with `name`.
+      initial: what the first round starts from.
       local: what a client does.
       cohort: how many take part.
       evaluation: what is measured of the deployed model.
@@ -319,6 +357,7 @@ class RunConfig:
     partition: PartitionConfig = dataclasses.field(default_factory=lambda: PartitionConfig(clients=20))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
+    initial: InitialConfig = InitialConfig()
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
     cohort: CohortConfig = CohortConfig(fraction=0.5)
     evaluation: EvaluationConfig = EvaluationConfig()

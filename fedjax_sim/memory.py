@@ -223,22 +223,24 @@ def _one_client(setup: Setup, variables: Any) -> Any:
 
 def _state_parts(setup: Setup) -> list[Part]:
     _, state, clients = _shapes(setup)
+    stacks: dict[str, list] = {}
+    single: dict[str, list] = {}
+    flags = jax.tree.leaves(setup.algorithm.is_stacked(state))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    for flag, (path, leaf) in zip(flags, leaves, strict=True):
+        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        chosen = next((name for name in names if name in setup.algorithm.stacked), None)
+        (stacks if flag else single).setdefault(chosen or (*names, "state")[0], []).append(leaf)
     parts = []
-    fields = [f.name for f in dataclasses.fields(state)] if dataclasses.is_dataclass(state) else []
-    named = {name: getattr(state, name) for name in fields} or {"state": state}
-    for name, tree in named.items():
-        if name in setup.algorithm.stacked:
-            leading = {leaf.shape[0] for leaf in jax.tree.leaves(tree)}
-            what = f"server: {name} ({'×'.join(str(n) for n in sorted(leading))} models)"
-            remedy = (
-                "more devices, or a smaller cohort.size"
-                if leading == {setup.cohort_size}
-                else "more devices, or fewer clients"
-            )
-            parts.append(Part(what, *_stack_bytes(setup, tree), "always", remedy))
-        else:
-            size = bytes_of(tree)
-            parts.append(Part(f"server: {name}", size, size * setup.devices, "always", "a smaller model"))
+    for name, tree in stacks.items():
+        leading = {leaf.shape[0] for leaf in tree}
+        what = f"server: {name} ({'×'.join(str(n) for n in sorted(leading))} models)"
+        of_slots = leading == {setup.cohort_size}
+        remedy = "more devices, or " + ("a smaller cohort.size" if of_slots else "fewer clients")
+        parts.append(Part(what, *_stack_bytes(setup, tree), "always", remedy))
+    for name, tree in single.items():
+        size = bytes_of(tree)
+        parts.append(Part(f"server: {name}", size, size * setup.devices, "always", "a smaller model"))
     device, total = _stack_bytes(setup, clients)
     remedy = "local.keep_optimizer = false, more devices, or fewer clients"
     parts.append(Part(f"clients' own state ({setup.num_clients} clients)", device, total, "always", remedy))
@@ -258,16 +260,19 @@ def _round_parts(setup: Setup) -> list[Part]:
     even = places == setup.cohort_size and (len(np.unique(steps)) <= 1 or devices * lanes == 1)
 
     parts = []
+    flags = jax.tree.leaves(algorithm.is_stacked(state))
+    stacks = [leaf for leaf, flag in zip(jax.tree.leaves(state), flags, strict=True) if flag]
     if algorithm.needs_models or not starts.shared:
         remedy = "more devices, or a smaller cohort.size"
         size = places * one
-        if starts.shared:  # starts that differ by slot are part of the state, and trained in place
+        slots = bytes_of([leaf for leaf in stacks if leaf.shape[0] == setup.cohort_size])
+        if starts.shared or slots < setup.cohort_size * one:  # else slots of the state are trained in place
             parts.append(Part(f"models in training ({places})", -(-size // devices), size, "round", remedy))
         if not even:
             text = "models put in order of size, and back"
             parts.append(Part(text, -(-size // devices), size, "round", remedy))
         if not setup.config.execution.donate:
-            out = sum(bytes_of(getattr(state, name)) for name in algorithm.stacked)
+            out = bytes_of(stacks)
             parts.append(Part("the new state beside the old", -(-out // devices), out, "round", remedy))
     if algorithm.weights is not None:
         parts.append(Part("sums for the mean model", 2 * one, 2 * one * devices, "round", "a smaller model"))

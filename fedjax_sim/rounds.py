@@ -63,18 +63,20 @@ class Witness:
     """What an observer sees of a round: m clients, and the round's models of each.
 
     Attributes:
-      ids: i32[m], the clients.
+      cohort: the clients, ids and counts i32[m].
       start: [m, …], what each started from.
       before: [m, …], what each had trained, before the merge; its start where that was not finite.
       after: [m, …], what each holds once merged.
       lr: f32[], the round's learning rate.
+      key: of the run.
     """
 
-    ids: jax.Array
+    cohort: Cohort
     start: Any
     before: Any
     after: Any
     lr: jax.Array
+    key: jax.Array
 
 
 @struct.dataclass
@@ -157,9 +159,11 @@ class Round:
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
         observed = {}
         if watched is not None:
-            ids = _take(cohort.ids, watched.slots)
-            start, before = seen
-            witness = Witness(ids, start, before, self.algorithm.held(merged, watched.slots, ids), inputs.lr)
+            seen_of = Cohort(
+                _take(cohort.ids, watched.slots), _take(cohort.counts, watched.slots), cohort.round
+            )
+            after = self.algorithm.held(merged, watched.slots, seen_of.ids)
+            witness = Witness(seen_of, *seen, after, inputs.lr, inputs.key)
             for name, given in watched.given.items():
                 observed[name] = self.observers[name].observe(witness, given, shard)
         return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics, observed)

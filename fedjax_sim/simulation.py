@@ -181,10 +181,11 @@ class Simulation:
     def _state_shardings(self) -> ServerState:
         shapes = jax.eval_shape(self._make_state, root(0))
         same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
-        first = {name: getattr(shapes.algorithm, name) for name in self.setup.algorithm.stacked}
-        inner = jax.tree.map(lambda _: same, shapes.algorithm)
-        for name, tree in first.items():
-            inner = inner.replace(**{name: jax.tree.map(lambda leaf: cut(leaf.shape[0]), tree)})
+        inner = jax.tree.map(
+            lambda stack, leaf: cut(leaf.shape[0]) if stack else same,
+            self.setup.algorithm.is_stacked(shapes.algorithm),
+            shapes.algorithm,
+        )
         clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
         return ServerState(inner, clients)
 

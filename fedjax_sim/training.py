@@ -234,7 +234,7 @@ class Trainer:
             index = jnp.take_along_axis(samples, jnp.minimum(position, last), axis=1, mode="clip")
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
-            made = self._batch(shard, index, mask, rngs)
+            made = self._batch(shard, index, mask, rngs).replace(epoch=epoch)
             new, new_memory, loss = step(variables, memory, made, extra, rngs, lr)
             size = mask.sum(1).astype(jnp.float32)
             if self.ragged and self.width > 1:
@@ -278,10 +278,14 @@ class Trainer:
 
             return jax.value_and_grad(loss, has_aux=True)(variables["params"])
 
+        moves = self.rule.trains(variables, batch) if self.rule.trains else None
         (loss, moved), gradient = self.rule.direction(loss_and_grad, variables, batch, extra)
+        if moves is not None:
+            gradient = _where(moves["params"], gradient, jax.tree.map(jnp.zeros_like, gradient))
         updates, memory = self.optimizer.update(gradient, memory, variables["params"])
         params = jax.tree.map(lambda p, u: p + lr * u, variables["params"], updates)
-        return {**moved, "params": params}, memory, loss
+        new = {**moved, "params": params}
+        return new if moves is None else _where(moves, new, dict(variables)), memory, loss
 
     def _step_keys(self, keys, t):
         if not (self.stochastic or self.preprocessing.augments):
@@ -290,6 +294,15 @@ class Trainer:
 
     def _masked(self) -> bool:
         return self.partial or (self.ragged and self.width > 1)
+
+
+def _where(moves, new, old):
+    """Leaf by leaf new or old; of a flag known while tracing only one side is ever computed."""
+
+    def one(flag, a, b):
+        return (a if flag else b) if isinstance(flag, bool) else jnp.where(flag, a, b)
+
+    return jax.tree.map(one, moves, new, old)
 
 
 def _vmapped(function, axes):

@@ -86,12 +86,14 @@ class Batch:
       labels: i32[B].
       mask: bool[B], False for padding; None if no batch of the run has any.
       rng: key of this step (dropout); None if the run needs none.
+      epoch: i32[], the client's epoch in this round, from 0.
     """
 
     images: jax.Array
     labels: jax.Array
     mask: jax.Array | None
     rng: jax.Array | None
+    epoch: jax.Array | None = None
 
 
 Apply = Callable[[Variables, Batch], tuple[jax.Array, Variables]]
@@ -131,6 +133,9 @@ class LocalRule:
     Attributes:
       loss: (apply, variables, batch, extra) -> (scalar, variables).
       direction: (loss_and_grad, variables, batch, extra) -> ((loss, variables), gradient).
+      trains: (variables, batch) -> tree like `variables` of bool, Python's or bool[]: which leaves a step
+        moves. The others stay as they are, batch statistics among them, and the optimiser sees a zero
+        gradient of them. None: all move.
       begin: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
         variate, a teacher).
       end: (start, trained, client_state, extra, steps, lr) -> (client_state, upload).
@@ -140,6 +145,7 @@ class LocalRule:
 
     loss: Callable[..., tuple[jax.Array, Variables]] = cross_entropy
     direction: Callable[..., Any] = plain_gradient
+    trains: Callable[[Variables, Batch], Any] | None = None
     begin: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
     end: Callable[..., tuple[Any, Any]] = lambda start, trained, client_state, extra, steps, lr: (
         client_state,
@@ -161,11 +167,13 @@ class Algorithm:
       local: what happens on a client.
       weights: cohort -> f32[K], unnormalised weights of `Results.mean`; None: no mean is wanted.
       needs_models: False lets the engine accumulate the mean wave by wave and never hold K models.
-      stacked: names of the state's fields whose leaves lead with K or N; they are sharded over devices.
+      stacked: names of the state's fields, at any depth, whose leaves lead with K or N; they are sharded
+        over devices.
       personal: (state, ids) -> variables [len(ids), …], what each client itself would use; None: the
         deployed model.
-      slot: (state, slots) -> variables [len(slots), …], what slots hold after a merge, of an algorithm whose
-        slots have models of their own; None: what their clients would use.
+      slot: (state, slots, ids) -> variables [len(slots), …], what slots hold after the merge of a round in
+        which they served the clients `ids`, of an algorithm whose slots have models of their own; None: what
+        their clients would use.
     """
 
     init: Callable[[jax.Array, Variables], State]
@@ -177,15 +185,24 @@ class Algorithm:
     needs_models: bool = True
     stacked: tuple[str, ...] = ()
     personal: Callable[[State, jax.Array], Variables] | None = None
-    slot: Callable[[State, jax.Array], Variables] | None = None
+    slot: Callable[[State, jax.Array, jax.Array], Variables] | None = None
 
     def held(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
         """What a round's clients hold once its models are merged. i32[m] slots and ids -> [m, …] models."""
         if self.slot is not None:
-            return self.slot(state, slots)
+            return self.slot(state, slots, ids)
         if self.personal is not None:
             return self.personal(state, ids)
         return stacked.broadcast(self.deploy(state), len(ids))
+
+    def is_stacked(self, state: State) -> Any:
+        """Which leaves of a state lead with K or N: a tree of bool like `state`."""
+
+        def below(path, leaf):
+            del leaf
+            return any(getattr(key, "name", None) in self.stacked for key in path)
+
+        return jax.tree_util.tree_map_with_path(below, state)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -111,7 +111,7 @@ class FedMR:
             deploy=lambda state: state.mean,
             weights=base.uniform,
             stacked=("slots",),
-            slot=lambda state, slots: stacked.take_rows(state.slots, slots),
+            slot=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
         )
 
 

@@ -49,7 +49,7 @@ class FedIndep:
             deploy=lambda state: state.mean,
             weights=base.uniform,
             stacked=("slots",),
-            slot=lambda state, slots: stacked.take_rows(state.slots, slots),
+            slot=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
         )
 
 

@@ -115,6 +115,26 @@ class Model:
         jax.eval_shape(trace, jax.random.key(0))
         return tuple(order)
 
+    def blocks(self) -> dict[tuple[str, ...], int]:
+        """Path of each leaf -> its block, from 0 in network order; there are as many as peel points.
+
+        The block of a weight layer is its own leaves and all others up to the next peel point's kernel, such
+        as a normalisation that follows it. Statistics go with the parameters of their module.
+        """
+        kernels = {("params", *point.kernel): number for number, point in enumerate(self.peel_points)}
+        order, block, out = self.layer_order(), 0, {}
+        modules: dict[tuple[str, ...], int] = {}
+        for path in order:
+            if path[0] == "params":
+                block = max(block, kernels.get(path, block))
+                # A layer whose bias is made before its kernel is one layer all the same.
+                own = kernels.get((*path[:-1], "kernel"))
+                out[path] = modules[path[1:-1]] = block if own is None else own
+        for path in order:
+            if path[0] != "params":
+                out[path] = modules.get(path[1:-1], 0)
+        return out
+
     def num_params(self) -> int:
         """Trainable scalars (batch statistics do not count)."""
         shapes = jax.eval_shape(self.init, jax.random.key(0))

@@ -1,8 +1,7 @@
 """What causes a layer's change: models of which some layers are aggregated and the others are not.
 
-A chimera takes each block of leaves from the client's model before or after the merge; the block of a weight
-layer is its leaves and all others up to the next kernel. The feature that enters a layer depends on the
-blocks before it alone, so for the feature after block l
+A chimera takes each block of leaves (`Model.blocks`) from the client's model before or after the merge. The
+feature that enters a layer depends on the blocks before it alone, so for the feature after block l
 
     total       blocks 1 … l aggregated
     injected    only block l
@@ -25,7 +24,6 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.models.base import Model
 from fedjax_sim.peel import moments
 from fedjax_sim.peel.forward import Forward, tidy
 from fedjax_sim.records import Row
@@ -35,25 +33,6 @@ from fedjax_sim.training import Shard
 
 PARTS = ("total", "injected", "inherited", "interaction")
 STITCHES = ("prefix", "single", "suffix")
-
-
-def blocks(model: Model) -> dict[tuple[str, ...], int]:
-    """Path of each leaf -> number of its block, from 0 in network order; one block a peel point."""
-    kernels: dict[tuple[str, ...], int] = {
-        ("params", *point.kernel): number for number, point in enumerate(model.peel_points)
-    }
-    order, block, out = model.layer_order(), 0, {}
-    modules: dict[tuple[str, ...], int] = {}
-    for path in order:
-        if path[0] == "params":
-            block = max(block, kernels.get(path, block))
-            # A layer whose bias is made before its kernel is one layer all the same.
-            own = kernels.get((*path[:-1], "kernel"))
-            out[path] = modules[path[1:-1]] = block if own is None else own
-    for path in order:  # statistics go with the parameters of their module
-        if path[0] != "params":
-            out[path] = modules.get(path[1:-1], 0)
-    return out
 
 
 def masks(depth: int) -> np.ndarray:
@@ -79,7 +58,7 @@ class Chimeras:
 
     def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
         """log_c f32[m, 1 + 3 L, L] at each peel point, accuracy f32[m, 1 + 3 L]; in the order of `masks`."""
-        count = len(witness.ids)
+        count = len(witness.cohort.ids)
         spare = -count % self.mesh.size
         own = (witness.before, witness.after, given["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
@@ -95,7 +74,7 @@ class Chimeras:
 
     def _client(self, own, pool):
         before, after, measured = own
-        place = blocks(self.forward.model)
+        place = self.forward.model.blocks()
 
         def one(mask):
             pick: Any = traverse_util.path_aware_map(

@@ -74,7 +74,7 @@ class Probe:
         `spread` is ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's kernel before (w) and after (w') the merge;
         `update_cosine` the mean cosine of a client's update of the kernel with the other measured clients'.
         """
-        count = len(witness.ids)
+        count = len(witness.cohort.ids)
         spare = -count % self.mesh.size
         own = (witness.start, witness.before, witness.after, given["fit"], given["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)

@@ -10,18 +10,17 @@ from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.peel import chimera
 from fedjax_sim.peel.forward import Forward
-from fedjax_sim.rounds import Witness
 from fedjax_sim.simulation import Simulation
 from fedjax_sim.training import Shard
 from tests.peel import reference
-from tests.peel.test_probe import rows_of, settings_of
+from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet8", "resnet20", "vit", "vgg16_bn"])
 def test_every_leaf_has_a_block_and_blocks_follow_the_network(name):
     """A layer's bias goes with its kernel, whichever is made first."""
     model = models.create(name, (32, 32, 3), 10)
-    place = chimera.blocks(model)
+    place = model.blocks()
     assert set(place) == set(model.layer_order())
     assert set(place.values()) == set(range(len(model.peel_points)))
     for number, point in enumerate(model.peel_points):
@@ -44,7 +43,7 @@ def made(before_after_same=False):
     given = {"measured": {"index": index, "count": np.asarray([40, 40, 29], np.int32)}, "test": None}
     mesh = placement.make_mesh(2)
     found = chimera.Chimeras(Forward(model, Preprocessing(), PeelConfig(every=1), 4, 20), mesh)
-    witness = Witness(jnp.arange(3, dtype=jnp.int32), stacks[0], *stacks, jnp.float32(0.1))
+    witness = witness_of(stacks[0], *stacks)
     shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((3, 1), jnp.int32))
     with jax.set_mesh(mesh):
         out = jax.jit(found.observe)(witness, given, shard)

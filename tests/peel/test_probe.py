@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim import models, placement
-from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.algorithms import CONFIGS, Cohort
 from fedjax_sim.config import PeelConfig, from_dict
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.errors import UserError
@@ -16,6 +16,7 @@ from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import EACH, STATES, Probe
 from fedjax_sim.rounds import Witness
 from fedjax_sim.simulation import Simulation
+from fedjax_sim.streams import root
 from fedjax_sim.training import Shard
 from tests.peel import reference
 
@@ -55,6 +56,13 @@ MODELS = {
 }
 
 
+def witness_of(*stacks):
+    """A round's witness with clients 0, 1 … and stacks of models: start, before, after."""
+    count = jax.tree.leaves(stacks)[0].shape[0]
+    cohort = Cohort(jnp.arange(count, dtype=jnp.int32), jnp.full((count,), 10, jnp.int32), jnp.int32(0))
+    return Witness(cohort, *stacks, jnp.float32(0.1), root(0))
+
+
 def observed(name, options, devices=2, batch_size=32, count=3, **peel):
     """What a probe says of random models and real-looking images, and all that went in."""
     model = models.create(name, (32, 32, 3), CLASSES, **options)
@@ -73,7 +81,7 @@ def observed(name, options, devices=2, batch_size=32, count=3, **peel):
     mesh = placement.make_mesh(devices)
     forward = Forward(model, Preprocessing(), PeelConfig(every=1, **peel), CLASSES, batch_size)
     probe = Probe(forward, mesh, 1)
-    witness = Witness(jnp.arange(count, dtype=jnp.int32), *stacks, jnp.float32(0.1))
+    witness = witness_of(*stacks)
     shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((count, 1), jnp.int32))
     with jax.set_mesh(mesh):
         out = jax.device_get(jax.jit(probe.observe)(witness, given | {"test": None}, shard))
