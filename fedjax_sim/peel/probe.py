@@ -23,9 +23,10 @@ One row a (client, layer, state, metric), layer being the name of the weight lay
     shift_cka, shift_cosine                     without a state: 1 - similarity of after to before
     spread, update_cosine                       of the kernel, without a state; see `Probe.observe`
 
-and, without a layer, `peel_accuracy` and `peel_loss` of start, before and after, and
-`peel_samples`. A number that its client's samples do not define (log_c of a single class, say) has no row;
-in its place stands one with the metric `undefined/<metric>` and value 1.
+and, without a layer, `peel_accuracy` and `peel_loss` of start, before, after and controls, and
+`peel_samples`. Controls are further states, see `fedjax_sim.peel.controls`. A number that its client's
+samples do not define (log_c of a single class, say) has no row; in its place stands one with the metric
+`undefined/<metric>` and value 1.
 
 A convolution's feature is flattened for variances (as in the code of Rangamani et al., ICML 2023), averaged
 over places for probes, ranks and CKA. A transformer's is averaged over its tokens throughout.
@@ -42,11 +43,12 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.peel import alignment, moments, probing
+from fedjax_sim.peel import alignment, controls, moments, probing
 from fedjax_sim.peel.forward import Forward, pooled, tidy
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
+from fedjax_sim.streams import PEEL, stream
 from fedjax_sim.training import Shard
 
 STATES = ("before", "after")
@@ -66,17 +68,29 @@ class Probe:
     mesh: Mesh
     width: int
 
+    def __post_init__(self):
+        controls.check(self.forward.config, self.forward.model)
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The S models of a client that are measured layer by layer: before, after, and the controls."""
+        return STATES + self.forward.config.controls
+
     # --- inside the round ---------------------------------------------------------------------------
 
     def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
-        """Everything that is measured: name -> f32[m, 2, L] by state, f32[m, L] across states, f32[m, 3].
+        """Everything that is measured, by name.
 
-        `spread` is ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's kernel before (w) and after (w') the merge;
-        `update_cosine` the mean cosine of a client's update of the kernel with the other measured clients'.
+        f32[m, S, L] by state and layer; f32[m, S - 1, L] of each later state against `before`; f32[m, S + 1]
+        of `start` and all states; f32[m, L] of the kernels. `spread` is ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's
+        kernel before (w) and after (w') the merge; `update_cosine` the mean cosine of a client's update of
+        the kernel with the other measured clients'.
         """
         count = len(witness.cohort.ids)
         spare = -count % self.mesh.size
-        own = (witness.start, witness.before, witness.after, given["fit"], given["measured"])
+        key = stream(witness.key, PEEL, witness.cohort.round)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(witness.cohort.ids)
+        own = (witness.start, witness.before, witness.after, given["fit"], given["measured"], keys)
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
 
         train = {"images": shard.images, "labels": shard.labels}
@@ -93,81 +107,92 @@ class Probe:
         return out | self._kernels(witness)
 
     def _client(self, own, pools) -> dict[str, jax.Array]:
-        """One client: [2, L], [L] and [3]."""
-        start, before, after, fit, measured = own
-        both, layers = (before, after), range(len(self.forward.model.peel_points))
+        """One client: the same without m."""
+        start, before, after, fit, measured, key = own
+        models = [before, after]
+        for name in self.forward.config.controls:
+            models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
+        learnt = self._fitted(models, fit, pools["fit"])
+        sums, classes, pairs = self._seen(start, models, learnt, measured, pools["measured"])
 
-        def fitted(images, labels, mask):
+        total = jnp.maximum(measured["count"], 1).astype(jnp.float32)
+        out = {name: value / total for name, value in sums.items()}
+        out["shift_cosine"] = 1 - out["shift_cosine"]
+        out["shift_cka"] = jnp.stack([jnp.stack([1 - probing.linear_cka(c) for c in own]) for own in pairs])
+        figures = []
+        for s, model in enumerate(models):
+            # Pooled features' covariance: the first of a pair is always `before`.
+            covariances = [c.yy for c in pairs[s - 1]] if s else [c.xx for c in pairs[0]]
+            points = zip(self.forward.model.peel_points, self.forward.shapes(), strict=True)
+            figures.append(
+                [
+                    self._figures(moment, covariance, point, model, shape)
+                    for moment, covariance, (point, shape) in zip(
+                        classes[s], covariances, points, strict=True
+                    )
+                ]
+            )
+        for name in figures[0][0]:
+            out[name] = jnp.stack([jnp.stack([one[name] for one in own]) for own in figures])
+        return out
+
+    def _fitted(self, models, fit, pool):
+        """What probes are made of, a pair for each model and layer: (Ridge, Moments)."""
+
+        def measure(images, labels, mask):
             target = jax.nn.one_hot(labels, self.forward.num_classes)
             return [
                 [
                     (probing.of_batch(pooled(z), target, mask), self.forward.moments(z, labels, mask))
-                    for z in features
+                    for z in self.forward.features(model, images)[1]
                 ]
-                for _, features in map(partial(self.forward.features, images=images), both)
+                for model in models
             ]
 
-        def merged(old, new):
-            return [[_merge(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(old, new, strict=True)]
+        learnt = self.forward.over(fit, pool, measure, _merged)
+        return [[(probing.ridge(linear), means) for linear, means in own] for own in learnt]
 
-        learnt = self.forward.over(fit, pools["fit"], fitted, merged)
-        ridges = [[probing.ridge(own[layer][0]) for layer in layers] for own in learnt]
+    def _seen(self, start, models, learnt, measured, pool):
+        """The pass over the measured samples: sums over them, class moments [S][L], pairs [S - 1][L]."""
+        layers = range(len(self.forward.model.peel_points))
 
-        def seen(images, labels, mask):
-            logits, features = zip(*map(partial(self.forward.features, images=images), both), strict=True)
-            logits = (self.forward.model.apply(start, images)[0], *logits)
+        def measure(images, labels, mask):
+            seen = [self.forward.features(model, images) for model in models]
+            logits = [self.forward.model.apply(start, images)[0], *(own for own, _ in seen)]
+            features = [own for _, own in seen]
 
             def right(guess):
                 return ((guess == labels) & mask).sum().astype(jnp.float32)
 
             def by_ridge(s, layer):
-                return right(probing.predict(ridges[s][layer], pooled(features[s][layer])))
+                return right(probing.predict(learnt[s][layer][0], pooled(features[s][layer])))
 
             def by_mean(s, layer):
                 return right(moments.nearest_mean(learnt[s][layer][1], self.forward.flat(features[s][layer])))
 
-            def alike(layer):
-                return jnp.where(mask, _cosine(*(self.forward.flat(own[layer]) for own in features)), 0).sum()
+            def alike(s, layer):
+                old, new = (self.forward.flat(features[place][layer]) for place in (0, s))
+                return jnp.where(mask, _cosine(old, new), 0).sum()
 
+            every, later = range(len(models)), range(1, len(models))
             sums = {
                 "peel_loss": jnp.stack([jnp.where(mask, _losses(out, labels), 0).sum() for out in logits]),
                 "peel_accuracy": jnp.stack([right(jnp.argmax(out, -1)) for out in logits]),
-                "ridge": _table(by_ridge, layers),
-                "ncm": _table(by_mean, layers),
-                "shift_cosine": jnp.stack([alike(layer) for layer in layers]),
+                "ridge": _table(by_ridge, every, layers),
+                "ncm": _table(by_mean, every, layers),
+                "shift_cosine": _table(alike, later, layers),
             }
-            before, after = ([pooled(z) for z in own] for own in features)
-            pairs = [probing.of_batch(x, y, mask) for x, y in zip(before, after, strict=True)]
-            return sums, pairs, [[self.forward.moments(z, labels, mask) for z in own] for own in features]
-
-        def added(old, new):
-            sums, pairs, classes = zip(old, new, strict=True)
-            return (
-                jax.tree.map(jnp.add, *sums),
-                [probing.merge(a, b) for a, b in zip(*pairs, strict=True)],
+            classes = [[self.forward.moments(z, labels, mask) for z in own] for own in features]
+            pairs = [
                 [
-                    [moments.merge(a, b) for a, b in zip(*own, strict=True)]
-                    for own in zip(*classes, strict=True)
-                ],
-            )
-
-        sums, pairs, classes = self.forward.over(measured, pools["measured"], seen, added)
-        total = jnp.maximum(measured["count"], 1).astype(jnp.float32)
-        out = {name: value / total for name, value in sums.items()}
-        out["shift_cosine"] = 1 - out["shift_cosine"]
-        out["shift_cka"] = jnp.stack([1 - probing.linear_cka(pair) for pair in pairs])
-        figures = [
-            [
-                self._figures(classes[s][layer], (pairs[layer].xx, pairs[layer].yy)[s], point, both[s], shape)
-                for layer, (point, shape) in enumerate(
-                    zip(self.forward.model.peel_points, self.forward.shapes(), strict=True)
-                )
+                    probing.of_batch(pooled(x), pooled(y), mask)
+                    for x, y in zip(features[0], features[s], strict=True)
+                ]
+                for s in later
             ]
-            for s in range(2)
-        ]
-        for name in figures[0][0]:
-            out[name] = jnp.stack([jnp.stack([one[name] for one in own]) for own in figures])
-        return out
+            return sums, classes, pairs
+
+        return self.forward.over(measured, pool, measure, _merged)
 
     def _figures(self, m: moments.Moments, covariance, point, variables, shape) -> dict[str, jax.Array]:
         """What one layer's features of one model say."""
@@ -241,14 +266,17 @@ class Probe:
 
         for place, client in enumerate(ids.tolist()):
             for name in ("peel_accuracy", "peel_loss"):
-                for state, value in zip(("start", *STATES), out[name][place], strict=True):
+                for state, value in zip(("start", *self.states), out[name][place], strict=True):
                     add(name, value, client=client, state=state)
             add("peel_samples", counts[place], client=client)
             for layer, name in enumerate(layers):
-                for metric in ACROSS:
+                for metric in KERNELS:
                     add(metric, out[metric][place, layer], layer=name, client=client)
-                for s, state in enumerate(STATES):
+                for s, state in enumerate(self.states):
                     where = dict(layer=name, client=client, state=state)
+                    for metric in SHIFTS if s else ():
+                        of = "" if state == "after" else state
+                        add(metric, out[metric][place, s - 1, layer], layer=name, client=client, state=of)
                     for metric in EACH + RANKS * self.forward.config.ranks:
                         add(metric, out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
@@ -267,7 +295,8 @@ class Probe:
         return made
 
 
-ACROSS = ("shift_cka", "shift_cosine", "spread", "update_cosine")
+SHIFTS = ("shift_cka", "shift_cosine")
+KERNELS = ("spread", "update_cosine")
 EACH = (
     "trace_within", "trace_between", "trace_total", "sigma_within", "sigma_between", "log_c",
     "log_c_balanced", "cdnv", "discrimination", "pabs", "pabs_centred", "pabs_smallest", "pabs_rank",
@@ -276,12 +305,15 @@ EACH = (
 RANKS = ("rank", "stable_rank")
 
 
-def _merge(a, b):
-    return probing.merge(a[0], b[0]), moments.merge(a[1], b[1])
+def _merged(old, new):
+    """Measurements of two batches together: moments by their rules, plain arrays by addition."""
+    rules = {moments.Moments: moments.merge, probing.Comoments: probing.merge}
+    is_one = lambda node: type(node) in rules  # noqa: E731
+    return jax.tree.map(lambda a, b: rules.get(type(a), jnp.add)(a, b), old, new, is_leaf=is_one)
 
 
-def _table(value, layers):
-    return jnp.stack([jnp.stack([value(s, layer) for layer in layers]) for s in range(2)])
+def _table(value, states, layers):
+    return jnp.stack([jnp.stack([value(s, layer) for layer in layers]) for s in states])
 
 
 def _losses(logits, labels):

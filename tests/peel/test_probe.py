@@ -131,7 +131,7 @@ def test_figures_agree_with_float64_numpy_on_real_features(name):
         for layer, point in enumerate(model.peel_points):
             a, b = pooled[point.name]
             wanted = 1 - reference.linear_cka(a, b) if np.ptp(a - b) else 0.0
-            assert out["shift_cka"][client, layer] == pytest.approx(wanted, abs=1e-3)
+            assert out["shift_cka"][client, 0, layer] == pytest.approx(wanted, abs=1e-3)
 
 
 def test_batches_and_devices_do_not_show():

@@ -1,0 +1,92 @@
+"""What is measured in the place of the merged model, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from fedjax_sim import models
+from fedjax_sim.config import PeelConfig
+from fedjax_sim.data import Preprocessing
+from fedjax_sim.errors import UserError
+from fedjax_sim.peel import controls
+from fedjax_sim.peel.forward import Forward
+from fedjax_sim.simulation import Simulation
+from tests.peel.test_probe import rows_of, settings_of, table
+
+
+def forward_of(name="resnet6", **options):
+    model = models.create(name, (8, 8, 3), 4, **options)
+    return Forward(model, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), PeelConfig(every=1), 4, 10)
+
+
+def test_noise_has_the_norm_of_the_merge_leaf_by_leaf_and_no_direction_of_it():
+    model = models.create("mlp", (8, 8, 1), 4, hidden=[40, 30])
+    before, after = (model.init(jax.random.key(k)) for k in range(2))
+    after = {"params": {**after["params"], "fc1": before["params"]["fc1"]}}  # a layer that does not change
+    moved = controls.perturbed(before, after, jax.random.key(5))
+    for path, old in traverse_util.flatten_dict(before).items():
+        new, merged = (traverse_util.flatten_dict(tree)[path] for tree in (moved, after))
+        step, wanted = np.asarray(new - old, np.float64).ravel(), np.asarray(merged - old, np.float64).ravel()
+        if path[1] == "fc1":
+            np.testing.assert_array_equal(new, old)
+        elif wanted.any():
+            assert np.linalg.norm(step) == pytest.approx(np.linalg.norm(wanted), rel=1e-4)
+            if step.size > 500:
+                assert abs(step @ wanted) < 0.2 * np.linalg.norm(step) * np.linalg.norm(wanted)
+    again = controls.perturbed(before, after, jax.random.key(6))
+    assert not np.array_equal(again["params"]["fc2"]["kernel"], moved["params"]["fc2"]["kernel"])
+
+
+def test_statistics_are_those_of_the_samples():
+    """Of the first normalisation, whose input no other statistics touch, against plain means in float64."""
+    forward = forward_of()
+    variables = forward.model.init(jax.random.key(0))
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
+    pool = {"images": jnp.asarray(x), "labels": jnp.zeros(40, jnp.int32)}
+    index = draw.permutation(40).astype(np.int32)[:30]
+    chosen = {"index": jnp.asarray(index), "count": jnp.int32(24)}  # batches of 10, 10 and 4
+    old = jax.tree.map(lambda leaf: leaf + 3, variables["batch_stats"])
+    got = controls.reestimated(forward, {**variables, "batch_stats": old}, chosen, pool, jax.random.key(1))
+    z = jax.lax.conv_general_dilated(
+        jnp.asarray(x[index[:24]] / 255.0, jnp.float32),
+        variables["params"]["conv1"]["kernel"],
+        (2, 2),
+        ((3, 3), (3, 3)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    parts = [np.asarray(z, np.float64)[a:b] for a, b in ((0, 10), (10, 20), (20, 24))]
+    mean = sum(len(part) * part.mean((0, 1, 2)) for part in parts) / 24
+    np.testing.assert_allclose(got["batch_stats"]["norm1"]["mean"], mean, rtol=1e-3, atol=1e-5)
+    # Running variances are unbiased, as PyTorch's.
+    each = [len(part) * part.reshape(-1, part.shape[-1]).var(0, ddof=1) for part in parts]
+    np.testing.assert_allclose(got["batch_stats"]["norm1"]["var"], sum(each) / 24, rtol=1e-3)
+    jax.tree.map(np.testing.assert_array_equal, got["params"], variables["params"])
+
+
+def test_no_samples_leave_the_statistics_alone():
+    forward = forward_of()
+    variables = forward.model.init(jax.random.key(0))
+    pool = {"images": jnp.zeros((4, 8, 8, 3), jnp.uint8), "labels": jnp.zeros(4, jnp.int32)}
+    chosen = {"index": jnp.zeros(10, jnp.int32), "count": jnp.int32(0)}
+    got = controls.reestimated(forward, variables, chosen, pool, jax.random.key(1))
+    jax.tree.map(np.testing.assert_array_equal, got, dict(variables))
+
+
+def test_controls_are_measured_like_the_merged_model():
+    """Under Local nothing is merged: the matched noise is none, and all states agree."""
+    peel = {"every": 1, "clients": 2, "samples": 60, "class_samples": 2, "controls": ["perturbed"]}
+    for name in ("local", "fedavg"):
+        found = table(rows_of(Simulation(settings_of(algorithm=name, rounds=1, peel=peel))))
+        pairs = {key: value for key, value in found.items() if key[3] == "perturbed"}
+        assert {"log_c", "pabs", "ridge", "shift_cka", "peel_accuracy"} <= {key[4] for key in pairs}
+        twins = [(value, found.get((*key[:3], "before", key[4]), value)) for key, value in pairs.items()]
+        same = [value == pytest.approx(twin, rel=1e-4, abs=1e-4) for value, twin in twins]
+        assert all(same) if name == "local" else sum(same) < len(same) / 2
+
+
+def test_statistics_need_a_model_that_has_them():
+    with pytest.raises(UserError, match=r"peel\.controls.*no batch statistics"):
+        Simulation(settings_of(peel={"every": 1, "controls": ["reestimated"]}))
