@@ -31,9 +31,11 @@ from fedjax_sim.config import (  # noqa: E402
     DataConfig,
     EvaluationConfig,
     ExecutionConfig,
+    InitialConfig,
     LocalConfig,
     ModelConfig,
     OutputConfig,
+    PeelConfig,
     RunConfig,
 )
 from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
@@ -55,6 +57,7 @@ __all__ = [
     "FedAvg",
     "FedIndep",
     "FedMR",
+    "InitialConfig",
     "Local",
     "LocalConfig",
     "LocalRule",
@@ -63,6 +66,7 @@ __all__ = [
     "OutputConfig",
     "Partition",
     "PartitionConfig",
+    "PeelConfig",
     "PeelPoint",
     "Run",
     "RunConfig",

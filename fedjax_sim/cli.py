@@ -1,4 +1,4 @@
-"""The command line: `fedjax-sim run | resume | sweep | plan | list`. Thin: each calls the library once."""
+"""The command line: `fedjax-sim run | resume | sweep | peel | plan | list`, each one call of the library."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   run [FILE.yaml] [--flags]    run a configuration (--help lists every flag; --print-config prints the YAML)
   resume FOLDER                continue a run that was cut
   sweep FILE.yaml              run a grid of configurations and compare them
+  peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
@@ -48,7 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    commands = {"run": _run, "resume": _resume, "sweep": _sweep, "plan": _plan, "list": _list}
+    commands = {
+        "run": _run,
+        "resume": _resume,
+        "sweep": _sweep,
+        "peel": _peel,
+        "plan": _plan,
+        "list": _list,
+    }
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -93,6 +101,49 @@ def _sweep(words: list[str]) -> int:
         outcome = sweep.run(asked, tell=lambda line: print(line, flush=True))
     print(outcome.report())
     return 1 if outcome.failures else 0
+
+
+def _peel(words: list[str]) -> int:
+    from fedjax_sim.peel import report
+
+    usage = "fedjax-sim peel FOLDER|SWEEP.yaml … [--out DIR] [--round N] [--at-accuracy A]"
+    if words in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\n{_PEEL}")
+        return 0
+    given, flags = [], {}
+    left = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            given.append(word)
+        elif word in ("--out", "--round", "--at-accuracy") and left and not left[0].startswith("-"):
+            flags[word] = left.pop(0)
+        else:
+            raise UserError("peel", word, "no such flag, or its value is missing", f"Write {usage}.")
+    number, accuracy = flags.get("--round"), flags.get("--at-accuracy")
+    if number is not None and not number.isdecimal():
+        raise UserError("--round", number, "it is no round", "Give a number, from 1.")
+    try:
+        level = None if accuracy is None else float(accuracy)
+    except ValueError:
+        raise UserError("--at-accuracy", accuracy, "it is no number", "0.6, for example.") from None
+    report.draw(
+        given[0] if len(given) == 1 else given,
+        flags.get("--out"),
+        round_index=None if number is None else int(number),
+        accuracy=level,
+        tell=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+_PEEL = """Draws what the layer-peeled probe recorded (PNG and PDF), and writes layers.csv and report.md.
+Runs that differ only in their seed are pooled, others compared; several groups have an overview too. Of a
+sweep's file the finished runs are taken.
+
+  --out DIR          default: FOLDER/figures/peel for one run, peel in a sweep's folder, else beside the first
+  --round N          which round is shown and judged; default: the newest
+  --at-accuracy A    the overview compares in each group's first round with this accuracy before the merge"""
 
 
 def _plan(words: list[str]) -> int:
@@ -142,6 +193,7 @@ _PARTITIONS = {
     "domain": "one or more clients for each domain",
     "natural": "one client for each writer",
     "quantity": "even classes, log-normal sizes (sigma)",
+    "identical": "the same samples in the same order for all: a control",
     "file": "as a JSON file says (path)",
 }
 

@@ -251,10 +251,12 @@ class InitialConfig:
     """What the first round starts from.
 
     Attributes:
-      run: folder of another run, whose deployed model after its last checkpoint is taken; None: fresh random
-        weights, which come from the seed.
-      pretrain: epochs of central training of the fresh model, on samples that no client gets; 0 for none.
-      holdout: the fraction of the training images that are put aside for it.
+      run: folder of another run, relative to the working directory, whose deployed model at its newest
+        sound checkpoint is taken; None: fresh random weights, which come from the seed.
+      pretrain: epochs of central training of the fresh model with the run's local settings, on samples that
+        no client gets, see `fedjax_sim.initial`; 0 for none.
+      holdout: the fraction of the training images that are put aside for it before clients get theirs, every
+        class in its share; without `pretrain` none are.
     """
 
     run: str | None = None

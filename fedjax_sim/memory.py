@@ -143,7 +143,7 @@ def compiled_round(simulation: Simulation) -> dict[str, int]:
     """XLA's own account of the compiled round: bytes on one device."""
     inputs, _ = simulation.inputs(simulation.round)
     with jax.set_mesh(simulation.mesh):
-        made = simulation.program.lower(simulation.state, inputs, simulation.shard).compile()
+        made = simulation.program.lower(simulation.abstract_state(), inputs, simulation.shard).compile()
     found: Any = made.memory_analysis()
     return {
         "arguments": int(found.argument_size_in_bytes),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -53,8 +54,9 @@ def new_figure(
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure; the suffix says the format."""
-    figure.savefig(Path(path), dpi=160)
+    """Writes a figure; the suffix says the format. Letters in a PDF stay letters, as journals want them."""
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(Path(path), dpi=160)
 
 
 def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -> Figure:
@@ -67,7 +69,7 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
     """
     known = metrics.names()
     chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
-    figure, axes = new_figure(*_shape(len(chosen)))
+    figure, axes = new_figure(*grid_shape(len(chosen)))
     for axis, name in zip(axes.flat, chosen, strict=False):
         rounds, values = metrics.series(name)
         _line(axis, rounds, values, COLOURS[0], "-", label_of(name))
@@ -78,7 +80,7 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
                     rounds, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="10th to 90th percentile"
                 )
                 axis.legend(fontsize=8, frameon=False)
-        _dress(axis, label_of(name))
+        dress(axis, label_of(name))
     for axis in axes.flat[len(chosen) :]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=9)
@@ -95,7 +97,7 @@ def compared_curves(
       metric: for the axis.
       title: what the data are.
     """
-    figure, axes = new_figure(*_shape(len(panels)))
+    figure, axes = new_figure(*grid_shape(len(panels)))
     methods = list(dict.fromkeys(method for panel in panels.values() for method in panel))
     for axis, (setting, panel) in zip(axes.flat, panels.items(), strict=False):
         for method, (rounds, values) in panel.items():
@@ -111,7 +113,7 @@ def compared_curves(
                 spread[several] = np.nanstd(values[:, have][:, several], 0, ddof=1)
                 axis.fill_between(rounds[have], mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
         axis.set_title(setting, fontsize=9)
-        _dress(axis, label_of(metric))
+        dress(axis, label_of(metric))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     if len(panels):
@@ -144,7 +146,7 @@ def client_accuracies(metrics: Table, title: str) -> Figure | None:
     return figure
 
 
-def _shape(panels: int) -> tuple[int, int]:
+def grid_shape(panels: int) -> tuple[int, int]:
     """(columns, rows) for so many panels."""
     columns = 2 if panels == 4 else max(1, min(panels, 3))
     return columns, max(1, -(-panels // columns))
@@ -156,9 +158,11 @@ def _line(axis: Axes, rounds: np.ndarray, values: np.ndarray, colour: str, dash:
     axis.plot(rounds, values, dash, color=colour, label=label, lw=1.4, marker=mark, markersize=3)
 
 
-def _dress(axis: Axes, label: str) -> None:
-    axis.set_xlabel("round")
+def dress(axis: Axes, label: str, along: str = "round") -> None:
+    """Labels, grid and spines; `along` is the horizontal axis, and rounds are whole numbers."""
+    axis.set_xlabel(along)
     axis.set_ylabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if along == "round":
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))

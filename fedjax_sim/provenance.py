@@ -36,7 +36,8 @@ def describe_partition(partition: Partition) -> dict[str, Any]:
     """A partition in short: of its recipe what a title says, the number of clients, a checksum."""
     told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
     crc = 0
-    for indices in (*partition.train, *(partition.test or ())):
+    asides = (part for part in (partition.server, partition.streams) if part is not None)
+    for indices in (*partition.train, *(partition.test or ()), *asides):
         crc = zlib.crc32(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes(), crc)
     return {**told, "clients": partition.num_clients, "crc32": crc}
 

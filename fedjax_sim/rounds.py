@@ -159,11 +159,11 @@ class Round:
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
         observed = {}
         if watched is not None:
-            seen_of = Cohort(
-                _take(cohort.ids, watched.slots), _take(cohort.counts, watched.slots), cohort.round
-            )
-            after = self.algorithm.held(merged, watched.slots, seen_of.ids)
-            witness = Witness(seen_of, *seen, after, inputs.lr, inputs.key)
+            ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
+            start, before = seen
+            after = self.algorithm.held(merged, watched.slots, ids)
+            them = Cohort(ids, counts, cohort.round)
+            witness = Witness(them, start, before, after, inputs.lr, inputs.key)
             for name, given in watched.given.items():
                 observed[name] = self.observers[name].observe(witness, given, shard)
         return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics, observed)
@@ -173,8 +173,15 @@ class Round:
     ) -> tuple[Results, Any, Any]:
         """(what came back, what clients keep, (start, trained) of the watched slots: [m, …] each)."""
         cohort, plan = inputs.cohort, inputs.plan
+        own, same = P(AXIS), P()
         weigh = self.algorithm.weights
         weights = weigh(cohort) if weigh else jnp.zeros(cohort.ids.shape, jnp.float32)
+        # Whole on every device. Left to XLA these few numbers would be cut and gathered again, and a program
+        # from the compile cache may run such a gather and the ring of `take_rows` in different orders on
+        # different CPU devices, which then wait for each other for ever.
+        weights, cohort, plan = jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, same), (weights, cohort, plan)
+        )
         place = lambda tree: self._move(tree, plan.layout)  # noqa: E731
         back = lambda tree: self._move(tree, plan.places)  # noqa: E731
 
@@ -190,7 +197,6 @@ class Round:
             count = watched.slots.shape[0]
             rank = jnp.full(plan.layout.shape, count, jnp.int32)
             rank = rank.at[_take(plan.places, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
-        own, same = P(AXIS), P()
         run = jax.shard_map(
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
@@ -227,7 +233,7 @@ class Round:
             places = lanes.ids.shape[0]
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
-        lanes = trainer.ready(lanes, key, shard.indices)
+        lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
         # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
         seen = (None if shared else rows, rows) if watched else None

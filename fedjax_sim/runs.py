@@ -29,7 +29,7 @@ import jax
 import yaml
 from matplotlib.figure import Figure
 
-from fedjax_sim import algorithms, data, plots, provenance, records
+from fedjax_sim import algorithms, data, initial, plots, provenance, records
 from fedjax_sim import config as config_lib
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import RunConfig
@@ -406,7 +406,7 @@ def _partition(
     """The run's partition: from its file, or drawn again where that was not kept."""
     if folder.partition.is_file():
         return data.load_partition(folder.partition, dataset)
-    drawn = data.partition(_dataset(config, about, dataset), config.partition, config.seed)
+    drawn = initial.partition(config, _dataset(config, about, dataset))
     recorded = about.get("partition", {}).get("crc32")
     if recorded not in (None, provenance.describe_partition(drawn)["crc32"]):
         raise UserError(

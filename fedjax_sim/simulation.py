@@ -1,5 +1,6 @@
 """A run in memory: everything that a RunConfig describes, made real, and advanced round by round."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim import data, evaluation, models, placement, waves
+from fedjax_sim import data, evaluation, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
@@ -47,6 +48,8 @@ class Setup:
       cohort_size: K.
       wave: clients side by side on a device.
       devices: how many.
+      initial: the model of another run that the first round starts from; None if it does not, or if the run
+        has begun, and may no longer need it.
     """
 
     config: RunConfig
@@ -58,6 +61,7 @@ class Setup:
     cohort_size: int
     wave: int
     devices: int
+    initial: Any = None
 
     @property
     def num_clients(self) -> int:
@@ -95,7 +99,7 @@ def prepare(
             f"has {tuple(shape)} of {dataset.num_classes}",
             "Make the model for these images.",
         )
-    partition = partition or data.partition(dataset, config.partition, config.seed)
+    partition = initial.partition(config, dataset, partition)
     population = Population.build(dataset, partition)
     cohort_size = config.cohort.count(partition.num_clients)
     if config.evaluation.per_client and partition.test is None:
@@ -105,14 +109,15 @@ def prepare(
             "the partition gives clients no test samples of their own",
             "Set partition.local_test to holdout or matching.",
         )
-    context = Context(model, partition.num_clients, cohort_size, config.rounds)
+    context = Context(model, partition.num_clients, cohort_size, config.rounds, config.local.epochs)
     record = (algorithm or config.algorithm).build(context)
     make_optimizer(config.local)
     devices = placement.make_mesh(config.execution.devices).size
     wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
-    return Setup(
-        config, dataset, partition, population, model.spelled(conv), record, cohort_size, wave, devices
-    )
+    model, first = model.spelled(conv), None
+    if config.initial.run is not None and not initial.begun(config):
+        first = initial.of_run(config.initial.run, model, dataset)
+    return Setup(config, dataset, partition, population, model, record, cohort_size, wave, devices, first)
 
 
 class Simulation:
@@ -121,7 +126,8 @@ class Simulation:
     Attributes:
       setup: what is being run.
       round: the next round, from 0; also the number of rounds done.
-      state: the server's state, on the devices.
+      state: the server's state, on the devices. The initial one is made here, or, of a run that has begun,
+        when it is asked for: a checkpoint mostly takes its place.
       mesh: the devices.
       program: the compiled round, `(state, inputs(r)[0], shard) -> (state, outputs)`.
       shard: the training set, on the devices.
@@ -153,13 +159,15 @@ class Simulation:
         self._peeling = None
         if setup.config.peel.every:
             self._peeling = Peeling(
-                setup.config, setup.dataset, setup.partition, setup.model, self.mesh, setup.wave, put
+                setup.config, setup.dataset, setup.partition, self._trainer, self.mesh, put
             )
         observers = {} if self._peeling is None else self._peeling.observers
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers)
-        self.shard = Shard(put(population.images), put(population.labels), put(population.indices))
+        streams = None if population.streams is None else put(population.streams)
+        self.shard = Shard(put(population.images), put(population.labels), put(population.indices), streams)
         self._shardings = self._state_shardings()
-        self.state = self._initial_state()
+        if not initial.begun(setup.config):
+            self.state = self._initial_state()
         self.program = jax.jit(
             _named(self._function),
             donate_argnums=(0,) if setup.config.execution.donate else (),
@@ -170,8 +178,17 @@ class Simulation:
 
     # --- state --------------------------------------------------------------------------------------
 
-    def _make_state(self, key: jax.Array) -> ServerState:
-        variables = self.setup.model.init(stream(key, 0))
+    @functools.cached_property
+    def state(self) -> ServerState:
+        """See the class."""
+        return self._initial_state()
+
+    def _make_state(self, key: jax.Array, variables: Any = None) -> ServerState:
+        """The state before the first round; `variables` None: of a fresh model."""
+        if variables is None:
+            variables = self.setup.model.init(stream(key, 0))
+        else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
+            variables = jax.tree.map(jnp.copy, variables)
         one = self._trainer.init_client(variables)
         clients = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self.setup.num_clients, *jnp.shape(leaf))), one
@@ -190,9 +207,9 @@ class Simulation:
         return ServerState(inner, clients)
 
     def _initial_state(self) -> ServerState:
-        key = stream(self._key, INIT)
+        key, variables = stream(self._key, INIT), initial.variables(self.setup)
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._make_state, out_shardings=self._shardings)(key)
+            return jax.jit(self._make_state, out_shardings=self._shardings)(key, variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""

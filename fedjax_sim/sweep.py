@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from fedjax_sim import comparison, data, plots, provenance, runs
+from fedjax_sim import comparison, data, initial, plots, provenance, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
@@ -123,9 +123,9 @@ class _Shared:
         return self._datasets[key]
 
     def partition(self, config: RunConfig) -> data.Partition:
-        key = (config.data, config.partition, config.seed)
+        key = (config.data, config.partition, config.seed, config.initial)
         if key not in self._partitions:
-            self._partitions[key] = data.partition(self.dataset(config), config.partition, config.seed)
+            self._partitions[key] = initial.partition(config, self.dataset(config))
         return self._partitions[key]
 
 

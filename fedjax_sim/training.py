@@ -5,7 +5,8 @@ alone without it), as many optimiser steps as the wave's largest client has. A w
 known only at run time; nothing is recompiled when sizes change. Slots are sharded over devices, and each
 device runs its own waves without waiting for another.
 
-Everything random is a function of (seed, round, client, epoch or step), never of the layout.
+Everything random is a function of (seed, round, client, epoch or step), never of the layout. A client is
+named in it by its id, or by the stream that the partition gives it.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ _ORDER, _STEP = 0, 1  # below a client's key: the order of its samples; augmenta
 
 
 def client_key(seed: int, round_index: int, client: int) -> jax.Array:
-    """The key from which everything random of a client in a round comes."""
+    """The key from which everything random of a client in a round comes; `client` as in `batch_order`."""
     return stream(root(seed), CLIENTS, round_index, client)
 
 
@@ -53,7 +54,7 @@ def batch_order(seed: int, round_index: int, client: int, epoch: int, count: int
     Args:
       seed: of the run.
       round_index: from 0.
-      client: its id.
+      client: its id; where the partition names streams, that of its stream (`Partition.streams[id]`).
       epoch: from 0, anew in each round.
       count: training samples of the client.
 
@@ -105,11 +106,13 @@ class Shard:
       images: u8[n, H, W, C].
       labels: i32[n].
       indices: i32[N, n_max], each client's samples, padded.
+      streams: i32[N], the number that each client's randomness is keyed by; None: its id.
     """
 
     images: jax.Array
     labels: jax.Array
     indices: jax.Array
+    streams: jax.Array | None = None
 
 
 @struct.dataclass
@@ -179,15 +182,19 @@ class Trainer:
         kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
         return {"rule": rule, "optimizer": kept}
 
-    def ready(self, lanes: Lanes, key: jax.Array, indices: jax.Array) -> Lanes:
+    def ready(
+        self, lanes: Lanes, key: jax.Array, indices: jax.Array, streams: jax.Array | None = None
+    ) -> Lanes:
         """Fills in what the clients' training draws on; all places together, which many small ones want.
 
         Args:
           lanes: [S, …] with ids, counts, weights and kept.
           key: of the run and round.
           indices: i32[N, n_max].
+          streams: i32[N], as in `Shard`.
         """
-        keys = jax.vmap(partial(jax.random.fold_in, key))(lanes.ids)
+        numbers = lanes.ids if streams is None else streams[lanes.ids]
+        keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
         lanes = dataclasses.replace(lanes, keys=keys, rows=indices[lanes.ids])
         return dataclasses.replace(lanes, samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
 
@@ -234,7 +241,7 @@ class Trainer:
             index = jnp.take_along_axis(samples, jnp.minimum(position, last), axis=1, mode="clip")
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
-            made = self._batch(shard, index, mask, rngs).replace(epoch=epoch)
+            made = self._batch(shard, index, mask, rngs, epoch)
             new, new_memory, loss = step(variables, memory, made, extra, rngs, lr)
             size = mask.sum(1).astype(jnp.float32)
             if self.ragged and self.width > 1:
@@ -254,7 +261,7 @@ class Trainer:
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
         return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite
 
-    def _batch(self, shard, index, mask, rngs) -> Batch:
+    def _batch(self, shard, index, mask, rngs, epoch) -> Batch:
         """All lanes' samples: one gather, one normalisation. index: i32[L, B] -> leaves [L, B, …]."""
         pixels = shard.images[index.reshape(-1)]
         pixels = normalise(pixels, self.preprocessing)
@@ -262,7 +269,7 @@ class Trainer:
         if self.preprocessing.augments:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)
             pixels = jax.vmap(partial(augment, preprocessing=self.preprocessing))(keys, pixels)
-        return Batch(pixels, shard.labels[index], mask if self._masked() else None, None)
+        return Batch(pixels, shard.labels[index], mask if self._masked() else None, None, epoch)
 
     def _step(self, variables, memory, batch, extra, rng, lr):
         """One optimiser step of one client."""

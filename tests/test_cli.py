@@ -128,6 +128,41 @@ def test_run_then_resume_then_refuse(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: output.dir")
 
 
+def test_peel_passes_on_what_was_asked(monkeypatch, capsys):
+    asked = []
+
+    def draw(given, out, *, round_index, accuracy, tell):
+        asked.append((given, out, round_index, accuracy))
+        tell("wrote it")
+
+    monkeypatch.setattr("fedjax_sim.peel.report.draw", draw)
+    assert cli.main(["peel", "a", "b", "--out", "c", "--round=5"]) == 0
+    assert cli.main(["peel", "a.yaml", "--at-accuracy", "0.5"]) == 0
+    assert asked == [(["a", "b"], "c", 5, None), ("a.yaml", None, None, 0.5)]
+    assert capsys.readouterr().out == "wrote it\n" * 2
+    assert cli.main(["peel", "--help"]) == 0 and "--out DIR" in capsys.readouterr().out
+    for words, told in (
+        (["a", "--outt", "b"], "--outt"),
+        (["a", "--out"], "--out"),
+        (["a", "--round", "last"], "--round"),
+        (["a", "--at-accuracy", "high"], "--at-accuracy"),
+    ):
+        assert cli.main(["peel", *words]) == 2 and told in capsys.readouterr().err
+    assert len(asked) == 2
+
+
+def test_peel_of_nothing_says_so(tmp_path, capsys):
+    assert cli.main(["run", *TINY, "--output.dir", str(tmp_path / "plain")]) == 0
+    capsys.readouterr()
+    for words, told in (
+        ([], "no run to look at"),
+        ([str(tmp_path / "plain")], "--peel.every"),
+        ([str(tmp_path)], "holds no run"),
+    ):
+        assert cli.main(["peel", *words]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_plan_prints_parts_and_a_verdict(capsys):
     assert cli.main(["plan", "--algorithm", "fedmr", *TINY]) == 0
     text = capsys.readouterr().out

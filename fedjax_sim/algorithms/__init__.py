@@ -4,14 +4,28 @@ from typing import Any
 
 from fedjax_sim.algorithms.base import Algorithm, Batch, Cohort, Context, LocalRule, Results, Starts
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.algorithms.fedbabu import FedBABU
+from fedjax_sim.algorithms.fedbn import FedBN
 from fedjax_sim.algorithms.fedmr import FedMR
+from fedjax_sim.algorithms.fedper import FedPer
+from fedjax_sim.algorithms.fedrep import FedRep
 from fedjax_sim.algorithms.independent import FedIndep, Local
+from fedjax_sim.algorithms.interpolation import LayerInterpolation
+from fedjax_sim.algorithms.lg_fedavg import LGFedAvg
+from fedjax_sim.algorithms.partial import PartialAveraging
 
 CONFIGS: dict[str, type] = {
     "fedavg": FedAvg,
     "fedmr": FedMR,
     "fedindep": FedIndep,
     "local": Local,
+    "fedbn": FedBN,
+    "fedper": FedPer,
+    "fedrep": FedRep,
+    "lg_fedavg": LGFedAvg,
+    "fedbabu": FedBABU,
+    "partial": PartialAveraging,
+    "interpolation": LayerInterpolation,
 }
 """Name -> hyper-parameters, whose `build(context)` makes the record."""
 
@@ -28,10 +42,17 @@ __all__ = [
     "Cohort",
     "Context",
     "FedAvg",
+    "FedBABU",
+    "FedBN",
     "FedIndep",
     "FedMR",
+    "FedPer",
+    "FedRep",
+    "LGFedAvg",
+    "LayerInterpolation",
     "Local",
     "LocalRule",
+    "PartialAveraging",
     "Results",
     "Starts",
     "name_of",

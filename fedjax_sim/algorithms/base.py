@@ -214,12 +214,14 @@ class Context:
       num_clients: N.
       cohort_size: K.
       rounds: of the run.
+      epochs: passes over a client's samples in a round; None if the run counts steps instead.
     """
 
     model: Model
     num_clients: int
     cohort_size: int
     rounds: int
+    epochs: int | None = None
 
 
 class AlgorithmConfig(Protocol):

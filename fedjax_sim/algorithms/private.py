@@ -11,16 +11,20 @@ for averaging). It is a reference; what counts of a personalised method is `pers
 """
 
 import dataclasses
+import difflib
+import fnmatch
 from collections.abc import Collection
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 from flax import struct, traverse_util
+from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import stacked
-from fedjax_sim.algorithms.base import Algorithm, Starts
+from fedjax_sim.algorithms.base import Algorithm, Results, Starts
 from fedjax_sim.errors import UserError
-from fedjax_sim.models.base import Model
+from fedjax_sim.models.base import Model, Variables
 
 Path = tuple[str, ...]
 """Of a leaf in a model's variables, collection first: ("params", "conv1", "kernel")."""
@@ -37,9 +41,12 @@ class PrivateState:
 def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algorithm:
     """`inner` with `leaves` private to each of `num_clients` clients.
 
-    A client whose update was not finite keeps the private leaves that it had.
+    A client whose update was not finite keeps the private leaves that it had, and has no part in the mean if
+    the inner algorithm sends all the same model.
     """
     leaves = frozenset(leaves)
+    if not leaves:
+        return inner
 
     def init(key, variables):
         mine = {path: leaf for path, leaf in _flat(variables).items() if path in leaves}
@@ -60,6 +67,9 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
         flat = _flat(results.models)
         trained = _named({path: flat[path] for path in leaves})
         private = stacked.put_rows(state.private, cohort.ids, trained)
+        if inner.weights is not None and jax.eval_shape(inner.dispatch, state.inner, cohort, key).shared:
+            mean = mean_of_included(results, inner.weights(cohort), inner.deploy(state.inner))
+            results = results.replace(mean=mean)
         new, metrics = inner.merge(state.inner, cohort, starts, results, key)
         return PrivateState(new, private), metrics
 
@@ -84,9 +94,85 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
     )
 
 
+def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables) -> Variables:
+    """`Results.mean` without the clients that were left out, for slots that start from models of their own.
+
+    The engine's counts those too, each with its start.
+
+    Args:
+      results: with `models` [K, …] and `mean`.
+      weights: f32[K], unnormalised.
+      otherwise: the mean if all were left out.
+    """
+    included, weights = _everywhere(results.included), _everywhere(weights)
+
+    def again():
+        share = jnp.where(included, weights, 0)
+        mean = stacked.weighted_sum(results.models, share / jnp.maximum(share.sum(), 1e-30))
+        return jax.tree.map(lambda new, old: jnp.where(included.any(), new, old), mean, otherwise)
+
+    return jax.lax.cond(included.all(), lambda: results.mean, again)
+
+
+def _everywhere(leaf: jax.Array) -> jax.Array:
+    """Whole on every device. Left to itself XLA cuts such a vector, and gathers it wherever it is read."""
+    return leaf if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(leaf, P())
+
+
+# --- which leaves ---------------------------------------------------------------------------------------
+
+
 def in_blocks(model: Model, numbers: Collection[int]) -> frozenset[Path]:
     """The leaves of some of a model's blocks (`Model.blocks`), batch statistics included."""
     return frozenset(path for path, block in model.blocks().items() if block in numbers)
+
+
+def first(model: Model, count: int, field: str = "algorithm.blocks") -> frozenset[Path]:
+    """The leaves of a model's first `count` blocks. Raises UserError if there are not so many."""
+    return _checked(model, range(count), field, count)
+
+
+def last(model: Model, count: int, field: str = "algorithm.blocks") -> frozenset[Path]:
+    """Those of its last `count` blocks, of which the very last is the classifier. Raises as `first`."""
+    total = len(model.peel_points)
+    return _checked(model, range(total - count, total), field, count)
+
+
+def only(model: Model, number: int, field: str = "algorithm.only") -> frozenset[Path]:
+    """Those of block `number`, from 0. Raises UserError if there is no such block."""
+    return _checked(model, range(number, number + 1), field, number)
+
+
+def head(model: Model, count: int) -> frozenset[Path]:
+    """The last `count` blocks of a model that is a head on a body. Raises UserError if either is empty."""
+    leaves, total = last(model, count), len(model.peel_points)
+    if not 0 < count < total:
+        raise UserError(
+            "algorithm.blocks",
+            count,
+            f"head and body share the {total} blocks of {model.name}, and one of them is empty",
+            "Leave at least one block to each.",
+        )
+    return leaves
+
+
+def matching(model: Model, patterns: Collection[str], field: str = "algorithm.leaves") -> frozenset[Path]:
+    """The leaves whose path, such as `params/fc1/kernel`, matches a pattern (`params/fc1/*`, `*/bias`).
+
+    Raises:
+      UserError: a pattern matches none.
+    """
+    names = {"/".join(path): path for path in model.layer_order()}
+    found: set[Path] = set()
+    for pattern in patterns:
+        hits = [path for name, path in names.items() if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise UserError(
+                field, pattern, f"no leaf of {model.name} is called so", f"Near are {', '.join(near)}."
+            )
+        found.update(hits)
+    return frozenset(found)
 
 
 def normalisation(model: Model) -> frozenset[Path]:
@@ -105,6 +191,36 @@ def normalisation(model: Model) -> frozenset[Path]:
             "Set model.norm to batch, or choose a model with it (fedjax-sim list).",
         )
     return frozenset(path for path in order if path[1:-1] in modules)
+
+
+def marked(variables: Any, leaves: Collection[Path], inside: Any, outside: Any) -> Any:
+    """A tree like `variables`: `inside` at the places of `leaves`, `outside` elsewhere."""
+    return traverse_util.unflatten_dict(
+        {path: inside if path in leaves else outside for path in _flat(variables)}
+    )
+
+
+def grafted(models: Any, others: Any, leaves: Collection[Path]) -> Any:
+    """`models` with the `leaves` of `others`."""
+    return traverse_util.unflatten_dict(
+        {**_flat(models), **{path: leaf for path, leaf in _flat(others).items() if path in leaves}}
+    )
+
+
+def _checked(model: Model, numbers: range, field: str, given: int) -> frozenset[Path]:
+    """The leaves of these blocks, if the model has them. field, given: what the user set."""
+    points = model.peel_points
+    if numbers and not points:
+        raise UserError(
+            field,
+            given,
+            f"{model.name} declares no peel points, which bound its blocks",
+            "Mark the input of each weight layer with fedjax_sim.models.peel.",
+        )
+    if numbers and not 0 <= numbers[0] <= numbers[-1] < len(points):
+        names = ", ".join(f"{number} {point.name}" for number, point in enumerate(points))
+        raise UserError(field, given, f"{model.name} has {len(points)} blocks", f"They are, from 0: {names}.")
+    return in_blocks(model, numbers)
 
 
 def _flat(variables: Any) -> dict[Path, jax.Array]:

@@ -16,6 +16,7 @@ KINDS = (
     "domain",
     "natural",
     "quantity",
+    "identical",
     "file",
 )
 LOCAL_TESTS = ("none", "holdout", "matching")
@@ -32,7 +33,9 @@ class PartitionConfig:
         classes for each client, LIPS's; clients may share samples); `pathological` (exactly
         `classes_per_client` classes each); `shards` (McMahan's sorted shards, as many for each
         client); `domain` (one or more clients for each domain); `natural` (one client for each
-        writer); `quantity` (log-normal sizes); `file`. See `fedjax_sim.data.splits`.
+        writer); `quantity` (log-normal sizes); `identical` (the same samples for all, walked through in
+        the same order: a control, in which clients of equal weight are one client); `file`. See
+        `fedjax_sim.data.splits`.
       clients: N. None lets `domain`, `natural` and `file` take as many as there are.
       alpha: concentration of the Dirichlet kinds; small is heterogeneous.
       min_size: training samples that every client holds at least (before `holdout`); for `natural`,
@@ -40,7 +43,8 @@ class PartitionConfig:
       max_tries: draws of `dirichlet` before it gives up.
       classes_per_client: for `pathological`; shards for each client for `shards`.
       samples_per_client: exactly so many for each client: their size for `dirichlet-classes`
-        (None: samples / clients), a random subset for the other kinds.
+        (None: samples / clients), a random subset for the other kinds; for `identical` one subset of
+        all samples, the same for all.
       test_samples_per_client: size of a `matching` test set (None: test samples / clients, or all that
         match for `domain` and `natural`).
       local_test: `none`; `holdout` takes a share of the client's own training samples; `matching`

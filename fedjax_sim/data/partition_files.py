@@ -28,12 +28,18 @@ class Partition:
       test_from: `"test"` or `"train"`: the images that `test` points into (`holdout` takes part of
         the training images, which are then in no client's `train`).
       recipe: how it came about: kind, parameters, seed, tries, the set, versions. JSON as it stands.
+      server: i64[h], training images that are put aside: the server's own, in no client's lists. None
+        where there are none.
+      streams: i32[N], the number that each client's randomness is keyed by; None: its id. Clients with
+        the same number and the same samples train alike.
     """
 
     train: tuple[np.ndarray, ...]
     test: tuple[np.ndarray, ...] | None = None
     test_from: str = "test"
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    server: np.ndarray | None = None
+    streams: np.ndarray | None = None
 
     def __post_init__(self):
         if not self.train:
@@ -50,7 +56,16 @@ class Partition:
         for part in ("train", "test"):
             given = getattr(self, part)
             if given is not None:
-                object.__setattr__(self, part, tuple(_indices(part, k, v) for k, v in enumerate(given)))
+                clients = (_indices(part, f"client {k}", v) for k, v in enumerate(given))
+                object.__setattr__(self, part, tuple(clients))
+        if self.server is not None:
+            object.__setattr__(self, "server", _indices("server", "the server", self.server))
+            taken = np.intersect1d(self.held(), self.server)
+            if len(taken):
+                why = f"clients hold {len(taken)} of the samples that are put aside for the server"
+                raise UserError("partition.server", int(taken[0]), why, "Take them from one or the other.")
+        if self.streams is not None:
+            object.__setattr__(self, "streams", _streams(self.streams, self.num_clients))
 
     @property
     def num_clients(self) -> int:
@@ -61,12 +76,18 @@ class Partition:
         """i64[N]: training samples of each client."""
         return np.array([len(p) for p in self.train], np.int64)
 
+    def held(self) -> np.ndarray:
+        """i64[·]: the training images that some client trains or tests on, each once, sorted."""
+        tests = (self.test or ()) if self.test_from == "train" else ()
+        return np.unique(np.concatenate([*self.train, *tests]))
+
     def __repr__(self):
         sizes = self.sizes()
         tests = "no local tests" if self.test is None else f"local tests from {self.test_from}"
         kind = self.recipe.get("kind", "unknown")
         held = f"{sizes.min()} to {sizes.max()} samples"
-        return f"Partition({kind}, {self.num_clients:,} clients of {held}, {tests})"
+        server = "" if self.server is None else f", {len(self.server):,} samples put aside"
+        return f"Partition({kind}, {self.num_clients:,} clients of {held}, {tests}{server})"
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
@@ -95,10 +116,15 @@ def check(partition: Partition, dataset: Dataset) -> None:
                 raise UserError(
                     f"partition.{part}", int(indices.max()), why, "Use the set that it was made for."
                 )
+    if partition.server is not None and partition.server.max() >= bounds["train"]:
+        why = f"beyond the {bounds['train']} training images of {dataset.name}"
+        raise UserError(
+            "partition.server", int(partition.server.max()), why, "Use the set that it was made for."
+        )
 
 
 def save(partition: Partition, path: str | Path) -> None:
-    """Writes JSON: format, version, recipe, and one list of indices for each client."""
+    """Writes JSON: format, version, recipe, a list of indices for each client, `server` and `streams`."""
     path = Path(path).expanduser()
     content = {
         "format": FORMAT,
@@ -108,6 +134,9 @@ def save(partition: Partition, path: str | Path) -> None:
         "train": [p.tolist() for p in partition.train],
         "test": None if partition.test is None else [p.tolist() for p in partition.test],
     }
+    for name in ("server", "streams"):
+        if getattr(partition, name) is not None:
+            content[name] = getattr(partition, name).tolist()
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(content, separators=(",", ":")))
     os.replace(unfinished, path)
@@ -157,6 +186,7 @@ def _read_own(content: dict[str, Any], path: Path) -> Partition:
         None if test is None else _arrays("test", test, path, repeats=True),
         content.get("test_from", "test"),
         recipe,
+        *(_optional(name, content.get(name), path) for name in ("server", "streams")),
     )
 
 
@@ -180,17 +210,7 @@ def _arrays(part: str, lists: object, path: Path, repeats: bool) -> tuple[np.nda
         raise UserError("partition.path", str(path), f"`{part}` is not a list of clients", _FIX)
     arrays = []
     for k, given in enumerate(lists):
-        # bool is an int to Python and 1.0 would be cut silently: look at every entry's type.
-        if not isinstance(given, list) or not all(type(i) is int for i in given):
-            raise UserError(
-                "partition.path", str(path), f"client {k} of `{part}` is not a list of integers", _FIX
-            )
-        try:
-            indices = np.array(given, np.int64)
-        except OverflowError as e:
-            raise UserError(
-                "partition.path", str(path), f"client {k} of `{part}`: an index is too large", _FIX
-            ) from e
+        indices = _integers(f"client {k} of `{part}`", given, path)
         if not len(indices):
             raise UserError(
                 "partition.path", str(path), f"client {k} of `{part}` is empty", "Remove that client."
@@ -203,13 +223,38 @@ def _arrays(part: str, lists: object, path: Path, repeats: bool) -> tuple[np.nda
     return tuple(arrays)
 
 
-def _indices(part: str, k: int, values: object) -> np.ndarray:
+def _integers(what: str, given: object, path: Path) -> np.ndarray:
+    # bool is an int to Python and 1.0 would be cut silently: look at every entry's type.
+    if not isinstance(given, list) or not all(type(i) is int for i in given):
+        raise UserError("partition.path", str(path), f"{what} is not a list of integers", _FIX)
+    try:
+        return np.array(given, np.int64)
+    except OverflowError as e:
+        raise UserError("partition.path", str(path), f"{what}: an integer is too large", _FIX) from e
+
+
+def _optional(name: str, given: object, path: Path) -> np.ndarray | None:
+    return None if given is None else _integers(f"`{name}`", given, path)
+
+
+def _indices(part: str, whose: str, values: object) -> np.ndarray:
     indices = np.asarray(values)
     if indices.ndim != 1 or indices.dtype.kind not in "iu" or not len(indices):
         why = "not a list of integers" if len(indices.shape) != 1 or indices.size else "empty"
-        raise UserError(f"partition.{part}", f"client {k}", why, "Give every client one index or more.")
+        raise UserError(f"partition.{part}", whose, why, "Give one index or more.")
     if indices.min() < 0:
         raise UserError(
-            f"partition.{part}", int(indices.min()), f"client {k} has a negative index", "Count from 0."
+            f"partition.{part}", int(indices.min()), f"{whose} has a negative index", "Count from 0."
         )
     return indices.astype(np.int64)
+
+
+def _streams(values: object, clients: int) -> np.ndarray:
+    streams = np.asarray(values)
+    if streams.shape != (clients,) or streams.dtype.kind not in "iu":
+        why = f"not one integer for each of the {clients} clients"
+        raise UserError("partition.streams", streams.shape, why, "Give each client the number of its stream.")
+    bad = streams[(streams < 0) | (streams >= 2**31)]
+    if len(bad):
+        raise UserError("partition.streams", int(bad[0]), "outside 0..2147483647", "Number streams from 0.")
+    return streams.astype(np.int32)

@@ -53,6 +53,10 @@ def summary(partition: Partition, dataset: Dataset) -> str:
         f"  samples used       {used:,} of {len(held):,}; {shared:,} by more than one client",
         f"  local tests        {tests}",
     ]
+    if partition.server is not None:
+        lines.append(f"  put aside          {len(partition.server):,} samples, for the server")
+    if partition.streams is not None:
+        lines.append(f"  randomness         {len(np.unique(partition.streams)):,} streams for all clients")
     return "\n".join(lines)
 
 
@@ -65,6 +69,7 @@ _FACTS = {
     "iid": ("seed",),
     "domain": ("seed",),
     "natural": ("seed", "writers_too_small"),
+    "identical": ("seed",),
     "file": ("path",),
 }
 

@@ -12,10 +12,15 @@ from fedjax_sim.data import partition_files, splits
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
+from fedjax_sim.errors import UserError
 
 
-def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0) -> Partition:
+def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0, put_aside: float = 0.0) -> Partition:
     """Cuts the training set (and, for local tests, the test set) into clients.
+
+    With `put_aside`, that fraction of the training images is the server's, drawn before all else, every
+    class in its share; clients get theirs from the rest. `file`, whose indices are given, must leave as many
+    to nobody.
 
     The result depends on the data, the settings and the seed alone: each step draws from a NumPy
     generator of its own, keyed by the seed and a fixed tag. (NumPy may change what a generator
@@ -29,26 +34,73 @@ def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0) -> Parti
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise wrong("seed", seed, "not a whole number >= 0", "Use 0.")
     if config.kind == "file":
-        return _from_file(dataset, config, int(seed))
-    labels = dataset.train_labels
-    if config.clients is not None and config.kind != "natural":
-        _check_enough(len(labels), config)
-    parts, recipe, mixes, groups = _split(dataset, config, int(seed))
+        return for_server(_from_file(dataset, config, int(seed)), dataset, put_aside, int(seed))
+    pool, server = np.arange(len(dataset.train_labels)), None
+    if put_aside:
+        server = _drawn_for_server(dataset, pool, put_aside, int(seed))
+        pool = np.setdiff1d(pool, server)
+    if config.clients is not None and config.kind not in ("natural", "identical"):
+        _check_enough(len(pool), config)
+    parts, recipe, mixes, groups = _split(dataset, pool, config, int(seed))
+    parts = [pool[p] for p in parts]
     size = config.samples_per_client
     if size is not None and config.kind != "dirichlet-classes":
         _check_smallest(parts, size, "samples_per_client", size)
         rng = _rng(seed, "samples-per-client")
         parts = [np.sort(rng.choice(p, size, replace=False)) for p in parts]
     _check_smallest(parts, max(config.min_size, 1), "min_size", config.min_size)
-    return _finish(dataset, config, int(seed), parts, recipe, mixes, groups)
+    made = _finish(dataset, config, int(seed), parts, recipe, mixes, groups)
+    return made if server is None else _with_server(made, server, put_aside)
+
+
+def for_server(given: Partition, dataset: Dataset, fraction: float, seed: int) -> Partition:
+    """`given`, with samples put aside that none of its clients holds; one that has such already stays.
+
+    So many as `fraction` of all training images, with the classes in the shares that the free ones have.
+
+    Raises:
+      UserError: clients hold too many of the images.
+    """
+    if not fraction or given.server is not None:
+        return given
+    partition_files.check(given, dataset)
+    free = np.setdiff1d(np.arange(len(dataset.train_labels)), given.held())
+    return _with_server(given, _drawn_for_server(dataset, free, fraction, seed), fraction)
+
+
+def _drawn_for_server(dataset: Dataset, free: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """i64[h], sorted, out of the indices `free`: stratified by class, uniform inside a class."""
+    labels, count = dataset.train_labels[free], max(1, round(fraction * len(dataset.train_labels)))
+    if count >= len(dataset.train_labels):
+        why = f"it leaves none of the {len(dataset.train_labels)} training samples to clients"
+        raise UserError("initial.holdout", fraction, why, "Lower it.")
+    if count > len(free):
+        why = (
+            f"of the {len(dataset.train_labels)} training samples the partition gives all but {len(free)} to "
+            f"clients, and these {count} are to be nobody's"
+        )
+        fix = "Lower it, or use a partition that leaves more (a kind that is drawn makes room by itself)."
+        raise UserError("initial.holdout", fraction, why, fix)
+    held = np.bincount(labels, minlength=dataset.num_classes)
+    counts = splits.largest_remainder(held / held.sum(), count)
+    (chosen,) = splits.draw_counts(labels, counts[None], _rng(seed, "server"), "initial.holdout")
+    return free[chosen]
+
+
+def _with_server(made: Partition, server: np.ndarray, fraction: float) -> Partition:
+    return dataclasses.replace(made, server=server, recipe={**made.recipe, "put_aside": fraction})
 
 
 def _split(
-    dataset: Dataset, config: PartitionConfig, seed: int
+    dataset: Dataset, pool: np.ndarray, config: PartitionConfig, seed: int
 ) -> tuple[splits.Parts, dict[str, Any], np.ndarray | None, np.ndarray | None]:
-    """Parts, what to add to the recipe, f64[N, C] class mixes where drawn, i64[N] groups where used."""
-    labels, rng = dataset.train_labels, _rng(seed, config.kind)
+    """Parts of 0..len(pool)-1 (for `identical` the one that all share), what to add to the recipe,
+    f64[N, C] class mixes where drawn, i64[N] groups where used.
+    """
+    labels, rng = dataset.train_labels[pool], _rng(seed, config.kind)
     clients = config.clients or 0
+    if config.kind == "identical":
+        return [np.arange(len(labels))], {}, None, None
     if config.kind == "iid":
         return splits.iid(len(labels), clients, rng), {}, None, None
     if config.kind == "dirichlet":
@@ -79,18 +131,20 @@ def _split(
             raise wrong(
                 "kind", "domain", why, "Use a cross-domain set (pacs, digit-five, digits-domains) or `union`."
             )
-        domains = len(np.unique(dataset.train_domains))
+        ids = dataset.train_domains[pool]
+        domains = len(np.unique(ids))
         if clients and clients < domains:
             raise wrong(
                 "clients", clients, f"fewer than the {domains} domains", f"Use {domains}, or a multiple."
             )
-        parts, owner = splits.by_group(dataset.train_domains, clients or domains, rng)
+        parts, owner = splits.by_group(ids, clients or domains, rng)
         return parts, {"domains": owner.tolist()}, None, owner
     if dataset.train_writers is None:
         why = f"{dataset.name} has no writer ids"
         raise wrong("kind", "natural", why, "Use a set that has them (femnist), or kind 'dirichlet'.")
-    parts, writers = splits.by_writer(dataset.train_writers, config.clients, config.min_size, rng)
-    too_small = int((np.unique(dataset.train_writers, return_counts=True)[1] < config.min_size).sum())
+    ids = dataset.train_writers[pool]
+    parts, writers = splits.by_writer(ids, config.clients, config.min_size, rng)
+    too_small = int((np.unique(ids, return_counts=True)[1] < config.min_size).sum())
     return parts, {"writers": writers.tolist(), "writers_too_small": too_small}, None, writers
 
 
@@ -103,8 +157,9 @@ def _finish(
     mixes: np.ndarray | None,
     groups: np.ndarray | None,
 ) -> Partition:
-    """Adds the local tests and the recipe."""
+    """Adds the local tests and the recipe; of `identical` all clients."""
     test, test_from = None, "test"
+    alike = (config.clients or 1) if config.kind == "identical" else 1
     rng = _rng(seed, f"local-test-{config.local_test}")
     if config.local_test == "holdout":
         parts, test = splits.hold_out(parts, config.holdout, rng)
@@ -113,7 +168,7 @@ def _finish(
         ids = dataset.test_domains if config.kind == "domain" else dataset.test_writers
         test = _matching_groups(np.asarray(ids), groups, config.test_samples_per_client, rng)
     elif config.local_test == "matching":
-        size = config.test_samples_per_client or max(1, len(dataset.test_labels) // len(parts))
+        size = config.test_samples_per_client or max(1, len(dataset.test_labels) // (alike * len(parts)))
         if mixes is not None:
             counts = splits.counts_of_mixes(mixes, size)
         else:
@@ -122,10 +177,12 @@ def _finish(
             )
             counts = splits.largest_remainder(shares / shares.sum(1, keepdims=True), size)
         test = splits.draw_counts(dataset.test_labels, counts, rng, "data.test_labels")
+    parts, test = alike * parts, None if test is None else tuple(alike * test)
     recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
     recipe |= partition_files.describe(dataset)
     recipe |= {"fedjax_sim": _version("fedjax_sim"), "numpy": np.__version__}
-    return Partition(tuple(parts), None if test is None else tuple(test), test_from, recipe)
+    streams = np.zeros(alike, np.int32) if config.kind == "identical" else None
+    return Partition(tuple(parts), test, test_from, recipe, streams=streams)
 
 
 def _matching_groups(
@@ -149,7 +206,8 @@ def _from_file(dataset: Dataset, config: PartitionConfig, seed: int) -> Partitio
         raise wrong("clients", config.clients, why, f"Use {loaded.num_clients}, or None.")
     if loaded.test is not None or config.local_test == "none":
         return loaded
-    return _finish(dataset, config, seed, list(loaded.train), {"from": loaded.recipe}, None, None)
+    made = _finish(dataset, config, seed, list(loaded.train), {"from": loaded.recipe}, None, None)
+    return dataclasses.replace(made, server=loaded.server, streams=loaded.streams)
 
 
 def _check_enough(count: int, config: PartitionConfig) -> None:

@@ -27,6 +27,7 @@ class Population:
       test_labels: i32[m].
       test_indices: i32[N, t_max] in the same way, or None without local tests.
       test_counts: i32[N] or None.
+      streams: i32[N], see `Partition.streams`, or None.
       test_of_train: whether `test_indices` points into `images` (holdout) and not `test_images`.
         Static.
     """
@@ -39,6 +40,7 @@ class Population:
     test_labels: Array
     test_indices: Array = None
     test_counts: Array = None
+    streams: Array = None
     test_of_train: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
@@ -60,6 +62,7 @@ class Population:
             test_labels=dataset.test_labels,
             test_indices=tests,
             test_counts=test_counts,
+            streams=partition.streams,
             test_of_train=partition.test is not None and partition.test_from == "train",
         )
 

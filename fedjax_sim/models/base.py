@@ -121,7 +121,9 @@ class Model:
         The block of a weight layer is its own leaves and all others up to the next peel point's kernel, such
         as a normalisation that follows it. Statistics go with the parameters of their module.
         """
-        kernels = {("params", *point.kernel): number for number, point in enumerate(self.peel_points)}
+        kernels: dict[tuple[str, ...], int] = {
+            ("params", *point.kernel): number for number, point in enumerate(self.peel_points)
+        }
         order, block, out = self.layer_order(), 0, {}
         modules: dict[tuple[str, ...], int] = {}
         for path in order:

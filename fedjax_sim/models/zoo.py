@@ -42,6 +42,7 @@ class Entry:
 
 
 _VGG11 = {"stages": ((64,), (128,), (256,), (512,), (512,)), "hidden": (), "weights": "kaiming"}
+_CNN8 = {"stages": ((16, 16), (32, 32), (64, 64)), "hidden": (64,), "dropout": 0.0, "norm": "none"}
 
 
 def _lips(blocks: tuple[int, ...], summary: str, **preset: Any) -> Entry:
@@ -74,6 +75,14 @@ TABLE: dict[str, Entry] = {
     ),
     "vgg16_mnist": Entry(VGG16Mnist, "FedMR's five-convolution net for FEMNIST: 8.0 million", (), {}, 14),
     "vgg11_bn": Entry(VGG, 'LIPS\'s five-convolution "vgg11_bn": 3.9 million', ("norm",), _VGG11, 32),
+    "cnn8": Entry(
+        VGG,
+        "a plain CNN for layer-peeled studies, six 3x3 convolutions and two dense layers, no normalisation "
+        "unless asked for: 138,330 parameters",
+        ("norm",),
+        _CNN8,
+        8,
+    ),
     "resnet6": _lips((1, 1), "LIPS's ResNet-6, 7x7 stem: 0.3 million"),
     "resnet8": _lips((1, 1, 1), "LIPS's ResNet-8, 7x7 stem: 1.2 million"),
     "resnet10": _lips((1, 1, 1, 1), "LIPS's ResNet-10, 7x7 stem: 4.9 million"),

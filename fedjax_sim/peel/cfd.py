@@ -30,7 +30,7 @@ class Verdict:
     Attributes:
       change: f64[L], Δ_l averaged over measurements.
       slope: β, of Δ_l on u_l = l/L.
-      low, high: bounds of its bootstrap interval.
+      low, high: bounds of its bootstrap interval; NaN of a single measurement.
       rank: Spearman's correlation of Δ_l with depth; 0 where Δ is constant.
       final: Δ_L.
       area: mean of Δ_l.
@@ -51,8 +51,26 @@ class Verdict:
         """Δ_L > 0, and the interval of the slope lies above 0."""
         return bool(self.final > 0 and self.low > 0)
 
+    def words(self) -> str:
+        """The judgement and its reason, a sentence."""
+        slope = f"slope {self.slope:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        if self.measurements < 2:
+            return f"Undecided: a single measurement (slope {self.slope:+.3f}) has no interval."
+        if self.present:
+            return f"CFD is present: the last change is {self.final:+.3f}, and the {slope} lies above zero."
+        if self.final <= 0:
+            return f"No CFD: the last change, {self.final:+.3f}, is not positive ({slope})."
+        where = "lies below zero" if self.high < 0 else "does not exclude zero"
+        return f"No CFD: the last change is {self.final:+.3f}, but the {slope} {where}."
 
-def verdict(changes: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Verdict:
+
+LEVEL, RESAMPLES = 0.95, 2000
+"""Of bootstrap intervals, unless asked otherwise."""
+
+
+def verdict(
+    changes: np.ndarray, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Verdict:
     """Judges the changes of several clients and seeds.
 
     Args:
@@ -71,11 +89,11 @@ def verdict(changes: np.ndarray, *, level: float = 0.95, resamples: int = 2000, 
         raise UserError("changes", changes.shape, why, "Measure a model with more peel points.")
     if not np.isfinite(changes).all():
         raise UserError("changes", "not finite", "a mean of it would mean nothing", "Drop such measurements.")
-    rows = np.random.default_rng(seed).integers(0, len(changes), (resamples, len(changes)))
-    slopes = slope(changes[rows].mean(1))
-    tail = (1 - level) / 2
-    low, high = np.quantile(slopes, [tail, 1 - tail])
     mean = changes.mean(0)
+    low = high = np.nan
+    if len(changes) > 1:
+        slopes = slope(_draws(len(changes), resamples, seed) @ changes / len(changes))
+        low, high = np.quantile(slopes, [(1 - level) / 2, (1 + level) / 2])
     return Verdict(
         change=mean,
         slope=float(slope(mean)),
@@ -88,11 +106,44 @@ def verdict(changes: np.ndarray, *, level: float = 0.95, resamples: int = 2000, 
     )
 
 
+def estimate(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Means over measurements with their 95% bootstrap intervals, NaN values left out.
+
+    Args:
+      values: f64[M, L].
+      resamples: of the bootstrap, which draws whole measurements.
+      seed: of the bootstrap.
+
+    Returns:
+      (mean, low, high), f64[3, L]; NaN where nothing is defined, bounds also where only one value is.
+    """
+    values = np.asarray(values, np.float64)
+    known = np.isfinite(values)
+    filled, count = np.where(known, values, 0.0), known.sum(0)
+    out = np.full((3, values.shape[1]), np.nan)
+    some, several = count > 0, count > 1
+    out[0, some] = filled.sum(0)[some] / count[some]
+    if several.any():
+        draws = _draws(len(values), resamples, seed)
+        with np.errstate(invalid="ignore"):
+            means = draws @ filled[:, several] / (draws @ known[:, several].astype(np.float64))
+        # A draw may miss all of a layer's few values.
+        out[1:, several] = np.nanquantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return out
+
+
+def _draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each of `count` measurements is drawn. f64[resamples, count]."""
+    share = np.full(count, 1 / count)
+    return np.random.default_rng(seed).multinomial(count, share, resamples).astype(np.float64)
+
+
 def slope(changes: np.ndarray) -> np.ndarray:
-    """Least-squares slope over relative depth l/L. f64[…, L] -> f64[…]."""
+    """Least-squares slope over relative depth l/L, 0 if it is rounding only. f64[…, L] -> f64[…]."""
     depth = np.arange(1, changes.shape[-1] + 1) / changes.shape[-1]
     away = depth - depth.mean()
-    return changes @ away / (away @ away)
+    found = changes @ away / (away @ away)
+    return np.where(np.abs(found) <= 1e-12 * np.abs(changes).max(-1), 0.0, found)
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -102,9 +153,11 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation; 0 where either is constant."""
-    a, b = np.asarray(a, np.float64) - np.mean(a), np.asarray(b, np.float64) - np.mean(b)
-    scale = np.sqrt((a @ a) * (b @ b))
-    return float(a @ b / scale) if scale > 0 else 0.0
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    a, b = a - a.mean(), b - b.mean()
+    return float(a @ b / np.sqrt((a @ a) * (b @ b)))
 
 
 def partial_correlation(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
@@ -113,6 +166,34 @@ def partial_correlation(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> floa
     rest = [v - columns @ np.linalg.lstsq(columns, v, rcond=None)[0] for v in (a, b)]
     small = [np.linalg.norm(r) <= 1e-12 * np.linalg.norm(v) for r, v in zip(rest, (a, b), strict=True)]
     return 0.0 if any(small) else pearson(*rest)
+
+
+@dataclass(frozen=True)
+class Association:
+    """How two quantities go together over measurements; no test, as one client's rounds are not independent.
+
+    Attributes:
+      pearson, spearman: correlations; NaN of fewer than three measurements.
+      partial: Pearson's given a third quantity; NaN of fewer than four.
+      measurements: in which all three are defined.
+    """
+
+    pearson: float
+    spearman: float
+    partial: float
+    measurements: int
+
+
+def association(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> Association:
+    """Correlations of `a` and `b`, and what is left of them given a third. f64[n] each."""
+    a, b, given = np.stack([a, b, given])[:, np.isfinite(a) & np.isfinite(b) & np.isfinite(given)]
+    count = len(a)
+    return Association(
+        pearson=pearson(a, b) if count > 2 else np.nan,
+        spearman=spearman(a, b) if count > 2 else np.nan,
+        partial=partial_correlation(a, b, given) if count > 3 else np.nan,
+        measurements=count,
+    )
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -98,8 +98,9 @@ class Chimeras:
         log_c, accuracy = jax.lax.map(one, jnp.asarray(masks(len(self.forward.model.peel_points))))
         return {"log_c": log_c, "accuracy": accuracy}
 
-    def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray]) -> list[Row]:
+    def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
         """The tidy rows of round `number`: `chimera_*` by layer, and `stitched_*` by block."""
+        del counts
         made = []
         names = [point.name for point in self.forward.model.peel_points]
         depth = len(names)

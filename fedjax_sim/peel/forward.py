@@ -33,7 +33,14 @@ class Forward:
     batch_size: int
 
     def over(self, chosen, pool, measure, merge):
-        """Measures batch by batch and merges. chosen: index i32[s], whole batches of it; count i32[]."""
+        """Measures batch by batch and merges.
+
+        Args:
+          chosen: index i32[s], whole batches of it; count i32[].
+          pool: images and labels that the index counts in.
+          measure: (images, labels, mask) -> what a batch says.
+          merge: (two of these) -> of both; zeros must be nothing to it.
+        """
         index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
         size = index.shape[1]
 
@@ -43,10 +50,10 @@ class Forward:
             mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
             return measure(images, pool["labels"][rows], mask)
 
-        first = batch(0)
         if len(index) == 1:
-            return first
-        return jax.lax.fori_loop(1, len(index), lambda number, sums: merge(sums, batch(number)), first)
+            return batch(0)
+        nothing = zeros_like(jax.eval_shape(batch, jnp.int32(0)))
+        return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, batch(number)), nothing)
 
     def features(self, variables, images):
         """(logits f32[B, C], feature f32[B, …] at each peel point)."""
@@ -73,6 +80,11 @@ class Forward:
 def pooled(z):
     """f32[B, …, C] -> f32[B, C], the mean over places or tokens."""
     return z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z
+
+
+def zeros_like(shapes):
+    """Zeros of the shapes and dtypes in a pytree of arrays, abstract or not."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def tidy(number: int, metric: str, value: float, **where: Any) -> Row:

@@ -44,7 +44,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.peel import alignment, controls, moments, probing
-from fedjax_sim.peel.forward import Forward, pooled, tidy
+from fedjax_sim.peel.forward import Forward, pooled, tidy, zeros_like
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
@@ -107,94 +107,110 @@ class Probe:
         return out | self._kernels(witness)
 
     def _client(self, own, pools) -> dict[str, jax.Array]:
-        """One client: the same without m."""
+        """One client: the same without m.
+
+        The S models pass one after another through loops whose bodies hold the network once: written out, a
+        deep network takes minutes to compile.
+        """
         start, before, after, fit, measured, key = own
         models = [before, after]
         for name in self.forward.config.controls:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
+        models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
         learnt = self._fitted(models, fit, pools["fit"])
-        sums, classes, pairs = self._seen(start, models, learnt, measured, pools["measured"])
+        begun, sums, classes, pairs = self._seen(start, models, learnt, measured, pools["measured"])
 
-        total = jnp.maximum(measured["count"], 1).astype(jnp.float32)
+        total = measured["count"].astype(jnp.float32)
+        for name in begun:
+            sums[name] = jnp.concatenate([begun[name][None], sums[name]])
         out = {name: value / total for name, value in sums.items()}
-        out["shift_cosine"] = 1 - out["shift_cosine"]
-        out["shift_cka"] = jnp.stack([jnp.stack([1 - probing.linear_cka(c) for c in own]) for own in pairs])
+        out["shift_cosine"] = 1 - out["shift_cosine"][1:]
+        out["shift_cka"] = jnp.stack([1 - jax.vmap(probing.linear_cka)(pair)[1:] for pair in pairs], 1)
         figures = []
-        for s, model in enumerate(models):
-            # Pooled features' covariance: the first of a pair is always `before`.
-            covariances = [c.yy for c in pairs[s - 1]] if s else [c.xx for c in pairs[0]]
-            points = zip(self.forward.model.peel_points, self.forward.shapes(), strict=True)
-            figures.append(
-                [
-                    self._figures(moment, covariance, point, model, shape)
-                    for moment, covariance, (point, shape) in zip(
-                        classes[s], covariances, points, strict=True
-                    )
-                ]
-            )
-        for name in figures[0][0]:
-            out[name] = jnp.stack([jnp.stack([one[name] for one in own]) for own in figures])
+        for moment, pair, point, shape in zip(
+            classes, pairs, self.forward.model.peel_points, self.forward.shapes(), strict=True
+        ):
+            covariance = jnp.concatenate([pair.xx[1:2], pair.yy[1:]])
+            one = partial(self._figures, shape=shape)
+            kernels = _leaf(models["params"], point.kernel)
+            figures.append(jax.lax.map(lambda args, one=one: one(*args), (moment, covariance, kernels)))
+        for name in figures[0]:
+            out[name] = jnp.stack([of_layer[name] for of_layer in figures], 1)
         return out
 
     def _fitted(self, models, fit, pool):
-        """What probes are made of, a pair for each model and layer: (Ridge, Moments)."""
+        """What probes are made of: a pair (Ridge, Moments), leaves [S, …], for each layer."""
 
         def measure(images, labels, mask):
             target = jax.nn.one_hot(labels, self.forward.num_classes)
-            return [
-                [
+
+            def one(model):
+                return [
                     (probing.of_batch(pooled(z), target, mask), self.forward.moments(z, labels, mask))
                     for z in self.forward.features(model, images)[1]
                 ]
-                for model in models
-            ]
+
+            return jax.lax.map(one, models)
 
         learnt = self.forward.over(fit, pool, measure, _merged)
-        return [[(probing.ridge(linear), means) for linear, means in own] for own in learnt]
+        return [(jax.lax.map(probing.ridge, linear), means) for linear, means in learnt]
 
     def _seen(self, start, models, learnt, measured, pool):
-        """The pass over the measured samples: sums over them, class moments [S][L], pairs [S - 1][L]."""
-        layers = range(len(self.forward.model.peel_points))
+        """The pass over the measured samples.
+
+        Returns:
+          Sums over them of `start`, f32[], and of the models, f32[S] or f32[S, L]; class moments, and
+          comoments with the first model's features (none for itself), leaves [S, …], of each layer.
+        """
 
         def measure(images, labels, mask):
-            seen = [self.forward.features(model, images) for model in models]
-            logits = [self.forward.model.apply(start, images)[0], *(own for own, _ in seen)]
-            features = [own for _, own in seen]
-
             def right(guess):
                 return ((guess == labels) & mask).sum().astype(jnp.float32)
 
-            def by_ridge(s, layer):
-                return right(probing.predict(learnt[s][layer][0], pooled(features[s][layer])))
+            def answers(logits):
+                loss = jnp.where(mask, _losses(logits, labels), 0).sum()
+                return {"peel_loss": loss, "peel_accuracy": right(jnp.argmax(logits, -1))}
 
-            def by_mean(s, layer):
-                return right(moments.nearest_mean(learnt[s][layer][1], self.forward.flat(features[s][layer])))
+            def compared(first, own):
+                flat, mean = zip(*[zip(*pair, strict=True) for pair in (first, own)], strict=True)
+                cosines = [jnp.where(mask, _cosine(*pair), 0).sum() for pair in zip(*flat, strict=True)]
+                return jnp.stack(cosines), [probing.of_batch(x, y, mask) for x, y in zip(*mean, strict=True)]
 
-            def alike(s, layer):
-                old, new = (self.forward.flat(features[place][layer]) for place in (0, s))
-                return jnp.where(mask, _cosine(old, new), 0).sum()
+            def viewed(model):
+                logits, features = self.forward.features(model, images)
+                return logits, [(self.forward.flat(z), pooled(z)) for z in features]
 
-            every, later = range(len(models)), range(1, len(models))
-            sums = {
-                "peel_loss": jnp.stack([jnp.where(mask, _losses(out, labels), 0).sum() for out in logits]),
-                "peel_accuracy": jnp.stack([right(jnp.argmax(out, -1)) for out in logits]),
-                "ridge": _table(by_ridge, every, layers),
-                "ncm": _table(by_mean, every, layers),
-                "shift_cosine": _table(alike, later, layers),
-            }
-            classes = [[self.forward.moments(z, labels, mask) for z in own] for own in features]
-            pairs = [
-                [
-                    probing.of_batch(pooled(x), pooled(y), mask)
-                    for x, y in zip(features[0], features[s], strict=True)
-                ]
-                for s in later
-            ]
-            return sums, classes, pairs
+            def one(first, inputs):
+                number, model, learnt = inputs
+                logits, own = viewed(model)
+                first = jax.tree.map(lambda a, b: jnp.where(number == 0, b, a), first, own)
+                sums = answers(logits)
+                sums["ridge"] = jnp.stack(
+                    [
+                        right(probing.predict(ridge, mean))
+                        for (ridge, _), (_, mean) in zip(learnt, own, strict=True)
+                    ]
+                )
+                sums["ncm"] = jnp.stack(
+                    [
+                        right(moments.nearest_mean(means, flat))
+                        for (_, means), (flat, _) in zip(learnt, own, strict=True)
+                    ]
+                )
+                nothing = zeros_like(jax.eval_shape(compared, first, own))
+                alike, pairs = jax.lax.cond(number > 0, compared, lambda *_: nothing, first, own)
+                classes = [moments.of_batch(flat, labels, mask, self.forward.num_classes) for flat, _ in own]
+                return first, (sums | {"shift_cosine": alike}, classes, pairs)
+
+            count = jax.tree.leaves(models)[0].shape[0]
+            nothing = zeros_like(jax.eval_shape(viewed, jax.tree.map(lambda leaf: leaf[0], models))[1])
+            inputs = (jnp.arange(count, dtype=jnp.int32), models, learnt)
+            _, seen = jax.lax.scan(one, nothing, inputs)
+            return answers(self.forward.model.apply(start, images)[0]), *seen
 
         return self.forward.over(measured, pool, measure, _merged)
 
-    def _figures(self, m: moments.Moments, covariance, point, variables, shape) -> dict[str, jax.Array]:
+    def _figures(self, m: moments.Moments, covariance, kernel, *, shape) -> dict[str, jax.Array]:
         """What one layer's features of one model say."""
         plain, even = moments.traces(m), moments.traces(m, balanced=True)
         out = {
@@ -208,17 +224,29 @@ class Probe:
             "cdnv": moments.cdnv(m),
             "discrimination": moments.discrimination(m),
         }
-        maps = m.mean.reshape(self.forward.num_classes, *shape)
-        share = m.count / jnp.maximum(m.count.sum(), 1)
         if self.forward.config.ranks:
-            centres = pooled(maps)
+            share = m.count / jnp.maximum(m.count.sum(), 1)
+            centres = pooled(m.mean.reshape(self.forward.num_classes, *shape))
             away = (centres - (share @ centres)[None]) * jnp.sqrt(m.count)[:, None]
             out["rank"], out["stable_rank"] = probing.ranks(covariance - away.T @ away)
 
+        return out | self.angles(m, kernel, shape)
+
+    def angles(self, m: moments.Moments, kernel: jax.Array, shape: Any) -> dict[str, jax.Array]:
+        """The `pabs` family of one layer: its kernel against the class means of its input.
+
+        Args:
+          m: class moments of the input.
+          kernel: of the layer.
+          shape: of one sample's input, see `Forward.shapes`.
+        """
+        maps = m.mean.reshape(self.forward.num_classes, *shape)
+        share = m.count / jnp.maximum(m.count.sum(), 1)
+        out = {}
         present = (m.count > 0).reshape(-1, *[1] * len(shape))
         classes = present.sum().astype(jnp.int32)
         centre = jnp.tensordot(share, maps, 1)
-        weights = alignment.basis(alignment.kernel_matrix(_leaf(variables["params"], point.kernel)))
+        weights = alignment.basis(alignment.kernel_matrix(kernel))
         for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
             found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
             cosines, r = alignment.cosines(weights, found, wanted, self.forward.num_classes)
@@ -306,14 +334,10 @@ RANKS = ("rank", "stable_rank")
 
 
 def _merged(old, new):
-    """Measurements of two batches together: moments by their rules, plain arrays by addition."""
-    rules = {moments.Moments: moments.merge, probing.Comoments: probing.merge}
+    """Measurements of two batches together: moments, [S] of them, by their rules, arrays by addition."""
+    rules = {moments.Moments: jax.vmap(moments.merge), probing.Comoments: jax.vmap(probing.merge)}
     is_one = lambda node: type(node) in rules  # noqa: E731
     return jax.tree.map(lambda a, b: rules.get(type(a), jnp.add)(a, b), old, new, is_leaf=is_one)
-
-
-def _table(value, states, layers):
-    return jnp.stack([jnp.stack([value(s, layer) for layer in layers]) for s in states])
 
 
 def _losses(logits, labels):

@@ -6,18 +6,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedjax_sim.config import from_dict
 from fedjax_sim.data import (
     Dataset,
+    Partition,
     PartitionConfig,
     effective_classes,
     label_counts,
     load,
+    load_partition,
     partition,
     plot,
+    save,
     splits,
     summary,
 )
+from fedjax_sim.data.partitions import for_server
 from fedjax_sim.errors import UserError
+from fedjax_sim.provenance import describe_partition
+from fedjax_sim.simulation import Simulation
+from tests import oracles
 
 DIGITS = load("digits")
 DOMAINS = load("digits-domains")
@@ -260,6 +268,156 @@ def test_samples_per_client_limits_the_other_kinds():
         partition(DIGITS, PartitionConfig("iid", clients=10, samples_per_client=200))
 
 
+# --- what is put aside for the server -------------------------------------------------------------------
+
+
+@FAST
+@given(
+    sets(),
+    st.sampled_from(
+        ["iid", "dirichlet", "dirichlet-classes", "pathological", "shards", "quantity", "identical"]
+    ),
+    st.sampled_from(["none", "holdout", "matching"]),
+    st.floats(0.05, 0.5),
+    st.integers(0, 50),
+)
+def test_what_is_put_aside_is_nobodys_and_has_the_classes_in_their_shares(dataset, kind, tests, share, seed):
+    config = PartitionConfig(kind, clients=2, min_size=2, classes_per_client=2, local_test=tests)
+    p = partition(dataset, config, seed, share)
+    assert p.server is not None
+    labels = dataset.train_labels
+    assert len(p.server) == len(np.unique(p.server)) == max(1, round(share * len(labels)))
+    held = [*p.train, *((p.test or ()) if p.test_from == "train" else ())]
+    assert not set(np.concatenate(held)) & set(p.server)
+    if kind in ("iid", "dirichlet", "quantity", "identical") and tests != "matching":
+        assert len(np.unique(np.concatenate(held))) + len(p.server) == len(labels)
+    wanted = np.bincount(labels) / len(labels) * len(p.server)
+    assert (abs(np.bincount(labels[p.server], minlength=dataset.num_classes) - wanted) < 1).all()
+    again = partition(dataset, dataclasses.replace(config, kind="iid"), seed, share)
+    np.testing.assert_array_equal(p.server, again.server)  # whatever the clients are
+    assert p.recipe["put_aside"] == share
+
+
+def test_clients_are_cut_from_what_is_left_as_from_a_set_of_its_own():
+    for dataset, config in (
+        (DOMAINS, PartitionConfig("domain", clients=None, local_test="matching")),
+        (WRITTEN, PartitionConfig("natural", clients=None, min_size=4, local_test="matching")),
+    ):
+        p = partition(dataset, config, 3, 0.2)
+        rest = np.setdiff1d(np.arange(len(dataset.train_labels)), p.server)
+        ids = dataset.train_domains if config.kind == "domain" else dataset.train_writers
+        names = p.recipe["domains" if config.kind == "domain" else "writers"]
+        assert p.test is not None and len(names) == p.num_clients > 1
+        kept = [i for i in np.unique(ids) if (ids[rest] == i).sum() >= config.min_size]
+        assert names == kept
+        for train, name in zip(p.train, names, strict=True):
+            np.testing.assert_array_equal(train, rest[ids[rest] == name])
+        assert p.sizes().min() >= config.min_size
+    with pytest.raises(UserError, match="need 1400 samples, there are 1294"):
+        partition(DIGITS, PartitionConfig("iid", clients=140), 0, 0.1)
+
+
+def test_a_given_partition_keeps_its_clients_and_must_leave_enough(tmp_path):
+    given = Partition(tuple(np.arange(1200).reshape(4, 300)))
+    made = for_server(given, DIGITS, 0.1, 5)
+    assert made.server is not None and len(made.server) == 144 and made.server.min() >= 1200
+    assert all(np.array_equal(a, b) for a, b in zip(made.train, given.train, strict=True))
+    assert for_server(made, DIGITS, 0.05, 6) is made and for_server(given, DIGITS, 0.0, 5) is given
+    with pytest.raises(UserError, match=r"initial\.holdout = 0\.2.*all but 238 to clients.*these 288"):
+        for_server(given, DIGITS, 0.2, 5)
+    save(given, tmp_path / "p.json")
+    file = PartitionConfig("file", clients=4, path=str(tmp_path / "p.json"), seed=5)
+    np.testing.assert_array_equal(partition(DIGITS, file, 9, 0.1).server, made.server)
+    held = partition(DIGITS, dataclasses.replace(file, local_test="holdout"), 9, 0.1)
+    np.testing.assert_array_equal(held.server, made.server)
+    with pytest.raises(UserError, match="clients hold 2 of the samples"):
+        Partition(([3, 4], [5]), server=np.array([4, 5, 6]))
+    with pytest.raises(UserError, match="leaves none of the 3"):
+        partition(make([0, 1, 1], 2), PartitionConfig("iid", clients=1), 0, 0.9)
+
+
+# --- identical clients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("local_test", ["none", "holdout", "matching"])
+@pytest.mark.parametrize("size", [None, 50])
+def test_identical_clients_hold_the_same_and_share_a_stream(local_test, size):
+    config = PartitionConfig("identical", clients=7, samples_per_client=size, local_test=local_test)
+    p = partition(DIGITS, config, 3)
+    assert p.num_clients == 7 and p.streams is not None and p.streams.tolist() == [0] * 7
+    for parts in (p.train, p.test or ()):
+        assert all(np.array_equal(part, parts[0]) for part in parts)
+    whole = len(p.train[0]) + (len(p.test[0]) if p.test and p.test_from == "train" else 0)
+    assert whole == (size or 1438) and len(np.unique(p.train[0])) == len(p.train[0])
+    if local_test == "matching":
+        assert p.test is not None and len(p.test[0]) == 359 // 7
+    if size:
+        assert not np.array_equal(p.train[0], partition(DIGITS, config, 4).train[0])
+
+
+def test_streams_and_what_is_put_aside_survive_a_file_and_count_in_the_checksum(tmp_path):
+    p = partition(DIGITS, PartitionConfig("identical", clients=3, samples_per_client=20), 0, 0.1)
+    save(p, tmp_path / "p.json")
+    again = load_partition(tmp_path / "p.json", DIGITS)
+    np.testing.assert_array_equal(again.streams, p.streams)
+    np.testing.assert_array_equal(again.server, p.server)
+    assert describe_partition(again) == describe_partition(p)
+    for change in ({"server": None}, {"streams": None}, {"streams": np.array([0, 0, 1])}):
+        other = dataclasses.replace(p, **change)
+        assert describe_partition(other)["crc32"] != describe_partition(p)["crc32"]
+    text = summary(p, DIGITS)
+    assert "144 samples, for the server" in text and "1 streams for all clients" in text
+    for bad, says in (([0, 0], "each of the 3"), ([0, 0, -1], "outside 0"), ([0.0, 0, 0], "not one integer")):
+        with pytest.raises(UserError, match=says):
+            dataclasses.replace(p, streams=np.array(bad))
+    text = (tmp_path / "p.json").read_text()
+    (tmp_path / "p.json").write_text(text.replace('"streams":[0,0,0]', '"streams":[0,0.0,0]'))
+    with pytest.raises(UserError, match="`streams` is not a list of integers"):
+        load_partition(tmp_path / "p.json")
+
+
+def identical(clients, **more):
+    plain = {
+        "rounds": 2,
+        "model": {"name": "mlp", "options": {"hidden": [12]}},
+        "partition": {"kind": "identical", "clients": clients, "samples_per_client": 90},
+        "cohort": {"size": clients},
+        "algorithm": {"name": "fedavg", "weights": "uniform"},
+        "local": {"epochs": 2, "batch_size": 32, "lr": 0.1},
+        "evaluation": {"every": 0},
+        "execution": {"devices": 1, "wave": 1},
+    }
+    return Simulation(from_dict(plain | more))
+
+
+def test_two_identical_clients_see_the_merge_change_nothing():
+    simulation = identical(2, peel={"every": 1, "samples": 90, "class_samples": 2})
+    rows = oracles.run(simulation)
+    value = {(r.round, r.client, r.layer, r.state, r.metric): r.value for r in rows}
+    before = {key: v for key, v in value.items() if key[3] == "before"}
+    named = {key[4] for key in before}
+    assert {"trace_within", "trace_between", "log_c", "cdnv", "pabs", "ridge", "peel_accuracy"} <= named
+    for (number, client, layer, _, metric), held in before.items():
+        assert value[number, client, layer, "after", metric] == held, (number, client, layer, metric)
+    spread = [v for key, v in value.items() if key[4] == "spread"]
+    assert spread and not any(spread)
+    start = [v for key, v in value.items() if key[3:] == ("start", "peel_loss")]
+    assert start[0] != value[1, 0, "", "before", "peel_loss"]  # there was something to learn
+
+
+def test_identical_clients_are_one_client():
+    one, three = identical(1), identical(3, execution={"devices": 2, "wave": 2})
+    fresh = one.variables
+    for simulation in (one, three):
+        oracles.run(simulation)
+    oracles.assert_trees_close(three.variables, one.variables, rtol=0, atol=2e-6)
+    assert oracles.far_apart(one.variables, fresh) > 0.01
+    apart = dataclasses.replace(three.setup.partition, streams=None)  # the same samples in other orders
+    other = Simulation(three.setup.config, partition=apart)
+    oracles.run(other)
+    assert oracles.far_apart(other.variables, one.variables) > 1e-4
+
+
 def test_seeds_matter_and_the_one_in_the_config_wins():
     one, two = (partition(DIGITS, PartitionConfig("iid", clients=3), s) for s in (1, 2))
     fixed = partition(DIGITS, PartitionConfig("iid", clients=3, seed=1), 2)
@@ -304,6 +462,7 @@ def test_plot_writes_a_picture(clients, suffix, tmp_path):
         ("clients", {"clients": 2.5}),
         ("clients", {"clients": True}),
         ("clients", {"clients": None}),
+        ("clients", {"kind": "identical", "clients": None}),
         ("alpha", {"alpha": 0}),
         ("alpha", {"alpha": -0.5}),
         ("alpha", {"alpha": float("nan")}),

@@ -1,0 +1,186 @@
+"""What the first round starts from, if not from fresh weights: another run's model, or a pretrained one.
+
+A pretrained model has been trained centrally on samples that no client holds (`Partition.server`). They are
+put aside before the partition is drawn, so that partitions keep what they promise of sizes and classes, and
+clients of every kind have them in common. OUR CHOICE: they are drawn from the partition's seed, every class
+in its share. Central training is a federated run with one client, and is done by one: the run's local
+settings at the learning rate of round 0, one optimiser for all epochs. The fresh model is the one that the
+run would have started from, so that seed, data, model and local settings tell the pretrained one; the
+algorithm and the number of clients do not matter.
+"""
+
+import dataclasses
+import json
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from fedjax_sim import data
+from fedjax_sim.algorithms import FedAvg
+from fedjax_sim.checkpoint import Checkpoints
+from fedjax_sim.config import (
+    CohortConfig,
+    EvaluationConfig,
+    InitialConfig,
+    OutputConfig,
+    PeelConfig,
+    RunConfig,
+)
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data.partitions import for_server
+from fedjax_sim.errors import UserError
+from fedjax_sim.folders import Folder
+from fedjax_sim.models.base import Model
+
+if TYPE_CHECKING:
+    from fedjax_sim.simulation import Setup
+
+STREAM = 2**31 - 1
+"""Of the one who pretrains: an id that no client has."""
+
+
+def partition(config: RunConfig, dataset: Dataset, given: Partition | None = None) -> Partition:
+    """The run's partition: `given`, or drawn; if the run pretrains, with samples put aside for it.
+
+    A given one keeps what it puts aside already; else it must leave enough samples to nobody.
+
+    Raises:
+      UserError: it cannot be drawn, or leaves too little.
+    """
+    wanted = config.initial.holdout if config.initial.pretrain else 0.0
+    if given is None:
+        return data.partition(dataset, config.partition, config.seed, wanted)
+    seed = config.seed if config.partition.seed is None else config.partition.seed
+    return for_server(given, dataset, wanted, seed)
+
+
+def begun(config: RunConfig) -> bool:
+    """Whether the run is in its folder already: its start was checked then, and is seldom needed again."""
+    return config.output.dir is not None and Folder(config.output.dir).started
+
+
+def variables(setup: "Setup") -> Any:
+    """The model that the first round starts from, NumPy leaves; None: the fresh one.
+
+    Raises:
+      UserError: as `of_run`; or the model is not finite after pretraining.
+    """
+    config = setup.config
+    if config.initial.run is not None:
+        return setup.initial or of_run(config.initial.run, setup.model, setup.dataset)
+    return pretrained(setup) if config.initial.pretrain else None
+
+
+# --- from another run ---------------------------------------------------------------------------------
+
+
+def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
+    """The deployed model of the run in `folder` at its newest sound checkpoint. NumPy leaves.
+
+    Args:
+      folder: of the run, relative to the working directory.
+      model: that is to start from it; stands for that run's own if that was given in Python.
+      dataset: of this run; likewise.
+
+    Raises:
+      UserError: no run is there, it has no checkpoint or is under way, or its model is another.
+    """
+    from fedjax_sim import runs  # which is made of simulations, and these import this module
+
+    place = Folder(folder)
+    if not place.started:
+        why = "it holds no run (no config.yaml)" if place.path.is_dir() else "there is no such folder"
+        raise _wrong(folder, why, "Give the output.dir of a run, relative to the working directory.")
+    if not Checkpoints(place.checkpoints).rounds():
+        if place.finished:
+            why, fix = "only the records of that run were kept", "Run its config.yaml again elsewhere."
+        else:
+            why, fix = "that run has not come to its first checkpoint", "Resume it."
+        raise _wrong(folder, f"it has no checkpoint: {why}", fix)
+    try:
+        other = runs.load(folder)
+        supplied = json.loads((place.path / "provenance.json").read_text()).get("supplied", ())
+        if "algorithm" in supplied:
+            raise UserError("algorithm", None, "it was given in Python, and is not known here", "")
+        if supplied:
+            given = {"model": model, "dataset": dataset}
+            other = runs.load(folder, **{name: given[name] for name in supplied})
+        # Another process that writes there must not have its half-written checkpoint tidied away.
+        with nullcontext() if place.finished else place.claimed():
+            found = other.variables
+    except UserError as error:
+        raise _wrong(folder, f"its model cannot be had ({error})", "Give another run.") from None
+    name = model.name if "model" in supplied else other.config.model.name
+    _check_same(folder, found, name, model)
+    return found
+
+
+def _check_same(folder: str, found: Any, name: str, model: Model) -> None:
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    have, want = (
+        {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, wanted))
+    )
+    differing = [leaf for leaf in {**want, **have} if want.get(leaf) != have.get(leaf)]
+    if differing:
+        leaf = differing[0]
+        why = (
+            f"its model is another ({name}; this run's is {model.name}): the leaf {leaf} is "
+            f"{have.get(leaf, 'missing')} there, and {want.get(leaf, 'missing')} here"
+        )
+    elif name != model.name:
+        why = f"its model is {name}, and this run's is {model.name}"
+    else:
+        return
+    raise _wrong(folder, why, "Give a run of the same model, or make this run's model that one.")
+
+
+def _wrong(folder: str, why: str, fix: str) -> UserError:
+    return UserError("initial.run", folder, why, fix)
+
+
+# --- pretrained ---------------------------------------------------------------------------------------
+
+
+def pretrained(setup: "Setup") -> Any:
+    """The fresh model after `initial.pretrain` epochs on the samples that are put aside. NumPy leaves.
+
+    Raises:
+      UserError: it is not finite.
+    """
+    from fedjax_sim.simulation import NonFiniteUpdate, Simulation  # which imports this module
+
+    config, mine = setup.config, setup.partition.server
+    assert mine is not None
+    dataset = dataclasses.replace(
+        setup.dataset,
+        train_images=setup.dataset.train_images[mine],
+        train_labels=setup.dataset.train_labels[mine],
+        **dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers")),
+    )
+    alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
+    epochs = config.initial.pretrain
+    central = dataclasses.replace(
+        config,
+        rounds=1,
+        algorithm=FedAvg(weights="uniform"),
+        initial=InitialConfig(),
+        local=dataclasses.replace(
+            config.local, epochs=epochs, steps=None, keep_optimizer=False, non_finite="stop"
+        ),
+        cohort=CohortConfig(size=1),
+        evaluation=EvaluationConfig(every=0),
+        peel=PeelConfig(),
+        execution=dataclasses.replace(config.execution, devices=1, wave=1),
+        output=OutputConfig(),
+    )
+    simulation = Simulation(central, dataset=dataset, partition=alone, model=setup.model)
+    try:
+        for _ in simulation.advance():
+            pass
+    except NonFiniteUpdate:
+        why = "the model is not finite after it"
+        raise UserError("initial.pretrain", epochs, why, "Lower local.lr, or set local.clip_norm.") from None
+    return jax.device_get(simulation.variables)

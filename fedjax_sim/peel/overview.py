@@ -1,0 +1,302 @@
+"""Studies at a glance: a row for every group of seeds, whatever its model, and what goes with what.
+
+A row is of one round of each group: its newest, or the first in which its clients' own models had reached a
+given mean accuracy (`at_accuracy`). Methods that are compared at equal rounds differ in how far they have
+trained, and a client that has learnt little has little to lose: a reviewer of the layer-peeled paper asked
+for the second. All averages are over measurements, a client of a seed each, with 95% bootstrap intervals.
+"""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fedjax_sim import plots
+from fedjax_sim.errors import UserError
+from fedjax_sim.folders import Folder
+from fedjax_sim.peel import analysis, cfd
+from fedjax_sim.peel.analysis import Measurements
+from fedjax_sim.peel.groups import Group
+
+STATES = ("start", "before", "after", "finetuned")
+
+
+@dataclass(frozen=True)
+class Outline:
+    """One round of a group of seeds.
+
+    Attributes:
+      name: of the group.
+      round: from 1.
+      seeds: how many.
+      accuracy: state -> mean accuracy on clients' own samples; NaN where it was not measured.
+      others: `before`, `after` -> the same on the other clients' samples.
+      drop: f64[3], accuracy before - after: mean, low, high.
+      final: f64[3], Δ_L: change of log C at the classifier's input.
+      verdict: of cumulative degradation; None where no client has log C at every layer.
+      cause: of chimeras; None where there are none.
+      changes: metric -> mean change at the classifier's layer, of `CHANGES`.
+      measured: that round's measurements.
+    """
+
+    name: str
+    round: int
+    seeds: int
+    accuracy: dict[str, float]
+    others: dict[str, float]
+    drop: np.ndarray
+    final: np.ndarray
+    verdict: cfd.Verdict | None
+    cause: analysis.Cause | None
+    changes: dict[str, float]
+    measured: Measurements
+
+
+CHANGES: Mapping[str, str] = {
+    "log_c": "log C",
+    "sigma_within": "within-class share",
+    "pabs": "alignment with the classifier (PABS)",
+    "ridge": "ridge probe",
+}
+"""Metrics whose change at the classifier's input is set against the accuracy drop -> how they are called."""
+
+
+def at_accuracy(measured: Measurements, accuracy: float) -> int | None:
+    """The first measured round in which the mean accuracy before the merge was so high; None: never."""
+    for number in measured.numbers():
+        if np.nanmean(measured.at(number).scalar("peel_accuracy", "before")) >= accuracy:
+            return number
+    return None
+
+
+def outline(group: Group, number: int | None = None) -> Outline:
+    """What round `number` of a group says, the newest if None.
+
+    Raises:
+      UserError: it was not measured.
+    """
+    measured = group.measured.at(number)
+
+    def mean(metric: str, state: str) -> float:
+        values = measured.scalar(metric, state)
+        return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+
+    lost = measured.scalar("peel_accuracy", "before") - measured.scalar("peel_accuracy", "after")
+    last = measured.pair("log_c").change
+    whole = last[np.isfinite(last).all(1)]
+    changes = {}
+    for metric in CHANGES:
+        change = measured.pair(metric).change[:, -1]
+        changes[metric] = float(np.nanmean(change)) if np.isfinite(change).any() else np.nan
+    return Outline(
+        name=group.name,
+        round=measured.numbers()[-1],
+        seeds=len(np.unique(measured.seeds)),
+        accuracy={state: mean("peel_accuracy", state) for state in STATES},
+        others={state: mean("peel_accuracy_others", state) for state in ("before", "after")},
+        drop=cfd.estimate(lost[:, None])[:, 0],
+        final=cfd.estimate(last[:, -1:])[:, 0],
+        verdict=cfd.verdict(whole) if len(whole) and whole.shape[1] > 1 else None,
+        cause=analysis.cause(measured),
+        changes=changes,
+        measured=measured,
+    )
+
+
+def table(outlines: Sequence[Outline]) -> list[dict[str, object]]:
+    """A row a group, for overview.csv: numbers unrounded, None where undefined."""
+    rows = []
+    for one in outlines:
+        row: dict[str, object] = {"group": one.name, "round": one.round, "seeds": one.seeds}
+        row["measurements"] = len(one.measured)
+        row |= {f"accuracy_{state}": value for state, value in one.accuracy.items()}
+        row |= {f"accuracy_others_{state}": value for state, value in one.others.items()}
+        for name, values in (("drop", one.drop), ("delta_last", one.final)):
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values.tolist(), strict=True))
+        found = one.verdict
+        for name in ("slope", "low", "high", "rank", "area"):
+            row["beta" + f"_{name}" * (name != "slope")] = np.nan if found is None else getattr(found, name)
+        row["cfd"] = None if found is None else found.present
+        row["injected_last"] = np.nan if one.cause is None else float(one.cause.injected[0])
+        row["inherited_last"] = np.nan if one.cause is None else one.cause.inherited.final
+        row |= {f"change_{metric}_last": value for metric, value in one.changes.items()}
+        rows.append({key: None if value != value else value for key, value in row.items()})
+    return rows
+
+
+def correlations(outlines: Sequence[Outline]) -> list[tuple[str, cfd.Association, cfd.Association]]:
+    """Accuracy drop against the change of each of `CHANGES` at the classifier's input, given accuracy before.
+
+    Returns:
+      (what changed, over groups' means, over all measurements) of each metric.
+    """
+    found = []
+    for metric, called in CHANGES.items():
+        drops = np.asarray([one.drop[0] for one in outlines])
+        before = np.asarray([one.accuracy["before"] for one in outlines])
+        change = np.asarray([one.changes[metric] for one in outlines])
+        each = [
+            np.stack(
+                [
+                    one.measured.pair(metric).change[:, -1],
+                    one.measured.scalar("peel_accuracy", "before")
+                    - one.measured.scalar("peel_accuracy", "after"),
+                    one.measured.scalar("peel_accuracy", "before"),
+                ]
+            )
+            for one in outlines
+        ]
+        found.append(
+            (called, cfd.association(change, drops, before), cfd.association(*np.concatenate(each, 1)))
+        )
+    return found
+
+
+def picture(outlines: Sequence[Outline]) -> Figure:
+    """Accuracy drop, Δ_L and slope of every group, with their intervals."""
+    height = 1.2 + 0.28 * len(outlines)
+    figure, axes = plots.new_figure(3, 1, 3.6, height)
+    places = np.arange(len(outlines))[::-1]
+    slopes = [
+        (v.slope, v.low, v.high) if (v := one.verdict) is not None else (np.nan,) * 3 for one in outlines
+    ]
+    panels = (
+        ("accuracy lost by the merge", np.stack([one.drop for one in outlines])),
+        ("change of log C at the classifier's input", np.stack([one.final for one in outlines])),
+        ("slope of the change over depth (CFD)", np.asarray(slopes)),
+    )
+    for axis, (label, values) in zip(axes.flat, panels, strict=True):
+        low, high = (np.abs(values[:, 0] - values[:, side]) for side in (1, 2))
+        axis.errorbar(values[:, 0], places, xerr=np.stack([low, high]), fmt="o", ms=4, lw=1.2, capsize=2)
+        axis.axvline(0, color="0.6", lw=0.8, zorder=0)
+        axis.set_xlabel(label, fontsize=9)
+        axis.set_yticks(
+            places, [one.name for one in outlines] if axis is axes.flat[0] else [""] * len(places)
+        )
+        axis.tick_params(labelsize=8)
+    return figure
+
+
+def report(outlines: Sequence[Outline], about: str) -> str:
+    """overview.md: the rows, and the correlations across them."""
+    heads = ["group", "round", "start", "before", "after", "fine-tuned", "lost", "others: before → after",
+             "Δ_L", "β", "CFD", "injected / inherited at the last layer"]  # fmt: skip
+    rows = []
+    for one in outlines:
+        told = [_plain(one.accuracy[state]) for state in STATES]
+        others = " → ".join(_plain(one.others[state]) for state in ("before", "after"))
+        found, why = one.verdict, one.cause
+        slope = "–" if found is None else _interval(np.asarray([found.slope, found.low, found.high]))
+        parts = "–" if why is None else f"{why.injected[0]:+.2f} / {why.inherited.final:+.2f}"
+        yes = "–" if found is None else "yes" if found.present else "no"
+        rows.append(
+            [
+                one.name,
+                str(one.round),
+                *told,
+                _interval(one.drop),
+                others,
+                _interval(one.final),
+                slope,
+                yes,
+                parts,
+            ]
+        )
+    lines = ["# Overview", "", about, "", *markdown(heads, rows)]
+    if len(outlines) > 2:
+        heads = [
+            "change at the classifier's input",
+            "groups: r",
+            "ρ",
+            "partial r",
+            "measurements: r",
+            "ρ",
+            "partial r",
+        ]
+        cells = [
+            [called, *(_plain(value) for a in both for value in (a.pearson, a.spearman, a.partial))]
+            for called, *both in correlations(outlines)
+        ]
+        lines += [
+            "",
+            "Accuracy lost by the merge against changes of features; partial r is given the accuracy before:",
+            "",
+        ]
+        lines += markdown(heads, cells)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+_ABOUT = (
+    "Accuracies are means on clients' own samples: of what they started the round from, had before the "
+    "merge and held after it, and after fine-tuning the classifier. Lost is before − after, Δ_L the change "
+    "of log C at the classifier's input, β its slope over depth. Brackets are 95% bootstrap intervals over "
+    "measurements, a client of a seed each: they say nothing of other partitions, and little of other seeds "
+    "where few ran."
+)
+
+
+def write(
+    found: Sequence[Group],
+    home: Folder,
+    *,
+    round_index: int | None = None,
+    accuracy: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
+    """Writes overview.md, overview.csv and overview.png of groups of any models.
+
+    Args:
+      found: the groups.
+      home: a folder.
+      round_index: of every group; None: its newest.
+      accuracy: instead, each group's first measured round whose mean accuracy before the merge was so high;
+        who never had it is left out.
+      tell: is given a line for each file, and for each group that is left out.
+
+    Raises:
+      UserError: that round was not measured, or no group ever was so accurate.
+    """
+    about, name, outlines = _ABOUT, "overview", []
+    if accuracy is not None:
+        name += f"_at_{accuracy:g}"
+        about = f"Each in the first measured round with accuracy {accuracy:g} before the merge. {_ABOUT}"
+    for group in found:
+        number = round_index if accuracy is None else at_accuracy(group.measured, accuracy)
+        if accuracy is not None and number is None:
+            tell(f"{group.name}: left out: never an accuracy of {accuracy:g} before a merge")
+            continue
+        outlines.append(outline(group, number))
+    if not outlines:
+        raise UserError("accuracy", accuracy, "no group of runs ever had it before a merge", "Lower it.")
+    rows, text = table(outlines), io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    plots.save(picture(outlines), home.path / f"{name}.png")
+    home.write(f"{name}.csv", text.getvalue())
+    home.write(f"{name}.md", report(outlines, about))
+    written = [home.path / f"{name}.{suffix}" for suffix in ("png", "csv", "md")]
+    for path in written:
+        tell(f"wrote {path}")
+    return written
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table, and an empty one; none without rows."""
+    if not rows:
+        return []
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+
+
+def _plain(value: float) -> str:
+    return "–" if value != value else f"{value:.3f}"
+
+
+def _interval(values: np.ndarray) -> str:
+    mean, low, high = values
+    return "–" if mean != mean else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"

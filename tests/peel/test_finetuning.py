@@ -1,0 +1,189 @@
+"""The classifier trained alone: against a plain loop in float64, and what it must leave as it was."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim import models, placement
+from fedjax_sim.algorithms import Cohort
+from fedjax_sim.algorithms.base import LocalRule
+from fedjax_sim.config import LocalConfig, PeelConfig
+from fedjax_sim.data import Preprocessing
+from fedjax_sim.peel.finetuning import FIGURES, Finetuning
+from fedjax_sim.peel.forward import Forward
+from fedjax_sim.peel.probe import Probe
+from fedjax_sim.simulation import Simulation
+from fedjax_sim.streams import PEEL, root, stream
+from fedjax_sim.training import Lanes, Shard, Trainer, shuffled
+from tests import oracles
+from tests.peel import reference
+from tests.peel.test_probe import rows_of, settings_of, witness_of
+
+CLASSES, SIZES, IDS, ROUND, EPOCHS, LR = 3, (25, 8, 19, 31), (5, 0, 2), 4, 2, 0.5
+LOCAL = LocalConfig(
+    epochs=None, steps=1, batch_size=8, momentum=0.5, weight_decay=0.01, clip_norm=0.5, keep_optimizer=True
+)
+
+
+def world(name, options):
+    """Four clients of a population of six, of whom three are measured; a model that each holds."""
+    model = models.create(name, (8, 8, 1), CLASSES, **options)
+    draw = np.random.default_rng(5)
+    y = draw.integers(0, CLASSES, 160).astype(np.int32)
+    patterns = draw.uniform(0, 255, (CLASSES, 8, 8, 1))
+    x = np.clip(0.4 * patterns[y] + draw.uniform(0, 150, (160, 8, 8, 1)), 0, 255).astype(np.uint8)
+    rows = np.zeros((6, max(SIZES)), np.int32)
+    for client, size in zip((5, 0, 2, 3), SIZES, strict=True):
+        rows[client, :size] = draw.permutation(160)[:size]
+    stacks = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(0), 9))
+    stacks = [jax.tree.map(lambda leaf, s=s: leaf[3 * s :][:3], stacks) for s in range(3)]
+    cohort = Cohort(jnp.asarray(IDS, jnp.int32), jnp.asarray(SIZES[:3], jnp.int32), jnp.int32(ROUND))
+    witness = dataclasses.replace(witness_of(*stacks), cohort=cohort, lr=jnp.float32(LR))
+    index = draw.permutation(160)[:120].reshape(3, 40).astype(np.int32)
+    measured = {"index": index, "count": np.asarray((40, 12, 29), np.int32)}
+    return model, witness, Shard(jnp.asarray(x), jnp.asarray(y), jnp.asarray(rows)), measured
+
+
+def instrument(model, devices=2, width=1, batch=20, **preprocessing):
+    mesh, images = placement.make_mesh(devices), Preprocessing(**preprocessing)
+    forward = Forward(model, images, PeelConfig(every=1, finetune=EPOCHS), CLASSES, batch)
+    trainer = Trainer(model, LocalRule(), LOCAL, images, width, ragged=False, partial=True, stochastic=False)
+    return Finetuning(Probe(forward, mesh, width), trainer)
+
+
+def observed(made, **layout):
+    model, witness, shard, measured = made
+    found = instrument(model, **layout)
+    with jax.set_mesh(found.probe.mesh):
+        out = jax.jit(found.observe)(witness, {"measured": measured, "test": None}, shard)
+    return jax.device_get(out)
+
+
+MODELS = {"mlp": {"hidden": [9, 7]}, "resnet8": {"norm": "batch"}}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_it_is_logistic_regression_on_the_penultimate_features(name):
+    """Clip, decay, momentum and steps by hand, on features in evaluation mode."""
+    made = model, witness, shard, measured = world(name, MODELS[name])
+    out = observed(made)
+    x, y, rows = (np.asarray(leaf) for leaf in (shard.images, shard.labels, shard.indices))
+    (layer, _), point = model.peel_points[-1].kernel, model.peel_points[-1].name
+    local = dataclasses.replace(LOCAL, epochs=EPOCHS, steps=None)
+    for place, (client, count) in enumerate(zip(IDS, SIZES, strict=False)):
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], witness.after)
+
+        def features(samples, one=one):
+            images = jnp.asarray((x[samples] / 255 - 0.5) / 0.5, jnp.float32)
+            return np.asarray(jax.jit(model.features)(one, images)[1][point], np.float64), y[samples]
+
+        key, batches = stream(root(0), PEEL, ROUND, client), []
+        for epoch in range(EPOCHS):
+            order = np.asarray(shuffled(key, jnp.int32(epoch), jnp.int32(count), count))
+            batches += [order[first : first + 8] for first in range(0, count, 8)]
+        head = {"fc1": oracles.doubled(one["params"][layer])}
+        before = head["fc1"]["kernel"]
+        head, _, _ = oracles.local_sgd(head, *features(rows[client][:count]), batches, local, LR)
+        assert np.abs(head["fc1"]["kernel"] - before).max() > 1e-2
+
+        z, labels = features(measured["index"][place][: measured["count"][place]])
+        logits, _ = oracles.mlp(head, z)
+        assert out["peel_accuracy"][place] == pytest.approx((logits.argmax(1) == labels).mean())
+        loss = oracles.cross_entropies(logits, labels).mean()
+        assert out["peel_loss"][place] == pytest.approx(loss, rel=1e-4)
+        means = np.stack([z[labels == c].mean(0) for c in np.unique(labels)])
+        for metric, centre, r in (("pabs", 0, len(means)), ("pabs_centred", z.mean(0), len(means) - 1)):
+            wanted = reference.principal_cosines(head["fc1"]["kernel"], means - centre, r).mean()
+            assert out[metric][place] == pytest.approx(wanted, abs=1e-3), metric
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_body_and_its_statistics_stay_bit_for_bit(width):
+    model, witness, shard, _ = world("resnet8", MODELS["resnet8"])
+    trainer = instrument(model, flip=True).classifier_trainer(width)
+    start = jax.tree.map(lambda leaf: leaf[:width], witness.after)
+    lanes = Lanes(
+        kept=trainer.init_client(None),
+        ids=witness.cohort.ids[:width],
+        counts=witness.cohort.counts[:width],
+        weights=jnp.ones((width,), jnp.float32),
+    )
+
+    def train(start, lanes, shard):
+        ready = trainer.ready(lanes, root(1), shard.indices)
+        return trainer.train_wave(start, None, ready, jnp.int32(8), jnp.float32(LR), shard)[0]
+
+    trained, place = jax.jit(train)(start, lanes, shard), model.blocks()
+    moved = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: (tuple(key.key for key in path), bool((a != b).any())), dict(start), dict(trained)
+    )
+    pairs = dict(jax.tree.leaves(moved, is_leaf=lambda node: isinstance(node, tuple)))
+    assert pairs == {path: block == max(place.values()) for path, block in place.items()}
+    assert any(path[0] == "batch_stats" for path in pairs)
+
+
+def test_layout_does_not_show():
+    made = world("mlp", MODELS["mlp"])
+    wanted = observed(made, devices=2, width=1)
+    got = observed(made, devices=1, width=2, batch=40)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+# --- inside a run ---------------------------------------------------------------------------------------
+
+PEEL_ALL = {
+    "every": 1, "clients": 3, "samples": 60, "class_samples": 1, "chimeras": True, "others": True,
+    "finetune": 3,
+}  # fmt: skip
+
+
+def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
+    simulation = Simulation(settings_of(algorithm="fedmr", peel=PEEL_ALL))
+    told, without = rows_of(simulation), Simulation(settings_of(algorithm="fedmr", peel={"every": 0}))
+    plain = [row for row in told if row.client < 0]
+    assert plain == rows_of(without)
+    jax.tree.map(np.testing.assert_array_equal, simulation.variables, without.variables)
+    assert simulation.program._cache_size() == 1
+
+    metrics = {row.metric for row in told}
+    assert {"log_c", "chimera_total", "ridge_others", "peel_accuracy_global"} <= metrics
+    held = [row.value for row in told if (row.metric, row.state) == ("peel_loss_global", "after")]
+    assert len(set(held)) == 3 * 3  # every slot has a model of its own
+    tuned = [row for row in told if row.state == "finetuned"]
+    assert {(row.metric, row.layer) for row in tuned} == {
+        ("peel_accuracy", ""), ("peel_loss", ""), *((name, "fc3") for name in FIGURES)
+    }  # fmt: skip
+    assert {row.round for row in tuned} == {1, 2, 3}
+    loss = {
+        state: np.mean([row.value for row in told if (row.metric, row.state) == ("peel_loss", state)])
+        for state in ("after", "finetuned")
+    }
+    assert loss["finetuned"] < loss["after"]
+
+
+def test_no_decomposition_is_batched_on_a_cpu():
+    """A batch of them can wait for ever, see `Peeling`."""
+    simulation = Simulation(settings_of(peel=PEEL_ALL, execution={"devices": 2, "wave": 2}))
+    inputs, _ = simulation.inputs(0)
+    watched = simulation._peeling.watched(np.asarray(inputs.cohort.ids))
+    with jax.set_mesh(simulation.mesh):
+        text = simulation.program.lower(simulation.state, inputs, simulation.shard, watched).as_text()
+    calls = [line for line in text.splitlines() if "@lapack_" in line]
+    assert len(calls) > 10
+    assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf32>", line)]
+
+
+def test_clients_of_one_class_are_tuned_too():
+    config = settings_of(
+        partition={"kind": "pathological", "clients": 10, "classes_per_client": 1},
+        peel={**PEEL_ALL, "chimeras": False, "others": False},
+        rounds=1,
+    )
+    tuned = [row for row in rows_of(Simulation(config)) if row.state == "finetuned"]
+    assert {row.metric for row in tuned} == {"peel_accuracy", "peel_loss", "pabs", "undefined/pabs_centred"}
+    assert all(np.isfinite(row.value) for row in tuned)
