@@ -29,7 +29,7 @@ COUNTS = [
     ("vgg16_mnist", GREY, 62, 8_024_958),
     ("vgg11_bn", CIFAR, 10, 3_918_858),
     ("vgg11_bn", CIFAR, 100, 3_965_028),
-    ("cnn8", CIFAR, 10, 138_330),
+    ("cnn8", CIFAR, 10, 51_666),
     ("resnet6", CIFAR, 10, 314_954),
     ("resnet8", CIFAR, 10, 1_235_274),
     ("resnet8", CIFAR, 100, 1_258_404),
