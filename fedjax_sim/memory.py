@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fedjax_sim import waves
+from fedjax_sim import placement
 from fedjax_sim.algorithms.base import Batch, Cohort
 from fedjax_sim.config import RunConfig
 from fedjax_sim.liveness import bytes_of, leaf_bytes, peak_bytes
-from fedjax_sim.simulation import Setup, Simulation, prepare
-from fedjax_sim.training import make_optimizer
+from fedjax_sim.peel import Peeling
+from fedjax_sim.rounds import Witness
+from fedjax_sim.simulation import Setup, Simulation, draw_cohort, prepare
+from fedjax_sim.streams import root
+from fedjax_sim.training import Shard, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Part:
       name: what it is.
       device: bytes on one device.
       total: bytes on all devices together.
-      when: `always`, `round` or `evaluation`.
+      when: `always`, `round`, `probe` (of a measured round, after its merge) or `evaluation`.
       remedy: what makes it smaller.
     """
 
@@ -66,7 +68,7 @@ class MemoryPlan:
         size = lambda when: sum(  # noqa: E731
             part.total if self.platform == "cpu" else part.device for part in self.parts if part.when == when
         )
-        return size("always") + max(size("round"), size("evaluation"))
+        return size("always") + max(size("round"), size("probe"), size("evaluation"))
 
     @property
     def fits(self) -> bool | None:
@@ -130,10 +132,11 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
         *_state_parts(setup),
         *_round_parts(setup),
         *_evaluation_parts(setup),
+        *_probe_parts(setup, platform),
     ]
     parts.append(_checkpoint_part(setup, platform))
     parts = [part for part in parts if part.total]
-    order = {"always": 0, "round": 1, "evaluation": 2}
+    order = {"always": 0, "round": 1, "probe": 2, "evaluation": 3}
     parts.sort(key=lambda part: (order[part.when], -part.total))
     compiled = compiled_round(Simulation(setup)) if exact else None
     return MemoryPlan(tuple(parts), setup.devices, platform, available(platform), compiled)
@@ -256,8 +259,7 @@ def _round_parts(setup: Setup) -> list[Part]:
     cohort = Cohort(integers, integers, _abstract((), jnp.int32))
     starts = jax.eval_shape(algorithm.dispatch, state, cohort, key)
     places = devices * lanes * -(-setup.cohort_size // (devices * lanes))
-    steps = waves.steps_of(setup.population.counts, setup.config.local)
-    even = places == setup.cohort_size and (len(np.unique(steps)) <= 1 or devices * lanes == 1)
+    even = places == setup.cohort_size and (not setup.trainer.ragged or devices * lanes == 1)
 
     parts = []
     flags = jax.tree.leaves(algorithm.is_stacked(state))
@@ -337,6 +339,46 @@ def _evaluation_parts(setup: Setup) -> list[Part]:
         parts.append(Part("evaluation's activations", peak, peak * setup.devices, "evaluation", remedy))
         parts.append(Part("the deployed model", one, one * setup.devices, "evaluation", "a smaller model"))
     return parts
+
+
+def _probe_parts(setup: Setup, platform: str) -> list[Part]:
+    """What measured rounds need besides, from the traced observers."""
+    if not setup.config.peel.every:
+        return []
+    held = 0
+
+    def put(array):
+        nonlocal held
+        held += array.nbytes
+        return _abstract(array.shape, array.dtype)
+
+    mesh = placement.make_mesh(setup.devices)
+    peeling = Peeling(setup.config, setup.dataset, setup.partition, setup.trainer, mesh, put)
+    ids = draw_cohort(setup.config.seed, 0, setup.num_clients, setup.cohort_size)
+    watched = peeling.watched(ids)
+    count = len(watched.slots)
+    variables, population = _shapes(setup)[0], setup.population
+    models = jax.tree.map(lambda leaf: _abstract((count, *leaf.shape), leaf.dtype), variables)
+    integers, lr = _abstract((count,), jnp.int32), _abstract((), jnp.float32)
+    them = Cohort(integers, integers, _abstract((), jnp.int32))
+    witness = Witness(them, models, models, models, lr, jax.eval_shape(lambda: root(0)))
+    tables = (population.images, population.labels, population.indices, population.streams)
+    like: Any = jax.tree.map(lambda array: _abstract(array.shape, array.dtype), tables)
+    shard = Shard(*like)
+    with jax.set_mesh(mesh):
+        peak = max(
+            peak_bytes(jax.make_jaxpr(observer.observe)(witness, watched.given[name], shard))
+            for name, observer in peeling.observers.items()
+        )
+    stacks = 3 * bytes_of(models)
+    remedy = "a smaller peel.clients"
+    copies = 1 if platform == "cpu" else setup.devices
+    return [
+        Part("test images that the probe reads", held, held * copies, "always", "peel.split = train"),
+        Part(f"models of {count} measured clients", stacks, stacks * setup.devices, "round", remedy),
+        Part(f"models of {count} clients at the probe", stacks, stacks * setup.devices, "probe", remedy),
+        Part("the probe's features and moments", peak, peak * setup.devices, "probe", remedy),
+    ]
 
 
 def _checkpoint_part(setup: Setup, platform: str) -> Part:

@@ -68,6 +68,25 @@ class Setup:
         """N."""
         return self.partition.num_clients
 
+    @functools.cached_property
+    def steps(self) -> np.ndarray:
+        """i64[N], optimiser steps of each client in a round."""
+        return waves.steps_of(self.population.counts, self.config.local)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """Local training, specialised to all of this."""
+        return Trainer(
+            model=self.model,
+            rule=self.algorithm.local,
+            local=self.config.local,
+            preprocessing=self.dataset.preprocessing,
+            width=self.wave,
+            ragged=len(np.unique(self.steps)) > 1,
+            partial=bool(np.any(self.population.counts % self.config.local.batch_size)),
+            stochastic=self.model.stochastic,
+        )
+
 
 def prepare(
     config: RunConfig,
@@ -140,21 +159,10 @@ class Simulation:
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
         self._key = root(setup.config.seed)
-        population, local = setup.population, setup.config.local
-        self._steps = waves.steps_of(population.counts, local)
-        ragged = len(np.unique(self._steps)) > 1
-        self._trainer = Trainer(
-            model=setup.model,
-            rule=setup.algorithm.local,
-            local=local,
-            preprocessing=setup.dataset.preprocessing,
-            width=setup.wave,
-            ragged=ragged,
-            partial=bool(np.any(population.counts % local.batch_size)),
-            stochastic=setup.model.stochastic,
-        )
+        population = setup.population
+        self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
-        in_order = even and (not ragged or setup.devices * setup.wave == 1)
+        in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
         put = partial(placement.put_replicated, mesh=self.mesh)
         self._peeling = None
         if setup.config.peel.every:

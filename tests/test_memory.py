@@ -7,7 +7,15 @@ import pytest
 
 from fedjax_sim import data, liveness, memory
 from fedjax_sim.algorithms import CONFIGS
-from fedjax_sim.config import CohortConfig, ExecutionConfig, LocalConfig, ModelConfig, OutputConfig, RunConfig
+from fedjax_sim.config import (
+    CohortConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    PeelConfig,
+    RunConfig,
+)
 from fedjax_sim.memory import MemoryPlan, Part
 from fedjax_sim.simulation import Simulation, prepare
 
@@ -118,3 +126,20 @@ def test_bytes_are_written_as_people_do():
     ]
     assert memory.available("cpu") > 2**20
     assert liveness.bytes_of({"a": np.zeros((3, 4), np.float32), "b": jax.random.key(0)}) == 56
+
+
+def test_measured_rounds_are_counted_and_do_not_grow_with_samples():
+    def of(**peel):
+        return memory.plan(config(peel=PeelConfig(every=1, class_samples=1, **peel)))
+
+    plain, one, two = memory.plan(config()), of(clients=1), of(clients=2)
+    assert not any("probe" in p.name for p in plain.parts)
+    model = params(config())
+    assert part(one, "models of 1 measured").device == 3 * model
+    assert part(two, "models of 2 measured").device == 6 * model
+    assert 0 < part(one, "the probe's").device <= part(two, "the probe's").device
+    few, many = (of(clients=1, samples=count) for count in (160, 1000))  # from two batches on
+    assert part(few, "the probe's").device * 1.2 >= part(many, "the probe's").device
+    everything = of(clients=2, chimeras=True, others=True, finetune=1)
+    assert everything.peak >= two.peak > plain.peak
+    assert part(everything, "test images that the probe").device > 0
