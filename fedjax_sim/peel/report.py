@@ -2,9 +2,9 @@
 
 from fedjax_sim.peel import report
 
-report.draw("runs/a")                          # figures/peel in the run's folder
-report.draw(["runs/a", "runs/b"], "out")       # seeds pooled, others compared
-report.draw("experiments/layer_peeled/pacs.yaml")  # a sweep's finished runs, whatever their models
+report.draw("runs/a")                     # figures/peel in the run's folder
+report.draw(["runs/a", "runs/b"], "out")  # seeds pooled, others compared
+report.draw("study.yaml")                 # a sweep's finished runs, whatever their models
 """
 
 import csv
@@ -75,11 +75,8 @@ def _draw_one(
     written, shown, missing = [], {}, {}
     for name, make in pictures.PICTURES.items():
         paths = [home.path / f"{name}.{suffix}" for suffix in ("png", "pdf")]
-        more = (
-            {"round_index": round_index}
-            if make in (pictures.by_layer, pictures.causes, pictures.stitched)
-            else {}
-        )
+        of_one_round = make in (pictures.by_layer, pictures.causes, pictures.stitched)
+        more = {"round_index": round_index} if of_one_round else {}
         try:
             figure = make(found, **more)
         except Missing as error:

@@ -4,15 +4,18 @@ import csv
 import dataclasses
 import io
 import math
+import shutil
+import textwrap
 
 import numpy as np
 import pytest
 
 import fedjax_sim as fs
+from fedjax_sim import sweep_files
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.peel import analysis, cfd, degradation, pictures, report
-from fedjax_sim.peel.groups import groups
+from fedjax_sim.peel.groups import families, groups
 from fedjax_sim.records import Row, Table
 
 LAYERS = ("fc1", "fc2", "fc3")
@@ -272,6 +275,46 @@ def test_default_places(folders, seeds, tmp_path, monkeypatch):
         report.draw(seeds, tmp_path / "file")
 
 
+def test_groups_of_other_models_have_folders_of_their_own_and_one_overview(seeds, tmp_path, monkeypatch):
+    only(monkeypatch, pictures.causes)
+    rows = [row._replace(layer=row.layer and f"{row.layer}b") for row in seeds[0].metrics]
+    deeper = with_rows(seeds[0], rows, model=fs.ModelConfig("mlp", options={"hidden": [9, 9]}))
+    with pytest.raises(UserError, match="different layers"):
+        groups([*seeds, deeper])
+    assert [len(family) for family in families([*seeds, deeper])] == [1, 1]
+    report.draw([*seeds, deeper], tmp_path)
+    assert (tmp_path / "overview.md").exists()
+    assert len(list(tmp_path.glob("*/causes.png"))) == len(list(tmp_path.glob("*/report.md"))) == 2
+    monkeypatch.setattr(report, "MOST", 1)
+    several = [with_rows(seeds[0], seeds[0].metrics, local=local_of(rate)) for rate in (0.2, 0.3)]
+    report.draw([*seeds, *several], tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*/causes.png"))) == 3
+
+
+def local_of(rate):
+    return fs.LocalConfig(epochs=2, batch_size=20, lr=rate)
+
+
+def test_a_sweeps_file_stands_for_its_finished_runs(folders, tmp_path):
+    text = f"""
+    base: {{rounds: 3, model: {{name: mlp}}}}
+    methods: {{A: {{algorithm: fedavg}}, B: {{algorithm: fedmr}}}}
+    seeds: [0, 1]
+    out: {tmp_path / "study"}
+    """
+    (tmp_path / "study.yaml").write_text(textwrap.dedent(text))
+    with pytest.raises(UserError, match="none of its runs is finished"):
+        groups(tmp_path / "study.yaml")
+    jobs = sweep_files.load(tmp_path / "study.yaml").jobs
+    for job in jobs:
+        if job.method == "A":
+            shutil.copytree(folders[job.seed], job.config.output.dir)
+    found = groups(tmp_path / "study.yaml")
+    assert [(group.name, len(group.runs)) for group in found] == [("A", 2)]
+    report.draw(tmp_path / "study.yaml")
+    assert (tmp_path / "study" / "peel" / "report.md").exists()
+
+
 def test_what_was_not_recorded_is_left_out_and_said(seeds, tmp_path, monkeypatch):
     only(monkeypatch, pictures.causes, pictures.accuracy)
     report.draw(seeds[0], tmp_path)
@@ -316,13 +359,14 @@ def test_mistakes_are_said_once(seeds, tmp_path):
     for given, says in (
         (unprobed, r"no records of the layer-peeled probe.*--peel\.every"),
         (half, "2 of its 3 rounds.*resume"),
-        ([seeds[0], other], "different layers.*one model"),
         ([seeds[0], seeds[0]], "same seed, 0"),
         ([], "no run"),
         (tmp_path / "nowhere", "no such folder"),
     ):
         with pytest.raises(UserError, match=says):
             report.draw(given, tmp_path / "out")
+    with pytest.raises(UserError, match=r"different layers.*one model"):
+        pictures.by_layer([seeds[0], other])
     with pytest.raises(UserError, match="It was in 1, 2, 3"):
         report.draw(seeds, tmp_path / "out", round_index=7)
     assert not (tmp_path / "out").exists()
