@@ -79,7 +79,7 @@ TABLE: dict[str, Entry] = {
         VGG,
         "a plain CNN for layer-peeled studies, six 3x3 convolutions and two dense layers, no normalisation "
         "unless asked for: 51,666 parameters",
-        ("norm",),
+        ("norm", "weights"),
         _CNN8,
         8,
     ),
@@ -98,7 +98,11 @@ TABLE: dict[str, Entry] = {
     ),
 }
 
-_CHOICES: dict[str, tuple[str, ...]] = {"norm": tuple(norms.KINDS), "pool": ("mean", "cls")}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": tuple(norms.KINDS),
+    "pool": ("mean", "cls"),
+    "weights": ("torch", "kaiming"),
+}
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
