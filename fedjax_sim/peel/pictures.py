@@ -65,6 +65,7 @@ def by_layer(given: Given, round_index: int | None = None) -> Figure:
     if not chosen:
         raise _missing("by_layer", here, wanted)
     states = list(dict.fromkeys(state for part in here for name in chosen for state in part.states(name)))
+    states = [state for state in states if state != "start"]  # `after` of the round before, mostly
     figure, axes = plots.new_figure(*plots.grid_shape(len(chosen)), **_size(here[0], 4.0))
     for axis, metric in zip(axes.flat, chosen, strict=False):
         for place, (group, part) in enumerate(zip(found, here, strict=True)):
