@@ -23,3 +23,14 @@ def test_commands_exist(capsys):
     told = capsys.readouterr().out
     for command in set(re.findall(r"^fedjax-sim (\w+)", TEXT, flags=re.MULTILINE)):
         assert f"\n  {command} " in told
+
+
+def test_flags_exist():
+    """Of every `fedjax-sim run` and `plan`, whatever file it starts from."""
+    from fedjax_sim import flags
+
+    lines = re.findall(r"^fedjax-sim (?:run|plan) ([^#>\n]*)", TEXT, flags=re.MULTILINE)
+    asked = [[word for word in line.split() if not word.endswith(".yaml")] for line in lines]
+    assert any("--peel.chimeras" in words for words in asked)
+    for words in asked:
+        flags.parse(words, "run", "", {"print-config": ""})
