@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.algorithms.base import LocalRule, cross_entropy
 from fedjax_sim.peel import moments
 from fedjax_sim.peel.forward import tidy
-from fedjax_sim.peel.probe import Probe
+from fedjax_sim.peel.probe import Probe, leaf_at
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
@@ -133,9 +133,7 @@ class Finetuning:
 
         (right, loss), found = forward.over(measured, pool, seen, added)
         count = measured["count"].astype(jnp.float32)
-        kernel = model["params"]
-        for name in forward.model.peel_points[-1].kernel:
-            kernel = kernel[name]
+        kernel = leaf_at(model["params"], forward.model.peel_points[-1].kernel)
         figures = self.probe.angles(found, kernel, forward.shapes()[-1])
         return {"peel_accuracy": right / count, "peel_loss": loss / count} | {
             name: figures[name] for name in FIGURES

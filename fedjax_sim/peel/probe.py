@@ -132,7 +132,7 @@ class Probe:
         ):
             covariance = jnp.concatenate([pair.xx[1:2], pair.yy[1:]])
             one = partial(self._figures, shape=shape)
-            kernels = _leaf(models["params"], point.kernel)
+            kernels = leaf_at(models["params"], point.kernel)
             figures.append(jax.lax.map(lambda args, one=one: one(*args), (moment, covariance, kernels)))
         for name in figures[0]:
             out[name] = jnp.stack([of_layer[name] for of_layer in figures], 1)
@@ -264,7 +264,7 @@ class Probe:
         spread, agreement = [], []
         for point in self.forward.model.peel_points:
             start, before, after = (
-                _leaf(tree["params"], point.kernel).astype(jnp.float32)
+                leaf_at(tree["params"], point.kernel).astype(jnp.float32)
                 for tree in (witness.start, witness.before, witness.after)
             )
             norm = lambda a: jnp.sqrt((a * a).reshape(len(a), -1).sum(1))  # noqa: E731
@@ -352,7 +352,8 @@ def _cosine(a, b):
     return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(a.dtype))
 
 
-def _leaf(tree, path):
+def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:
+    """What lies at a path of a nested mapping."""
     for key in path:
         tree = tree[key]
     return tree

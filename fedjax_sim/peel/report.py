@@ -223,7 +223,7 @@ def _home(given: Given, found: Sequence[Group]) -> Path:
 
 
 def _slug(part: Sequence[Group]) -> str:
-    """A folder's name for some groups: what their names begin with in common, or the first's."""
+    """A folder's name for some groups: the first's, and how many more there are."""
     names = [group.name for group in part]
     name = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
     return re.sub(r"[^A-Za-z0-9.=%-]+", "_", name).strip("_")
