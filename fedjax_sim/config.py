@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from fedjax_sim import algorithms
+from fedjax_sim.algorithms.base import AlgorithmConfig
 from fedjax_sim.data import PartitionConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
@@ -247,6 +248,33 @@ class PeelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InertiaConfig:
+    """How far layers move, and what a merge gains; `fedjax_sim.inertia` says what comes of it.
+
+    Attributes:
+      measure: record every round how far each layer of the deployed model moved, and clients' gradients.
+      reference: the round, from 1, whose deployed model displacements are measured from.
+      every: rounds between measurements of aggregation effectiveness (the first round is measured too); 0
+        never.
+      clients: how many of a round's clients it is measured on; the probe's, where `peel` measures that round.
+      samples: of each client's own test samples, and of the global test set, at most.
+    """
+
+    measure: bool = False
+    reference: int = 3
+    every: int = 0
+    clients: int = 16
+    samples: int = 500
+
+    def __post_init__(self):
+        check(self, "inertia.")
+        at_least("inertia.reference", self.reference, 1)
+        at_least("inertia.every", self.every, 0)
+        at_least("inertia.clients", self.clients, 1)
+        at_least("inertia.samples", self.samples, 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class InitialConfig:
     """What the first round starts from.
 
@@ -348,6 +376,7 @@ class RunConfig:
       cohort: how many take part.
       evaluation: what is measured of the deployed model.
       peel: what is measured of every layer, before against after the merge.
+      inertia: what is measured of layers' movement from round to round, and of the merge's gain.
       execution: layout; speed only.
       output: what is written.
     """
@@ -358,24 +387,25 @@ class RunConfig:
     data: DataConfig = DataConfig()
     partition: PartitionConfig = dataclasses.field(default_factory=lambda: PartitionConfig(clients=20))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    algorithm: Any = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
+    algorithm: AlgorithmConfig = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
     initial: InitialConfig = InitialConfig()
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
     cohort: CohortConfig = CohortConfig(fraction=0.5)
     evaluation: EvaluationConfig = EvaluationConfig()
     peel: PeelConfig = PeelConfig()
+    inertia: InertiaConfig = InertiaConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()
 
     def __post_init__(self):
-        check(self)
-        if not hasattr(self.algorithm, "build"):
+        if not isinstance(self.algorithm, AlgorithmConfig):
             raise UserError(
                 "algorithm",
                 self.algorithm,
                 "is no algorithm's configuration",
                 "Give one with a `build(context)` method, such as FedAvg().",
             )
+        check(self)
         _check_version(self.version)
         at_least("rounds", self.rounds, 1)
         within("seed", self.seed, 0, 2**31 - 1)
@@ -416,8 +446,8 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
         if key not in names:
             raise UserError(dotted, value, "no such field", nearest(str(key), names))
         inner = values.get(key)
-        if cls is RunConfig and key == "algorithm":
-            values[key] = _algorithm(value, inner)
+        if hints[key] is AlgorithmConfig:
+            values[key] = _algorithm(value, dotted, inner)
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)
         else:
@@ -467,19 +497,17 @@ def _check_version(version: Any) -> None:
         )
 
 
-def _algorithm(value: Any, base: Any) -> Any:
+def _algorithm(value: Any, path: str, base: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        raise UserError(
-            "algorithm", value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`."
-        )
+        raise UserError(path, value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`.")
     fields = dict(value)
     name = fields.pop("name", None if base is None else algorithms.name_of(base))
     if not isinstance(name, str) or name not in algorithms.CONFIGS:
-        raise UserError("algorithm.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
+        raise UserError(f"{path}.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
     cls = algorithms.CONFIGS[name]
-    return from_dict(fields, cls, "algorithm.", base if isinstance(base, cls) else None)
+    return from_dict(fields, cls, f"{path}.", base if isinstance(base, cls) else None)
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.models.base import Model
 from fedjax_sim.placement import sharded
+from fedjax_sim.programs import Program
 from fedjax_sim.stacked import AXIS
 
 
@@ -56,7 +57,7 @@ class Evaluator:
             return jax.device_put(whole, sharded(self.mesh, devices))
 
         object.__setattr__(self, "_data", (place(self.images), place(self.labels)))
-        object.__setattr__(self, "_forward", jax.jit(self._compiled))
+        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh))
 
     def __call__(self, variables: Any) -> tuple[jax.Array, jax.Array]:
         """One model on all images. -> (loss f32[n], predicted class i32[n]), on the device."""
@@ -97,7 +98,7 @@ class ClientEvaluator:
     _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "_forward", jax.jit(self._compiled))
+        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh))
 
     def __call__(self, variables: Any, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Model c on the samples indices[c].
@@ -113,28 +114,43 @@ class ClientEvaluator:
         return self._forward(put(variables), put(indices), self.images, self.labels)
 
     def _compiled(self, variables, indices, images, labels):
-        width = indices.shape[1]
-        batch = max(1, min(self.batch_size, width))
-        padded = -(-width // batch) * batch
-        indices = jnp.pad(indices, ((0, 0), (0, padded - width)))
+        settings = self.model, self.preprocessing, self.mesh, self.batch_size
+        return of_clients(*settings, variables, indices, images, labels)
 
-        def client(args, images, labels):
-            own, index = args
 
-            def one(chosen):
-                return _forward(self.model, self.preprocessing, own, images[chosen], labels[chosen])
+def of_clients(
+    model: Model,
+    preprocessing: Preprocessing,
+    mesh: Mesh,
+    batch_size: int,
+    variables: Any,
+    indices: jax.Array,
+    images: jax.Array,
+    labels: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """What `ClientEvaluator` computes, as a function to be traced; arguments as there."""
+    width = indices.shape[1]
+    batch = max(1, min(batch_size, width))
+    padded = -(-width // batch) * batch
+    indices = jnp.pad(indices, ((0, 0), (0, padded - width)))
 
-            return jax.lax.map(one, index.reshape(-1, batch))
+    def client(args, images, labels):
+        own, index = args
 
-        run = jax.shard_map(
-            lambda v, i, x, y: jax.lax.map(lambda args: client(args, x, y), (v, i)),
-            mesh=self.mesh,
-            in_specs=(P(AXIS), P(AXIS), P(), P()),
-            out_specs=P(AXIS),
-            check_vma=False,
-        )
-        losses, predicted = run(variables, indices, images, labels)
-        return losses.reshape(-1, padded)[:, :width], predicted.reshape(-1, padded)[:, :width]
+        def one(chosen):
+            return _forward(model, preprocessing, own, images[chosen], labels[chosen])
+
+        return jax.lax.map(one, index.reshape(-1, batch))
+
+    run = jax.shard_map(
+        lambda v, i, x, y: jax.lax.map(lambda args: client(args, x, y), (v, i)),
+        mesh=mesh,
+        in_specs=(P(AXIS), P(AXIS), P(), P()),
+        out_specs=P(AXIS),
+        check_vma=False,
+    )
+    losses, predicted = run(variables, indices, images, labels)
+    return losses.reshape(-1, padded)[:, :width], predicted.reshape(-1, padded)[:, :width]
 
 
 def _forward(model, preprocessing, variables, images, labels):

@@ -81,7 +81,7 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
         if text and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 return float(value)
-    elif dataclasses.is_dataclass(hint) and isinstance(value, typing.cast(type, hint)):
+    elif isinstance(value, typing.cast(type, hint)):
         return value
     wanted = getattr(hint, "__name__", str(hint))
     raise UserError(

@@ -17,6 +17,7 @@ import yaml
 
 from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
+from fedjax_sim.algorithms.base import AlgorithmConfig
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
@@ -26,7 +27,7 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     """A RunConfig from `[FILE.yaml] [--flags]`, and which of the switches `extra` were set.
 
     The file gives the defaults, flags override. `--algorithm NAME` chooses the algorithm, whose own fields
-    are then flags too.
+    are then flags too; `--algorithm.inner NAME` likewise the one inside, of an algorithm that wraps another.
 
     Args:
       argv: what the user typed after the subcommand.
@@ -49,9 +50,12 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     base = RunConfig()
     if words and not words[0].startswith("-"):
         base = config_lib.load(words.pop(0))
-    name, words = _algorithm_of(words)
+    name, words = _named_by("--algorithm", words)
     if name is not None:
         base = config_lib.from_dict({"algorithm": {"name": name}}, base=base)
+    name, words = _named_by("--algorithm.inner", words)
+    if name is not None:
+        base = config_lib.from_dict({"algorithm": {"inner": {"name": name}}}, base=base)
     named = algorithms.name_of(base.algorithm)
     told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
         f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
@@ -76,12 +80,12 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     return config_lib.from_dict(given, base=base), switches
 
 
-def _algorithm_of(words: list[str]) -> tuple[str | None, list[str]]:
-    """Takes `--algorithm NAME` (also `--algorithm.name`, and with `=`) out of the words."""
+def _named_by(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--algorithm NAME` (that option, also `--algorithm.name`, and with `=`) out of the words."""
     name, rest, i = None, [], 0
     while i < len(words):
         flag, equals, value = words[i].partition("=")
-        if flag in ("--algorithm", "--algorithm.name"):
+        if flag in (option, f"{option}.name"):
             if not equals:
                 i += 1
                 value = words[i] if i < len(words) else ""
@@ -106,7 +110,7 @@ def _form(cls: type, base: Any, path: str) -> type:
     fields = []
     for field in dataclasses.fields(cls):
         value, name = getattr(base, field.name), f"{path}{field.name}"
-        if name == "algorithm" or dataclasses.is_dataclass(hints[field.name]):
+        if hints[field.name] is AlgorithmConfig or dataclasses.is_dataclass(hints[field.name]):
             inner = _form(type(value), value, f"{name}.")
             fields.append((field.name, inner, dataclasses.field(default_factory=inner)))
             continue

@@ -18,9 +18,8 @@ from fedjax_sim import placement
 from fedjax_sim.algorithms.base import Batch, Cohort
 from fedjax_sim.config import RunConfig
 from fedjax_sim.liveness import bytes_of, leaf_bytes, peak_bytes
-from fedjax_sim.peel import Peeling
 from fedjax_sim.rounds import Witness
-from fedjax_sim.simulation import Setup, Simulation, draw_cohort, prepare
+from fedjax_sim.simulation import Setup, Simulation, draw_cohort, instruments, prepare, watch
 from fedjax_sim.streams import root
 from fedjax_sim.training import Shard, make_optimizer
 
@@ -287,6 +286,12 @@ def _round_parts(setup: Setup) -> list[Part]:
     lane = one + memory + bytes_of(extra) + bytes_of(kept)
     text = f"a wave's models and optimisers ({lanes} a device)"
     parts.append(Part(text, lanes * lane, lanes * lane * devices, "round", "a smaller execution.wave"))
+    if setup.trainer.gradients or algorithm.local.gradient is not None:
+        size = lanes * bytes_of(variables["params"])
+        text = "a wave's last gradients"
+        parts.append(Part(text, size, size * devices, "round", "a smaller execution.wave"))
+    if setup.meters:
+        parts.append(Part("meters' sums", 2 * one, 2 * one * devices, "round", "inertia.measure = false"))
     step = lanes * step_bytes(setup, variables, extra)
     remedy = "a smaller execution.wave, or a smaller local.batch_size"
     parts.append(Part("a wave's activations and gradients", step, step * devices, "round", remedy))
@@ -343,7 +348,7 @@ def _evaluation_parts(setup: Setup) -> list[Part]:
 
 def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     """What measured rounds need besides, from the traced observers."""
-    if not setup.config.peel.every:
+    if not (setup.config.peel.every or setup.config.inertia.every):
         return []
     held = 0
 
@@ -353,9 +358,9 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
         return _abstract(array.shape, array.dtype)
 
     mesh = placement.make_mesh(setup.devices)
-    peeling = Peeling(setup.config, setup.dataset, setup.partition, setup.trainer, mesh, put)
+    due = instruments(setup, mesh, put)  # all of them are, in the first round
     ids = draw_cohort(setup.config.seed, 0, setup.num_clients, setup.cohort_size)
-    watched = peeling.watched(ids)
+    watched: Any = watch(due, ids)
     count = len(watched.slots)
     variables, population = _shapes(setup)[0], setup.population
     models = jax.tree.map(lambda leaf: _abstract((count, *leaf.shape), leaf.dtype), variables)
@@ -368,13 +373,14 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     with jax.set_mesh(mesh):
         peak = max(
             peak_bytes(jax.make_jaxpr(observer.observe)(witness, watched.given[name], shard))
-            for name, observer in peeling.observers.items()
+            for instrument in due
+            for name, observer in instrument.observers.items()
         )
     stacks = 3 * bytes_of(models)
-    remedy = "a smaller peel.clients"
+    remedy = "a smaller peel.clients or inertia.clients"
     copies = 1 if platform == "cpu" else setup.devices
     return [
-        Part("test images that the probe reads", held, held * copies, "always", "peel.split = train"),
+        Part("test images that observers read", held, held * copies, "always", "peel.split = train"),
         Part(f"models of {count} measured clients", stacks, stacks * setup.devices, "round", remedy),
         Part(f"models of {count} clients at the probe", stacks, stacks * setup.devices, "probe", remedy),
         Part("the probe's features and moments", peak, peak * setup.devices, "probe", remedy),

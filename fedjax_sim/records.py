@@ -59,6 +59,13 @@ class Row(NamedTuple):
     state: str = ""
 
 
+def tidy(number: int, metric: str, value: float, **where: Any) -> Row:
+    """A row of round `number`; for a value that is not defined one that says so."""
+    if math.isfinite(value):
+        return Row(number, metric, float(value), **where)
+    return Row(number, f"undefined/{metric}", 1.0, **where)
+
+
 def finite(rows: Iterable[Row]) -> list[Row]:
     """The rows, those with a value that is not finite renamed and coded as this module's docstring says."""
     out = []

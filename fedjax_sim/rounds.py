@@ -5,7 +5,8 @@ needs only the mean gets it accumulated wave by wave, so that K models never exi
 differ by slot are trained in place.
 
 An observer sees, inside the same program, what some of the clients had before the merge and hold after it; a
-round that none of them measures is a program without them.
+round that none of them measures is a program without them. A meter sees every round, and all clients one wave
+at a time.
 """
 
 import dataclasses
@@ -35,10 +36,12 @@ class ServerState:
     Attributes:
       algorithm: the algorithm's own state.
       clients: what clients keep between rounds, [N, …] leaves; empty for stateless clients.
+      meters: name of each meter -> what it carries.
     """
 
     algorithm: Any
     clients: Any
+    meters: Any = struct.field(default_factory=dict)
 
 
 @struct.dataclass
@@ -100,6 +103,44 @@ class Observer(Protocol):
         ...
 
 
+class Meter(Protocol):
+    """A diagnostic of every round and all its clients. All functions are traced.
+
+    Attributes:
+      gradients: whether it looks at gradients; else it is given None.
+    """
+
+    @property
+    def gradients(self) -> bool:
+        """See the class."""
+        ...
+
+    def init(self, deployed: Any) -> Any:
+        """What it carries from round to round, before the first; `deployed`: the initial model."""
+        ...
+
+    def each(self, start: Any, trained: Any, gradient: Any) -> Any:
+        """Of one client, whose last step had this gradient: a pytree of few numbers."""
+        ...
+
+    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
+        """Of one client: what is wanted as a mean over clients, a pytree of the size of a model or so."""
+        ...
+
+    def read(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
+        """(what it carries on, what it says of the round).
+
+        Args:
+          carried: from the round before.
+          cohort: of the round.
+          old: the deployed model before the round.
+          new: the deployed model after it.
+          each: [K, …], zero where an update was left out.
+          mean: of `share` over the clients that were not left out; zero if there are none.
+        """
+        ...
+
+
 @struct.dataclass
 class RoundOutputs:
     """What a round says of itself.
@@ -108,7 +149,7 @@ class RoundOutputs:
       loss: f32[K], mean training loss of each client.
       included: bool[K], False where an update was not finite.
       metrics: the algorithm's own scalars.
-      observed: name -> what an observer measured.
+      observed: name -> what an observer or a meter measured.
     """
 
     loss: jax.Array
@@ -126,7 +167,8 @@ class Round:
       trainer: local training.
       mesh: devices.
       in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
-      observers: name -> diagnostic.
+      observers: name -> diagnostic of the rounds that it is asked for.
+      meters: name -> diagnostic of every round.
     """
 
     algorithm: Algorithm
@@ -134,6 +176,7 @@ class Round:
     mesh: Mesh
     in_order: bool
     observers: Mapping[str, Observer] = dataclasses.field(default_factory=dict)
+    meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict)
 
     def __call__(
         self,
@@ -151,27 +194,44 @@ class Round:
           watched: what the observers that measure this round ask for.
         """
         cohort = inputs.cohort
-        key = stream(inputs.key, SERVER, cohort.round)
-        starts = self.algorithm.dispatch(state.algorithm, cohort, stream(key, _DISPATCH))
+        starts = self._dispatched(state.algorithm, cohort, inputs)
         kept = stacked.take_rows(state.clients, cohort.ids)
-        results, kept, seen = self._train(starts, kept, inputs, shard, watched)
-        merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, stream(key, _MERGE))
+        results, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
+        key = stream(stream(inputs.key, SERVER, cohort.round), _MERGE)
+        merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
-        observed = {}
+        observed, meters = {}, {}
         if watched is not None:
             ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
             start, before = seen
             after = self.algorithm.held(merged, watched.slots, ids)
+            if self.trainer.rule.receive is not None:
+                upcoming = Cohort(cohort.ids, cohort.counts, cohort.round + 1)
+                broadcast = self._dispatched(merged, upcoming, inputs).broadcast
+                keys = self.trainer.keys(stream(inputs.key, CLIENTS, upcoming.round), ids, shard.streams)
+                after = self.trainer.receive(after, broadcast, stacked.take_rows(clients, ids), keys)
             them = Cohort(ids, counts, cohort.round)
             witness = Witness(them, start, before, after, inputs.lr, inputs.key)
             for name, given in watched.given.items():
                 observed[name] = self.observers[name].observe(witness, given, shard)
-        return ServerState(merged, clients), RoundOutputs(results.loss, results.included, metrics, observed)
+        if self.meters:
+            old, new = self.algorithm.deploy(state.algorithm), self.algorithm.deploy(merged)
+            for name, (each, mean) in readings.items():
+                meters[name], observed[name] = self.meters[name].read(
+                    state.meters[name], cohort, old, new, each, mean
+                )
+        outputs = RoundOutputs(results.loss, results.included, metrics, observed)
+        return ServerState(merged, clients, meters), outputs
+
+    def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:
+        """What this cohort starts from in its round."""
+        key = stream(stream(inputs.key, SERVER, cohort.round), _DISPATCH)
+        return self.algorithm.dispatch(state, cohort, key)
 
     def _train(
         self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard, watched: Watched | None
-    ) -> tuple[Results, Any, Any]:
-        """(what came back, what clients keep, (start, trained) of the watched slots: [m, …] each)."""
+    ) -> tuple[Results, Any, Any, dict[str, Any]]:
+        """What came back, what clients keep, (start, trained) of the watched slots, meters' (each, mean)."""
         cohort, plan = inputs.cohort, inputs.plan
         own, same = P(AXIS), P()
         weigh = self.algorithm.weights
@@ -201,10 +261,10 @@ class Round:
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
             in_specs=(same if starts.shared else own, same, own, own, same, same, same, own),
-            out_specs=(own, same, own, same),
+            out_specs=(own, same, own, same, same),
             check_vma=False,
         )
-        models, mean, rest, seen = run(
+        models, mean, rest, seen, means = run(
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
             lanes,
@@ -214,11 +274,13 @@ class Round:
             shard,
             rank,
         )
-        if watched is not None and starts.shared:
+        if watched is not None and seen[0] is None:
             seen = (stacked.broadcast(starts.models, count), seen[1])
-        kept, uploads, loss, included = rest
+        kept, uploads, loss, included, each = rest
         loss, included = _take(loss, plan.places), _take(included, plan.places)
-        return Results(back(models), mean, back(uploads), included, loss), back(kept), seen
+        each = jax.tree.map(lambda leaf: _take(leaf, plan.places), each)
+        readings = {name: (each[name], means[name]) for name in self.meters}
+        return Results(back(models), mean, back(uploads), included, loss), back(kept), seen, readings
 
     def _on_device(self, shared, watched, start, broadcast, lanes, bounds, lr, key, shard, rank):
         """One device's waves. Leaves of `lanes` and `rank` lead with S places; bounds: i32[W]."""
@@ -236,17 +298,21 @@ class Round:
         lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
         # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
-        seen = (None if shared else rows, rows) if watched else None
+        same = shared and trainer.rule.receive is None
+        seen = (None if same else rows, rows) if watched else None
+        metered = self._nothing_read(one)
 
         def wave(carry, w):
-            models, total, weight, seen = carry
+            models, total, weight, seen, metered = carry
             cut = lambda tree: jax.tree.map(  # noqa: E731
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
-            trained, kept, uploads, loss, finite = trainer.train_wave(
-                begin, broadcast, own, bounds[w], lr, shard
+            received = trainer.receive(begin, broadcast, own.kept, own.keys)
+            trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
+                received, broadcast, own, bounds[w], lr, shard
             )
+            metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
             # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
             # for which XLA then copies all slots, as it also reads them.
             trained, kept = jax.lax.cond(
@@ -271,14 +337,14 @@ class Round:
             if watched:
                 where = jax.lax.dynamic_slice_in_dim(rank, w * width, width)
                 seen = (
-                    None if shared else _written(seen[0], where, begin),
+                    None if same else _written(seen[0], where, received),
                     _written(seen[1], where, trained),
                 )
-            return (models, total, weight, seen), (kept, uploads, loss, finite)
+            return (models, total, weight, seen, metered), (kept, uploads, loss, finite, each)
 
         numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
-        (models, total, weight, seen), rest = jax.lax.scan(
-            wave, (models, total, jnp.float32(0), seen), numbers
+        (models, total, weight, seen, metered), rest = jax.lax.scan(
+            wave, (models, total, jnp.float32(0), seen, metered), numbers
         )
         rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
         mean = None
@@ -288,7 +354,33 @@ class Round:
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
         seen = jax.tree.map(lambda leaf: jax.lax.psum(leaf[:watched], AXIS), seen)
-        return models if self.algorithm.needs_models else None, mean, rest, seen
+        read, sums = jax.lax.psum(metered, AXIS)
+        means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
+        return models if self.algorithm.needs_models else None, mean, rest, seen, means
+
+    def _nothing_read(self, model) -> Any:
+        """(clients read f32[], name -> sum of what a meter shares), before the first wave."""
+        gradient = {name: model["params"] if meter.gradients else None for name, meter in self.meters.items()}
+        shapes = {
+            name: jax.eval_shape(meter.share, model, model, gradient[name])
+            for name, meter in self.meters.items()
+        }
+        return jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+    def _read(self, metered, start, trained, gradient, counted) -> tuple[Any, Any]:
+        """One wave's part of the meters' sums, and what they say of each client: leaves [L, …]."""
+        read, sums = metered
+        each, added = {}, {}
+        for name, meter in self.meters.items():
+            seen = (start, trained, gradient if meter.gradients else None)
+            each[name], share = (jax.vmap(function)(*seen) for function in (meter.each, meter.share))
+            each[name], share = (
+                jax.tree.map(lambda leaf: stacked.select(counted, leaf, jnp.zeros_like(leaf)), part)
+                for part in (each[name], share)
+            )
+            part = stacked.weighted_sum(share, counted.astype(jnp.float32))
+            added[name] = jax.tree.map(jnp.add, sums[name], part)
+        return (read + counted.sum().astype(jnp.float32), added), each
 
     def _move(self, tree, index):
         """Slots to places or back; nothing to do where the two are the same."""

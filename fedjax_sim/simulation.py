@@ -2,22 +2,25 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjax_sim import data, evaluation, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
+from fedjax_sim.inertia import Effectiveness, Movement
 from fedjax_sim.models.base import Model
 from fedjax_sim.peel import Peeling
+from fedjax_sim.programs import Program
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.streams import COHORTS, INIT, root, stream
@@ -85,7 +88,14 @@ class Setup:
             ragged=len(np.unique(self.steps)) > 1,
             partial=bool(np.any(self.population.counts % self.config.local.batch_size)),
             stochastic=self.model.stochastic,
+            gradients=any(meter.gradients for meter in self.meters.values()),
         )
+
+    @functools.cached_property
+    def meters(self) -> dict[str, Any]:
+        """Diagnostics of every round, by name."""
+        wanted = self.config.inertia
+        return {"movement": Movement(self.model, wanted.reference)} if wanted.measure else {}
 
 
 def prepare(
@@ -139,6 +149,52 @@ def prepare(
     return Setup(config, dataset, partition, population, model, record, cohort_size, wave, devices, first)
 
 
+class Instrument(Protocol):
+    """Observers that belong together, when and whom they observe, and the records that come of it.
+
+    Attributes:
+      observers: what is compiled into measured rounds, by name; their rows come in this order.
+    """
+
+    observers: dict[str, Any]
+
+    def due(self, number: int) -> bool:
+        """Whether round `number`, from 1, is measured."""
+        ...
+
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        """Whom to watch. i32[K] client ids -> i32[m] slots."""
+        ...
+
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        """What each observer wants at hand for the clients i32[m], by name."""
+        ...
+
+    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+        """The records of round `number`; `given`, `observed`: by the observers' names."""
+        ...
+
+
+def instruments(setup: Setup, mesh: Mesh, put: Callable[[np.ndarray], Any]) -> list[Instrument]:
+    """Those that the configuration asks for. `put` places an array on all devices."""
+    config, dataset, partition = setup.config, setup.dataset, setup.partition
+    made: list[Instrument] = []
+    if config.peel.every:
+        made.append(Peeling(config, dataset, partition, setup.trainer, mesh, put))
+    if config.inertia.every:
+        made.append(Effectiveness(config, setup.model, dataset, partition, mesh, put))
+    return made
+
+
+def watch(due: Sequence[Instrument], cohort: np.ndarray) -> Watched | None:
+    """What is asked of a round: all observers look at the clients that the first instrument chooses."""
+    if not due:
+        return None
+    slots = due[0].slots(cohort)
+    given = [instrument.given(cohort[slots]) for instrument in due]
+    return Watched(cast(jax.Array, slots), {name: g for part in given for name, g in part.items()})
+
+
 class Simulation:
     """A federated run: `for rows in simulation.advance(): …`, or `simulation.run()`.
 
@@ -164,20 +220,17 @@ class Simulation:
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
         put = partial(placement.put_replicated, mesh=self.mesh)
-        self._peeling = None
-        if setup.config.peel.every:
-            self._peeling = Peeling(
-                setup.config, setup.dataset, setup.partition, self._trainer, self.mesh, put
-            )
-        observers = {} if self._peeling is None else self._peeling.observers
-        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers)
+        self._instruments = instruments(setup, self.mesh, put)
+        observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
+        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
         streams = None if population.streams is None else put(population.streams)
         self.shard = Shard(put(population.images), put(population.labels), put(population.indices), streams)
         self._shardings = self._state_shardings()
         if not initial.begun(setup.config):
             self.state = self._initial_state()
-        self.program = jax.jit(
+        self.program = Program(
             _named(self._function),
+            self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
@@ -201,7 +254,11 @@ class Simulation:
         clients = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self.setup.num_clients, *jnp.shape(leaf))), one
         )
-        return ServerState(self.setup.algorithm.init(stream(key, 1), variables), clients)
+        state = self.setup.algorithm.init(stream(key, 1), variables)
+        deployed = self.setup.algorithm.deploy(state)
+        meters = {name: meter.init(deployed) for name, meter in self.setup.meters.items()}
+        # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
+        return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
 
     def _state_shardings(self) -> ServerState:
         shapes = jax.eval_shape(self._make_state, root(0))
@@ -212,7 +269,7 @@ class Simulation:
             shapes.algorithm,
         )
         clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
-        return ServerState(inner, clients)
+        return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
 
     def _initial_state(self) -> ServerState:
         key, variables = stream(self._key, INIT), initial.variables(self.setup)
@@ -263,9 +320,7 @@ class Simulation:
         and `local.non_finite` is stop; the state has moved on by then, without that update.
         """
         inputs, waste = self.inputs(self.round)
-        watched = None
-        if self._peeling is not None and self._peeling.due(self.round + 1):
-            watched = self._peeling.watched(np.asarray(inputs.cohort.ids))
+        watched = watch(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
         with jax.set_mesh(self.mesh):
             self.state, outputs = self.program(self.state, inputs, self.shard, watched)
         self.round += 1
@@ -303,9 +358,17 @@ class Simulation:
             rows.append(Row(number, "train_loss", float(loss @ weights / weights.sum())))
         rows += [Row(number, "left_out", 1.0, client=int(c)) for c in ids[~included]]
         rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
-        if self._peeling is not None and watched is not None:
-            rows += self._peeling.rows(number, ids, watched, fetched.observed)
+        for name, meter in self.setup.meters.items():
+            rows += meter.rows(number, fetched.observed[name])
+        if watched is not None:
+            them = ids[np.asarray(watched.slots)]
+            for instrument in self._due(number):
+                rows += instrument.rows(number, them, watched.given, fetched.observed)
         return rows
+
+    def _due(self, number: int) -> list[Instrument]:
+        """The instruments that measure round `number`, from 1."""
+        return [instrument for instrument in self._instruments if instrument.due(number)]
 
     def due(self) -> bool:
         """Whether the model as it now is should be evaluated."""
@@ -410,7 +473,7 @@ class Simulation:
                 placement.put_replicated(labels, self.mesh),
                 setup.config.evaluation.batch_size,
             )
-            self._evaluators["personal_of"] = jax.jit(setup.algorithm.personal)
+            self._evaluators["personal_of"] = Program(setup.algorithm.personal, self.mesh)
         width = max(len(part) for part in own)
         table = np.zeros((len(own), width), np.int32)
         for row, part in zip(table, own, strict=True):

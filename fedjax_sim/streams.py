@@ -5,9 +5,9 @@ Nothing depends on the order of execution, so neither waves, devices nor a resum
 
 import jax
 
-INIT, SERVER, CLIENTS, COHORTS, PEEL = range(5)
+INIT, SERVER, CLIENTS, COHORTS, PEEL, INERTIA = range(6)
 """First number below the run's key: initial model; server by round; clients by round and id; who is drawn;
-whom and what the layer-peeled probe measures."""
+whom and what diagnostics measure: the layer-peeled probe, and effectiveness."""
 
 
 def root(seed: int) -> jax.Array:

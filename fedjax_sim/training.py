@@ -10,6 +10,7 @@ named in it by its id, or by the stream that the partition gives it.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.streams import CLIENTS, root, stream
 
-_ORDER, _STEP = 0, 1  # below a client's key: the order of its samples; augmentation and dropout
+_ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
 
 # --- the order of samples -----------------------------------------------------------------------------
@@ -161,6 +162,8 @@ class Trainer:
       ragged: some clients of the population take more steps than others.
       partial: some client has a last batch that is not full.
       stochastic: the model has dropout, and so needs a key each step.
+      gradients: every round's clients hand over the gradient of their last step, for diagnostics; else only
+        those of rounds in which the rule asks for it.
     """
 
     model: Model
@@ -171,6 +174,7 @@ class Trainer:
     ragged: bool
     partial: bool
     stochastic: bool
+    gradients: bool = False
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -193,16 +197,35 @@ class Trainer:
           indices: i32[N, n_max].
           streams: i32[N], as in `Shard`.
         """
-        numbers = lanes.ids if streams is None else streams[lanes.ids]
-        keys = jax.vmap(partial(jax.random.fold_in, key))(numbers)
+        keys = self.keys(key, lanes.ids, streams)
         lanes = dataclasses.replace(lanes, keys=keys, rows=indices[lanes.ids])
         return dataclasses.replace(lanes, samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
+
+    def receive(self, sent: Any, broadcast: Any, kept: Any, keys: jax.Array) -> Any:
+        """What clients start from.
+
+        Args:
+          sent: [L, …], the models that were sent to them.
+          broadcast: extra of the algorithm, no lane axis.
+          kept: [L, …], their own state.
+          keys: key[L], theirs in this round.
+        """
+        if self.rule.receive is None:
+            return sent
+        over = _vmapped if len(keys) > 1 else _single
+        receive = over(self.rule.receive, (0, 0, None, 0))
+        return receive(sent, kept["rule"], broadcast, jax.vmap(lambda key: stream(key, _RECEIVE))(keys))
+
+    def keys(self, key: jax.Array, ids: jax.Array, streams: jax.Array | None) -> jax.Array:
+        """Each client's key in a round. key: of the run and round; i32[S], i32[N] as in `Shard` -> key[S]."""
+        numbers = ids if streams is None else streams[ids]
+        return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, shard: Shard):
         """Trains `width` clients to the end.
 
         Args:
-          start: [L, …] models.
+          start: [L, …] models, as received.
           broadcast: extra of the algorithm, no lane axis.
           lanes: the clients.
           bound: i32[], steps of the wave.
@@ -210,7 +233,8 @@ class Trainer:
           shard: the training set.
 
         Returns:
-          (trained, kept, uploads, loss f32[L], finite bool[L]).
+          (trained, kept, uploads, loss f32[L], finite bool[L], gradient of each one's last step, zero or None
+          where nobody asked for it).
         """
         over = _vmapped if self.width > 1 else _single
         batch, counts, keys = self.local.batch_size, lanes.counts, lanes.keys
@@ -225,9 +249,11 @@ class Trainer:
         memory = kept["optimizer"] if self.local.keep_optimizer else over(self.optimizer.init, (0,))(params)
         zeros = jnp.zeros(counts.shape, jnp.float32)
         step = over(self._step, (0, 0, 0, 0, 0, None))
+        wanted = self._wants_gradient(broadcast)
+        last_gradient = None if wanted is None else jax.tree.map(jnp.zeros_like, params)
 
         def body(t, carry):
-            variables, memory, samples, loss_sum, seen = carry
+            variables, memory, samples, loss_sum, seen, last_gradient = carry
             epoch, within = t // per_epoch, t % per_epoch
             if self.local.epochs != 1:  # one epoch gets by with the first order
                 samples = jax.lax.cond(
@@ -242,24 +268,33 @@ class Trainer:
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
             made = self._batch(shard, index, mask, rngs, epoch)
-            new, new_memory, loss = step(variables, memory, made, extra, rngs, lr)
+            new, new_memory, loss, gradient = step(variables, memory, made, extra, rngs, lr)
+            if wanted is not None:
+                here = wanted & (t == total - 1)
+                last_gradient = _written(here, gradient, last_gradient)
             size = mask.sum(1).astype(jnp.float32)
             if self.ragged and self.width > 1:
                 active = t < total
                 new = stacked.select(active, new, variables)
                 new_memory = stacked.select(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
-            return new, new_memory, samples, loss_sum + loss * size, seen + size
+            return new, new_memory, samples, loss_sum + loss * size, seen + size, last_gradient
 
-        trained, memory, _, loss_sum, seen = jax.lax.fori_loop(
-            0, bound, body, (start, memory, lanes.samples, zeros, zeros)
+        trained, memory, _, loss_sum, seen, last_gradient = jax.lax.fori_loop(
+            0, bound, body, (start, memory, lanes.samples, zeros, zeros, last_gradient)
         )
         finite = jnp.isfinite(loss_sum) & _all_finite(trained)
-        rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None))(
-            start, trained, kept["rule"], extra, total, lr
+        rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None, 0))(
+            start, trained, kept["rule"], extra, total, lr, last_gradient
         )
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
-        return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite
+        return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite, last_gradient
+
+    def _wants_gradient(self, broadcast) -> jax.Array | None:
+        """Whether the last gradient is kept in this round, bool[]; None: in none."""
+        if self.gradients:
+            return jnp.asarray(True)
+        return None if self.rule.gradient is None else self.rule.gradient(broadcast)
 
     def _batch(self, shard, index, mask, rngs, epoch) -> Batch:
         """All lanes' samples: one gather, one normalisation. index: i32[L, B] -> leaves [L, B, …]."""
@@ -272,7 +307,7 @@ class Trainer:
         return Batch(pixels, shard.labels[index], mask if self._masked() else None, None, epoch)
 
     def _step(self, variables, memory, batch, extra, rng, lr):
-        """One optimiser step of one client."""
+        """One optimiser step of one client: (model, optimiser's state, loss, gradient)."""
         if self.stochastic:
             batch = batch.replace(rng=jax.random.fold_in(rng, 1))
 
@@ -292,7 +327,8 @@ class Trainer:
         updates, memory = self.optimizer.update(gradient, memory, variables["params"])
         params = jax.tree.map(lambda p, u: p + lr * u, variables["params"], updates)
         new = {**moved, "params": params}
-        return new if moves is None else _where(moves, new, dict(variables)), memory, loss
+        new = new if moves is None else _where(moves, new, dict(variables))
+        return new, memory, loss, gradient
 
     def _step_keys(self, keys, t):
         if not (self.stochastic or self.preprocessing.augments):
@@ -301,6 +337,12 @@ class Trainer:
 
     def _masked(self) -> bool:
         return self.partial or (self.ragged and self.width > 1)
+
+
+def _written(flags, new, old):
+    """Lane by lane new or old, [L, …]; at no cost where no flag of bool[L] is set."""
+    branches = (lambda new, old: stacked.select(flags, new, old)), (lambda new, old: old)
+    return jax.lax.cond(flags.any(), *branches, new, old)
 
 
 def _where(moves, new, old):
@@ -312,11 +354,11 @@ def _where(moves, new, old):
     return jax.tree.map(one, moves, new, old)
 
 
-def _vmapped(function, axes):
+def _vmapped(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
     return jax.vmap(function, in_axes=axes)
 
 
-def _single(function, axes):
+def _single(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
     """`function` on a wave of one client: the lane axis comes off and goes on again, without `vmap`."""
 
     def call(*args):

@@ -5,6 +5,7 @@ import yaml
 
 from fedjax_sim import algorithms, cli, flags, runs
 from fedjax_sim import config as config_lib
+from fedjax_sim.algorithms import LIPS, FedMR
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
 
@@ -186,3 +187,15 @@ def test_status_of_signals(monkeypatch, capsys):
     assert cli.main(["list"]) == 130
     monkeypatch.setattr(cli, "_list", stop(SystemExit(143)))
     assert cli.main(["list"]) == 143
+
+
+def test_the_algorithm_inside_another_has_flags_too():
+    words = (
+        "--algorithm lips --algorithm.inner fedmr --algorithm.inner.granularity module --algorithm.period=3"
+    )
+    config, _ = flags.parse(words.split(), "run", "")
+    assert config.algorithm == LIPS(inner=FedMR(granularity="module"), period=3)
+    with pytest.raises(UserError, match=r"algorithm\.inner.*no such field"):
+        flags.parse(["--algorithm", "fedavg", "--algorithm.inner", "fedmr"], "run", "")
+    with pytest.raises(UserError, match="no such algorithm"):
+        flags.parse(["--algorithm", "lips", "--algorithm.inner", "fedmx"], "run", "")

@@ -12,6 +12,7 @@ from fedjax_sim.algorithms.fedrep import FedRep
 from fedjax_sim.algorithms.independent import FedIndep, Local
 from fedjax_sim.algorithms.interpolation import LayerInterpolation
 from fedjax_sim.algorithms.lg_fedavg import LGFedAvg
+from fedjax_sim.algorithms.lips import LIPS
 from fedjax_sim.algorithms.partial import PartialAveraging
 
 CONFIGS: dict[str, type] = {
@@ -26,6 +27,7 @@ CONFIGS: dict[str, type] = {
     "fedbabu": FedBABU,
     "partial": PartialAveraging,
     "interpolation": LayerInterpolation,
+    "lips": LIPS,
 }
 """Name -> hyper-parameters, whose `build(context)` makes the record."""
 
@@ -37,6 +39,7 @@ def name_of(config: Any) -> str | None:
 
 __all__ = [
     "CONFIGS",
+    "LIPS",
     "Algorithm",
     "Batch",
     "Cohort",

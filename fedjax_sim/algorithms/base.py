@@ -13,7 +13,7 @@ models, say) the record itself states.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +136,14 @@ class LocalRule:
       trains: (variables, batch) -> tree like `variables` of bool, Python's or bool[]: which leaves a step
         moves. The others stay as they are, batch statistics among them, and the optimiser sees a zero
         gradient of them. None: all move.
+      receive: (model, client_state, broadcast, key) -> start: what a client makes of the model that it is
+        sent before it trains; key: the client's in this round. None: nothing.
+      gradient: broadcast -> bool[]: whether `end` is to see, in this round, the gradient of the client's last
+        step (by `params`, as the optimiser gets it). None: in none.
       begin: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
         variate, a teacher).
-      end: (start, trained, client_state, extra, steps, lr) -> (client_state, upload).
+      end: (start, trained, client_state, extra, steps, lr, gradient) -> (client_state, upload); gradient as
+        asked for, zero in rounds that do not ask, None if none does.
       init_client: variables -> a client's own state, kept from round to round in a stack over all N
         clients; None keeps none.
     """
@@ -146,8 +151,10 @@ class LocalRule:
     loss: Callable[..., tuple[jax.Array, Variables]] = cross_entropy
     direction: Callable[..., Any] = plain_gradient
     trains: Callable[[Variables, Batch], Any] | None = None
+    receive: Callable[[Variables, Any, Any, jax.Array], Variables] | None = None
+    gradient: Callable[[Any], jax.Array] | None = None
     begin: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
-    end: Callable[..., tuple[Any, Any]] = lambda start, trained, client_state, extra, steps, lr: (
+    end: Callable[..., tuple[Any, Any]] = lambda start, trained, client_state, extra, steps, lr, gradient: (
         client_state,
         None,
     )
@@ -224,8 +231,12 @@ class Context:
     epochs: int | None = None
 
 
+@runtime_checkable
 class AlgorithmConfig(Protocol):
-    """An algorithm's hyper-parameters: a frozen dataclass that builds the record."""
+    """An algorithm's hyper-parameters: a frozen dataclass that builds the record.
+
+    A field annotated so holds another algorithm, in YAML a mapping with its `name`.
+    """
 
     def build(self, context: Context) -> Algorithm:
         """The record. Raises UserError for settings that do not fit the run."""

@@ -25,8 +25,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.peel import moments
-from fedjax_sim.peel.forward import Forward, tidy
-from fedjax_sim.records import Row
+from fedjax_sim.peel.forward import Forward
+from fedjax_sim.records import Row, tidy
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
 from fedjax_sim.training import Shard

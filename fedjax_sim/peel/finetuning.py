@@ -29,9 +29,8 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.algorithms.base import LocalRule, cross_entropy
 from fedjax_sim.peel import moments
-from fedjax_sim.peel.forward import tidy
 from fedjax_sim.peel.probe import Probe, leaf_at
-from fedjax_sim.records import Row
+from fedjax_sim.records import Row, tidy
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
 from fedjax_sim.streams import PEEL, stream

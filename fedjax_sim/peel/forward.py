@@ -1,17 +1,14 @@
 """Models on samples, batch by batch: what the probe and the chimeras share."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.models.base import Model
 from fedjax_sim.peel import moments as class_moments
-from fedjax_sim.records import Row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,10 +82,3 @@ def pooled(z):
 def zeros_like(shapes):
     """Zeros of the shapes and dtypes in a pytree of arrays, abstract or not."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def tidy(number: int, metric: str, value: float, **where: Any) -> Row:
-    """A row of the records; for a value that is not defined one that says so."""
-    if np.isfinite(value):
-        return Row(number, metric, float(value), **where)
-    return Row(number, f"undefined/{metric}", 1.0, **where)

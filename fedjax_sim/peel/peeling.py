@@ -1,7 +1,7 @@
 """Layer-peeled measurement as part of a run: when, whom, and what it hands to the compiled round."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from fedjax_sim.peel.generality import Generality
 from fedjax_sim.peel.probe import Probe
 from fedjax_sim.peel.samples import Samples
 from fedjax_sim.records import Row
-from fedjax_sim.rounds import Observer, Watched
+from fedjax_sim.rounds import Observer
 from fedjax_sim.training import Trainer
 
 
@@ -86,16 +86,18 @@ class Peeling:
         """Whether round `number`, from 1, is measured: the first, the last and every so many."""
         return number in (1, self._rounds) or number % self._every == 0
 
-    def watched(self, cohort: np.ndarray) -> Watched:
-        """What the round of this cohort, i32[K] client ids, is asked for."""
-        slots = self._samples.slots(cohort)
-        given = {**self._samples.given(cohort[slots]), **self._pools}
-        return Watched(cast(jax.Array, slots), dict.fromkeys(self.observers, given))
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        """Whom to watch. i32[K] client ids -> i32[m] slots."""
+        return self._samples.slots(cohort)
 
-    def rows(self, number: int, cohort: np.ndarray, watched: Watched, observed: dict[str, Any]) -> list[Row]:
-        """What came of it."""
-        ids = cohort[np.asarray(watched.slots)]
-        counts = watched.given["probe"]["measured"]["count"]
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        """What the observers want at hand for these clients, i32[m]."""
+        given = {**self._samples.given(ids), **self._pools}
+        return dict.fromkeys(self.observers, given)
+
+    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+        """What came of it; `given`: what `given` said."""
+        counts = given["probe"]["measured"]["count"]
         return [
             row
             for name, instrument in self.observers.items()

@@ -44,8 +44,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.peel import alignment, controls, moments, probing
-from fedjax_sim.peel.forward import Forward, pooled, tidy, zeros_like
-from fedjax_sim.records import Row
+from fedjax_sim.peel.forward import Forward, pooled, zeros_like
+from fedjax_sim.records import Row, tidy
 from fedjax_sim.rounds import Witness
 from fedjax_sim.stacked import AXIS
 from fedjax_sim.streams import PEEL, stream

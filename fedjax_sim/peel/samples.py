@@ -11,6 +11,16 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.streams import PEEL
 
 
+def best_ranked(seed: int, num_clients: int, cohort: np.ndarray, count: int) -> np.ndarray:
+    """Slots of a cohort to measure, best rank first. i32[K] client ids -> i32[m], m = min(count, K).
+
+    Every client of the population has a rank, drawn once, so that under full participation the same ones are
+    measured in every round.
+    """
+    ranks = np.random.default_rng([seed, PEEL]).permutation(num_clients)
+    return np.argsort(ranks[cohort])[:count].astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Samples:
     """Chooses clients and samples.
@@ -55,8 +65,7 @@ class Samples:
 
     def slots(self, cohort: np.ndarray) -> np.ndarray:
         """The slots to measure, best rank first. i32[K] client ids -> i32[m], m = min(config.clients, K)."""
-        ranks = np.random.default_rng([self.seed, PEEL]).permutation(self.partition.num_clients)
-        return np.argsort(ranks[cohort])[: self.config.clients].astype(np.int32)
+        return best_ranked(self.seed, self.partition.num_clients, cohort, self.config.clients)
 
     def given(self, ids: np.ndarray) -> dict[str, Any]:
         """For `fit` (of training images) and `measured`: index i32[m, s], padded, and count i32[m]."""

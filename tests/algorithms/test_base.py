@@ -43,7 +43,7 @@ def test_the_default_rule_keeps_nothing_and_sends_nothing():
     rule = LocalRule()
     assert rule.init_client is None
     assert rule.begin({"w": 1}, None, None) is None
-    assert rule.end({"w": 1}, {"w": 2}, "mine", None, 3, 0.1) == ("mine", None)
+    assert rule.end({"w": 1}, {"w": 2}, "mine", None, 3, 0.1, None) == ("mine", None)
 
 
 def test_names_of_configurations():

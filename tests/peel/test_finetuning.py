@@ -16,7 +16,7 @@ from fedjax_sim.data import Preprocessing
 from fedjax_sim.peel.finetuning import FIGURES, Finetuning
 from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import Probe
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.simulation import Simulation, watch
 from fedjax_sim.streams import PEEL, root, stream
 from fedjax_sim.training import Lanes, Shard, Trainer, shuffled
 from tests import oracles
@@ -148,7 +148,7 @@ def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
     plain = [row for row in told if row.client < 0]
     assert plain == rows_of(without)
     jax.tree.map(np.testing.assert_array_equal, simulation.variables, without.variables)
-    assert simulation.program._cache_size() == 1
+    assert simulation.program.variants() == 1
 
     metrics = {row.metric for row in told}
     assert {"log_c", "chimera_total", "ridge_others", "peel_accuracy_global"} <= metrics
@@ -170,7 +170,7 @@ def test_no_decomposition_is_batched_on_a_cpu():
     """A batch of them can wait for ever, see `Peeling`."""
     simulation = Simulation(settings_of(peel=PEEL_ALL, execution={"devices": 2, "wave": 2}))
     inputs, _ = simulation.inputs(0)
-    watched = simulation._peeling.watched(np.asarray(inputs.cohort.ids))
+    watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
     with jax.set_mesh(simulation.mesh):
         text = simulation.program.lower(simulation.state, inputs, simulation.shard, watched).as_text()
     calls = [line for line in text.splitlines() if "@lapack_" in line]

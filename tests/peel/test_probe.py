@@ -15,7 +15,7 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import EACH, STATES, Probe
 from fedjax_sim.rounds import Witness
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.simulation import Simulation, watch
 from fedjax_sim.streams import root
 from fedjax_sim.training import Shard
 from tests.peel import reference
@@ -158,7 +158,7 @@ def test_measured_rounds_are_the_first_the_last_and_every_so_many_and_compile_on
     simulation = Simulation(settings_of(rounds=5))
     rows = rows_of(simulation)
     assert {row.round for row in rows if row.metric == "log_c"} == {1, 2, 4, 5}
-    assert simulation.program._cache_size() == 2  # measured, and not
+    assert simulation.program.variants() == 2  # measured, and not
     keys = {(row.state, row.metric) for row in rows if row.layer == "fc2" and row.round == 4}
     assert {(state, metric) for state in STATES for metric in EACH} <= keys
 
@@ -196,7 +196,7 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
         simulation = Simulation(dataclasses.replace(config, algorithm=CONFIGS[name]()))
         object.__setattr__(simulation._function, "observers", {"probe": _Keep()})
         inputs, _ = simulation.inputs(0)
-        watched = simulation._peeling.watched(np.asarray(inputs.cohort.ids))
+        watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
         with jax.set_mesh(simulation.mesh):
             state, outputs = simulation.program(simulation.state, inputs, simulation.shard, watched)
         got = jax.device_get(outputs.observed["probe"])
@@ -259,7 +259,7 @@ def test_own_test_samples_are_measured_where_clients_have_them():
         rounds=1,
     )
     simulation = Simulation(config)
-    samples = simulation._peeling._samples
+    samples = simulation._instruments[0]._samples
     for client in range(6):
         fit, measured = samples.of_client(client)
         assert set(fit) <= set(simulation.setup.partition.train[client])

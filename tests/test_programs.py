@@ -1,0 +1,101 @@
+"""Programs: values of `jax.jit`, found again in memory, not on disk where CPU devices exchange data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim import placement, programs
+from fedjax_sim.config import from_dict
+from fedjax_sim.programs import Program
+from fedjax_sim.simulation import Simulation
+from fedjax_sim.stacked import AXIS
+
+
+def around(x):
+    """Every device's part from its neighbour, and the sum."""
+    devices = jax.lax.axis_size(AXIS)
+    moved = jax.lax.ppermute(x, AXIS, [(d, (d + 1) % devices) for d in range(devices)])
+    return moved, jax.lax.psum(x, AXIS)
+
+
+def exchange(mesh):
+    return jax.shard_map(around, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()), check_vma=False)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """JAX's cache in an empty folder, for programs of any size."""
+    names = (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )  # fmt: skip
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path / "xla"), 0.0, -1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path / "xla"
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_values_are_those_of_jit(devices):
+    mesh = placement.make_mesh(devices)
+    program = Program(exchange(mesh), mesh)
+    for size in (4, 4, 8):
+        x = np.arange(size, dtype=np.float32)
+        moved, total = program(x)
+        np.testing.assert_array_equal(moved, np.roll(x.reshape(devices, -1), 1, axis=0).reshape(-1))
+        np.testing.assert_array_equal(total, x.reshape(devices, -1).sum(0))
+    assert program.variants() == 2
+
+
+def test_several_cpu_devices_leave_nothing_on_disk_and_one_does(disk):
+    mesh = placement.make_mesh(2)
+    Program(exchange(mesh), mesh)(np.arange(6, dtype=np.float32))
+    assert not list(disk.glob("*")), "a program with exchanges was written"
+    one = placement.make_mesh(1)
+    Program(lambda x: jnp.sin(x) * 3, one)(np.arange(6, dtype=np.float32))
+    assert list(disk.glob("*")), "JAX's cache is off for good"
+
+
+def test_the_second_seed_compiles_nothing(monkeypatch):
+    compiled = []
+    lower = jax.stages.Lowered.compile
+
+    def counted(self, *args, **kwargs):
+        compiled.append(self)
+        return lower(self, *args, **kwargs)
+
+    monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
+    accuracies = []
+    for seed in (0, 1):
+        config = from_dict(
+            {
+                "seed": seed, "rounds": 2, "model": {"name": "mlp", "options": {"hidden": [8]}},
+                "partition": {"kind": "iid", "clients": 4}, "execution": {"devices": 2},
+            }
+        )  # fmt: skip
+        simulation = Simulation(config)
+        rows = [row for rows in simulation.advance() for row in rows]
+        accuracies.append([row.value for row in rows if row.metric == "accuracy"][-1])
+        if seed == 0:
+            first = len(compiled)
+    assert first > 0
+    assert len(compiled) == first
+    assert accuracies[0] != accuracies[1]
+
+
+def test_only_so_many_are_kept(monkeypatch):
+    monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    monkeypatch.setattr(programs, "_MOST", 2)
+    mesh = placement.make_mesh(2)
+    for factor in (2.0, 3.0, 4.0):
+        program = Program(lambda x, factor=factor: x * factor, mesh)
+        np.testing.assert_array_equal(program(np.ones(2, np.float32)), np.full(2, factor, np.float32))
+    assert len(programs._RECENT) == 2
