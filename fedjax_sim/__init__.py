@@ -19,6 +19,7 @@ placement.use_all_cores()
 
 from fedjax_sim import algorithms, data, models, stacked, sweep  # noqa: E402
 from fedjax_sim.algorithms import (  # noqa: E402
+    LIPS,
     Algorithm,
     FedAvg,
     FedBABU,
@@ -38,6 +39,7 @@ from fedjax_sim.config import (  # noqa: E402
     DataConfig,
     EvaluationConfig,
     ExecutionConfig,
+    InertiaConfig,
     InitialConfig,
     LocalConfig,
     ModelConfig,
@@ -55,6 +57,7 @@ from fedjax_sim.training import batch_order  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "LIPS",
     "Algorithm",
     "CohortConfig",
     "DataConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "FedMR",
     "FedPer",
     "FedRep",
+    "InertiaConfig",
     "InitialConfig",
     "LGFedAvg",
     "LayerInterpolation",

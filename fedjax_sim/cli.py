@@ -1,4 +1,4 @@
-"""The command line: `fedjax-sim run | resume | sweep | peel | plan | list`, each one call of the library."""
+"""The command line: `fedjax-sim COMMAND`, each of its commands one call of the library."""
 
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   resume FOLDER                continue a run that was cut
   sweep FILE.yaml              run a grid of configurations and compare them
   peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
+  inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
@@ -54,6 +55,7 @@ def _dispatch(words: list[str]) -> int:
         "resume": _resume,
         "sweep": _sweep,
         "peel": _peel,
+        "inertia": _inertia,
         "plan": _plan,
         "list": _list,
     }
@@ -107,19 +109,7 @@ def _peel(words: list[str]) -> int:
     from fedjax_sim.peel import report
 
     usage = "fedjax-sim peel FOLDER|SWEEP.yaml … [--out DIR] [--round N] [--at-accuracy A]"
-    if words in (["-h"], ["--help"]):
-        print(f"usage: {usage}\n\n{_PEEL}")
-        return 0
-    given, flags = [], {}
-    left = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    while left:
-        word = left.pop(0)
-        if not word.startswith("-"):
-            given.append(word)
-        elif word in ("--out", "--round", "--at-accuracy") and left and not left[0].startswith("-"):
-            flags[word] = left.pop(0)
-        else:
-            raise UserError("peel", word, "no such flag, or its value is missing", f"Write {usage}.")
+    given, flags = _given(words, usage, _PEEL, "--out", "--round", "--at-accuracy")
     number, accuracy = flags.get("--round"), flags.get("--at-accuracy")
     if number is not None and not number.isdecimal():
         raise UserError("--round", number, "it is no round", "Give a number, from 1.")
@@ -128,7 +118,7 @@ def _peel(words: list[str]) -> int:
     except ValueError:
         raise UserError("--at-accuracy", accuracy, "it is no number", "0.6, for example.") from None
     report.draw(
-        given[0] if len(given) == 1 else given,
+        given,
         flags.get("--out"),
         round_index=None if number is None else int(number),
         accuracy=level,
@@ -144,6 +134,49 @@ sweep's file the finished runs are taken.
   --out DIR          default: FOLDER/figures/peel for one run, peel in a sweep's folder, else beside the first
   --round N          which round is shown and judged; default: the newest
   --at-accuracy A    the overview compares in each group's first round with this accuracy before the merge"""
+
+
+def _inertia(words: list[str]) -> int:
+    from fedjax_sim.inertia import report
+
+    usage = "fedjax-sim inertia FOLDER|SWEEP.yaml … [--out DIR] [--metric NAME]"
+    given, flags = _given(words, usage, _INERTIA, "--out", "--metric")
+    report.draw(
+        given,
+        flags.get("--out"),
+        metric=flags.get("--metric", "inertia_step"),
+        tell=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+_INERTIA = """Draws how far each layer moved and what merges gained (PNG and PDF), and writes inertia.csv and
+report.md. Runs that differ only in their seed are pooled, others compared. Of a sweep's file the finished
+runs are taken.
+
+  --out DIR        default: FOLDER/figures/inertia for one run, inertia in a sweep's folder, else beside the
+                   first run's
+  --metric NAME    what says how far a layer moves; default: inertia_step"""
+
+
+def _given(words: list[str], usage: str, about: str, *known: str) -> tuple[str | list[str], dict[str, str]]:
+    """(folder, or folders; flag -> value) of a command that draws runs."""
+    if words in (["-h"], ["--help"]):
+        print(f"usage: {usage}\n\n{about}")
+        raise SystemExit(0)
+    given, flags = [], {}
+    left = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            given.append(word)
+        elif word in known and left and not left[0].startswith("-"):
+            flags[word] = left.pop(0)
+        else:
+            raise UserError(
+                usage.split()[1], word, "no such flag, or its value is missing", f"Write {usage}."
+            )
+    return given[0] if len(given) == 1 else given, flags
 
 
 def _plan(words: list[str]) -> int:

@@ -255,7 +255,7 @@ class InertiaConfig:
       measure: record every round how far each layer of the deployed model moved, and clients' gradients.
       reference: the round, from 1, whose deployed model displacements are measured from.
       every: rounds between measurements of aggregation effectiveness (the first round is measured too); 0
-        never.
+        never. Under LIPS take a number that shares no divisor with its period, to meet sparse rounds too.
       clients: how many of a round's clients it is measured on; the probe's, where `peel` measures that round.
       samples: of each client's own test samples, and of the global test set, at most.
     """
@@ -507,7 +507,14 @@ def _algorithm(value: Any, path: str, base: Any) -> Any:
     if not isinstance(name, str) or name not in algorithms.CONFIGS:
         raise UserError(f"{path}.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
     cls = algorithms.CONFIGS[name]
-    return from_dict(fields, cls, f"{path}.", base if isinstance(base, cls) else None)
+    try:
+        return from_dict(fields, cls, f"{path}.", base if isinstance(base, cls) else None)
+    except UserError as error:
+        own = "algorithm."  # as an algorithm's own checks call its fields, wherever it stands
+        if path == "algorithm" or not error.field.startswith(own) or error.field.startswith(f"{path}."):
+            raise
+        why = str(error).split(": ", 1)[-1]
+        raise UserError(f"{path}.{error.field.removeprefix(own)}", error.value, why, "") from None
 
 
 def _plain(value: Any) -> Any:

@@ -199,3 +199,9 @@ def test_the_algorithm_inside_another_has_flags_too():
         flags.parse(["--algorithm", "fedavg", "--algorithm.inner", "fedmr"], "run", "")
     with pytest.raises(UserError, match="no such algorithm"):
         flags.parse(["--algorithm", "lips", "--algorithm.inner", "fedmx"], "run", "")
+    with pytest.raises(UserError, match=r"algorithm\.inner\.partition = 2\.0: lies outside"):
+        flags.parse(
+            ["--algorithm", "lips", "--algorithm.inner", "fedmr", "--algorithm.inner.partition", "2"],
+            "run",
+            "",
+        )

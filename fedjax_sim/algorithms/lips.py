@@ -16,8 +16,8 @@ of the eligible tensors is added, for all N clients, and nothing is sent.
 Facts and choices. FOUND in the authors' code: all of the above, with linear density, per-client masks, the
 same density in every eligible tensor, and as eligible the kernels of all convolutions but the stem
 (`inner_convs`); the scores magnitude, lowest and random and the refill by initial values as alternatives;
-gradients in float16; full participation. The authors' gradient is taken after clipping, on which the selection
-does not depend.
+gradients in float16; full participation. The authors' gradient is taken after clipping, on which the
+selection does not depend.
 As released the code cannot run, and what it does with biases and normalisation is ambiguous: it looks up a
 mask that they do not have. INFERRED: they are skipped, so that they stay with each client after
 initialisation, as in FedBN: that is `sync = weights_only`. OUR CHOICE is `full`, in which everything is sent
@@ -25,8 +25,8 @@ as the inner algorithm does: local normalisation alone may explain a gain under 
 only with FedAvg of the same synchronisation (`density: 1`). Also OUR CHOICE: ties go to the entry that comes
 first; a client that has never trained ranks by |w|, and how often is recorded; with fewer than all clients in
 a round, the gradient is that of a client's last one; a period as long as the run means never (the rule above
-would still make the start after round 0 sparse); `inner` eligibility, one shared mask, the cosine and constant
-schedules, and `noise`. Not available: the paper's body, so none of its numbers.
+would still make the start after round 0 sparse); `inner` eligibility, one shared mask, the cosine and
+constant schedules, and `noise`. Not available: the paper's body, so none of its numbers.
 
 A weight that is zeroed while its unit is dead for every client has no gradient and stays zero: the share of
 weights that are not zero (`lips_nonzero`) may lie below the density.

@@ -88,7 +88,7 @@ class Effectiveness:
     # --- inside the round ---------------------------------------------------------------------------
 
     def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
-        """f32[m, 2] by client and state, for each metric; NaN for a client without samples."""
+        """f32[m, 2] by client and state, for each metric."""
         pools = {"global": given["tests"], "own": given["tests"]}
         if self._partition.test_from != "test":
             pools["own"] = {"images": shard.images, "labels": shard.labels}
@@ -144,7 +144,7 @@ class Effectiveness:
         ]
         for name in ("own", "global"):
             values = out.get(f"merge_{name}_accuracy")
-            if values is not None and np.isfinite(values).all(1).any():
-                gain = values[np.isfinite(values).all(1)].astype(np.float64)
+            if values is not None:
+                gain = values.astype(np.float64)
                 made.append(tidy(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean())))
         return made

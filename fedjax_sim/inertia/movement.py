@@ -12,7 +12,7 @@ g_k the gradient of client k's last step. One row a (round, layer, metric):
     gradient_norm          mean_k ‖g_k,l‖
     gradient_diversity     mean_k ‖g_k,l‖² / ‖mean_k g_k,l‖²: 1 where gradients agree,
                            K where they are orthogonal, more where they oppose
-    gradient_spread        root of mean_k ‖g_k,l − mean_k g_k,l‖²
+    gradient_spread        root of mean_k ‖g_k,l − mean_k g_k,l‖², to some 3e-4 of gradient_norm
 
 FOUND in the code of LIPS (arXiv 2506.00932): cosine, L1 and L2 from the model after the third round, and the
 norm of clients' gradients. Its own formal definition of inertia could not be read; that small steps of middle
@@ -75,6 +75,7 @@ class Movement:
     Attributes:
       model: the network.
       reference: s, the round, from 1, after which the reference is taken.
+      gradients: it looks at clients' gradients.
     """
 
     model: Model

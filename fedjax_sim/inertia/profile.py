@@ -29,7 +29,7 @@ class Profile(NamedTuple):
 
 def profile(
     rows: Iterable[Row],
-    layers: Sequence[str],
+    layers: Sequence[str] | None = None,
     metric: str = "inertia_step",
     start: int = 4,
     stop: int | None = None,
@@ -38,7 +38,7 @@ def profile(
 
     Args:
       rows: of its records.
-      layers: names in network order, such as `list(weight_layers(model))`.
+      layers: names in network order; None: those that the rows have of the metric, as they come.
       metric: `inertia_step`, or any other of `fedjax_sim.inertia.movement` that is positive.
       start: first round that counts; movement in the very first rounds says little of later ones.
       stop: last one; None: the run's last.
@@ -46,6 +46,9 @@ def profile(
     Returns:
       None if there are fewer than three layers, or no positive value of one of them.
     """
+    rows = list(rows)
+    if layers is None:
+        layers = list(dict.fromkeys(row.layer for row in rows if row.metric == metric))
     values: dict[str, list[float]] = {layer: [] for layer in layers}
     for row in rows:
         inside = row.round >= start and (stop is None or row.round <= stop)

@@ -102,8 +102,8 @@ def _by_settings(things: Sequence[Run | str | Path]) -> list[Group]:
             why = f"the run has {run.rounds} of its {run.config.rounds} rounds"
             where = _where(run)
             raise UserError("folder", where, why, f"Finish it: fedjax-sim resume {where}.")
-        found.setdefault(tuple(_settings(run).items()), []).append(run)
-    names = _names([dict(key) for key in found])
+        found.setdefault(tuple(settings_of(run).items()), []).append(run)
+    names = names_of([dict(key) for key in found])
     return [_group(name, made) for name, made in zip(names, found.values(), strict=True)]
 
 
@@ -126,7 +126,7 @@ def _where(run: Run) -> str:
     return str(run.folder or "in memory")
 
 
-def _settings(run: Run) -> dict[str, str]:
+def settings_of(run: Run) -> dict[str, str]:
     """What makes a run what it is, its seed aside, by dotted field."""
     config = config_lib.to_dict(run.config)
     name = algorithms.name_of(run.config.algorithm) or type(run.config.algorithm).__name__
@@ -143,7 +143,7 @@ def _settings(run: Run) -> dict[str, str]:
     return {key: value for key, value in flat.items() if key not in ("algorithm.name", "data.data_dir")}
 
 
-def _names(settings: list[dict[str, str]]) -> list[str]:
+def names_of(settings: list[dict[str, str]]) -> list[str]:
     """The method, and in which fields it differs from groups of the same method, or from all."""
     keys = dict.fromkeys(key for one in settings for key in one)
     names = []

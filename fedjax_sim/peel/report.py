@@ -58,13 +58,15 @@ def draw(
     home = Folder(_home(given, every) if out is None else out).path
     written = []
     if len(every) > 1:
-        written += overview.write(every, _made(home), round_index=round_index, accuracy=accuracy, tell=tell)
+        written += overview.write(
+            every, writable(home), round_index=round_index, accuracy=accuracy, tell=tell
+        )
     parts = [
         part for family in found for part in ([family] if len(family) <= MOST else [[g] for g in family])
     ]
     for part in parts:
         folder = home if len(parts) == 1 else home / _slug(part)
-        written += _draw_one(part, _made(folder), round_index, tell)
+        written += _draw_one(part, writable(folder), round_index, tell)
     return written
 
 
@@ -200,7 +202,7 @@ _CFD = (
 # --- where ----------------------------------------------------------------------------------------------
 
 
-def _made(path: Path) -> Folder:
+def writable(path: Path) -> Folder:
     """A folder that can be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
