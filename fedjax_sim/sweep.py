@@ -6,7 +6,7 @@ The file that describes one is explained in `fedjax_sim.sweep_files`. In the swe
     curves.png, curves.pdf            mean and deviation of the metric over rounds
     sweep.json                        everything that was run, versions, hardware, cost
     runs/METHOD/SETTING/seedN/        each run's own folder
-    compiled/                         compiled programs, shared by all runs
+    compiled/                         compiled programs, shared by all starts (but see `programs`)
 
 Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
 else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
