@@ -11,7 +11,8 @@ Federated Learning via Transient Sparsity. 2025. https://arxiv.org/abs/2506.0093
 w is what the inner algorithm sends (for FedAvg the mean). The mask is used once and forgotten: training is
 dense, so that a zeroed weight may grow again in the very next step, and nothing else about the inner
 algorithm changes. A client applies it to what it receives, with a gradient of its own: only a gradient store
-of the eligible tensors is added, for all N clients, and nothing is sent.
+of the eligible tensors is added, for all N clients, and nothing is sent
+unless all clients share one mask.
 
 Facts and choices. FOUND in the authors' code: all of the above, with linear density, per-client masks, the
 same density in every eligible tensor, and as eligible the kernels of all convolutions but the stem
@@ -33,6 +34,7 @@ weights that are not zero (`lips_nonzero`) may lie below the density.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection
 from typing import Any, Literal
@@ -260,9 +262,9 @@ class _Wrapped:
         )
         counted = results.included.astype(jnp.float32)
         mean = lambda values: (values * counted).sum() / jnp.maximum(counted.sum(), 1)  # noqa: E731
-        total = sum(self._sizes())
+        total = sum(self._sizes)
         density = lambda sparse, keep: jnp.where(sparse, keep.sum().astype(jnp.float32) / total, 1)  # noqa: E731
-        metrics |= {
+        metrics = metrics | {
             "lips_density": density(sent.sparse, sent.keep),
             "lips_density_after": density(*self._plan(cohort.round)),
             "lips_nonzero": mean(reports["nonzero"]),
@@ -281,17 +283,18 @@ class _Wrapped:
             )
         return LIPSState(inner, state.initial, gradient), metrics
 
+    @functools.cached_property
     def _sizes(self) -> list[int]:
         shapes = self._of(jax.eval_shape(self.context.model.init, jax.random.key(0)))
         return [leaf.size for leaf in shapes.values()]
 
     def _plan(self, after: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(whether the start after round `after` is sparse, bool[]; entries it keeps, i32[L])."""
-        table = kept_counts(self.config, self.context.rounds, self._sizes())
+        table = kept_counts(self.config, self.context.rounds, self._sizes)
         number = jnp.clip(after // self.config.period, 0, len(table) - 1)
         keep = jnp.asarray(table, jnp.int32)[number]
         sparse = (after >= 0) & (after % self.config.period == 0)
-        return sparse & (keep < jnp.asarray(self._sizes(), jnp.int32)).any(), keep
+        return sparse & (keep < jnp.asarray(self._sizes, jnp.int32)).any(), keep
 
     # --- client -------------------------------------------------------------------------------------
 

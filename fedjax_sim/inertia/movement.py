@@ -23,6 +23,7 @@ Distributed Learning", AISTATS 2018, times K. Means are over clients, uniform, w
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -82,9 +83,13 @@ class Movement:
     reference: int
     gradients: bool = True
 
+    @functools.cached_property
+    def _paths(self) -> dict[str, Path]:
+        return weight_layers(self.model)
+
     def _layers(self, variables: Any) -> list[jax.Array]:
         flat: Any = traverse_util.flatten_dict(variables)
-        return [flat[path].astype(jnp.float32) for path in weight_layers(self.model).values()]
+        return [flat[path].astype(jnp.float32) for path in self._paths.values()]
 
     # --- inside the round ---------------------------------------------------------------------------
 
@@ -132,12 +137,11 @@ class Movement:
 
     def rows(self, number: int, out: dict[str, np.ndarray]) -> list[Row]:
         """The tidy rows of round `number`; up to the reference round without those that compare with it."""
-        names = list(weight_layers(self.model))
         return [
             tidy(number, metric, value, layer=layer)
             for metric in METRICS
             if number > self.reference or metric not in OF_REFERENCE
-            for layer, value in zip(names, out[metric], strict=True)
+            for layer, value in zip(self._paths, out[metric], strict=True)
         ]
 
 
