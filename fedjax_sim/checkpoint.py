@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fedjax_sim import hosts
 from fedjax_sim.errors import UserError
 
 
@@ -92,14 +94,14 @@ class Checkpoints:
         Raises:
           UserError: a sound checkpoint holds a state of other shapes than `abstract`.
         """
-        self._report_unfinished()
-        for number in reversed(self.rounds()):
+        hosts.agreed(self._report_unfinished)
+        for number in reversed(hosts.agreed(self.rounds)):
             if at_most is not None and number > at_most:
                 warnings.warn(
                     f"checkpoint of round {number} passed over: the journal ends at round {at_most}",
                     stacklevel=2,
                 )
-                self._put_aside(number)
+                hosts.agreed(partial(self._put_aside, number))
                 continue
             wanted = jax.tree.map(_on_host, abstract)
             try:
@@ -109,7 +111,7 @@ class Checkpoints:
             except Exception as error:
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
-                self._put_aside(number)
+                hosts.agreed(partial(self._put_aside, number))
                 continue
             return jax.tree.map(_from_host, state, abstract), number
         return None
@@ -120,7 +122,7 @@ class Checkpoints:
             about = reader.restore(path / "about", args=ocp.args.JsonRestore())
         _check_same(about["leaves"], wanted, number)
         with ocp.StandardCheckpointer() as reader:
-            read = reader.restore(path / "state", _numbered(wanted))
+            read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)))
         leaves, structure = jax.tree.flatten(wanted)
         empty = (np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None for leaf in leaves)
         state = structure.unflatten([read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)])
@@ -168,6 +170,11 @@ def _on_host(leaf: Any) -> jax.ShapeDtypeStruct:
     if jax.process_count() > 1:
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _target(leaf: jax.ShapeDtypeStruct) -> Any:
+    """What tells Orbax to read into host memory, on whatever devices it was written."""
+    return leaf if jax.process_count() > 1 else np.empty(leaf.shape, leaf.dtype)
 
 
 def _from_host(leaf: Any, abstract: Any) -> Any:

@@ -24,6 +24,9 @@ USAGE = """usage: fedjax-sim COMMAND …
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
+On several hosts start the same command on each, with --join in front: --join auto on a TPU pod or under
+Slurm, or --join HOST:PORT --processes COUNT --process THIS, HOST being the first. They share one folder.
+
 A first run: fedjax-sim run --algorithm fedmr --partition.clients 20 --output.dir runs/first
 """
 
@@ -63,6 +66,7 @@ def _dispatch(words: list[str]) -> int:
         "plan": _plan,
         "list": _list,
     }
+    words = _joined(words)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
@@ -77,6 +81,30 @@ def _dispatch(words: list[str]) -> int:
 
         raise UserError("command", name, "no such command", nearest(name, commands))
     return commands[name](rest)
+
+
+def _joined(words: list[str]) -> list[str]:
+    """Becomes one of several processes, if the command line begins with that. -> the words after it."""
+    given: dict[str, str] = {}
+    while words and words[0].split("=", 1)[0] in ("--join", "--processes", "--process"):
+        (name, _, value), words = words[0].partition("="), words[1:]
+        if not value:
+            if not words:
+                raise UserError(name, None, "its value is missing", "See fedjax-sim --help.")
+            value, words = words[0], words[1:]
+        given[name] = value
+    if given:
+        from fedjax_sim import hosts
+
+        if words and words[0] not in ("run", "resume", "sweep"):
+            raise UserError("command", words[0], "it is for one process", "Leave --join out.")
+        counts = {}
+        for name in ("--processes", "--process"):
+            if name in given and not given[name].isdecimal():
+                raise UserError(name, given[name], "it is no number", "Give one.")
+            counts[name[2:]] = int(given[name]) if name in given else None
+        hosts.join(given.get("--join", ""), **counts)
+    return words
 
 
 def _run(words: list[str]) -> int:
@@ -100,12 +128,13 @@ def _resume(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    from fedjax_sim import sweep
+    from fedjax_sim import hosts, sweep
 
     asked = sweep.load(_one(words, "sweep", "FILE.yaml"))
     with _without_loader_noise():
-        outcome = sweep.run(asked, tell=lambda line: print(line, flush=True))
-    print(outcome.report())
+        outcome = sweep.run(asked, tell=lambda line: print(line, flush=True) if hosts.first() else None)
+    if hosts.first():
+        print(outcome.report())
     return 1 if outcome.failures else 0
 
 
@@ -327,6 +356,10 @@ def _without_loader_noise() -> Iterator[None]:
 
 
 def _told(run) -> None:
+    from fedjax_sim import hosts
+
+    if not hosts.first():
+        return
     print(run)
     if run.folder is not None:
         print(f"written to {run.folder}")

@@ -6,7 +6,6 @@ every sample, and all figures are computed from these on the host.
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.models.base import Model
-from fedjax_sim.placement import sharded
+from fedjax_sim.placement import put, readable, sharded
 from fedjax_sim.programs import Program
 from fedjax_sim.stacked import AXIS
 
@@ -54,10 +53,10 @@ class Evaluator:
         def place(array: np.ndarray) -> jax.Array:
             rest = np.zeros((padded - count, *array.shape[1:]), array.dtype)
             whole = np.concatenate([array, rest]).reshape(devices * batches, batch, *array.shape[1:])
-            return jax.device_put(whole, sharded(self.mesh, devices))
+            return put(whole, sharded(self.mesh, devices))
 
         object.__setattr__(self, "_data", (place(self.images), place(self.labels)))
-        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh))
+        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh, **readable(self.mesh)))
 
     def __call__(self, variables: Any) -> tuple[jax.Array, jax.Array]:
         """One model on all images. -> (loss f32[n], predicted class i32[n]), on the device."""
@@ -98,7 +97,7 @@ class ClientEvaluator:
     _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh))
+        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh, **readable(self.mesh)))
 
     def __call__(self, variables: Any, indices: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Model c on the samples indices[c].
@@ -110,8 +109,8 @@ class ClientEvaluator:
         Returns:
           (loss f32[C, t], predicted class i32[C, t]).
         """
-        put = partial(jax.device_put, device=sharded(self.mesh, self.mesh.size))
-        return self._forward(put(variables), put(indices), self.images, self.labels)
+        cut = sharded(self.mesh, self.mesh.size)
+        return self._forward(jax.device_put(variables, cut), put(indices, cut), self.images, self.labels)
 
     def _compiled(self, variables, indices, images, labels):
         settings = self.model, self.preprocessing, self.mesh, self.batch_size

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from fedjax_sim import data
+from fedjax_sim import data, hosts
 from fedjax_sim.algorithms import FedAvg
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import (
@@ -108,7 +108,7 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
             given = {"model": model, "dataset": dataset}
             other = runs.load(folder, **{name: given[name] for name in supplied})
         # Another process that writes there must not have its half-written checkpoint tidied away.
-        with nullcontext() if place.finished else place.claimed():
+        with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
             found = other.variables
     except UserError as error:
         raise _wrong(folder, f"its model cannot be had ({error})", "Give another run.") from None
@@ -154,6 +154,10 @@ def pretrained(setup: "Setup") -> Any:
 
     config, mine = setup.config, setup.partition.server
     assert mine is not None
+    epochs = config.initial.pretrain
+    if jax.process_count() > 1:
+        why, fix = "it needs one process alone", "Pretrain in one, and give its run as initial.run."
+        raise UserError("initial.pretrain", epochs, why, fix)
     dataset = dataclasses.replace(
         setup.dataset,
         train_images=setup.dataset.train_images[mine],
@@ -161,7 +165,6 @@ def pretrained(setup: "Setup") -> Any:
         **dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers")),
     )
     alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
-    epochs = config.initial.pretrain
     central = dataclasses.replace(
         config,
         rounds=1,

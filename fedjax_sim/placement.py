@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,6 +49,13 @@ def make_mesh(devices: int | None = None) -> Mesh:
             f"JAX sees {len(present)} {present[0].platform} device(s)",
             "Lower it, or leave it null for all (on a CPU, JAX_NUM_CPU_DEVICES makes more).",
         )
+    if count < len(present) and jax.process_count() > 1:
+        raise UserError(
+            "execution.devices",
+            devices,
+            f"{jax.process_count()} processes have {len(present)} devices, and none can be left out",
+            "Leave it null, or start fewer processes.",
+        )
     return Mesh(np.asarray(present[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -82,10 +90,20 @@ def put_replicated(array: np.ndarray, mesh: Mesh) -> jax.Array:
     """A NumPy array on all devices; CPU devices share one buffer instead of holding a copy each."""
     sharding = replicated(mesh)
     if mesh.devices.flat[0].platform != "cpu":
-        return jax.device_put(array, sharding)
+        return put(array, sharding)
     base = _aligned(array)
-    parts = [jax.device_put(base, device, may_alias=True) for device in mesh.devices.flat]
+    parts = [jax.device_put(base, device, may_alias=True) for device in mesh.local_devices]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def readable(mesh: Mesh) -> dict[str, Any]:
+    """Options of `jax.jit` for results that every process reads on its host."""
+    return {"out_shardings": replicated(mesh)} if jax.process_count() > 1 else {}
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A NumPy array, which every process has whole, on the devices; each process fills its own."""
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
 def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from tqdm.auto import tqdm
 
-from fedjax_sim import algorithms, records
+from fedjax_sim import algorithms, hosts, records
 from fedjax_sim.config import RunConfig
 from fedjax_sim.records import Table
 
@@ -43,7 +43,7 @@ class Bar:
             initial=start,
             desc=name,
             unit="round",
-            disable=not config.output.progress,
+            disable=not (config.output.progress and hosts.first()),
             dynamic_ncols=True,
         )
 

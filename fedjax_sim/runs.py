@@ -29,7 +29,7 @@ import jax
 import yaml
 from matplotlib.figure import Figure
 
-from fedjax_sim import algorithms, data, initial, plots, provenance, records
+from fedjax_sim import algorithms, data, hosts, initial, plots, provenance, records
 from fedjax_sim import config as config_lib
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import RunConfig
@@ -167,14 +167,14 @@ def _started(
 ) -> Run:
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
-        folder.check_new()
-    setup = prepare(config, partition=partition, **given)
+        hosts.agreed(folder.check_new)
+    setup = _alike(lambda: prepare(config, partition=partition, **given))
     if folder is None:
         return _drive(Simulation(setup), None)
-    with folder.claimed():
+    with hosts.held(folder.claimed):
         # Made first: a mistake that shows only here leaves no half-begun run behind.
         simulation = Simulation(setup)
-        _describe(folder, setup, supplied)
+        hosts.agreed(lambda: _describe(folder, setup, supplied))
         return _drive(simulation, folder)
 
 
@@ -198,10 +198,11 @@ def resume(
                 f"the run in {folder} was given a {name} of its own",
                 f"Give it: resume(…, {name}=…).",
             )
-    if place.finished:
+    if hosts.agreed(lambda: place.finished):
         return load(folder, dataset=dataset, model=model, algorithm=algorithm)
-    with place.claimed():
-        return _drive(Simulation(_setup(place, config, about, dataset, model, algorithm)), place)
+    with hosts.held(place.claimed):
+        setup = _alike(lambda: _setup(place, config, about, dataset, model, algorithm))
+        return _drive(Simulation(setup), place)
 
 
 def load(
@@ -255,14 +256,16 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
     setup = simulation.setup
     config = setup.config
     checkpoints = journal = events = None
+    table, laps = Table(), []
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
         start = _restored(simulation, checkpoints, folder)
-        journal = Journal(folder.path, start)
-        if config.output.tensorboard:
-            events = Events(folder.path / "tensorboard", start)
-    table = Table() if journal is None else journal.table
-    laps: list[Lap] = [] if journal is None else journal.laps
+        if hosts.first():
+            journal = Journal(folder.path, start)
+            table, laps = journal.table, journal.laps
+            if config.output.tensorboard:
+                events = Events(folder.path / "tensorboard", start)
+        table, laps = hosts.agreed(lambda: (table, laps))
     clock = Clock()
     saved = simulation.round
 
@@ -288,21 +291,23 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
 
     def save() -> None:
         nonlocal saved
-        if journal is None or checkpoints is None:
+        if checkpoints is None:
             return
         # Rows first: a checkpoint must never be ahead of the journal.
-        journal.sync()
+        if journal is not None:
+            journal.sync()
         if saved < simulation.round:
             checkpoints.save(simulation.round, simulation.state)
             saved = simulation.round
-        if simulation.round < config.rounds:  # the whole table comes last
+        if journal is not None and simulation.round < config.rounds:  # the whole table comes last
             journal.tabulate()
 
     bar = Bar(config, simulation.round, setup.cohort_size, table)
     waiting: list[Callable[[], list[records.Row]]] = []
     try:
         with signals() as asked:
-            while simulation.round < config.rounds and not asked:
+            stopping = hosts.Votes(lambda: bool(asked))
+            while simulation.round < config.rounds and not stopping():
                 under_way = simulation.step()
                 # The round before is written down while this one is under way.
                 for part in waiting:
@@ -321,25 +326,40 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
         if journal is not None and result.finished:
             _figures(result, setup)
             journal.tabulate()
+        hosts.agreed(lambda: None)  # nobody looks into the folder before all is in it
     finally:
         bar.close()
         for thing in (events, journal, checkpoints):
             if thing is not None:
                 thing.close()
-    if asked and not result.finished:
-        raise Interrupted(result) if asked[0] == signal.SIGINT else Terminated(result)
+    if not result.finished:
+        raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
     return result
 
 
 def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) -> int:
     """Puts the newest sound checkpoint that the journal reaches into the simulation. -> its round."""
-    last = 0
-    for last, _, _ in records.read_journal(folder.path / records.JOURNAL):  # noqa: B007
-        pass
-    found = checkpoints.restore(simulation.abstract_state(), at_most=last)
+
+    def reached() -> int:
+        last = 0
+        for last, _, _ in records.read_journal(folder.path / records.JOURNAL):  # noqa: B007
+            pass
+        return last
+
+    found = checkpoints.restore(simulation.abstract_state(), at_most=hosts.agreed(reached))
     if found is not None:
         simulation.restore(*found)
     return simulation.round
+
+
+def _alike(make: Callable[[], Setup]) -> Setup:
+    """The setup; raises UserError unless all processes are about to run the same."""
+    setup = hosts.together(make)
+    if jax.process_count() > 1:
+        hosts.check_same("config", config_lib.dump(_namable(setup.config)))
+        hosts.check_same("data", provenance.fingerprint(setup.dataset))
+        hosts.check_same("partition", provenance.describe_partition(setup.partition))
+    return setup
 
 
 # --- the folder ---------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ class Simulation:
         )
         self._evaluators: dict[str, Any] = {}
         chooser = setup.algorithm.selection
-        self._measure = chooser and Program(chooser.measure, self.mesh)
+        self._measure = chooser and Program(chooser.measure, self.mesh, **placement.readable(self.mesh))
         self._deploy = jax.jit(setup.algorithm.deploy, out_shardings=placement.replicated(self.mesh))
 
     # --- state --------------------------------------------------------------------------------------

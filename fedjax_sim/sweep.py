@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from fedjax_sim import comparison, data, initial, plots, provenance, runs
+from fedjax_sim import comparison, data, hosts, initial, plots, provenance, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
@@ -76,13 +76,7 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
       Interrupted, Terminated: on SIGINT and SIGTERM; a later start continues.
     """
     place = Folder(sweep.out)
-    try:
-        sweep.out.mkdir(parents=True, exist_ok=True)
-        place.write("sweep.json", "{}\n")
-    except OSError as error:
-        raise UserError(
-            "sweep.out", str(sweep.out), f"it cannot be written: {error.strerror}", "Choose another."
-        ) from None
+    hosts.agreed(lambda: _check_writable(place))
     failures: dict[str, str] = {}
     done: dict[str, runs.Run] = {}
     shared = _Shared()
@@ -105,8 +99,18 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
     wall = {name: result.seconds for name, result in done.items()}
     cpu = {name: result.cpu_seconds for name, result in done.items()}
     outcome = Outcome(sweep, compared, failures, wall, cpu)
-    _write(place, outcome, time.perf_counter() - began)
+    hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
     return outcome
+
+
+def _check_writable(place: Folder) -> None:
+    try:
+        place.path.mkdir(parents=True, exist_ok=True)
+        place.write("sweep.json", "{}\n")
+    except OSError as error:
+        raise UserError(
+            "sweep.out", str(place.path), f"it cannot be written: {error.strerror}", "Choose another."
+        ) from None
 
 
 class _Shared:
@@ -132,7 +136,7 @@ class _Shared:
 def _one(job: Job, shared: _Shared) -> tuple[str, runs.Run]:
     """Runs, resumes or loads. -> (what was done, the run)."""
     folder = Folder(str(job.config.output.dir))
-    if folder.started:
+    if hosts.agreed(lambda: folder.started):
         if not runs.same_run(folder.path, job.config):
             raise UserError(
                 "sweep.out",
@@ -140,7 +144,7 @@ def _one(job: Job, shared: _Shared) -> tuple[str, runs.Run]:
                 "it holds a run of other settings",
                 "Remove it, or choose another out.",
             )
-        if folder.finished:
+        if hosts.agreed(lambda: folder.finished):
             return "finished before", runs.load(folder.path)
         return "resumed", runs.resume(folder.path)
     # Not as `dataset=`: the run can load it again by itself, and resume must not ask for it.

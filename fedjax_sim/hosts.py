@@ -1,0 +1,178 @@
+"""Several hosts, one run: a process on each, all of which make the same calls, and the first alone writes.
+
+Slots are sharded over the devices of all processes, and what a round says of itself is the same everywhere:
+records, checkpoints and results are those of one process that has as many devices. The folder of a run has to
+be on a file system that all see.
+
+In one process every function here does the obvious, at no cost.
+"""
+
+import contextlib
+import pickle
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from fedjax_sim.errors import UserError
+
+T = TypeVar("T")
+
+
+def join(address: str = "auto", processes: int | None = None, process: int | None = None) -> None:
+    """Makes this process one of several, before JAX starts: `jax.distributed.initialize`.
+
+    Args:
+      address: HOST:PORT of the first process, the same everywhere; `auto` finds all three on a TPU pod and
+        under Slurm, Open MPI and Kubernetes.
+      processes: how many there are.
+      process: which this is, from 0.
+
+    Raises:
+      UserError: they do not make sense, or the others cannot be found.
+    """
+    if address == "auto":
+        if processes is not None or process is not None:
+            raise UserError(
+                "--join", address, "the cluster says how many there are", "Give HOST:PORT instead."
+            )
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())
+            raise UserError("--join", address, why, "Give HOST:PORT, --processes and --process.") from None
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            "--join", address, "it is no address", "Write HOST:PORT of the first process, or auto."
+        )
+    if processes is None or processes < 1:
+        raise UserError(
+            "--processes", processes, "an address needs the number of processes", "Give it, from 1."
+        )
+    if process is None or not 0 <= process < processes:
+        raise UserError("--process", process, "it is none of them", f"Give this one's, 0 to {processes - 1}.")
+    if process == 0:
+        _check_free(host, int(port))
+    jax.distributed.initialize(address, processes, process)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes and talks."""
+    return jax.process_index() == 0
+
+
+def agreed(action: Callable[[], T]) -> T:
+    """What `action` gives, or raises, in the first process: known to all, done there alone.
+
+    All have to call it, and none goes on before it is done; `action` must not call it again.
+    """
+    if jax.process_count() == 1:
+        return action()
+    multihost_utils.sync_global_devices("fedjax_sim.hosts.agreed")
+    error = value = None
+    if first():
+        try:
+            value = action()
+        except Exception as raised:
+            error = raised
+    told = pickle.loads(_broadcast(pickle.dumps((error, value))))
+    if not first():
+        error, value = told
+    if error is not None:
+        raise error
+    return cast(T, value)
+
+
+def together(action: Callable[[], T]) -> T:
+    """What `action` gives in each process. Where it fails in one, all stop, instead of waiting for it."""
+    if jax.process_count() == 1:
+        return action()
+    error = value = None
+    try:
+        value = action()
+    except Exception as raised:
+        error = raised
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+    if error is not None:
+        raise error
+    if len(failed):
+        raise UserError("process", int(failed[0]), "it failed", "See what it says, and start all again.")
+    return cast(T, value)
+
+
+def check_same(name: str, told: Any) -> None:
+    """Raises UserError in all processes unless `told`, a plain value, is the same in each."""
+    if jax.process_count() == 1:
+        return
+    expected = agreed(lambda: told)
+    differing = np.flatnonzero(multihost_utils.process_allgather(np.asarray(expected != told)))
+    if len(differing):
+        raise UserError(
+            name,
+            told,
+            f"process {differing[0]} of {jax.process_count()} has another than the first, {expected!r}",
+            "Start all processes with the same settings and the same data.",
+        )
+
+
+@contextlib.contextmanager
+def held(claim: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """A context that the first process enters for all, such as the lock on a folder."""
+    with contextlib.ExitStack() as stack:
+        agreed(lambda: stack.enter_context(claim()) and None)
+        yield
+
+
+class Votes:
+    """Whether one of the processes wants to stop; the same answer in all, asked once a round.
+
+    Others hear of it two rounds later, so that no round under way is waited for. At once in one process.
+    """
+
+    def __init__(self, wish: Callable[[], bool]):
+        """`wish`: whether this process wants to."""
+        self._wish = wish
+        self._cast: deque[jax.Array] = deque()
+        mesh = Mesh(np.asarray(jax.devices()), ("voters",), axis_types=(AxisType.Auto,))
+        self._each, everywhere = (
+            NamedSharding(mesh, PartitionSpec("voters")),
+            NamedSharding(mesh, PartitionSpec()),
+        )
+        self._any = jax.jit(jnp.any, out_shardings=everywhere)
+
+    def __call__(self) -> bool:
+        """See the class."""
+        if jax.process_count() == 1:
+            return self._wish()
+        mine = np.full(jax.device_count(), self._wish())
+        self._cast.append(self._any(jax.make_array_from_callback(mine.shape, self._each, mine.__getitem__)))
+        return len(self._cast) > 2 and bool(self._cast.popleft())
+
+
+def _broadcast(content: bytes) -> bytes:
+    """The first process's bytes."""
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    padded = np.zeros(length, np.uint8)
+    if first():
+        padded[:] = np.frombuffer(content, np.uint8)
+    return multihost_utils.broadcast_one_to_all(padded).tobytes()
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raises UserError where the first process could not listen: JAX would end the process instead."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        why = f"the first process cannot listen there: {error.strerror}"
+        raise UserError(
+            "--join", f"{host}:{port}", why, "Choose another port, or this host's address."
+        ) from None
