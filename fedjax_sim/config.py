@@ -205,17 +205,28 @@ class EvaluationConfig:
       batch_size: images in one forward pass; speed and memory only.
       per_class: accuracy of each class of the global test set.
       per_client: accuracy on every client's own test split: mean, 10th and 90th percentile.
+      finetune: epochs that every client trains on alone after the last round, and accuracy on its own test
+        split then; 0 for none. See `fedjax_sim.finetuning`.
     """
 
     every: int = 10
     batch_size: int = 500
     per_class: bool = False
     per_client: bool = False
+    finetune: int = 0
 
     def __post_init__(self):
         check(self, "evaluation.")
         at_least("evaluation.every", self.every, 0)
         at_least("evaluation.batch_size", self.batch_size, 1)
+        at_least("evaluation.finetune", self.finetune, 0)
+        if self.finetune and not (self.per_client and self.every):
+            raise UserError(
+                "evaluation.finetune",
+                self.finetune,
+                "what it gives is measured on clients' own test samples, with the last evaluation",
+                "Set evaluation.per_client, and evaluation.every above 0.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

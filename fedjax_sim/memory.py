@@ -357,6 +357,11 @@ def _evaluation_parts(setup: Setup) -> list[Part]:
         remedy = "a smaller evaluation.batch_size"
         parts.append(Part("evaluation's activations", peak, peak * setup.devices, "evaluation", remedy))
         parts.append(Part("the deployed model", one, one * setup.devices, "evaluation", "a smaller model"))
+    if setup.config.evaluation.finetune:
+        kept = jax.eval_shape(make_optimizer(setup.config.local).init, variables["params"])
+        size = setup.num_clients * (bytes_of(variables) + bytes_of(kept))
+        text = f"all clients' models and optimisers, to fine-tune ({setup.num_clients})"
+        parts.append(Part(text, -(-size // setup.devices), size, "evaluation", "evaluation.finetune = 0"))
     return parts
 
 

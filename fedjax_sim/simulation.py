@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import cohorts, data, evaluation, initial, models, placement, waves
+from fedjax_sim import cohorts, data, evaluation, finetuning, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition, Population
@@ -456,12 +456,23 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             outcome = self._evaluator("test")(variables)
             personal = self._personal(variables) if config.per_client else None
+        tune = config.finetune > 0 and number == self.setup.config.rounds
+        kept = self.state if tune else None  # which no later round overwrites
 
         def rows() -> list[Row]:
             out = _global_rows(number, outcome, self.setup.dataset, config.per_class)
-            return out if personal is None else out + _client_rows(number, personal())
+            if personal is not None:
+                out += client_rows(number, personal(), "client_accuracy")
+            if kept is not None:
+                out += finetuning.rows(self.setup, self._function, kept)
+            return out
 
         return rows
+
+    def client_accuracies(self) -> Callable[[], np.ndarray]:
+        """Starts evaluating what clients would use on their own test samples; call the result for f64[N]."""
+        with jax.set_mesh(self.mesh):
+            return self._personal(self.variables)
 
     def _evaluator(self, name: str) -> evaluation.Evaluator:
         """Over the global test set, or over the pool that clients' own test samples come from."""
@@ -576,14 +587,13 @@ def _global_rows(number: int, outcome: Any, dataset: Dataset, per_class: bool) -
     return rows
 
 
-def _client_rows(number: int, accuracies: np.ndarray) -> list[Row]:
+def client_rows(number: int, accuracies: np.ndarray, name: str) -> list[Row]:
+    """Mean, percentiles and each of clients' accuracies f64[N], NaN for those without test samples."""
     have = accuracies[np.isfinite(accuracies)]
     rows = [
-        Row(number, "client_accuracy_mean", float(have.mean())),
-        Row(number, "client_accuracy_p10", float(np.percentile(have, 10))),
-        Row(number, "client_accuracy_p90", float(np.percentile(have, 90))),
+        Row(number, f"{name}_mean", float(have.mean())),
+        Row(number, f"{name}_p10", float(np.percentile(have, 10))),
+        Row(number, f"{name}_p90", float(np.percentile(have, 90))),
     ]
-    rows += [
-        Row(number, "client_accuracy", float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)
-    ]
+    rows += [Row(number, name, float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)]
     return rows
