@@ -1,5 +1,6 @@
 """A run that is killed at any moment, and resumed until it is done, is bit for bit the run that never was."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -31,17 +32,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 ROUNDS = 600
+LOCAL = LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.05, momentum=0.9, keep_optimizer=True)
 
 
 def make(folder, **changes):
     return RunConfig(
         rounds=changes.pop("rounds", ROUNDS),
-        partition=data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0),
-        model=ModelConfig(options={"hidden": [8]}),
-        algorithm=CONFIGS["fedmr"](),
-        local=LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.05, momentum=0.9, keep_optimizer=True),
+        partition=changes.pop("partition", data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0)),
+        model=changes.pop("model", ModelConfig(options={"hidden": [8]})),
+        algorithm=changes.pop("algorithm", CONFIGS["fedmr"]()),
+        local=changes.pop("local", LOCAL),
         cohort=CohortConfig(size=4),
-        evaluation=EvaluationConfig(every=10),
+        evaluation=changes.pop("evaluation", EvaluationConfig(every=10)),
         output=OutputConfig(
             dir=str(folder), checkpoint_every=7, tensorboard=False, figures=False, progress=False, **changes
         ),
@@ -96,7 +98,8 @@ def killed_until_done(tmp_path, whole, kills, seed):
     chance = random.Random(seed)
     folder = tmp_path / "run"
     path = tmp_path / "run.yaml"
-    path.write_text(config_lib.dump(make(folder, rounds=whole.config.rounds)))
+    output = dataclasses.replace(whole.config.output, dir=str(folder))
+    path.write_text(config_lib.dump(dataclasses.replace(whole.config, output=output)))
     done = 0
     process = command("run", str(path))
     while done < kills:
@@ -119,6 +122,28 @@ def test_killed_twice(tmp_path, whole):
 def test_killed_twenty_times(tmp_path, seed):
     long = runs.run(make(tmp_path / "whole", rounds=3000))
     killed_until_done(tmp_path, long, 20, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_every_method_killed_once(tmp_path, name):
+    """What each keeps, for clients and on the server; and clients that train on at the end."""
+    settings = {"lips": {"inner": CONFIGS["fedmr"](), "period": 3, "layers": "inner"}}.get(name, {})
+    model, rounds = ModelConfig(options={"hidden": [8, 8]}), 300
+    if name == "fedbn":
+        model, rounds = ModelConfig("cnn8", norm="batch"), 60
+    long = runs.run(
+        make(
+            tmp_path / "whole",
+            rounds=rounds,
+            partition=data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0, local_test="holdout"),
+            model=model,
+            algorithm=CONFIGS[name](**settings),
+            local=dataclasses.replace(LOCAL, keep_optimizer=False),
+            evaluation=EvaluationConfig(every=10, per_client=True, finetune=2),
+        )
+    )
+    killed_until_done(tmp_path, long, 1, seed=4)
 
 
 def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path, whole):
