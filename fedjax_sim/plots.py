@@ -1,17 +1,21 @@
-"""Figures: learning curves of a run and of a sweep, and the spread of clients' accuracies.
+"""Figures: learning curves of a run and of a sweep, the spread of clients' accuracies, and parts of others.
 
 All are drawn with Matplotlib's Agg canvas directly, so that no window system and no pyplot state is touched.
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -166,3 +170,52 @@ def dress(axis: Axes, label: str, along: str = "round") -> None:
     axis.spines[["top", "right"]].set_visible(False)
     if along == "round":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+# --- what the figures of reports share ----------------------------------------------------------------
+
+DEPTHS = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linspace(0, 0.9, 64)))
+"""From the first layer to the last, or from the first round."""
+
+
+def shade(depth: int, names: Sequence[str]) -> Any:
+    """The colour of one of the layers `names`."""
+    return DEPTHS(depth / max(len(names) - 1, 1))
+
+
+def bar(figure: Figure, mappable: Any, axes: Any, label: str) -> Any:
+    """What colours mean, beside `axes`."""
+    made = figure.colorbar(mappable, ax=axes, shrink=0.9, pad=0.02)
+    made.set_label(label, fontsize=9)
+    made.ax.tick_params(labelsize=8)
+    return made
+
+
+def depth_bar(figure: Figure, axes: Any, names: Sequence[str]) -> None:
+    """What the colours of layers mean; some of the names where there are many."""
+    scale = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
+    steps = ListedColormap([shade(depth, names) for depth in range(len(names))])
+    made = bar(figure, ScalarMappable(scale, steps), axes, "layer")
+    shown = range(0, len(names), -(-len(names) // 12))
+    made.set_ticks(list(shown), labels=[names[place] for place in shown])
+    made.ax.tick_params(length=0)
+    made.ax.minorticks_off()
+
+
+def blank(axes: np.ndarray, used: int) -> None:
+    """Hides the panels beyond the first `used`."""
+    for axis in axes.flat[used:]:
+        axis.set_visible(False)
+
+
+def captioned(figure: Figure, text: str) -> Figure:
+    """Writes a caption below, in room of its own."""
+    text = textwrap.fill(text, int(figure.get_figwidth() * 16.5))
+    figure.supxlabel(text, fontsize=7.5, x=0.01, ha="left")
+    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1) + 0.3 * len(figure.legends))
+    return figure
+
+
+def caption_of(figure: Figure) -> str:
+    """What stands below a figure, on one line."""
+    return " ".join(figure.get_supxlabel().split())

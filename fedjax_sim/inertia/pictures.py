@@ -1,29 +1,24 @@
 """The figures of layer-wise inertia: of one run, of seeds, or of methods.
 
-Each takes groups of runs that differ in their seed only (`Group`, which `fedjax_sim.inertia.report.groups`
+Each takes groups of runs that differ in their seed only (`Group`, which `fedjax_sim.reports.groups`
 makes of folders) and the metric that says how far a layer moves, and carries its caption below itself.
 """
 
 import dataclasses
 import functools
-import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fedjax_sim import plots
+from fedjax_sim import plots, reports
 from fedjax_sim.algorithms.lips import LIPS, densities
 from fedjax_sim.inertia.movement import METRICS
 from fedjax_sim.inertia.profile import Profile, profile
-from fedjax_sim.peel.pictures import Missing
-from fedjax_sim.runs import Run
+from fedjax_sim.reports import Missing, captioned, spread
 
 START = 4
 """First round that counts in means over rounds: movement in the very first says little of later ones."""
@@ -51,22 +46,8 @@ _ACCURACY = {
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Group:
-    """Runs that differ in their seed only, S of them.
-
-    Attributes:
-      name: what sets the group apart from the others; the method, if it is alone.
-      runs: one of each seed.
-    """
-
-    name: str
-    runs: tuple[Run, ...]
-
-    @property
-    def title(self) -> str:
-        """One line: method, data, partition, seeds."""
-        seeds = ", ".join(str(run.config.seed) for run in self.runs)
-        return f"{self.runs[0].title.rsplit(', seed', 1)[0]}, seed{'s' * (len(self.runs) > 1)} {seeds}"
+class Group(reports.Group):
+    """Runs that differ in their seed only, S of them, and what was recorded of their layers."""
 
     @functools.cached_property
     def layers(self) -> tuple[str, ...]:
@@ -119,19 +100,6 @@ class Group:
         return starts[inside], planned[inside]
 
 
-def spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f64[S, …] -> mean and standard deviation over the first axis, f64[…], of what is not NaN.
-
-    The mean of nothing is NaN, the deviation of fewer than two 0.
-    """
-    known = np.isfinite(values)
-    count = known.sum(0)
-    mean = np.full(count.shape, np.nan)
-    np.divide(np.where(known, values, 0).sum(0), count, out=mean, where=count > 0)
-    squares = (np.where(known, values - mean[None], 0) ** 2).sum(0)
-    return mean, np.sqrt(squares / np.maximum(count - 1, 1))
-
-
 # --- figures ------------------------------------------------------------------------------------------
 
 
@@ -168,7 +136,7 @@ def heat_map(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         axis.set_xlabel("round")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_title(group.name, fontsize=9)
-    _blank(axes, len(shown))
+    plots.blank(axes, len(shown))
     assert image is not None
     figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02).set_label(LABELS[metric], fontsize=9)
     about = (
@@ -190,8 +158,8 @@ def lines(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         _by_depth(axis, group, metric)
         axis.set_yscale("log", nonpositive="mask")
         axis.set_title(group.name, fontsize=9)
-        _depth_bar(figure, axis, group.layers)
-    _blank(axes, len(shown))
+        plots.depth_bar(figure, axis, group.layers)
+    plots.blank(axes, len(shown))
     about = f"{_MEANING[metric]}, over rounds, a line for each layer; mean over seeds, no band."
     return captioned(figure, about, shown)
 
@@ -227,7 +195,7 @@ def by_layer(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         axis.set_yscale("log")
         axis.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=8 if len(names) <= 20 else 6)
         axis.legend(fontsize=8, frameon=False)
-    _blank(axes, len(kinds))
+    plots.blank(axes, len(kinds))
     about = (
         f"{_MEANING[metric]}, by layer: geometric mean over the rounds from {START} on and over seeds; bands "
         "are one standard deviation of its logarithm over seeds. Squares: the ends; ring: the inner layer "
@@ -250,7 +218,7 @@ def reference(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         for axis, name in zip(row, wanted, strict=True):
             _by_depth(axis, group, name)
             axis.set_title(group.name, fontsize=9)
-        _depth_bar(figure, row[1], group.layers)
+        plots.depth_bar(figure, row[1], group.layers)
     numbers = sorted({group.runs[0].config.inertia.reference for group in shown})
     about = (
         "How far the deployed model is from that after the reference round "
@@ -323,7 +291,7 @@ def density(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         plots.dress(axis, "density of eligible tensors")
         axis.legend(fontsize=8, frameon=False)
         axis.set_title(group.name, fontsize=9)
-    _blank(axes, len(shown))
+    plots.blank(axes, len(shown))
     about = (
         "Density with which clients start the sparse rounds: planned by the schedule; recorded, with whole "
         "entries; and the share of entries that were not zero, mean over clients (with noise or initial "
@@ -395,34 +363,5 @@ def _by_depth(axis: Axes, group: Group, metric: str) -> None:
     rounds, values = group.values(metric, group.layers)
     mark = "o" if len(rounds) <= 12 else None
     for depth, (name, line) in enumerate(zip(group.layers, spread(values)[0].T, strict=True)):
-        axis.plot(rounds, line, color=_shade(depth, group.layers), lw=1.2, marker=mark, ms=3, label=name)
+        axis.plot(rounds, line, color=plots.shade(depth, group.layers), lw=1.2, marker=mark, ms=3, label=name)
     plots.dress(axis, LABELS[metric])
-
-
-def _shade(depth: int, names: Sequence[str]) -> Any:
-    return colormaps["viridis"](0.9 * depth / max(len(names) - 1, 1))
-
-
-def _depth_bar(figure: Figure, axis: Axes, names: Sequence[str]) -> None:
-    """What the colours of layers mean; some of the names where there are many."""
-    steps = ListedColormap([_shade(depth, names) for depth in range(len(names))])
-    scale = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
-    bar = figure.colorbar(ScalarMappable(scale, steps), ax=axis)
-    shown = range(0, len(names), -(-len(names) // 12))
-    bar.set_ticks(list(shown), labels=[names[place] for place in shown])
-    bar.ax.tick_params(length=0, labelsize=7)
-    bar.ax.minorticks_off()
-
-
-def _blank(axes: np.ndarray, used: int) -> None:
-    for axis in axes.flat[used:]:
-        axis.set_visible(False)
-
-
-def captioned(figure: Figure, about: str, shown: Sequence[Group]) -> Figure:
-    """Writes a caption below, in room of its own."""
-    titles = "; ".join(dict.fromkeys(group.title for group in shown))
-    text = textwrap.fill(f"{about} Runs: {titles}.", int(figure.get_figwidth() * 16.5))
-    figure.supxlabel(text, fontsize=7.5, x=0.01, ha="left")
-    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1))
-    return figure

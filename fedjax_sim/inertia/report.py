@@ -7,29 +7,19 @@ report.draw(["runs/a", "runs/b"], "out")  # seeds pooled, others compared
 report.draw("study.yaml")                 # a sweep's finished runs
 """
 
-import csv
-import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim import plots, runs, sweep_files
+from fedjax_sim import reports
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
-from fedjax_sim.folders import Folder
-from fedjax_sim.inertia import pictures
 from fedjax_sim.inertia.movement import METRICS
-from fedjax_sim.inertia.pictures import EFFECTIVENESS, START, Group, spread
-from fedjax_sim.peel.groups import names_of, settings_of
-from fedjax_sim.peel.overview import markdown
-from fedjax_sim.peel.pictures import Missing, caption_of
-from fedjax_sim.peel.report import writable
-from fedjax_sim.runs import Run
-
-Given = Run | str | Path | Sequence[Run | str | Path]
-"""A run, the folder of one, the YAML file of a sweep (its finished runs); or several."""
+from fedjax_sim.inertia.pictures import EFFECTIVENESS, PICTURES, START, Group
+from fedjax_sim.reports import Figures, Given, markdown, spread, writable
 
 
 def draw(
@@ -52,86 +42,22 @@ def draw(
       The files written.
 
     Raises:
-      UserError: see `groups`; no such metric; nothing was recorded; or the folder cannot be written.
+      UserError: see `fedjax_sim.reports.groups`; no such metric; nothing was recorded; or the folder cannot
+        be written.
     """
     known = [name for name in METRICS if name != "inertia_cosine"]
     if metric not in known:
         why = "it is drawn beside every other" if metric in METRICS else "no such metric of layers"
         raise UserError("metric", metric, why, nearest(metric, known))
-    found = groups(given)
+    found = reports.groups(given, Group)
     if not any(map(_measured, found)):
         fix = "Run them with --inertia.measure, and --inertia.every N for aggregation effectiveness."
-        where = str(found[0].runs[0].folder or "in memory")
+        where = reports.where(found[0].runs[0])
         raise UserError("folder", where, "nothing was recorded of layers' movement or of merges", fix)
-    home = writable(Folder(_home(given, found) if out is None else out).path)
-    written, shown, missing = [], {}, {}
-    for name, make in pictures.PICTURES.items():
-        paths = [home.path / f"{name}.{suffix}" for suffix in ("png", "pdf")]
-        try:
-            figure = make(found, metric)
-        except Missing as error:
-            missing[name] = " ".join(str(error).split())
-            for path in paths:  # of an earlier draw into the same folder
-                path.unlink(missing_ok=True)
-            tell(f"{name}: not drawn: {missing[name]}")
-            continue
-        shown[name] = caption_of(figure)
-        for path in paths:
-            plots.save(figure, path)
-            written.append(path)
-    for name, content in (("inertia.csv", table(found)), ("report.md", text(found, metric, shown, missing))):
-        home.write(name, content)
-        written.append(home.path / name)
-    for path in written:
-        tell(f"wrote {path}")
-    return written
-
-
-def groups(given: Given) -> list[Group]:
-    """Runs as groups of what differs in nothing but the seed; a sweep's by method and setting.
-
-    Raises:
-      UserError: a folder holds no run, a run is not finished, two runs are the same, or there are none.
-    """
-    things = [given] if isinstance(given, Run | str | Path) else list(given)
-    named: dict[str, list[Run]] = {}
-    loose: dict[tuple, list[Run]] = {}
-    for thing in things:
-        if isinstance(thing, str | Path) and Path(thing).suffix == ".yaml":
-            for name, run in _of_sweep(thing):
-                name = name if len(things) == 1 else f"{Path(thing).with_suffix('')}: {name}"
-                named.setdefault(name, []).append(run)
-            continue
-        run = thing if isinstance(thing, Run) else runs.load(thing)
-        if not run.finished:
-            why = f"the run has {run.rounds} of its {run.config.rounds} rounds"
-            raise UserError("folder", str(run.folder), why, f"Finish it: fedjax-sim resume {run.folder}.")
-        loose.setdefault(tuple(settings_of(run).items()), []).append(run)
-    names = names_of([dict(key) for key in loose])
-    found = [
-        Group(name, tuple(made)) for name, made in [*named.items(), *zip(names, loose.values(), strict=True)]
-    ]
-    if not found:
-        raise UserError("folders", "", "there is no run to look at", "Give the output.dir of a run.")
-    for group in found:
-        seed, times = Counter(run.config.seed for run in group.runs).most_common(1)[0]
-        if times > 1:
-            why = f"{times} runs have these settings and the same seed, {seed}"
-            raise UserError("folders", group.name, why, "Give each run once.")
-    return found
-
-
-def _of_sweep(path: str | Path) -> list[tuple[str, Run]]:
-    """The finished runs of a sweep's file, by method and setting."""
-    jobs = [(job, job.config.output.dir) for job in sweep_files.load(path).jobs]
-    done = [(job, where) for job, where in jobs if where is not None and Folder(where).finished]
-    if not done:
-        fix = f"Run it first: fedjax-sim sweep {path}."
-        raise UserError("folders", str(path), "none of its runs is finished", fix)
-    return [
-        (", ".join(part for part in (job.method, job.column) if part), runs.load(where))
-        for job, where in done
-    ]
+    home = writable(reports.home_of(given, found, "inertia", "figures/inertia") if out is None else out)
+    drawn = reports.draw(home, {name: partial(make, found, metric) for name, make in PICTURES.items()}, tell)
+    contents = {"inertia.csv": table(found), "report.md": text(found, metric, drawn)}
+    return drawn.paths + reports.write(home, contents, tell)
 
 
 def table(found: Sequence[Group]) -> str:
@@ -140,9 +66,7 @@ def table(found: Sequence[Group]) -> str:
     Columns: group, seed, layer, metric, rounds (how many have a value), mean, geometric_mean (empty where a
     value is not positive).
     """
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["group", "seed", "layer", "metric", "rounds", "mean", "geometric_mean"])
+    rows: list[list[object]] = []
     for group in found:
         for metric in METRICS:
             rounds, values = group.values(metric, group.layers)
@@ -151,9 +75,10 @@ def table(found: Sequence[Group]) -> str:
                     have = column[np.isfinite(column)]
                     if len(have):
                         middle = np.exp(np.log(have).mean()) if (have > 0).all() else ""
-                        where = [group.name, run.config.seed, layer, metric]
-                        writer.writerow([*where, len(have), have.mean(), middle])
-    return out.getvalue()
+                        place = [group.name, run.config.seed, layer, metric]
+                        rows.append([*place, len(have), have.mean(), middle])
+    heads = ["group", "seed", "layer", "metric", "rounds", "mean", "geometric_mean"]
+    return reports.comma_separated(heads, rows)
 
 
 def outline(group: Group, metric: str = "inertia_step") -> dict[str, np.ndarray]:
@@ -179,23 +104,18 @@ def outline(group: Group, metric: str = "inertia_step") -> dict[str, np.ndarray]
 def text(
     found: Sequence[Group],
     metric: str = "inertia_step",
-    shown: Mapping[str, str] | None = None,
-    missing: Mapping[str, str] | None = None,
+    figures: Figures | None = None,
 ) -> str:
     """report.md: what was looked at, a table, and the figures with their captions.
 
     Args:
       found: the groups.
       metric: of the profile.
-      shown: figure -> caption.
-      missing: figure -> why it was not drawn.
+      figures: what was drawn.
     """
     lines, rows = ["# Layer-wise inertia", ""], []
     for group in found:
-        lines.append(f"- **{group.name}**: {group.title}")
-        for run in group.runs:
-            where = runs.portable(run.config).output.dir
-            lines.append(f"  - seed {run.config.seed}: {f'`{where}`' if where else 'in memory'}")
+        lines += group.listed()
         numbers, votes = outline(group, metric), Counter(one.least for one in group.profiles(metric))
         layer, count = votes.most_common(1)[0] if votes else ("–", 0)
         several = f" ({count} of {votes.total()} seeds)" if len(votes) > 1 else ""
@@ -203,10 +123,7 @@ def text(
         rows.append([group.name, str(len(group.runs)), layer + several, *cells])
     lines += ["", "## In numbers", "", _ABOUT.format(metric=metric, start=START), ""]
     lines += markdown(["group", "seeds", "layer of least", *_COLUMNS.values()], rows)
-    lines += ["## Figures", ""]
-    for name, caption in (shown or {}).items():
-        lines += [f"![{name}]({name}.png)", "", f"*{name}.* {caption}", ""]
-    lines += [f"- {name} was not drawn: {why}" for name, why in (missing or {}).items()]
+    lines += (figures or Figures()).section()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -241,13 +158,3 @@ def _told(values: np.ndarray | None) -> str:
 def _measured(group: Group) -> bool:
     names = {name for run in group.runs for name in run.metrics.names()}
     return bool(group.layers) or any(name.startswith(("effectiveness_", "lips_")) for name in names)
-
-
-def _home(given: Given, found: Sequence[Group]) -> Path:
-    if isinstance(given, str | Path) and Path(given).suffix == ".yaml":
-        return sweep_files.load(given).out / "inertia"
-    first = found[0].runs[0].folder
-    if first is None:
-        raise UserError("out", None, "the run is in memory and has no folder", "Say where: out=….")
-    alone = len(found) == 1 and len(found[0].runs) == 1
-    return first / "figures" / "inertia" if alone else first.parent / "inertia"

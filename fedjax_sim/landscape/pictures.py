@@ -14,10 +14,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from fedjax_sim import plots
-from fedjax_sim.inertia.pictures import Group, captioned, spread
 from fedjax_sim.landscape.measurement import Measured, Settings
 from fedjax_sim.landscape.surfaces import Curve, Plane, Surface
-from fedjax_sim.peel.pictures import Missing
+from fedjax_sim.reports import Group, Missing, captioned, spread
 
 SAMPLES = {"train": "training samples", "test": "test samples"}
 _DASH = {"train": "-", "test": "--"}

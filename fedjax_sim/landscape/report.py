@@ -7,23 +7,16 @@ report.draw(["runs/a", "runs/b"], "out")  # seeds pooled, others compared
 report.draw("study.yaml")                 # a sweep's finished runs
 """
 
-import csv
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim import plots, runs, sweep_files
-from fedjax_sim.folders import Folder
-from fedjax_sim.inertia.pictures import Group, spread
-from fedjax_sim.inertia.report import Given, groups
-from fedjax_sim.landscape import pictures
+from fedjax_sim import reports
 from fedjax_sim.landscape.measurement import Measured, Settings, check, measure, restored
-from fedjax_sim.landscape.pictures import Results
-from fedjax_sim.peel.overview import markdown
-from fedjax_sim.peel.pictures import Missing, caption_of
-from fedjax_sim.peel.report import writable
+from fedjax_sim.landscape.pictures import PICTURES, Results
+from fedjax_sim.reports import Figures, Given, Group, markdown, spread, writable
 
 
 def draw(
@@ -51,41 +44,25 @@ def draw(
       UserError: a folder holds no run, or one without a checkpoint; a run is not finished; or see `measure`.
     """
     settings = settings or Settings()
-    found = groups(given)
+    found = reports.groups(given)
     for group in found:
         for run in group.runs:
             check(run)
-    home = writable(Folder(_home(given, found) if out is None else out).path)
+    home = writable(reports.home_of(given, found, "landscape", "landscape") if out is None else out)
     results: list[list[Measured]] = []
     for group in found:
         results.append([])
         for place, run in enumerate(group.runs):
             tell(f"measuring {group.name}, seed {run.config.seed}")
             results[-1].append(measure(restored(run), settings, planes=place == 0))
-    written, shown, missing = [], {}, {}
-    for name, make in pictures.PICTURES.items():
-        paths = [home.path / f"{name}.{suffix}" for suffix in ("png", "pdf")]
-        try:
-            figure = make(found, results, settings)
-        except Missing as error:
-            missing[name] = " ".join(str(error).split())
-            for path in paths:  # of an earlier draw into the same folder
-                path.unlink(missing_ok=True)
-            tell(f"{name}: not drawn: {missing[name]}")
-            continue
-        shown[name] = caption_of(figure)
-        for path in paths:
-            plots.save(figure, path)
-            written.append(path)
-    for name, content in (
-        ("flatness.csv", table(found, results)),
-        ("curves.csv", curves(found, results)),
-        ("report.md", text(found, results, settings, shown, missing)),
-    ):
-        home.write(name, content)
-        written.append(home.path / name)
-    for path in written:
-        tell(f"wrote {path}")
+    figures = {name: partial(make, found, results, settings) for name, make in PICTURES.items()}
+    drawn = reports.draw(home, figures, tell)
+    contents = {
+        "flatness.csv": table(found, results),
+        "curves.csv": curves(found, results),
+        "report.md": text(found, results, settings, drawn),
+    }
+    written = drawn.paths + reports.write(home, contents, tell)
     for warning in warnings(found):
         tell(f"warning: {warning}")
     return written
@@ -121,7 +98,7 @@ def table(found: Sequence[Group], results: Results) -> str:
         for run, measured in zip(group.runs, parts, strict=True)
         for name, value in numbers(measured).items()
     ]
-    return _csv(["group", "seed", "rounds", "name", "value"], rows)
+    return reports.comma_separated(["group", "seed", "rounds", "name", "value"], rows)
 
 
 def curves(found: Sequence[Group], results: Results) -> str:
@@ -135,7 +112,7 @@ def curves(found: Sequence[Group], results: Results) -> str:
         for run, measured in zip(group.runs, parts, strict=True):
             rows += [[group.name, run.config.seed, *row] for row in _points(measured)]
     heads = ["group", "seed", "curve", "models", "samples", "x", "y", "loss", "accuracy"]
-    return _csv(heads, rows)
+    return reports.comma_separated(heads, rows)
 
 
 def _points(measured: Measured) -> Iterator[list[object]]:
@@ -169,8 +146,7 @@ def text(
     found: Sequence[Group],
     results: Results,
     settings: Settings,
-    shown: Mapping[str, str] | None = None,
-    missing: Mapping[str, str] | None = None,
+    figures: Figures | None = None,
 ) -> str:
     """report.md: what was looked at, a table, and the figures with their captions.
 
@@ -178,17 +154,13 @@ def text(
       found: the groups.
       results: of each run.
       settings: with which it was measured.
-      shown: figure -> caption.
-      missing: figure -> why it was not drawn.
+      figures: what was drawn.
     """
     lines, rows = ["# Loss landscapes", ""], []
     for group, parts in zip(found, results, strict=True):
-        lines.append(f"- **{group.name}**: {group.title}; {group.runs[0].rounds} rounds")
-        for run, measured in zip(group.runs, parts, strict=True):
-            where = runs.portable(run.config).output.dir
-            clients = ", ".join(map(str, measured.clients))
-            whose = f"; models of clients {clients}" if clients else ""
-            lines.append(f"  - seed {run.config.seed}: `{where}`{whose}")
+        clients = [", ".join(map(str, measured.clients)) for measured in parts]
+        whose = [f"; models of clients {told}" if told else "" for told in clients]
+        lines += group.listed(f"; {group.runs[0].rounds} rounds", whose)
         found_numbers = [numbers(measured) for measured in parts]
         cells = [_told(found_numbers, name) for name in _COLUMNS]
         rows.append([group.name, str(len(parts)), *cells])
@@ -196,10 +168,7 @@ def text(
         lines += ["", f"**Warning**: {warning}."]
     lines += ["", "## In numbers", "", _ABOUT.format(**vars(settings), unit=_UNITS[settings.scale]), ""]
     lines += markdown(["group", "seeds", *_COLUMNS.values()], rows)
-    lines += ["## Figures", ""]
-    for name, caption in (shown or {}).items():
-        lines += [f"![{name}]({name}.png)", "", f"*{name}.* {caption}", ""]
-    lines += [f"- {name} was not drawn: {why}" for name, why in (missing or {}).items()]
+    lines += (figures or Figures()).section()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -243,18 +212,3 @@ def _told(found: Sequence[Mapping[str, float]], name: str) -> str:
     if len(values) > 1:
         return f"{mean:.4g} ± {deviation:.2g}"
     return f"{mean:.4g}" + (f" ± {found[0][_ERRORS[name]]:.2g}" if name in _ERRORS else "")
-
-
-def _csv(heads: list[str], rows: Sequence[Sequence[object]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([heads, *rows])
-    return out.getvalue()
-
-
-def _home(given: Given, found: Sequence[Group]) -> Path:
-    if isinstance(given, str | Path) and Path(given).suffix == ".yaml":
-        return sweep_files.load(given).out / "landscape"
-    first = found[0].runs[0].folder
-    assert first is not None  # as checked
-    alone = len(found) == 1 and len(found[0].runs) == 1
-    return (first if alone else first.parent) / "landscape"

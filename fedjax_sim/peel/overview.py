@@ -6,8 +6,6 @@ trained, and a client that has learnt little has little to lose: a reviewer of t
 for the second. All averages are over measurements, a client of a seed each, with 95% bootstrap intervals.
 """
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd
 from fedjax_sim.peel.analysis import Measurements
 from fedjax_sim.peel.groups import Group
+from fedjax_sim.reports import comma_separated, markdown
+from fedjax_sim.reports import write as write_files
 
 STATES = ("start", "before", "after", "finetuned")
 
@@ -272,25 +272,14 @@ def write(
         outlines.append(outline(group, number))
     if not outlines:
         raise UserError("accuracy", accuracy, "no group of runs ever had it before a merge", "Lower it.")
-    rows, text = table(outlines), io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    rows = table(outlines)
     plots.save(picture(outlines), home.path / f"{name}.png")
-    home.write(f"{name}.csv", text.getvalue())
-    home.write(f"{name}.md", report(outlines, about))
-    written = [home.path / f"{name}.{suffix}" for suffix in ("png", "csv", "md")]
-    for path in written:
-        tell(f"wrote {path}")
-    return written
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table, and an empty one; none without rows."""
-    if not rows:
-        return []
-    lines = [heads, ["---"] * len(heads), *rows]
-    return [*("| " + " | ".join(line) + " |" for line in lines), ""]
+    tell(f"wrote {home.path / name}.png")
+    contents = {
+        f"{name}.csv": comma_separated(list(rows[0]), [list(row.values()) for row in rows]),
+        f"{name}.md": report(outlines, about),
+    }
+    return [home.path / f"{name}.png", *write_files(home, contents, tell)]
 
 
 def _plain(value: float) -> str:

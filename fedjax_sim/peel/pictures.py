@@ -9,24 +9,22 @@ pooled; others are compared. Each carries its caption below itself. Means and ba
 `fedjax_sim.peel.analysis.means`, so they are the numbers of layers.csv.
 """
 
-import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedjax_sim import plots
-from fedjax_sim.errors import UserError
 from fedjax_sim.peel import analysis, cfd
 from fedjax_sim.peel.analysis import Measurements
 from fedjax_sim.peel.chimera import PARTS, STITCHES
 from fedjax_sim.peel.groups import Given, Group, groups
+from fedjax_sim.reports import Missing, captioned
 
 LABELS = {
     "sigma_within": "within-class share of variance",
@@ -43,10 +41,6 @@ _SAMPLES = {
     "peel_accuracy_others": "the other clients' samples",
     "peel_accuracy_global": "the global test set",
 }
-
-
-class Missing(UserError):
-    """What a figure would show was not recorded, or no client's samples define it."""
 
 
 # --- figures ------------------------------------------------------------------------------------------
@@ -75,7 +69,7 @@ def by_layer(given: Given, round_index: int | None = None) -> Figure:
                 style = _state_style(state, states) if len(found) == 1 else _group_style(place, state, states)
                 _curve(axis, part, metric, values, _label(found, group, state), **style)
         _layer_axis(axis, here[0], here[0].first(metric), LABELS[metric])
-    _blank(axes, len(chosen))
+    plots.blank(axes, len(chosen))
     _legend(figure, axes)
     controls = [state for state in states if state not in ("before", "after")]
     about = (
@@ -108,12 +102,18 @@ def relative_change(given: Given) -> Figure:
             for depth, name in enumerate(names[first:], first):
                 line = 100 * values[:, 0, depth - first]
                 axis.plot(
-                    rounds, line, marker=_mark(rounds), ms=3, lw=1.4, color=_shade(depth, names), label=name
+                    rounds,
+                    line,
+                    marker=_mark(rounds),
+                    ms=3,
+                    lw=1.4,
+                    color=plots.shade(depth, names),
+                    label=name,
                 )
             axis.axhline(0, color="0.6", lw=0.8, zorder=0)
             _dress(axis, "relative change by the merge (%)" if axis is row[0] else "")
             _title(axis, found, group, LABELS[metric])
-    _depth_bar(figure, axes, names)
+    plots.depth_bar(figure, axes, names)
     about = (
         "Relative change of a metric by the merge, (after − before) / |before| of each client, averaged over "
         f"{counted(found)}: a line for each layer, whose input the metric is of (pabs: and its weights). "
@@ -142,7 +142,7 @@ def causes(given: Given, round_index: int | None = None) -> Figure:
         axis.axhline(0, color="0.6", lw=0.8, zorder=0)
         _layer_axis(axis, part, 1, "change of log C")
         _title(axis, found, group)
-    _blank(axes, len(found))
+    plots.blank(axes, len(found))
     _same_limits(axes, len(found))
     _legend(figure, axes)
     about = (
@@ -168,16 +168,16 @@ def accuracy_drop(given: Given) -> Figure:
     rounds = np.concatenate([number for *_, number in points])
     scale = Normalize(rounds.min(), max(rounds.max(), rounds.min() + 1))
     for axis, group, (change, drop, before, number) in zip(axes.flat, found, points, strict=False):
-        axis.scatter(change, drop, c=number, cmap=_DEPTHS, norm=scale, s=18, lw=0.3, edgecolors="white")
+        axis.scatter(change, drop, c=number, cmap=plots.DEPTHS, norm=scale, s=18, lw=0.3, edgecolors="white")
         for line in (axis.axhline, axis.axvline):
             line(0, color="0.6", lw=0.8, zorder=0)
         _dress(axis, "accuracy before − after", "change of log C of the penultimate feature")
         told = _associated(cfd.association(change, drop, before))
         _title(axis, found, group, told)
-    _blank(axes, len(found))
+    plots.blank(axes, len(found))
     _same_limits(axes, len(found), x=True)
     if len(np.unique(rounds)) > 1:
-        bar = _bar(figure, ScalarMappable(scale, _DEPTHS), axes, "round")
+        bar = plots.bar(figure, ScalarMappable(scale, plots.DEPTHS), axes, "round")
         bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     about = (
         "Accuracy that the merge costs a client on its own measured samples, against the change of log C "
@@ -216,9 +216,9 @@ def heat_map(given: Given) -> Figure:
         axis.set_ylabel("layer, from input (top)", fontsize=9)
         axis.tick_params(axis="x", labelsize=8)
         _title(axis, found, group)
-    _blank(axes, len(found))
+    plots.blank(axes, len(found))
     assert image is not None
-    _bar(figure, image, axes, "change of log C")
+    plots.bar(figure, image, axes, "change of log C")
     about = (
         "Change of log C (natural logarithm of within-class over between-class variance) of each layer's "
         f"input by the merge, in every measured round; means over {counted(found)}. Red: classes are less "
@@ -250,7 +250,7 @@ def stitched(given: Given, round_index: int | None = None) -> Figure:
         axis.axhline(own, color="0.35", lw=1.2, ls="--", label="none merged")
         _layer_axis(axis, part, 0, "accuracy")
         _title(axis, found, group)
-    _blank(axes, len(found))
+    plots.blank(axes, len(found))
     _same_limits(axes, len(found))
     _legend(figure, axes)
     about = (
@@ -320,14 +320,8 @@ PICTURES: dict[str, Callable[..., Figure]] = {
 }
 
 
-def caption_of(figure: Figure) -> str:
-    """What stands below a figure, on one line."""
-    return " ".join(figure.get_supxlabel().split())
-
-
 # --- the figures' parts -------------------------------------------------------------------------------
 
-_DEPTHS = LinearSegmentedColormap.from_list("depth", colormaps["viridis"](np.linspace(0, 0.9, 64)))
 _STATES = {"start": "#999999", "before": plots.COLOURS[0], "after": plots.COLOURS[1]}
 _MARKS = {"start": "o", "before": "^", "after": "o"}
 
@@ -441,30 +435,8 @@ def _label(found: Sequence[Group], group: Group, state: str) -> str:
     return state if len(found) == 1 else f"{group.name}: {state}"
 
 
-def _shade(depth: int, names: Sequence[str]) -> Any:
-    return _DEPTHS(depth / max(len(names) - 1, 1))
-
-
 def _mark(rounds: Sequence[int]) -> str | None:
     return "o" if len(rounds) <= 12 else None
-
-
-def _depth_bar(figure: Figure, axes: np.ndarray, names: Sequence[str]) -> None:
-    """What the colours of layers mean; some of the names where there are many."""
-    scale = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
-    steps = ListedColormap([_shade(depth, names) for depth in range(len(names))])
-    bar = _bar(figure, ScalarMappable(scale, steps), axes, "layer")
-    shown = range(0, len(names), -(-len(names) // 12))
-    bar.set_ticks(list(shown), labels=[names[place] for place in shown])
-    bar.ax.tick_params(length=0)
-    bar.ax.minorticks_off()
-
-
-def _bar(figure: Figure, mappable: Any, axes: np.ndarray, label: str) -> Any:
-    bar = figure.colorbar(mappable, ax=axes, shrink=0.9, pad=0.02)
-    bar.set_label(label, fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    return bar
 
 
 def _size(part: Measurements, width: float) -> dict[str, float]:
@@ -475,11 +447,6 @@ def _size(part: Measurements, width: float) -> dict[str, float]:
 
 def _upright(names: Sequence[str]) -> bool:
     return sum(map(len, names)) > 40
-
-
-def _blank(axes: np.ndarray, used: int) -> None:
-    for axis in axes.flat[used:]:
-        axis.set_visible(False)
 
 
 def _same_limits(axes: np.ndarray, used: int, *, x: bool = False) -> None:
@@ -524,12 +491,3 @@ def _bands(parts: Sequence[Measurements]) -> str:
     several = any(len(part) > len(part.numbers()) for part in parts)
     band = "Bands are 95% bootstrap intervals of the mean over clients and seeds"
     return f"{band if several else 'No band: one measurement'}; undefined values are left out."
-
-
-def captioned(figure: Figure, about: str, found: Sequence[Group]) -> Figure:
-    """Writes a caption below, in room of its own."""
-    titles = "; ".join(dict.fromkeys(group.title for group in found))
-    text = textwrap.fill(f"{about} Runs: {titles}.", int(figure.get_figwidth() * 16.5))
-    figure.supxlabel(text, fontsize=7.5, x=0.01, ha="left")
-    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1) + 0.3 * len(figure.legends))
-    return figure

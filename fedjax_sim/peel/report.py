@@ -7,20 +7,20 @@ report.draw(["runs/a", "runs/b"], "out")  # seeds pooled, others compared
 report.draw("study.yaml")                 # a sweep's finished runs, whatever their models
 """
 
-import csv
-import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim import plots, runs, sweep_files
+from fedjax_sim import reports
 from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd, overview, pictures
 from fedjax_sim.peel.groups import Given, Group, families, groups
-from fedjax_sim.peel.pictures import Missing, caption_of, counted, drop_of, rounded
+from fedjax_sim.peel.pictures import counted, drop_of, rounded
+from fedjax_sim.reports import Figures, markdown, writable
 
 MOST = 6
 """Groups that one figure can tell apart; beyond, each has figures of its own."""
@@ -55,7 +55,7 @@ def draw(
     every = [group for family in found for group in family]
     for group in every:
         group.measured.at(round_index)
-    home = Folder(_home(given, every) if out is None else out).path
+    home = Path(reports.home_of(given, every, "peel", "figures/peel") if out is None else out)
     written = []
     if len(every) > 1:
         written += overview.write(
@@ -74,32 +74,14 @@ def _draw_one(
     found: list[Group], home: Folder, round_index: int | None, tell: Callable[[str], None]
 ) -> list[Path]:
     """Of groups of one model that share their figures."""
-    written, shown, missing = [], {}, {}
-    for name, make in pictures.PICTURES.items():
-        paths = [home.path / f"{name}.{suffix}" for suffix in ("png", "pdf")]
-        of_one_round = make in (pictures.by_layer, pictures.causes, pictures.stitched)
-        more = {"round_index": round_index} if of_one_round else {}
-        try:
-            figure = make(found, **more)
-        except Missing as error:
-            missing[name] = " ".join(str(error).split())
-            for path in paths:  # of an earlier draw into the same folder
-                path.unlink(missing_ok=True)
-            tell(f"{name}: not drawn: {missing[name]}")
-            continue
-        shown[name] = caption_of(figure)
-        for path in paths:
-            plots.save(figure, path)
-            written.append(path)
-            tell(f"wrote {path}")
-    for name, content in (
-        ("layers.csv", table(found)),
-        ("report.md", text(found, round_index, shown, missing)),
-    ):
-        home.write(name, content)
-        written.append(home.path / name)
-        tell(f"wrote {home.path / name}")
-    return written
+    of_one_round = (pictures.by_layer, pictures.causes, pictures.stitched)
+    figures = {
+        name: partial(make, found, **({"round_index": round_index} if make in of_one_round else {}))
+        for name, make in pictures.PICTURES.items()
+    }
+    drawn = reports.draw(home, figures, tell)
+    contents = {"layers.csv": table(found), "report.md": text(found, round_index, drawn)}
+    return drawn.paths + reports.write(home, contents, tell)
 
 
 def table(given: Given) -> str:
@@ -107,38 +89,27 @@ def table(given: Given) -> str:
     rows = [
         {"group": group.name, **row} for group in groups(given) for row in analysis.summary(group.measured)
     ]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    return reports.comma_separated(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def text(
     given: Given,
     round_index: int | None = None,
-    shown: Mapping[str, str] | None = None,
-    missing: Mapping[str, str] | None = None,
+    figures: Figures | None = None,
 ) -> str:
     """report.md: what was looked at, the verdicts in numbers and words, and the figures with their captions.
 
     Args:
       given: as `draw`'s.
       round_index: of the verdicts; None: the newest.
-      shown: figure -> caption.
-      missing: figure -> why it was not drawn.
+      figures: what was drawn.
     """
     found = groups(given)
     lines = ["# Layer-peeled analysis", ""]
     for group in found:
         numbers = group.measured.numbers()
         told = ", ".join(map(str, numbers if len(numbers) <= 12 else [*numbers[:5], "…", *numbers[-3:]]))
-        lines.append(
-            f"- **{group.name}**: {group.title}; {len(numbers)} measured rounds ({told}); {counted([group])}."
-        )
-        for run in group.runs:
-            where = runs.portable(run.config).output.dir
-            lines.append(f"  - seed {run.config.seed}: {f'`{where}`' if where else 'in memory'}")
+        lines += group.listed(f"; {len(numbers)} measured rounds ({told}); {counted([group])}.")
     lines += ["", "## Does degradation accumulate with depth?", "", _CFD, ""]
     rows, words = [], []
     for group in found:
@@ -172,7 +143,7 @@ def text(
         if why is not None:
             words.append(f"- {group.name}, by chimeras: {why.words()}")
     heads = ["group", "round", "slope β", "Spearman ρ", "final Δ_L", "area", "measurements", "CFD"]
-    lines += [*overview.markdown(heads, rows), *words, "", "## Accuracy lost and features lost", ""]
+    lines += [*markdown(heads, rows), *words, "", "## Accuracy lost and features lost", ""]
     rows, points = [], [drop_of(group.measured)[:3] for group in found]
     everything = [("all", np.concatenate(points, 1))] * (len(found) > 1)
     for name, parts in [*zip([group.name for group in found], points, strict=True), *everything]:
@@ -181,11 +152,8 @@ def text(
         rows.append([name, *numbers, str(one.measurements)])
     heads = ["group", "Pearson r", "Spearman ρ", "partial r given accuracy before", "measurements"]
     lines += ["Accuracy lost by the merge against the change of log C of the penultimate feature:", ""]
-    lines += overview.markdown(heads, rows)
-    lines += ["## Figures", ""]
-    for name, caption in (shown or {}).items():
-        lines += [f"![{name}]({name}.png)", "", f"*{name}.* {caption}", ""]
-    lines += [f"- {name} was not drawn: {why}" for name, why in (missing or {}).items()]
+    lines += markdown(heads, rows)
+    lines += (figures or Figures()).section()
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -197,31 +165,6 @@ _CFD = (
     "Δ_L > 0 and the interval of β lies above 0. Clients of one run share its merges: with few seeds the "
     "interval says little of other seeds, and of fewer than ten measurements it is too narrow."
 )
-
-
-# --- where ----------------------------------------------------------------------------------------------
-
-
-def writable(path: Path) -> Folder:
-    """A folder that can be written to."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        why = f"it cannot be written: {error.strerror or error}"
-        raise UserError("out", str(path), why, "Choose another folder (--out).") from None
-    return Folder(path)
-
-
-def _home(given: Given, found: Sequence[Group]) -> Path:
-    if isinstance(given, str | Path) and Path(given).suffix == ".yaml":
-        return sweep_files.load(given).out / "peel"
-    first = found[0].runs[0].folder
-    if first is None:
-        raise UserError("out", None, "the run is in memory and has no folder", "Say where: out=….")
-    alone = len(found) == 1 and len(found[0].runs) == 1
-    return first / "figures" / "peel" if alone else first.parent / "peel"
 
 
 def _slug(part: Sequence[Group]) -> str:

@@ -8,19 +8,24 @@ import numpy as np
 import pytest
 
 import fedjax_sim as fs
-from fedjax_sim import cli, records, sweep_files
+from fedjax_sim import cli, records, reports, sweep_files
 from fedjax_sim import config as config_lib
 from fedjax_sim.algorithms.lips import LIPS
 from fedjax_sim.config import InertiaConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.inertia import pictures, report
-from fedjax_sim.peel.pictures import Missing, caption_of
+from fedjax_sim.plots import caption_of
 from fedjax_sim.records import Row, Table
+from fedjax_sim.reports import Missing, home_of, spread
 
 LAYERS = ("zeta", "beta", "gamma", "alpha")  # in no alphabetic order, so that only the rows tell it
 ROUNDS, SEEDS = 12, (0, 1, 2)
 METHODS = {"fedavg": fs.FedAvg(), "lips": LIPS(density=0.4, period=3, layers="inner")}
 STARTS = {2: 0.4, 5: 0.4 + 0.6 * 3 / 12, 8: 0.4 + 0.6 * 6 / 12, 11: 0.4 + 0.6 * 9 / 12}
+
+
+def groups(given):
+    return reports.groups(given, pictures.Group)
 
 
 def config_of(where, algorithm, seed, **more):
@@ -148,7 +153,7 @@ def test_table_has_means_from_round_four_on(study, drawn):
 
 
 def test_heat_map_and_lines_show_means_over_seeds(study):
-    found = report.groups(study[0])
+    found = groups(study[0])
     assert [group.name for group in found] == list(METHODS) and found[0].layers == LAYERS
     mean = {method: np.mean([one["inertia_step"] for one in seeds], 0) for method, seeds in study[1].items()}
     axes = pictures.heat_map(found).axes
@@ -168,14 +173,14 @@ def test_heat_map_and_lines_show_means_over_seeds(study):
 def test_a_round_or_a_value_that_is_missing_leaves_a_gap(study):
     run = fs.load(study[0][0])
     rows = [row for row in run.metrics if row.round != 5 and (row.round, row.layer) != (7, "beta")]
-    group = report.groups(dataclasses.replace(run, metrics=Table(rows)))[0]
+    group = groups(dataclasses.replace(run, metrics=Table(rows)))[0]
     image = pictures.heat_map([group]).axes[0].get_images()[0].get_array()
     assert image.mask[:, 4].all() and image.mask[1, 6] and image.mask.sum() == len(LAYERS) + 1
     assert np.isnan(lines_of(pictures.lines([group]).axes[0])["beta"][5])
 
 
 def test_profile_is_geometric_and_its_least_layer_is_ringed(study):
-    axis = pictures.by_layer(report.groups(study[0])).axes[0]
+    axis = pictures.by_layer(groups(study[0])).axes[0]
     for place, (method, seeds) in enumerate(study[1].items()):
         logs = np.asarray([np.log(one["inertia_step"][3:]).mean(0) for one in seeds])
         np.testing.assert_allclose(lines_of(axis)[method], np.exp(logs.mean(0)))
@@ -186,7 +191,7 @@ def test_profile_is_geometric_and_its_least_layer_is_ringed(study):
 
 
 def test_effectiveness_marks_sparse_rounds(study):
-    figure = pictures.effectiveness(report.groups(study[0]))
+    figure = pictures.effectiveness(groups(study[0]))
     (axis,) = [axis for axis in figure.axes if axis.get_visible()]
     marks = [line for line in axis.get_lines() if line.get_marker() == "v"]
     assert [list(line.get_xdata()) for line in marks] == [[], [1, 4, 7, 10]]
@@ -197,7 +202,7 @@ def test_effectiveness_marks_sparse_rounds(study):
 
 
 def test_density_is_shown_against_its_plan(study):
-    found = report.groups(study[0])
+    found = groups(study[0])
     figure = pictures.density(found)
     (axis,) = [axis for axis in figure.axes if axis.get_visible()]
     lines = lines_of(axis)
@@ -211,13 +216,13 @@ def test_density_is_shown_against_its_plan(study):
 
 
 def test_accuracy_has_a_line_for_each_group(study):
-    lines = lines_of(pictures.accuracy(report.groups(study[0])).axes[0])
+    lines = lines_of(pictures.accuracy(groups(study[0])).axes[0])
     for method, seeds in study[1].items():
         np.testing.assert_allclose(lines[method], np.mean([one["accuracy"] for one in seeds], 0))
 
 
 def test_mean_and_deviation_leave_out_what_is_not_there():
-    mean, std = pictures.spread(np.asarray([[1.0, np.nan, np.nan], [4.0, 2.0, np.nan]]))
+    mean, std = spread(np.asarray([[1.0, np.nan, np.nan], [4.0, 2.0, np.nan]]))
     np.testing.assert_allclose(mean, [2.5, 2.0, np.nan])
     np.testing.assert_allclose(std, [np.std([1, 4], ddof=1), 0, 0])
 
@@ -275,8 +280,11 @@ def test_mistakes_are_said(study, tmp_path):
 def test_where_things_go(study, tmp_path):
     folders = [folder_of(tmp_path / "b" / f.name, config_of(f, METHODS["fedavg"], s), made_up("fedavg", s)[0])
                for s, f in enumerate(study[0][:2])]  # fmt: skip
-    assert report._home(folders[0], report.groups(folders[0])) == folders[0] / "figures" / "inertia"
-    assert report._home(folders, report.groups(folders)) == tmp_path / "b" / "inertia"
+    assert (
+        home_of(folders[0], groups(folders[0]), "inertia", "figures/inertia")
+        == folders[0] / "figures" / "inertia"
+    )
+    assert home_of(folders, groups(folders), "inertia", "figures/inertia") == tmp_path / "b" / "inertia"
 
 
 def test_a_sweep_gives_its_finished_runs_by_method(tmp_path):
@@ -287,14 +295,14 @@ def test_a_sweep_gives_its_finished_runs_by_method(tmp_path):
         f"seeds: [0, 1]\nout: {tmp_path / 'out'}\n"
     )
     with pytest.raises(UserError, match="none of its runs is finished"):
-        report.groups(file)
+        groups(file)
     for job in sweep_files.load(file).jobs:
         if (job.method, job.seed) != ("Other", 1):
             where = type(tmp_path)(job.config.output.dir)
             folder_of(where, job.config, made_up("fedavg", job.seed)[0])
-    found = report.groups(file)
+    found = groups(file)
     assert [(group.name, len(group.runs)) for group in found] == [("Mean", 2), ("Other", 1)]
-    assert report._home(file, found) == tmp_path / "out" / "inertia"
+    assert home_of(file, found, "inertia", "figures/inertia") == tmp_path / "out" / "inertia"
 
 
 def test_command_passes_on_what_was_asked(monkeypatch, capsys):
@@ -336,7 +344,7 @@ def test_a_real_run_of_lips_from_the_command_line(tmp_path, capsys):
     sparse, row = np.isin(rounds, [4, 7, 10]), row_of(folder, "lips")
     assert sparse.sum() == 3 and row["own, sparse"] == f"{gains[sparse].mean():.3f}"
     assert row["effectiveness own, dense"] == f"{gains[(rounds >= 4) & ~sparse].mean():.3f}"
-    group = report.groups(run)[0]
+    group = groups(run)[0]
     starts, planned = group.plan()
     assert dict(zip(starts.tolist(), planned, strict=True)) == pytest.approx(STARTS)
     recorded = run.metrics.series("lips_density")[1][starts - 1]

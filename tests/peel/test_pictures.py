@@ -16,6 +16,7 @@ from fedjax_sim.config import PeelConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.peel import analysis, cfd, degradation, pictures, report
 from fedjax_sim.peel.groups import families, groups
+from fedjax_sim.plots import caption_of
 from fedjax_sim.records import Row, Table
 
 LAYERS = ("fc1", "fc2", "fc3")
@@ -87,9 +88,9 @@ def test_by_layer_shows_means_over_clients_and_seeds(seeds):
             values = raw(seeds, metric, state, 3)
             np.testing.assert_allclose(lines[state], [np.mean(values[name]) for name in names])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["before", "after"]
-    caption = pictures.caption_of(figure)
+    caption = caption_of(figure)
     assert "3 clients × 2 seeds in round 3" in caption and "95% bootstrap" in caption
-    assert "in round 1." in pictures.caption_of(pictures.by_layer(seeds, 1))
+    assert "in round 1." in caption_of(pictures.by_layer(seeds, 1))
 
 
 def test_relative_change_has_a_line_for_each_layer(seeds):
@@ -179,7 +180,7 @@ def test_further_states_and_samples_are_shown_where_recorded(seeds):
     np.testing.assert_array_equal(lines["perturbed"], lines["after"])
     probes = [a for a in pictures.by_layer(run).axes if "probe" in a.get_ylabel()]
     np.testing.assert_array_equal(*(lines_of(probe)["after"] for probe in probes))
-    assert "perturbed, a control" in pictures.caption_of(pictures.by_layer(run))
+    assert "perturbed, a control" in caption_of(pictures.by_layer(run))
     own, everyone = pictures.accuracy(run).axes
     np.testing.assert_allclose(lines_of(own)["finetuned"], lines_of(own)["after"] / 2)
     np.testing.assert_allclose(lines_of(everyone)["after"], lines_of(own)["after"])
@@ -261,7 +262,7 @@ def test_draw_writes_figures_table_and_report(folders, seeds, tmp_path):
     assert analysis.cause(group.measured.at(3)).words() in text
     assert "seeds 0, 1" in text and all(f"`{folder}`" in text for folder in folders)
     for name, make in pictures.PICTURES.items():
-        assert f"![{name}]({name}.png)\n\n*{name}.* {pictures.caption_of(make(seeds))}" in text
+        assert f"![{name}]({name}.png)\n\n*{name}.* {caption_of(make(seeds))}" in text
 
 
 def test_default_places(folders, seeds, tmp_path, monkeypatch):
@@ -376,7 +377,7 @@ def test_a_single_measurement_has_a_picture_and_no_interval(seeds, tmp_path):
     first = next(row.client for row in seeds[0].metrics if row.layer and row.round == 1)
     rows = [row for row in seeds[0].metrics if row.client == first and row.round == 1]
     run = with_rows(seeds[0], rows)
-    assert "1 client × 1 seed in round 1. No band" in pictures.caption_of(pictures.by_layer(run))
+    assert "1 client × 1 seed in round 1. No band" in caption_of(pictures.by_layer(run))
     verdict = degradation(run.metrics)
     assert math.isnan(verdict.low) and not verdict.present and "Undecided" in report.text(run)
     assert "r = –" in pictures.accuracy_drop(run).axes[0].get_title()
