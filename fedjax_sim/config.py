@@ -479,7 +479,10 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
             values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)
         else:
             values[key] = coerce(value, hints[key], dotted, text=True)
-    return cls(**values)
+    try:
+        return cls(**values)
+    except UserError as error:  # an algorithm does not know that it is inside another
+        raise error.moved("algorithm.", path) if path.startswith("algorithm.") else error from None
 
 
 def load(path: str | Path) -> RunConfig:

@@ -9,19 +9,21 @@ class UserError(ValueError):
     Attributes:
       field: dotted name of the setting or the file, as the user wrote it (`partition.alpha`).
       value: what it held.
+      why: what is wrong with it.
+      fix: the way out.
     """
 
     def __init__(self, field: str, value: object, why: str, fix: str):
         self.field = field
         self.value = value
-        super().__init__(f"{field} = {value!r}: {why.rstrip('.')}. {fix}")
+        self.why, self.fix = why.rstrip("."), fix
+        super().__init__(f"{field} = {value!r}: {self.why}. {fix}")
+
+    def moved(self, old: str, new: str) -> "UserError":
+        """The same of a field below `new`, if it was below `old`, as both end in a dot."""
+        if not self.field.startswith(old) or self.field.startswith(new):
+            return self
+        return type(self)(new + self.field.removeprefix(old), self.value, self.why, self.fix)
 
     def __reduce__(self):
-        return _rebuild, (str(self), self.field, self.value)
-
-
-def _rebuild(message: str, field: str, value: object) -> UserError:
-    error = UserError.__new__(UserError)
-    ValueError.__init__(error, message)
-    error.field, error.value = field, value
-    return error
+        return type(self), (self.field, self.value, self.why, self.fix)

@@ -275,7 +275,9 @@ class Simulation:
         self._evaluators: dict[str, Any] = {}
         chooser = setup.algorithm.selection
         self._measure = chooser and Program(chooser.measure, self.mesh, **placement.readable(self.mesh))
-        self._deploy = jax.jit(setup.algorithm.deploy, out_shardings=placement.replicated(self.mesh))
+        self._deploy = Program(
+            setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
+        )
 
     # --- state --------------------------------------------------------------------------------------
 

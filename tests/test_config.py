@@ -221,3 +221,13 @@ def test_cohort_sizes(cohort, clients, expected):
 def test_a_cohort_larger_than_the_population():
     with pytest.raises(UserError, match=r"cohort\.size = 4.*only 3 clients"):
         CohortConfig(size=4).count(3)
+
+
+def test_a_mistake_inside_an_inner_algorithm_names_the_whole_path():
+    inside = {"name": "ditto", "inner": {"name": "fedprox", "mu": -1}}
+    with pytest.raises(
+        UserError, match=r"^algorithm\.inner\.inner\.mu = -1\.0: must be at least 0\. Raise it\."
+    ):
+        config.from_dict({"algorithm": {"name": "lips", "inner": inside}})
+    with pytest.raises(UserError, match=r"^algorithm\.density = 2\.0"):
+        config.from_dict({"algorithm": {"name": "lips", "density": 2}})

@@ -23,10 +23,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from fedjax_sim.algorithms import base
-from fedjax_sim.algorithms.scaffold import zeros
 from fedjax_sim.fields import check, positive
 
 
@@ -86,7 +86,7 @@ class FedDyn:
             return FedDynState({**results.mean, "params": new}, shift), {}
 
         return base.Algorithm(
-            init=lambda key, variables: FedDynState(variables, zeros(variables["params"])),
+            init=lambda key, variables: FedDynState(variables, optax.tree.zeros_like(variables["params"])),
             dispatch=lambda state, cohort, key: base.Starts(state.model),
             merge=merge,
             deploy=lambda state: state.model,
@@ -94,7 +94,7 @@ class FedDyn:
                 begin=begin,
                 direction=direction,
                 end=end,
-                init_client=lambda variables, labels: zeros(variables["params"]),
+                init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
             ),
             weights=base.uniform,
             needs_models=False,

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from fedjax_sim import stacked
@@ -93,9 +94,7 @@ class FedMut:
             return FedMutState(new, step), {}
 
         return base.Algorithm(
-            init=lambda key, variables: FedMutState(
-                variables, jax.tree.map(jnp.zeros_like, variables["params"])
-            ),
+            init=lambda key, variables: FedMutState(variables, optax.tree.zeros_like(variables["params"])),
             dispatch=dispatch,
             merge=merge,
             deploy=lambda state: state.model,

@@ -28,7 +28,6 @@ from flax import struct
 
 from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.scaffold import zeros
 from fedjax_sim.fields import check
 from fedjax_sim.models.base import dense
 
@@ -93,7 +92,7 @@ class FedRoD:
             return _with_head(variables, model.classifier, client.head)
 
         def init_client(variables, labels):
-            return Client(zeros(model.head(variables)), labels)
+            return Client(optax.tree.zeros_like(model.head(variables)), labels)
 
         return dataclasses.replace(
             FedAvg(weights=self.weights).build(context),

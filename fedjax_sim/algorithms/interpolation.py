@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct, traverse_util
 
 from fedjax_sim import stacked
@@ -84,7 +85,7 @@ class LayerInterpolation:
 
         def init(key, variables):
             del key
-            none = jax.tree.map(jnp.zeros_like, variables["params"])
+            none = optax.tree.zeros_like(variables["params"])
             return InterpolationState(variables, stacked.broadcast(none, context.num_clients))
 
         def held(state, ids):

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import struct
 
 from fedjax_sim.algorithms import base
@@ -72,7 +73,7 @@ class Scaffold:
             return ScaffoldState({**results.mean, "params": new}, control), {}
 
         return base.Algorithm(
-            init=lambda key, variables: ScaffoldState(variables, zeros(variables["params"])),
+            init=lambda key, variables: ScaffoldState(variables, optax.tree.zeros_like(variables["params"])),
             dispatch=lambda state, cohort, key: base.Starts(state.model, state.control),
             merge=merge,
             deploy=lambda state: state.model,
@@ -85,7 +86,7 @@ class Scaffold:
         def begin(start, c_i, c):
             extra = {"c": c, "c_i": c_i}
             if self.option == "I":
-                extra |= {"x": start, "sum": zeros(start["params"]), "seen": jnp.float32(0)}
+                extra |= {"x": start, "sum": optax.tree.zeros_like(start["params"]), "seen": jnp.float32(0)}
             return extra
 
         def direction(loss_and_grad, variables, batch, extra):
@@ -124,10 +125,5 @@ class Scaffold:
             direction=direction,
             gather=gather if self.option == "I" else None,
             end=end,
-            init_client=lambda variables, labels: zeros(variables["params"]),
+            init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
         )
-
-
-def zeros(tree: Any) -> Any:
-    """Zeros like the leaves of a tree."""
-    return jax.tree.map(jnp.zeros_like, tree)
