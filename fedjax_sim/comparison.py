@@ -209,7 +209,7 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     recipe = first.recipe
     name = recipe.get("dataset", first.config.data.source)
     title = f"{first.config.model.name} on {name}, {recipe['clients']:,} clients"
-    if not any(key.startswith("partition.") for job in sweep.jobs for key, _ in job.setting):
+    if not any(key.split(".")[0] == "partition" for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
     return Comparison(

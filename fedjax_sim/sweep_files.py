@@ -1,12 +1,11 @@
 """What a sweep is: its YAML file, read and checked.
 
-
     base: {rounds: 100, …}            # a configuration, or the path of one
     methods:                          # rows of the table: label -> what differs from base
       FedAvg: {algorithm: fedavg}
       FedMR: {algorithm: {name: fedmr, first_stage: 10}}
     grid:                             # columns: all combinations
-      partition.alpha: [0.1, 0.5]
+      partition.alpha: [0.1, 0.5]     # or named: {mild: 0.5, IID: …}, of whole sections too
     seeds: [0, 1, 2]
     reference: FedAvg                 # paired differences against it
     metric: accuracy                  # what the table shows
@@ -35,18 +34,16 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
 
 _FIELDS = (
-    *(
-        "base",
-        "methods",
-        "grid",
-        "seeds",
-        "reference",
-        "metric",
-        "goal",
-        "last_k",
-        "rounds_of_interest",
-        "out",
-    ),
+    "base",
+    "methods",
+    "grid",
+    "seeds",
+    "reference",
+    "metric",
+    "goal",
+    "last_k",
+    "rounds_of_interest",
+    "out",
 )
 
 
@@ -56,20 +53,17 @@ class Job:
 
     Attributes:
       method: row of the table.
-      setting: column of the table, as dotted field -> value.
+      setting: column of the table, as dotted field -> value, or its name.
+      column: the same in words; "" without a grid.
       seed: of the run.
       config: complete, its output folder included.
     """
 
     method: str
     setting: tuple[tuple[str, Any], ...]
+    column: str
     seed: int
     config: RunConfig
-
-    @property
-    def column(self) -> str:
-        """The setting in words; "" without a grid."""
-        return ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in self.setting)
 
     @property
     def name(self) -> str:
@@ -134,13 +128,18 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
     out = Path(str(mapping.get("out", f"runs/{name}"))).expanduser().absolute()
     jobs = []
     for seed in seeds:
-        for values in itertools.product(*grid.values()):
-            setting = tuple(zip(grid, values, strict=True))
+        for chosen in itertools.product(*(_choices(values) for values in grid.values())):
+            setting = tuple((key, name) for key, (name, _) in zip(grid, chosen, strict=True))
+            values = {key: value for key, (_, value) in zip(grid, chosen, strict=True)}
+            column = ", ".join(
+                name if isinstance(grid[key], Mapping) else f"{key.split('.')[-1]} {_value(name)}"
+                for key, name in setting
+            )
             for label, changes in methods.items():
-                made = _apply(config, {**_flat(changes), **dict(setting), "seed": seed}, label)
+                made = _apply(config, {**_flat(changes), **values, "seed": seed}, label)
                 where = out / "runs" / _slug(label) / _slug(_path_part(setting)) / f"seed{seed}"
                 output = dataclasses.replace(made.output, dir=str(where), progress=False)
-                jobs.append(Job(label, setting, seed, dataclasses.replace(made, output=output)))
+                jobs.append(Job(label, setting, column, seed, dataclasses.replace(made, output=output)))
     taken: dict[str | None, Job] = {}
     for job in jobs:
         other = taken.setdefault(job.config.output.dir, job)
@@ -165,9 +164,11 @@ def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> N
     for label, changes in methods.items():
         if not isinstance(changes, Mapping):
             raise UserError(f"sweep.methods.{label}", changes, "a mapping is wanted", "Write {algorithm: …}.")
-    if not isinstance(grid, Mapping) or not all(isinstance(v, list) and v for v in grid.values()):
+    if not isinstance(grid, Mapping) or not all(isinstance(v, list | Mapping) and v for v in grid.values()):
         raise wrong(
-            "grid", "a mapping of dotted field to a list is wanted", "Write `partition.alpha: [0.1, 1]`."
+            "grid",
+            "a mapping of dotted field to a list, or to named values, is wanted",
+            "Write `partition.alpha: [0.1, 1]`, or `partition.alpha: {strong: 0.1, weak: 1}`.",
         )
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise wrong("seeds", "a list of whole numbers is wanted", "Write `seeds: [0, 1, 2]`.")
@@ -184,6 +185,13 @@ def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> N
     rounds = mapping.get("rounds_of_interest") or []
     if not isinstance(rounds, list) or not all(type(r) is int and r > 0 for r in rounds):
         raise wrong("rounds_of_interest", "a list of rounds is wanted", "Write `[50, 100]`.")
+
+
+def _choices(values: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """(name, value) of each; a value without a name is its own."""
+    if isinstance(values, Mapping):
+        return [(str(name), value) for name, value in values.items()]
+    return [(value, value) for value in values]
 
 
 def _flat(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -54,6 +55,20 @@ def test_jobs_are_the_product_and_share_what_a_comparison_shares(tmp_path):
         assert column == f"alpha {one.partition.alpha}, lr 0.1"
     assert len({job.config.output.dir for job in made.jobs}) == 8
     assert [job.seed for job in made.jobs] == [0] * 4 + [1] * 4
+
+
+def test_columns_may_have_names_and_change_a_whole_section(tmp_path):
+    grid = {"partition": {"skewed": {"kind": "dirichlet", "alpha": 0.1}, "IID": {"kind": "iid"}}}
+    made = sweep.from_mapping(asked(tmp_path, grid=grid, seeds=[0]))
+    found = {job.column: job.config.partition for job in made.jobs}
+    assert list(found) == ["skewed", "IID"]
+    assert (found["skewed"].kind, found["skewed"].alpha, found["IID"].kind) == ("dirichlet", 0.1, "iid")
+    assert {part.clients for part in found.values()} == {made.jobs[0].config.partition.clients}
+    assert {Path(str(job.config.output.dir)).parts[-2] for job in made.jobs} == {
+        "partition=skewed",
+        "partition=IID",
+    }
+    assert made.jobs[0].name == "FedAvg, skewed, seed 0"
 
 
 def test_changes_may_be_nested_or_dotted_and_the_algorithm_s_fields_follow_its_name(tmp_path):
