@@ -453,6 +453,21 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """`to_dict` by dotted field: `partition.alpha`, `algorithm.name`, `algorithm.inner.mu` …"""
+    out: dict[str, Any] = {}
+
+    def walk(mapping: Mapping[str, Any], path: str) -> None:
+        for key, value in mapping.items():
+            if isinstance(value, Mapping) and value:
+                walk(value, f"{path}{key}.")
+            else:
+                out[f"{path}{key}"] = value
+
+    walk(to_dict(config), "")
+    return out
+
+
 def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "", base: Any = None) -> Any:
     """The dataclass that `mapping` describes; fields that it does not name come from `base` or the default.
 

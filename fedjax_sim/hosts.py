@@ -11,7 +11,7 @@ import contextlib
 import pickle
 import socket
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import jax
@@ -42,11 +42,7 @@ def join(address: str = "auto", processes: int | None = None, process: int | Non
             raise UserError(
                 "--join", address, "the cluster says how many there are", "Give HOST:PORT instead."
             )
-        try:
-            jax.distributed.initialize()
-        except (ValueError, RuntimeError) as error:
-            why = " ".join(str(error).split())
-            raise UserError("--join", address, why, "Give HOST:PORT, --processes and --process.") from None
+        _initialize(address, "Give HOST:PORT, --processes and --process.")
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
@@ -61,7 +57,9 @@ def join(address: str = "auto", processes: int | None = None, process: int | Non
         raise UserError("--process", process, "it is none of them", f"Give this one's, 0 to {processes - 1}.")
     if process == 0:
         _check_free(host, int(port))
-    jax.distributed.initialize(address, processes, process)
+    _initialize(
+        address, "Start all processes, and see that they reach that address.", address, processes, process
+    )
 
 
 def first() -> bool:
@@ -108,18 +106,21 @@ def together(action: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def check_same(name: str, told: Any) -> None:
-    """Raises UserError in all processes unless `told`, a plain value, is the same in each."""
+def check_same(told: Mapping[str, Any]) -> None:
+    """Raises UserError in all processes unless `told`, plain values by name, is the same in each."""
     if jax.process_count() == 1:
         return
     expected = agreed(lambda: told)
-    differing = np.flatnonzero(multihost_utils.process_allgather(np.asarray(expected != told)))
+    names = [name for name in {**expected, **told} if told.get(name) != expected.get(name)]
+    differing = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(names))))
+    fix = "Start all processes with the same settings and the same data."
+    if names:
+        raise UserError(
+            names[0], told.get(names[0]), f"the first process has {expected.get(names[0])!r}", fix
+        )
     if len(differing):
         raise UserError(
-            name,
-            told,
-            f"process {differing[0]} of {jax.process_count()} has another than the first, {expected!r}",
-            "Start all processes with the same settings and the same data.",
+            "process", int(differing[0]), "it has other settings or other data than the first", fix
         )
 
 
@@ -155,6 +156,13 @@ class Votes:
         mine = np.full(jax.device_count(), self._wish())
         self._cast.append(self._any(jax.make_array_from_callback(mine.shape, self._each, mine.__getitem__)))
         return len(self._cast) > 2 and bool(self._cast.popleft())
+
+
+def _initialize(address: str, fix: str, *where: Any) -> None:
+    try:
+        jax.distributed.initialize(*where)
+    except (ValueError, RuntimeError) as error:
+        raise UserError("--join", address, " ".join(str(error).split()), fix) from None
 
 
 def _broadcast(content: bytes) -> bytes:

@@ -114,19 +114,12 @@ def where(run: Run) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """What makes a run what it is, its seed aside, by dotted field."""
-    config = config_lib.to_dict(run.config)
     name = algorithms.name_of(run.config.algorithm) or type(run.config.algorithm).__name__
-    flat = {"algorithm": name}
-
-    def walk(mapping: dict[str, Any], path: str) -> None:
-        for key, value in mapping.items():
-            if isinstance(value, dict) and value:
-                walk(value, f"{path}{key}.")
-            else:
-                flat[f"{path}{key}"] = str(value)
-
-    walk({key: value for key, value in config.items() if key not in ("seed", "execution", "output")}, "")
-    return {key: value for key, value in flat.items() if key not in ("algorithm.name", "data.data_dir")}
+    aside = ("seed", "execution.", "output.", "algorithm.name", "data.data_dir")
+    told = {
+        key: str(value) for key, value in config_lib.flat(run.config).items() if not key.startswith(aside)
+    }
+    return {"algorithm": name, **told}
 
 
 def names_of(settings: list[dict[str, str]]) -> list[str]:

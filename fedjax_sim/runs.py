@@ -356,9 +356,9 @@ def _alike(make: Callable[[], Setup]) -> Setup:
     """The setup; raises UserError unless all processes are about to run the same."""
     setup = hosts.together(make)
     if jax.process_count() > 1:
-        hosts.check_same("config", config_lib.dump(_namable(setup.config)))
-        hosts.check_same("data", provenance.fingerprint(setup.dataset))
-        hosts.check_same("partition", provenance.describe_partition(setup.partition))
+        made = {"data": provenance.fingerprint(setup.dataset)}
+        made["partition"] = provenance.describe_partition(setup.partition)
+        hosts.check_same({**config_lib.flat(_namable(setup.config)), **made})
     return setup
 
 

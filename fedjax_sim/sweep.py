@@ -87,6 +87,8 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
             try:
                 how, result = _one(job, shared)
             except Exception as error:
+                if jax.process_count() > 1 and not isinstance(error, UserError):
+                    raise  # perhaps this process alone failed, and the others wait for it
                 failures[job.name] = " ".join(f"{type(error).__name__}: {error}".split())
                 tell(f"{head}: FAILED: {failures[job.name]}")
                 continue

@@ -71,8 +71,8 @@ def test_two_processes_give_the_records_and_the_model_of_one(name, folder, told)
 
 def test_what_differs_or_cannot_be_is_refused_in_all_of_them(told):
     first, second = ([line[9:] for line in lines if line.startswith("refused")] for lines in told)
-    assert first == ["config", "process", "output.dir", "execution.devices", "initial.pretrain"]
-    assert second == ["config", "cohort.size", *first[2:]]  # its own mistake, of which the first only hears
+    assert first == ["process", "process", "output.dir", "execution.devices", "initial.pretrain"]
+    assert second == ["seed", "cohort.size", *first[2:]]  # what it alone knows, the first only hears of
 
 
 def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues(folder, told, tmp_path):
@@ -143,7 +143,7 @@ def test_alone_everything_is_done_here_at_once():
     assert hosts.agreed(lambda: 3) == hosts.together(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         hosts.agreed(lambda: 1 // 0)
-    hosts.check_same("seed", 1)
+    hosts.check_same({"seed": 1})
 
 
 def leaves(run: fs.Run) -> list[np.ndarray]:
