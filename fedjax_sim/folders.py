@@ -83,6 +83,13 @@ class Folder:
                 "Choose a new folder.",
             )
 
+    def check_seen(self) -> None:
+        """Raises UserError unless the folder is there: on another host it may not be."""
+        if not self.path.is_dir():
+            why = "this host does not see the folder that the first one made"
+            fix = "Choose a folder on a file system that all hosts share."
+            raise UserError("output.dir", str(self.path), why, fix)
+
     def check_run(self) -> None:
         """Raises UserError unless a run is here."""
         if not self.started:

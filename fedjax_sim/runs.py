@@ -168,6 +168,7 @@ def _started(
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
         hosts.agreed(folder.check_new)
+        hosts.together(folder.check_seen)
     setup = _alike(lambda: prepare(config, partition=partition, **given))
     if folder is None:
         return _drive(Simulation(setup), None)
@@ -189,7 +190,7 @@ def resume(
       UserError: no run is there, its configuration is of another version, or the data are not the same.
     """
     place = Folder(folder)
-    config, about = _read(place)
+    config, about = hosts.together(lambda: _read(place))
     for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
         if name in about.get("supplied", ()) and value is None:
             raise UserError(

@@ -16,6 +16,7 @@ import fedjax_sim as fs
 from fedjax_sim import config as config_lib
 from fedjax_sim import hosts
 from fedjax_sim.cli import main
+from fedjax_sim.folders import Folder
 from tests.hosts_worker import CASES, CUT, inside
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
@@ -124,6 +125,11 @@ def test_a_sweep_notes_failures_and_skips_what_is_done(folder, told):
 def test_a_wrong_way_to_join_is_said_before_anything_starts(words, field, capsys):
     assert main(words) == 2
     assert f"error: {field} = " in capsys.readouterr().err
+
+
+def test_a_folder_that_this_host_does_not_see_is_said(tmp_path):
+    with pytest.raises(fs.UserError, match=r"output\.dir = .*all hosts share"):
+        Folder(tmp_path / "elsewhere").check_seen()
 
 
 def test_a_port_in_use_is_an_error_and_no_crash():
