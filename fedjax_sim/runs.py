@@ -222,19 +222,32 @@ def load(
         return _partition(place, config, about, dataset)
 
     def variables():
-        checkpoints = Checkpoints(place.checkpoints)
-        if checkpoints.rounds():
-            simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
-            found = checkpoints.restore(simulation.abstract_state())
-            if found is not None:
-                simulation.restore(*found)
-                return jax.device_get(simulation.variables)
-        fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
-        raise UserError("folder", str(folder), "it has no sound checkpoint", fix)
+        return jax.device_get(restored(folder, dataset=dataset, model=model, algorithm=algorithm).variables)
 
     seconds, cpu = records.total(records.read_timing(place.path), rounds)
     recipe = _recipe(place, config, about, partition)
     return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
+
+
+def restored(
+    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+) -> Simulation:
+    """A run as a simulation at its newest sound checkpoint, to look into. Nothing is written.
+
+    Raises:
+      UserError: as `resume`; or no checkpoint is sound.
+    """
+    place = Folder(folder)
+    config, about = _read(place)
+    checkpoints = Checkpoints(place.checkpoints)
+    if checkpoints.rounds():
+        simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
+        found = checkpoints.restore(simulation.abstract_state())
+        if found is not None:
+            simulation.restore(*found)
+            return simulation
+    fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
+    raise UserError("folder", str(folder), "it has no sound checkpoint", fix)
 
 
 def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:

@@ -18,10 +18,9 @@ from fedjax_sim.landscape.objective import CrossEntropy, Objective
 from fedjax_sim.landscape.sharpness import Scale, Sharpness, sharpness
 from fedjax_sim.landscape.surfaces import Barrier, Curve, Plane, Surface, barrier, line, plane, surface
 from fedjax_sim.programs import Program
-from fedjax_sim.provenance import check_fingerprint
 from fedjax_sim.rounds import Round, Watched
 from fedjax_sim.runs import Run
-from fedjax_sim.simulation import Simulation, prepare
+from fedjax_sim.simulation import Simulation
 from fedjax_sim.streams import root, stream
 
 _LINE, _SURFACE, _HESSIAN, _BALL = range(4)  # below the key of the settings' seed
@@ -124,26 +123,6 @@ def check(run: Run) -> None:
     if not Checkpoints(Folder(run.folder).checkpoints).rounds():
         fix = "Run its config.yaml again in another folder."
         raise UserError("run", str(run.folder), "it has no checkpoint, and so no model", fix)
-
-
-def restored(run: Run) -> Simulation:
-    """The run as a simulation, at its newest sound checkpoint.
-
-    Raises:
-      UserError: as `check`; the data are not those of the run; or no checkpoint is sound.
-    """
-    check(run)
-    folder = Folder(cast(Any, run.folder))
-    setup = prepare(run.config, partition=run.partition)
-    about = json.loads((folder.path / "provenance.json").read_text())
-    check_fingerprint(setup.dataset, about["data"])
-    simulation = Simulation(setup)
-    found = Checkpoints(folder.checkpoints).restore(simulation.abstract_state())
-    if found is None:
-        fix = "Run its config.yaml again in another folder."
-        raise UserError("run", str(run.folder), "it has no sound checkpoint", fix)
-    simulation.restore(*found)
-    return simulation
 
 
 def objectives(simulation: Simulation, settings: Settings) -> dict[str, Objective]:

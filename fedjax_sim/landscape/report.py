@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_sim import reports
-from fedjax_sim.landscape.measurement import Measured, Settings, check, measure, restored
+from fedjax_sim.landscape.measurement import Measured, Settings, check, measure
 from fedjax_sim.landscape.pictures import PICTURES, Results
 from fedjax_sim.reports import Figures, Given, Group, markdown, spread, writable
+from fedjax_sim.runs import restored
 
 
 def draw(
@@ -54,7 +55,7 @@ def draw(
         results.append([])
         for place, run in enumerate(group.runs):
             tell(f"measuring {group.name}, seed {run.config.seed}")
-            results[-1].append(measure(restored(run), settings, planes=place == 0))
+            results[-1].append(measure(restored(str(run.folder)), settings, planes=place == 0))
     figures = {name: partial(make, found, results, settings) for name, make in PICTURES.items()}
     drawn = reports.draw(home, figures, tell)
     contents = {

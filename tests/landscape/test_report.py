@@ -14,7 +14,8 @@ from fedjax_sim import cli
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR, Local
 from fedjax_sim.errors import UserError
 from fedjax_sim.landscape import report
-from fedjax_sim.landscape.measurement import Settings, measure, restored, trained
+from fedjax_sim.landscape.measurement import Settings, measure, trained
+from fedjax_sim.runs import restored
 
 QUICK = Settings(points=5, grid=3, samples=90, lanczos=4, eigenvalues=2, probes=2, ascent=2, draws=2)
 WORDS = [f"--{name}={value}" for name, value in dataclasses.asdict(QUICK).items()]
@@ -87,7 +88,7 @@ def test_one_command_compares_runs(study, tmp_path, capsys):
 
 def test_the_losses_are_those_that_the_run_recorded(study):
     run = fs.load(study / "fedavg")
-    measured = measure(restored(run), dataclasses.replace(QUICK, samples=10**6, models=0, grid=0))
+    measured = measure(restored(run.folder), dataclasses.replace(QUICK, samples=10**6, models=0, grid=0))
     for name, metric in (("loss", "loss"), ("accuracy", "accuracy")):
         recorded = run.metrics.series(metric)[1][-1]
         assert getattr(measured, name)["test"] == pytest.approx(recorded, rel=1e-4)
@@ -97,7 +98,7 @@ def test_the_losses_are_those_that_the_run_recorded(study):
 @pytest.mark.parametrize("name", ["fedmr", "fedavg", "local", "fedindep"])
 def test_the_models_are_what_one_more_round_trains(study, name):
     """The mean of all K of them, with the algorithm's own weights, is what that round would deploy."""
-    simulation = restored(fs.load(study / name))
+    simulation = restored(study / name)
     models, clients = trained(simulation, 99)
     again = jax.device_get(simulation.variables)
     inputs, _ = simulation.inputs(2)
