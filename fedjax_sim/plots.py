@@ -106,7 +106,7 @@ def compared_curves(
     for axis, (setting, panel) in zip(axes.flat, panels.items(), strict=False):
         for method, (rounds, values) in panel.items():
             place = methods.index(method)
-            colour, dash = COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
+            colour, dash = style(place)
             counts = np.isfinite(values).sum(0)
             have = counts > 0
             mean = np.nanmean(values[:, have], 0)
@@ -120,9 +120,11 @@ def compared_curves(
         dress(axis, label_of(metric))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    if len(panels):
-        axes.flat[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
+    if len(methods) > 4:
+        legend(figure, axes, below=bool(title))
+    elif len(panels):
+        axes.flat[0].legend(fontsize=8, frameon=False)
     return figure
 
 
@@ -148,6 +150,11 @@ def client_accuracies(metrics: Table, title: str) -> Figure | None:
         axis.grid(alpha=0.25)
     figure.suptitle(f"{title}, round {number}", fontsize=9)
     return figure
+
+
+def style(place: int) -> tuple[str, str]:
+    """(colour, dash) of the line in this place, told apart from 31 others."""
+    return COLOURS[place % len(COLOURS)], _DASHES[place // len(COLOURS) % len(_DASHES)]
 
 
 def grid_shape(panels: int) -> tuple[int, int]:
@@ -208,11 +215,26 @@ def blank(axes: np.ndarray, used: int) -> None:
         axis.set_visible(False)
 
 
+def legend(figure: Figure, axes: np.ndarray, *, below: bool = False) -> None:
+    """One legend for all panels, above or below them, in room of its own."""
+    lines: dict[str, Any] = {}
+    for axis in axes.flat:
+        lines |= {str(line.get_label()): line for line in axis.get_lines() if line.get_label()[0] != "_"}
+    if not lines:
+        return
+    wide = max(1, int(14 * figure.get_figwidth() / (max(map(len, lines)) + 6)))
+    rows = -(-len(lines) // wide)
+    columns = -(-len(lines) // rows)
+    loc = "outside lower center" if below else "outside upper center"
+    figure.legend(lines.values(), lines, loc=loc, ncols=columns, fontsize=8, frameon=False, handlelength=3)
+    figure.set_figheight(figure.get_figheight() + 0.12 + 0.18 * rows)
+
+
 def captioned(figure: Figure, text: str) -> Figure:
     """Writes a caption below, in room of its own."""
     text = textwrap.fill(text, int(figure.get_figwidth() * 16.5))
     figure.supxlabel(text, fontsize=7.5, x=0.01, ha="left")
-    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1) + 0.3 * len(figure.legends))
+    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1))
     return figure
 
 

@@ -186,16 +186,16 @@ def by_layer(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
                 continue
             mean, std = spread(np.log([one.values for one in profiles[group]]))
             values, least = np.exp(mean), 1 + int(np.argmin(mean[1:-1]))
-            colour, x = plots.COLOURS[place % len(plots.COLOURS)], np.arange(len(names))
-            axis.plot(x, values, "o-", color=colour, ms=3.5, lw=1.4, label=group.name)
+            (colour, dash), x = plots.style(place), np.arange(len(names))
+            axis.plot(x, values, "o", ls=dash, color=colour, ms=3.5, lw=1.4, label=group.name)
             axis.plot(x[[0, -1]], values[[0, -1]], "s", color=colour, ms=7)
             axis.plot(x[least], values[least], "o", mfc="none", mec=colour, ms=10)
             axis.fill_between(x, np.exp(mean - std), np.exp(mean + std), color=colour, alpha=0.15, lw=0)
         plots.dress(axis, LABELS[metric], "layer, from input to output")
         axis.set_yscale("log")
         axis.set_xticks(np.arange(len(names)), names, rotation=90, fontsize=8 if len(names) <= 20 else 6)
-        axis.legend(fontsize=8, frameon=False)
     plots.blank(axes, len(kinds))
+    plots.legend(figure, axes)
     about = (
         f"{_MEANING[metric]}, by layer: geometric mean over the rounds from {START} on and over seeds; bands "
         "are one standard deviation of its logarithm over seeds. Squares: the ends; ring: the inner layer "

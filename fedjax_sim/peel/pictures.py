@@ -70,7 +70,7 @@ def by_layer(given: Given, round_index: int | None = None) -> Figure:
                 _curve(axis, part, metric, values, _label(found, group, state), **style)
         _layer_axis(axis, here[0], here[0].first(metric), LABELS[metric])
     plots.blank(axes, len(chosen))
-    _legend(figure, axes)
+    plots.legend(figure, axes)
     controls = [state for state in states if state not in ("before", "after")]
     about = (
         "Features at the input of each weight layer: before, of the model that the client trained; after, of "
@@ -144,7 +144,7 @@ def causes(given: Given, round_index: int | None = None) -> Figure:
         _title(axis, found, group)
     plots.blank(axes, len(found))
     _same_limits(axes, len(found))
-    _legend(figure, axes)
+    plots.legend(figure, axes)
     about = (
         "What causes a layer's change of log C (natural logarithm of within-class over between-class "
         "variance of its input), against the client's own model: total, all layers before it aggregated; "
@@ -252,7 +252,7 @@ def stitched(given: Given, round_index: int | None = None) -> Figure:
         _title(axis, found, group)
     plots.blank(axes, len(found))
     _same_limits(axes, len(found))
-    _legend(figure, axes)
+    plots.legend(figure, axes)
     about = (
         "Stitched accuracies: of the client's own model in which one layer, all up to it, or all from it on "
         "are replaced by the merged ones, on the client's own measured samples; dashed, the client's own "
@@ -299,7 +299,7 @@ def accuracy(given: Given) -> Figure:
             _dress(axis, "accuracy" if axis is row[0] else "")
             _title(axis, found, group, f"on {_SAMPLES[metric]}")
     _same_limits(axes, axes.size)
-    _legend(figure, axes)
+    plots.legend(figure, axes)
     about = (
         "Accuracy of the measured clients: start, of the model that they were sent, drawn a round earlier; "
         "before, of what they trained; after, of what they hold once merged; further states as named. Grey "
@@ -455,24 +455,6 @@ def _same_limits(axes: np.ndarray, used: int, *, x: bool = False) -> None:
         bounds = np.asarray([getattr(axis, get)() for axis in axes.flat[:used]])
         for axis in axes.flat[:used]:
             getattr(axis, put)(bounds[:, 0].min(), bounds[:, 1].max())
-
-
-def _legend(figure: Figure, axes: np.ndarray) -> None:
-    """One legend above all panels."""
-    lines: dict[str, Any] = {}
-    for axis in axes.flat:
-        lines |= {str(line.get_label()): line for line in axis.get_lines() if line.get_label()[0] != "_"}
-    width = sum(len(label) + 6 for label in lines)
-    columns = len(lines) if width <= 14 * figure.get_figwidth() else max(1, len(lines) // 2)
-    figure.legend(
-        lines.values(),
-        lines,
-        loc="outside upper center",
-        ncols=columns,
-        fontsize=8,
-        frameon=False,
-        handlelength=3,
-    )
 
 
 def _dress(axis: Axes, label: str, along: str = "round") -> None:
