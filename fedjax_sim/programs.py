@@ -34,7 +34,7 @@ class Program:
         leaves, structure = jax.tree.flatten(args)
         shape = structure, tuple((np.shape(leaf), leaf.dtype) for leaf in leaves)
         if shape not in self._compiled:
-            self._compiled[shape] = _compile(self._jitted.lower(*args))
+            self._compiled[shape] = _compile(self._jitted.lower(*args), shape)
         return self._compiled[shape](*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
@@ -51,10 +51,13 @@ _MOST = 16
 _ON_DISK = "jax_enable_compilation_cache"
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiled now, or in one of the last programs of this process that had the same text."""
+def _compile(lowered: jax.stages.Lowered, shape: Any) -> jax.stages.Compiled:
+    """Compiled now, or in one of the last programs of this process that had the same text.
+
+    `shape`: of all arguments, as the text has only those that it uses.
+    """
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    name = text, lowered.in_tree, lowered.out_tree
+    name = text, shape, lowered.out_tree
     if name not in _RECENT:
         with _without_disk():
             _RECENT[name] = lowered.compile()

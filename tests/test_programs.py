@@ -99,3 +99,19 @@ def test_only_so_many_are_kept(monkeypatch):
         program = Program(lambda x, factor=factor: x * factor, mesh)
         np.testing.assert_array_equal(program(np.ones(2, np.float32)), np.full(2, factor, np.float32))
     assert len(programs._RECENT) == 2
+
+
+def test_arguments_that_go_unused_tell_programs_apart():
+    mesh = placement.make_mesh(2)
+    for count in (5, 6):
+        unused, used = np.zeros(count, np.float32), np.ones(2, np.float32)
+        np.testing.assert_array_equal(Program(lambda a, b: b + 1, mesh)(unused, used), [2, 2])
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+def test_what_a_function_holds_tells_programs_apart(size):
+    mesh = placement.make_mesh(2)
+    for value in (1.0, 2.0):
+        held = jnp.full(size, value)
+        got = Program(lambda x, held=held: x + held, mesh)(np.zeros(size, np.float32))
+        np.testing.assert_array_equal(got, np.full(size, value))

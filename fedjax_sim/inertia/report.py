@@ -49,7 +49,7 @@ def draw(
     if metric not in known:
         why = "it is drawn beside every other" if metric in METRICS else "no such metric of layers"
         raise UserError("metric", metric, why, nearest(metric, known))
-    found = reports.groups(given, Group)
+    found = groups(given)
     if not any(map(_measured, found)):
         fix = "Run them with --inertia.measure, and --inertia.every N for aggregation effectiveness."
         where = reports.where(found[0].runs[0])
@@ -58,6 +58,11 @@ def draw(
     drawn = reports.draw(home, {name: partial(make, found, metric) for name, make in PICTURES.items()}, tell)
     contents = {"inertia.csv": table(found), "report.md": text(found, metric, drawn)}
     return drawn.paths + reports.write(home, contents, tell)
+
+
+def groups(given: Given) -> list[Group]:
+    """Runs as groups of what differs in nothing but the seed, as `fedjax_sim.reports.groups` makes them."""
+    return reports.groups(given, Group)
 
 
 def table(found: Sequence[Group]) -> str:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import fedjax_sim as fs
-from fedjax_sim import cli, records, reports, sweep_files
+from fedjax_sim import cli, records, sweep_files
 from fedjax_sim import config as config_lib
 from fedjax_sim.algorithms.lips import LIPS
 from fedjax_sim.config import InertiaConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.inertia import pictures, report
+from fedjax_sim.inertia.report import groups
 from fedjax_sim.plots import caption_of
 from fedjax_sim.records import Row, Table
 from fedjax_sim.reports import Missing, home_of, spread
@@ -22,10 +23,6 @@ LAYERS = ("zeta", "beta", "gamma", "alpha")  # in no alphabetic order, so that o
 ROUNDS, SEEDS = 12, (0, 1, 2)
 METHODS = {"fedavg": fs.FedAvg(), "lips": LIPS(density=0.4, period=3, layers="inner")}
 STARTS = {2: 0.4, 5: 0.4 + 0.6 * 3 / 12, 8: 0.4 + 0.6 * 6 / 12, 11: 0.4 + 0.6 * 9 / 12}
-
-
-def groups(given):
-    return reports.groups(given, pictures.Group)
 
 
 def config_of(where, algorithm, seed, **more):
