@@ -121,7 +121,9 @@ def test_rounds_agree_with_a_float64_simulation_by_hand(name, work, method):
         np.testing.assert_allclose(rates.whole(run.variables), mean, rtol=1e-5, atol=1e-6)
         assert oracles.value_of(rows, "dispersion", number + 1) == pytest.approx(spread, rel=1e-5)
         if method == "FedAvg":
-            assert oracles.value_of(rows, "dispersion_after", number + 1) == 0
+            # Nothing but what the mean of equal slots rounds off: an ulp of each number, squared.
+            ulps = 5 * np.square(np.finfo(np.float32).eps * mean).sum()
+            assert oracles.value_of(rows, "dispersion_after", number + 1) <= ulps
             starts = np.broadcast_to(mean, starts.shape)
             continue
         # What the slots hold next has the same mean and the same D, and is no longer any client's own model.
