@@ -262,8 +262,13 @@ class Trainer:
         wanted = self._wants_gradient(broadcast)
         last_gradient = None if wanted is None else jax.tree.map(jnp.zeros_like, params)
 
+        # A client alone in its wave is carried without the lane axis: with it, XLA's CPU backend would not
+        # update its weights where they lie, but copy them in every step.
+        bare, laned = (_bare, _laned) if self.width == 1 else (lambda tree: tree, lambda tree: tree)
+
         def body(t, carry):
-            variables, memory, samples, loss_sum, seen, last_gradient, gathered = carry
+            samples, loss_sum, seen, carried = carry
+            variables, memory, last_gradient, gathered = laned(carried)
             known = gathered if gathers else extra
             epoch, within = t // per_epoch, t % per_epoch
             if self.local.epochs != 1:  # one epoch gets by with the first order
@@ -290,12 +295,11 @@ class Trainer:
                 new_memory = stacked.select(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
                 more = stacked.select(active, more, gathered) if gathers else None
-            return new, new_memory, samples, loss_sum + loss * size, seen + size, last_gradient, more
+            return samples, loss_sum + loss * size, seen + size, bare((new, new_memory, last_gradient, more))
 
-        gathered = extra if gathers else None
-        trained, memory, _, loss_sum, seen, last_gradient, gathered = jax.lax.fori_loop(
-            0, bound, body, (start, memory, lanes.samples, zeros, zeros, last_gradient, gathered)
-        )
+        carried = bare((start, memory, last_gradient, extra if gathers else None))
+        _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (lanes.samples, zeros, zeros, carried))
+        trained, memory, last_gradient, gathered = laned(carried)
         extra = gathered if gathers else extra
         finite = jnp.isfinite(loss_sum) & _all_finite(trained)
         rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None, 0))(
@@ -376,13 +380,20 @@ def _single(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
     """`function` on a wave of one client: the lane axis comes off and goes on again, without `vmap`."""
 
     def call(*args):
-        bare = [
-            arg if axis is None else jax.tree.map(lambda x: x[0], arg)
-            for arg, axis in zip(args, axes, strict=True)
-        ]
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], function(*bare))
+        bare = [arg if axis is None else _bare(arg) for arg, axis in zip(args, axes, strict=True)]
+        return _laned(function(*bare))
 
     return call
+
+
+def _bare(tree):
+    """Of a wave of one, that client's: [1, …] -> […]."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def _laned(tree):
+    """Of one client, a wave: […] -> [1, …]."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
 def _all_finite(tree) -> jax.Array:

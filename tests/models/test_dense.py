@@ -1,33 +1,95 @@
-"""The dense layer's own gradient agrees with autodiff, for few samples and for many."""
+"""The dense layer's own gradients agree with autodiff: few samples or many, a small layer or a large one."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
 
+from fedjax_sim.models import dense
 from fedjax_sim.models.dense import Dense
 from fedjax_sim.models.spelling import spelling
 
+SMALL, LARGE = (7, 5), (1031, 257)  # the latter in blocks of 255 rows and a last one of 11
 
-def gradients(layer, batch, wave=None):
-    x = jax.random.normal(jax.random.key(0), (batch, 7))
+
+def problem(layer, batch, sizes, wave=None):
+    """(loss of (variables, x), variables, x), stacked for a wave."""
+    x = jax.random.normal(jax.random.key(0), (batch, sizes[0])) / sizes[0] ** 0.5
     variables = layer.init(jax.random.key(1), x)
-    weights = jax.random.normal(jax.random.key(2), (batch, 5))
-    pull = jax.grad(lambda v, x: (weights * layer.apply(v, x) ** 2).sum(), (0, 1))
+    weights = jax.random.normal(jax.random.key(2), (batch, sizes[1]))
     if wave:
         variables, x = (
             jax.tree.map(lambda a: np.stack([a * k for k in range(wave)]), t) for t in (variables, x)
         )
-        pull = jax.vmap(pull)
-    return pull(variables, x)
+    return lambda v, x: (weights * layer.apply(v, x) ** 2).sum(), variables, x
 
 
-@pytest.mark.parametrize("wave", [None, 3])
-@pytest.mark.parametrize("batch", [1, 16, 17])
-def test_gradients_are_those_of_flax(batch, wave):
-    got, wanted = (jax.tree.leaves(gradients(layer, batch, wave)) for layer in (Dense(5), nn.Dense(5)))
+def gradients(features, batch, sizes, wave=None, by=(0, 1)):
+    loss, variables, x = problem(features, batch, sizes, wave)
+    pull = jax.grad(loss, by)
+    return jax.tree.leaves((jax.vmap(pull) if wave else pull)(variables, x))
+
+
+def assert_close(got, wanted):
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("by", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("wave", [None, 3])
+@pytest.mark.parametrize("batch", [1, 16, 17])
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+def test_gradients_are_those_of_flax(sizes, batch, wave, by):
+    got, wanted = (gradients(kind(sizes[1]), batch, sizes, wave, by) for kind in (Dense, nn.Dense))
+    assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+def test_second_derivatives_are_those_of_flax(sizes):
+    def twice(kind):
+        loss, variables, x = problem(kind(sizes[1]), 4, sizes)
+        size = lambda v, x: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss, (0, 1))(v, x)))  # noqa: E731
+        return jax.tree.leaves(jax.grad(size, (0, 1))(variables, x))
+
+    assert_close(twice(Dense), twice(nn.Dense))
+
+
+def test_a_large_layer_goes_by_blocks_and_a_small_one_does_not(monkeypatch):
+    calls = []
+    real = dense._by_blocks
+    monkeypatch.setattr(dense, "_by_blocks", lambda *args: calls.append(args[1].shape) or real(*args))
+    gradients(Dense(SMALL[1]), 4, SMALL)
+    gradients(Dense(LARGE[1]), 17, LARGE)  # more samples than few
+    gradients(Dense(LARGE[1]), 4, LARGE, by=(0,))  # a first layer
+    with spelling("patches"):  # an accelerator's
+        gradients(Dense(LARGE[1]), 4, LARGE)
+    assert not calls
+    gradients(Dense(LARGE[1]), 4, LARGE)
+    assert calls == [LARGE]
+
+
+def test_weights_are_updated_where_they_lie():
+    """In a loop of steps, XLA makes no copy of a large layer's weights."""
+    layers = [Dense(LARGE[0]), Dense(LARGE[1])]
+    x = jax.random.normal(jax.random.key(0), (10, 33))
+    first = layers[0].init(jax.random.key(1), x)["params"]
+    second = layers[1].init(jax.random.key(2), layers[0].apply({"params": first}, x))["params"]
+
+    def loss(params, x):
+        hidden = nn.relu(layers[0].apply({"params": params[0]}, x))
+        return (layers[1].apply({"params": params[1]}, hidden) ** 2).mean()
+
+    def steps(params):
+        def step(_, params):
+            return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params, x))
+
+        return jax.lax.fori_loop(0, 5, step, params)
+
+    text = jax.jit(steps, donate_argnums=0).lower([first, second]).compile().as_text()
+    shape = jnp.shape(second["kernel"])
+    assert f"f32[{shape[0]},{shape[1]}]" in text
+    assert f"= f32[{shape[0]},{shape[1]}]{{1,0}} copy(" not in text
 
 
 def test_only_xla_has_a_forward_mode():
