@@ -12,7 +12,8 @@ four ways, with equal results up to float rounding:
 - `patches`: a matrix product over the patches that tiles of outputs read. Stacked kernels under `vmap`
   become a batched product.
 - `winograd`: a fraction of the multiplications (a quarter, for 3×3 and tiles of 4×4), for square kernels of
-  3 and 5, stride 1 and float32; others are spelled canonically. Rounds ten times as coarsely.
+  3 and 5, stride 1 and float32; others are spelled canonically. Rounds ten times as coarsely. Layers of few
+  features take it along the width only, and patches along the height.
 - `auto`: for each layer the fastest of the last three, by what was measured on a CPU.
 
 `conv_relu_pool` fuses convolution, bias, ReLU and 2×2 max pooling, so that over tiles neither the
@@ -25,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from fedjax_sim.models import tiles
@@ -245,7 +247,7 @@ def _tiled_relu_pool(way: tiles.Way, x, kernel, bias):
 def _relu_pool_forward(way, x, kernel, bias):
     at = way.layout(x.shape, kernel.shape)
     y, saved = way.forward(x, kernel, tiles.phasewise(way.tile))
-    top = functools.reduce(jnp.maximum, jnp.split(y, 4, way.axis))
+    top = functools.reduce(jnp.maximum, _phases(way, y))
     out = jax.nn.relu(top + _along(bias, top))
     pooled = way.image(out, x.shape[0], at.tiles, (way.tile[0] // 2, way.tile[1] // 2))
     return pooled[:, : at.out[0] // 2, : at.out[1] // 2], (x, kernel, bias, y, top, saved)
@@ -259,12 +261,10 @@ def _relu_pool_backward(way, saved, dz):
     # Written phase by phase into one array: as a concatenation XLA's CPU backend asks for every number
     # which part it comes from, and takes three times as long.
     dy, taken = jnp.zeros(y.shape, dz.dtype), jnp.zeros(dz.shape, bool)
-    for number, phase in enumerate(jnp.split(y, 4, way.axis)):
+    for phase, start in zip(_phases(way, y), way.quarters(y.shape)[1], strict=True):
         wins = (phase == top) & ~taken
         taken = taken | wins
-        place = [0, 0]
-        place[way.axis] = number * dz.shape[way.axis]
-        dy = jax.lax.dynamic_update_slice(dy, jnp.where(wins, dz, jnp.zeros_like(dz)), place)
+        dy = jax.lax.dynamic_update_slice(dy, jnp.where(wins, dz, jnp.zeros_like(dz)), start)
     dx, dk = way.backward(x.shape, kernel.shape, saved, dy, tiles.phasewise(way.tile))
     return dx, dk, dz.reshape(-1, bias.shape[0]).sum(0)
 
@@ -272,9 +272,15 @@ def _relu_pool_backward(way, saved, dz):
 _tiled_relu_pool.defvjp(_relu_pool_forward, _relu_pool_backward)
 
 
+def _phases(way, y):
+    """The four outputs of every pooling window."""
+    size, starts = way.quarters(y.shape)
+    return [jax.lax.slice(y, start, np.add(start, size)) for start in starts]
+
+
 def _along(bias, y):
     """A bias for each column of `y`, whose columns end in the features."""
-    return jnp.tile(bias, y.shape[1] // bias.shape[0])[None]
+    return jnp.tile(bias, y.shape[-1] // bias.shape[0]).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 # --- choice -------------------------------------------------------------------------------------------
@@ -287,9 +293,10 @@ def _way(spelling: str, x, kernel, g: Geometry, pooled: bool = False) -> tiles.W
     if g.groups != 1 or g.dilation != (1, 1) or min(min(p) for p in g.padding) < 0:
         return None
     shapes = x.shape, kernel.shape
-    by_winograd = winograd_tile(*shapes, g) if x.dtype == jnp.float32 else None
-    if spelling == "winograd" or (spelling == "auto" and by_winograd and _winograd_pays(*shapes, g)):
-        return tiles.Winograd(g, by_winograd) if by_winograd else None
+    tile = winograd_tile(*shapes, g) if x.dtype == jnp.float32 else None
+    if spelling == "winograd" or (spelling == "auto" and tile and _winograd_pays(*shapes, g)):
+        narrow = min(kernel.shape[2:]) < _WIDE
+        return (tiles.Strips if narrow else tiles.Winograd)(g, tile) if tile else None
     if spelling == "patches" or _patches_pay(*shapes, g):
         return tiles.Patches(g, best_tile(*shapes, g, even=pooled))
     return None
@@ -309,9 +316,14 @@ def winograd_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry
     return (m, m)
 
 
+_WIDE = 16
+"""Features from which on both sides Winograd's products are wide enough in two dimensions; else in one."""
+
+
 def _winograd_pays(shape, kernel_shape, g: Geometry) -> bool:
-    """As measured by scripts/benchmark/conv.py on a CPU: from enough channels on both sides."""
-    return min(kernel_shape[2:]) >= 16
+    """As measured by scripts/benchmark/conv.py on a CPU; in one dimension it is for large kernels only."""
+    side, _, channels, features = kernel_shape
+    return min(channels, features) >= _WIDE or (side == 5 and 3 <= channels <= 8)
 
 
 def best_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry, even: bool = False) -> Tile:

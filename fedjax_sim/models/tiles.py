@@ -1,8 +1,9 @@
-"""Convolutions as matrix products over tiles, a×b blocks of outputs: by im2col patches, and by Winograd.
+"""Convolutions as matrix products over tiles, a×b blocks of outputs: by im2col patches, by Winograd, by both.
 
-Both ways cut the padded input into overlapping windows, one for each tile, and differ in what they do with
-a window; `fedjax_sim.models.conv` says which is used where. Outputs come as a matrix `y` whose entries are
-ordered by the outputs of a tile (`rowwise`, or `phasewise` for pooling) along its axis `Way.axis`.
+All ways cut the padded input into overlapping windows, one for each tile, and differ in what they do with
+a window; `fedjax_sim.models.conv` says which is used where. Outputs come as an array `y` that ends in the
+features and is ordered by the outputs of a tile (`rowwise`, or `phasewise` for pooling) along the one or two
+axes that `Way.quarters` cuts.
 """
 
 import functools
@@ -77,9 +78,8 @@ class Way(Protocol):
         """(a, b), outputs at a time."""
         ...
 
-    @property
-    def axis(self) -> int:
-        """Of `y`, along which the outputs of a tile are ordered."""
+    def quarters(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Of a phasewise `y`, what each of the four outputs of a pooling window has: (size, starts)."""
         ...
 
     def layout(self, shape: Sequence[int], kernel_shape: Sequence[int]) -> Layout:
@@ -143,7 +143,11 @@ class Patches(NamedTuple):
 
     geometry: Geometry
     tile: Tile
-    axis: int = 1
+
+    def quarters(self, shape):
+        """See `Way`."""
+        rows, columns = shape[0], shape[1] // 4
+        return (rows, columns), [(0, number * columns) for number in range(4)]
 
     def layout(self, shape, kernel_shape) -> Layout:
         """See `Way`."""
@@ -250,7 +254,11 @@ class Winograd(NamedTuple):
 
     geometry: Geometry
     tile: Tile
-    axis: int = 0
+
+    def quarters(self, shape):
+        """See `Way`."""
+        rows, columns = shape[0] // 4, shape[1]
+        return (rows, columns), [(number * rows, 0) for number in range(4)]
 
     def layout(self, shape, kernel_shape) -> Layout:
         """See `Way`."""
@@ -259,7 +267,7 @@ class Winograd(NamedTuple):
     def forward(self, x, kernel, order):
         """See `Way`."""
         at = self.layout(x.shape, kernel.shape)
-        read, grow, write = _transforms(self.tile[0], kernel.shape[0])
+        read, grow, write = _squared(self.tile[0], kernel.shape[0])
         points, channels, features = len(read), kernel.shape[2], kernel.shape[3]
         windows = _to_windows(x, self.geometry, at, kernel.shape[0])
         v = _dot(read, windows.reshape(points, -1)).reshape(points, -1, channels)
@@ -272,7 +280,7 @@ class Winograd(NamedTuple):
         v, u = saved
         points, features = len(u), u.shape[-1]
         at = self.layout(shape, kernel_shape)
-        read, grow, write = _transforms(self.tile[0], kernel_shape[0])
+        read, grow, write = _squared(self.tile[0], kernel_shape[0])
         dm = _dot(write[_positions(order, self.tile)].T, dy.reshape(len(order), -1))
         dm = dm.reshape(points, -1, features)
         dk = _dot(grow.T, _batched(v.transpose(0, 2, 1), dm).reshape(points, -1))
@@ -292,6 +300,117 @@ class Winograd(NamedTuple):
         count, features = image.shape[0], image.shape[-1]
         image = image.reshape(count, tiles[0], tile[0], tiles[1], tile[1], features)
         return image.transpose(2, 4, 0, 1, 3, 5).reshape(-1, features)
+
+
+class Strips(NamedTuple):
+    """Winograd's minimal filtering along the width, patches along the height. Stride 1.
+
+    For layers of few features, where the products of `Winograd` would be too narrow: those here have the
+    a rows of a tile side by side, as `Patches` has them. (m + r - 1)/m products for each row of the kernel
+    where there were r; a·F columns. float32 only; rounds nearly as finely as a plain product.
+    """
+
+    geometry: Geometry
+    tile: Tile
+
+    def quarters(self, shape):
+        """See `Way`."""
+        size = shape[0] // 2, shape[1], shape[2] // 2
+        return size, [(j * size[0], 0, i * size[2]) for i in range(2) for j in range(2)]
+
+    def layout(self, shape, kernel_shape) -> Layout:
+        """See `Way`."""
+        return layout(shape, kernel_shape, self.geometry, self.tile)
+
+    def forward(self, x, kernel, order):
+        """See `Way`."""
+        at = self.layout(x.shape, kernel.shape)
+        (th, tw), qh = at.tiles, at.blocks[0]
+        rows, columns = _apart(order)
+        read, grow, write = _transforms(self.tile[1], kernel.shape[1])
+        points = len(read)
+        v = _dot(read, _to_columns(x, self.geometry, at, points).reshape(points, -1))
+        v = v.reshape(points, len(x), th + qh - 1, tw, -1)
+        patches = jnp.concatenate([v[:, :, i : i + th] for i in range(qh)], -1)
+        patches = patches.reshape(points, len(x) * th * tw, -1)
+        u = self._to_matrices(kernel, grow, at, rows)
+        y = _dot(write[columns], _batched(patches, u).reshape(points, -1))
+        return y.reshape(len(columns), -1, u.shape[-1]), (patches, u)
+
+    def backward(self, shape, kernel_shape, saved, dy, order):
+        """See `Way`."""
+        patches, u = saved
+        at = self.layout(shape, kernel_shape)
+        (th, tw), qh = at.tiles, at.blocks[0]
+        rows, columns = _apart(order)
+        read, grow, write = _transforms(self.tile[1], kernel_shape[1])
+        points, features = len(u), u.shape[-1]
+        dm = _dot(write[columns].T, dy.reshape(len(columns), -1)).reshape(points, -1, features)
+        du = _batched(patches.transpose(0, 2, 1), dm)
+        dk = self._from_matrices(du, kernel_shape, grow, at, rows)
+        dpatches = _batched(dm, u.transpose(0, 2, 1)).reshape(points, shape[0], th, tw, qh, -1)
+        dv = jnp.zeros((points, shape[0], th + qh - 1, tw, dpatches.shape[-1]), dy.dtype)
+        for i in range(qh):
+            dv = dv.at[:, :, i : i + th].add(dpatches[:, :, :, :, i])
+        dx = _from_columns(_dot(read.T, dv.reshape(points, -1)), shape, self.geometry, at, points)
+        return dx, dk
+
+    def image(self, y, count, tiles, tile):
+        """See `Way`."""
+        features = y.shape[-1] // tile[0]
+        y = y.reshape(tile[1], count, *tiles, tile[0], features).transpose(1, 2, 4, 3, 0, 5)
+        return y.reshape(count, tiles[0] * tile[0], tiles[1] * tile[1], features)
+
+    def rows(self, image, tiles, tile):
+        """See `Way`."""
+        image = _cropped_to(image, tiles, tile)
+        count, features = image.shape[0], image.shape[-1]
+        image = image.reshape(count, tiles[0], tile[0], tiles[1], tile[1], features)
+        return image.transpose(4, 0, 1, 3, 2, 5).reshape(tile[1], -1, tile[0] * features)
+
+    def _to_matrices(self, kernel, grow, at: Layout, rows):
+        """f32[kh, kw, C, F] -> f32[n, qh*a*C, a*F]: each point's rows in block-Toeplitz form."""
+        kh, kw, channels, features = kernel.shape
+        reach = at.blocks[0] * at.step[0]
+        grown = _dot(grow, kernel.swapaxes(0, 1).reshape(kw, -1)).reshape(-1, kh, channels, features)
+        columns = [jnp.pad(grown, ((0, 0), (i, reach - kh - i), (0, 0), (0, 0))) for i in rows]
+        return jnp.stack(columns, 3).reshape(len(grow), reach * channels, -1)
+
+    def _from_matrices(self, du, kernel_shape, grow, at: Layout, rows):
+        """The transpose of `_to_matrices`."""
+        kh, kw, channels, features = kernel_shape
+        du = du.reshape(len(grow), at.blocks[0] * at.step[0], channels, len(rows), features)
+        grown = jnp.zeros((len(grow), kh, channels, features), du.dtype)
+        for position, i in enumerate(rows):
+            grown = grown + du[:, i : i + kh, :, position]
+        return _dot(grow.T, grown.reshape(len(grow), -1)).reshape(kw, kh, channels, features).swapaxes(0, 1)
+
+
+def _apart(order: list[Tile]) -> tuple[list[int], list[int]]:
+    """The rows and the columns of a tile, each in the order in which `order` first has them."""
+    rows, columns = (list(dict.fromkeys(positions)) for positions in zip(*order, strict=True))
+    return rows, columns
+
+
+def _to_columns(x, g: Geometry, at: Layout, points: int):
+    """f32[B, H, W, C] -> f32[n, B, th + qh - 1, tw, a*C]: column j of each tile's window, a rows a time."""
+    count, channels = x.shape[0], x.shape[-1]
+    tw, (a, m), (ph, pw) = at.tiles[1], at.step, at.padded
+    x = _padded(x, at, g).reshape(count, ph // a, a, pw // m, m, channels)
+    parts = [x[:, :, :, j // m : j // m + tw, j % m].transpose(0, 1, 3, 2, 4) for j in range(points)]
+    return jnp.stack(parts)
+
+
+def _from_columns(columns, shape, g: Geometry, at: Layout, points: int):
+    """The transpose of `_to_columns`. f32[n, …] -> f32[B, H, W, C]."""
+    count, channels = shape[0], shape[-1]
+    tw, (a, m), (ph, pw) = at.tiles[1], at.step, at.padded
+    columns = columns.reshape(points, count, ph // a, tw, a, channels)
+    total = jnp.zeros((m, count, ph // a, pw // m, a, channels), columns.dtype)
+    for b in range(at.blocks[1]):
+        part = columns[b * m : (b + 1) * m]
+        total = total.at[: len(part), :, :, b : b + tw].add(part)
+    return _unpadded(total.transpose(1, 2, 4, 3, 0, 5).reshape(count, ph, pw, channels), shape, g)
 
 
 def _dot(a, b):
@@ -337,7 +456,7 @@ def _from_windows(windows, shape, g: Geometry, at: Layout, side: int):
 
 @functools.cache
 def _transforms(m: int, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(Bᵀ ⊗ Bᵀ, G ⊗ G, Aᵀ ⊗ Aᵀ) of F(m×m, r×r): f32[n², n²], f32[n², r²], f32[m², n²], n = m + r - 1.
+    """(Bᵀ, G, Aᵀ) of F(m, r): f32[n, n], f32[n, r], f32[m, n], n = m + r - 1.
 
     Toom and Cook's interpolation at the points 0, ±1, ±2, ±1/2 … and infinity, in exact fractions.
     """
@@ -353,7 +472,14 @@ def _transforms(m: int, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         write[:, row] = [float(point**k) for k in range(m)]
     read[-1] = [float(c) for c in _polynomial(points)]
     grow[-1, -1] = write[-1, -1] = 1.0
-    read, grow, write = (np.kron(a, a).astype(np.float32) for a in (read, grow, write))
+    read, grow, write = (a.astype(np.float32) for a in (read, grow, write))
+    return read, grow, write
+
+
+@functools.cache
+def _squared(m: int, r: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The transforms of F(m×m, r×r): each one's Kronecker square."""
+    read, grow, write = (np.kron(a, a) for a in _transforms(m, r))
     return read, grow, write
 
 

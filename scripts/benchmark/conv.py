@@ -23,9 +23,11 @@ from fedjax_sim.models.spelling import spelling as spelled
 LAYERS = {
     "lenet1": (50, 32, 3, 6, 5, 1, "VALID", True),
     "lenet2": (50, 14, 6, 16, 5, 1, "VALID", True),
+    "femnist1": (50, 28, 1, 16, 5, 1, "VALID", True),
     "femnist2": (50, 12, 16, 32, 5, 1, "VALID", True),
     "mcmahan1": (10, 32, 3, 32, 5, 1, "SAME", True),
     "mcmahan2": (10, 16, 32, 64, 5, 1, "SAME", True),
+    "resnet20_stem": (50, 32, 3, 16, 3, 1, "SAME", False),
     "resnet20_1x1_up": (50, 32, 16, 64, 1, 1, "VALID", False),
     "resnet20_1x1_down": (50, 32, 64, 16, 1, 1, "VALID", False),
     "resnet20_3x3_16": (50, 32, 16, 16, 3, 1, "SAME", False),

@@ -85,8 +85,9 @@ def test_winograd_of_any_geometry(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     side = data.draw(st.sampled_from([3, 5]))
     padding = ((draw(0, 2), draw(0, 2)), (draw(0, 2), draw(0, 2)))
-    x, k = arrays((2, draw(5, 13), draw(5, 13), draw(1, 9)), (side, side, 1, 3))
-    k = jnp.broadcast_to(k, (side, side, x.shape[-1], 3))
+    outer = data.draw(st.sampled_from([3, 17]))  # in one dimension, or in two where the inner are 16
+    x, k = arrays((2, draw(5, 13), draw(5, 13), draw(1, 9) if outer == 3 else 16), (side, side, 1, outer))
+    k = jnp.broadcast_to(k, (side, side, x.shape[-1], outer))
     call = functools.partial(conv.conv, padding=padding)
     wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
     assert_same(with_gradients(functools.partial(call, spelling="winograd"), x, k), wanted, 4e-5)
@@ -94,13 +95,19 @@ def test_winograd_of_any_geometry(data):
 
 @pytest.mark.parametrize(("m", "r"), [(2, 3), (4, 3), (2, 5), (4, 5)])
 def test_winograd_transforms_are_a_correlation(m, r):
-    """Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A is the m×m outputs of g on d: its transforms are exact but for float32."""
+    """Aᵀ[(G g Gᵀ) ⊙ (Bᵀ d B)]A is the m×m outputs of g on d, and Aᵀ[(G g) ⊙ (Bᵀ d)] those of one line.
+
+    The transforms are exact but for float32.
+    """
     n = m + r - 1
     d, g = (np.random.default_rng(0).normal(size=(size, size)) for size in (n, r))
-    read, grow, write = (a.astype(np.float64) for a in tiles._transforms(m, r))
+    read, grow, write = (a.astype(np.float64) for a in tiles._squared(m, r))
     got = (write @ ((grow @ g.reshape(-1)) * (read @ d.reshape(-1)))).reshape(m, m)
     wanted = [[(d[i : i + r, j : j + r] * g).sum() for j in range(m)] for i in range(m)]
     np.testing.assert_allclose(got, wanted, atol=1e-5)
+    read, grow, write = (a.astype(np.float64) for a in tiles._transforms(m, r))
+    line = write @ ((grow @ g[0]) * (read @ d[0]))
+    np.testing.assert_allclose(line, np.correlate(d[0], g[0], "valid"), atol=1e-5)
 
 
 def test_auto_takes_winograd_for_wide_layers_in_float32_only():
@@ -117,6 +124,17 @@ def test_auto_takes_winograd_for_wide_layers_in_float32_only():
     )
     x, k = arrays((2, 8, 8, 8), (3, 3, 8, 8))
     assert jaxpr(x, k, spelling="auto") != jaxpr(x, k, spelling="winograd")
+
+
+def test_winograd_of_few_features_is_one_dimensional():
+    geometry = tiles.Geometry((1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+
+    def way(inner, outer, name="winograd", side=5):
+        return type(conv._way(name, *arrays((2, 12, 12, inner), (side, side, inner, outer)), geometry))
+
+    assert way(16, 16) is way(16, 16, "auto") is tiles.Winograd
+    assert way(3, 6) is way(3, 6, "auto") is way(15, 64) is tiles.Strips
+    assert way(2, 6, "auto") is way(3, 6, "auto", side=3) is tiles.Patches
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -151,15 +169,18 @@ def test_fused_relu_and_pooling(shape, kernel, padding, name):
     assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias), tolerance(name))
 
 
-def test_fused_pooling_gives_a_tie_to_the_first():
+@pytest.mark.parametrize("name", ["patches", "winograd"])
+@pytest.mark.parametrize("features", [1, 16])
+def test_fused_pooling_gives_a_tie_to_the_first(name, features):
     """On a blank image all four of a window are equal: the gradient must go to one of them, once."""
-    x, k, bias = jnp.ones((1, 6, 6, 1)), jnp.ones((3, 3, 1, 1)), jnp.zeros(1)
+    x, k = jnp.ones((1, 6, 6, features)), jnp.ones((3, 3, features, features))
+    bias = jnp.zeros(features)
 
     def total(k):
-        with spelling("patches"):
+        with spelling(name):
             return conv.conv_relu_pool(x, k, bias).sum()
 
-    np.testing.assert_array_equal(jax.grad(total)(k), np.full((3, 3, 1, 1), 4.0))
+    np.testing.assert_allclose(jax.grad(total)(k), np.full(k.shape, 4.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, None), (9, 2, None), (9, 3, None), (8, 3, 2)])
