@@ -1,7 +1,7 @@
 """A dense layer whose gradients cost few passes over memory when the batch is small.
 
 For a batch of some ten samples a large layer is bound by memory, not by arithmetic. Three things then make
-McMahan's CNN at batch 10 a third faster on a CPU:
+McMahan's CNN at batch 10 a quarter faster on a CPU:
 
 - As a matrix product the weight gradient is written out and read again by the optimiser. Written as a sum of
   outer products it fuses with the optimiser's update, which then makes it entry by entry as it goes.
