@@ -23,7 +23,8 @@ pytestmark = pytest.mark.parity
 
 from tests.parity import torch_nets as nets  # noqa: E402
 
-TOLERANCE = 1e-4  # of a tensor's largest entry
+TOLERANCE = 1e-4  # of a tensor's largest entry, for the deployed model
+SLOT = {"lenet": 1e-4, "resnet20": 3e-4}  # for each of the K models, whose rounding no mean evens out
 UPDATE_ERROR = 1e-4  # of the update's norm, over all parameters
 SIZES = (16, 11, 8, 5)
 SETTINGS = {"batch_size": 8, "lr": 0.01, "momentum": 0.5}
@@ -129,7 +130,7 @@ def test_rounds_of_fedmr_equal_pytorch(name, make, devices, wave, rounds, epochs
         stacked = flat(simulation.state.algorithm.slots)
         recombined = [dict(model) for model in theirs]
         for path, stack in stacked.items():
-            order = permutation(stack, [model[path] for model in theirs], path, TOLERANCE)
+            order = permutation(stack, [model[path] for model in theirs], path, SLOT[name])
             moved += order != list(range(len(order)))
             for slot, source in enumerate(order):
                 recombined[slot][path] = theirs[source][path]
