@@ -252,7 +252,8 @@ class Simulation:
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
-        self._key = root(setup.config.seed)
+        everywhere = placement.replicated(self.mesh)
+        self._key = jax.jit(partial(root, setup.config.seed), out_shardings=everywhere)()
         population = setup.population
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0

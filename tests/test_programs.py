@@ -54,6 +54,32 @@ def test_values_are_those_of_jit(devices):
     assert program.variants() == 2
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_arguments_from_the_host_arrive_as_they_are(devices):
+    mesh = placement.make_mesh(devices)
+    halves = np.array([1, np.nan, -0.0, 1e-42], np.float32)  # bits that arithmetic would not keep
+    host = {
+        "f32": halves, "strided": np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2],
+        "empty": np.zeros((0, 3), np.float32), "scalar": np.float32(2.5), "none": None,
+        "u32": np.array([[2**32 - 1]], np.uint32), "u8": np.arange(3, dtype=np.uint8),
+        "bool": np.array([True, False]), "device": jnp.arange(3),
+    }  # fmt: skip
+    program = Program(lambda state, given: (state + 1, given), mesh, donate_argnums=(0,))
+    state = jax.device_put(jnp.zeros(4), placement.replicated(mesh))
+    for _ in range(2):
+        held, (state, got) = state, program(state, host)
+        assert held.is_deleted()
+        assert got["none"] is None
+        for name, value in host.items():
+            if value is not None:
+                assert (got[name].shape, got[name].dtype) == (np.shape(value), value.dtype), name
+                assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
+    np.testing.assert_array_equal(state, np.full(4, 2))
+    assert program.variants() == 1
+    program(state, host | {"scalar": np.int32(2)})
+    assert program.variants() == 2
+
+
 def test_several_cpu_devices_leave_nothing_on_disk_and_one_does(disk):
     mesh = placement.make_mesh(2)
     Program(exchange(mesh), mesh)(np.arange(6, dtype=np.float32))
