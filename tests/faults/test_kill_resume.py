@@ -128,7 +128,14 @@ def test_killed_twenty_times(tmp_path, seed):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_every_method_killed_once(tmp_path, name):
     """What each keeps, for clients and on the server; and clients that train on at the end."""
-    settings = {"lips": {"inner": CONFIGS["fedmr"](), "period": 3, "layers": "inner"}}.get(name, {})
+    settings = {
+        "lips": {"inner": CONFIGS["fedmr"](), "period": 3, "layers": "inner"},
+        "partial": {"first": 1},
+        "fedrep": {"head_epochs": 1},
+    }.get(name, {})
+    local = dataclasses.replace(LOCAL, keep_optimizer=False)
+    if name == "fedrep":  # divides epochs between head and body
+        local = dataclasses.replace(local, epochs=2, steps=None)
     model, rounds = ModelConfig(options={"hidden": [8, 8]}), 300
     if name == "fedbn":
         model, rounds = ModelConfig("cnn8", norm="batch"), 60
@@ -139,7 +146,7 @@ def test_every_method_killed_once(tmp_path, name):
             partition=data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0, local_test="holdout"),
             model=model,
             algorithm=CONFIGS[name](**settings),
-            local=dataclasses.replace(LOCAL, keep_optimizer=False),
+            local=local,
             evaluation=EvaluationConfig(every=10, per_client=True, finetune=2),
         )
     )
