@@ -54,7 +54,7 @@ def simulation(name, args):
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--samples", type=int, default=250)
     parser.add_argument("--epochs", type=int, default=2)

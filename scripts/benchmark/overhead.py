@@ -45,7 +45,7 @@ def timed(run) -> float:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -57,7 +57,8 @@ def main() -> None:
         "LIPS": simulation(args, lips, False),
     }
     for run in runs.values():
-        timed(run), timed(run)
+        timed(run)
+        timed(run)
     seconds: dict[str, list[float]] = {}
     for _ in range(args.repetitions):
         for name, run in runs.items():

@@ -9,14 +9,16 @@ compilation apart. Run it on a machine that does nothing else.
 import argparse
 import statistics
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import fedjax_sim as fs
-from fedjax_sim import waves
+from fedjax_sim import cohorts, waves
 from fedjax_sim.data import Dataset, Preprocessing
+from fedjax_sim.memory import compiled_round
 from fedjax_sim.simulation import Simulation
 
 MIB = 2**20
@@ -58,33 +60,47 @@ def made(dataset, partition, model, cohort, algorithm=None, devices=None, **loca
     return Simulation(config, dataset=dataset, partition=partition)
 
 
-def round_seconds(simulation: Simulation, rounds: int) -> float:
-    """Median seconds of a round, compiled before."""
-    times = []
-    for _ in range(rounds + 2):
-        begin = time.perf_counter()
-        simulation.step()()
-        jax.block_until_ready(simulation.state)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[2:])
+def timed(simulation: Simulation) -> float:
+    """Seconds of one round."""
+    begin = time.perf_counter()
+    simulation.step()()
+    jax.block_until_ready(simulation.state)
+    return time.perf_counter() - begin
+
+
+def compared(cases: dict[tuple[int, int], Simulation], repetitions: int) -> None:
+    """Prints time per client of (population, cohort), and against the first case's, in turn with it."""
+    for run in cases.values():
+        timed(run)
+        timed(run)
+    each: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
+    for _ in range(repetitions):
+        for (population, cohort), run in cases.items():
+            each[population, cohort].append(timed(run) / cohort)
+    print("\n| population | cohort | ms a client | against the first |\n|---:|---:|---:|---|")
+    first = next(iter(each.values()))
+    for (population, cohort), seconds in each.items():
+        ratios = [one / other for one, other in zip(seconds, first, strict=True)]
+        told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        print(f"| {population} | {cohort} | {statistics.median(seconds) * 1e3:.4g} | {told} |", flush=True)
 
 
 def clients() -> None:
-    """Time per client, many small ones: MLP 64-64-10, 20 samples, batch 10."""
+    """Time per client: medians of rounds; the last column by repetition, median (lowest–highest)."""
+    print("\nMLP 64-64-10, 20 samples, batch 10:")
     model = fs.ModelConfig("mlp", options={"hidden": [64]})
-    dataset = images(45_000, (8, 8, 1))
-    print("\n| population | cohort | ms a round | µs a client |\n|---:|---:|---:|---:|")
-    for population, cohort in [(100, 100), (1000, 100), (5000, 100), (5000, 10), (5000, 1000), (5000, 5000)]:
-        run = made(dataset, equal(population, 20), model, cohort, epochs=1, batch_size=10, lr=0.05)
-        seconds = round_seconds(run, 30)
-        print(f"| {population} | {cohort} | {seconds * 1e3:.2f} | {seconds / cohort * 1e6:.1f} |", flush=True)
+    dataset, local = images(45_000, (8, 8, 1)), {"epochs": 1, "batch_size": 10, "lr": 0.05}
+    cases = [(5000, 100), (100, 100), (1000, 100), (5000, 10), (5000, 1000), (5000, 5000)]
+    compared({(n, k): made(dataset, equal(n, 20), model, k, **local) for n, k in cases}, 30)
+
     print("\nLeNet, 100 samples a client, batch 50, one epoch:")
-    print("\n| population | cohort | ms a round | ms a client |\n|---:|---:|---:|---:|")
-    dataset = images(45_000, (32, 32, 3))
-    for population, cohort in [(100, 10), (1000, 10), (5000, 10), (5000, 100), (5000, 1000)]:
-        run = made(dataset, equal(population, 100), fs.ModelConfig("lenet"), cohort, epochs=1, batch_size=50)
-        seconds = round_seconds(run, 5)
-        print(f"| {population} | {cohort} | {seconds * 1e3:.1f} | {seconds / cohort * 1e3:.2f} |", flush=True)
+    model, dataset, local = (
+        fs.ModelConfig("lenet"),
+        images(45_000, (32, 32, 3)),
+        {"epochs": 1, "batch_size": 50},
+    )
+    cases = [(5000, 100), (100, 100), (1000, 100), (5000, 10), (5000, 1000)]
+    compared({(n, k): made(dataset, equal(n, 100), model, k, **local) for n, k in cases}, 5)
 
 
 def padding() -> None:
@@ -98,10 +114,11 @@ def padding() -> None:
         sizes = fs.data.partition(dataset, config, 0).sizes()
         local = fs.LocalConfig(epochs=5, batch_size=50)
         told = f"{sizes.min()}, {np.median(sizes):.0f}, {sizes.max()}"
+        draw = cohorts.sampler(fs.CohortConfig(size=10), sizes, 200, 0)
         for wave, devices in [(1, 1), (1, 2), (5, 1), (10, 1)]:
             wastes = []
             for number in range(200):
-                ids = fs.simulation.draw_cohort(0, number, 100, 10)
+                ids = draw(number)
                 plan = waves.make_plan(waves.steps_of(sizes[ids], local), devices, wave)
                 wastes.append(waves.padding_waste(sizes[ids], plan, local, wave))
             print(f"| {alpha} | {told} | {wave} | {devices} | {np.mean(wastes):.3f} |")
@@ -139,11 +156,8 @@ def memory() -> None:
         run = made(
             dataset, equal(100, 100), fs.ModelConfig(name), cohort, algorithm, 1, epochs=5, momentum=0.5
         )
-        with jax.set_mesh(run.mesh):
-            lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
-            told = lowered.compile().memory_analysis()
-        peak = told.argument_size_in_bytes + told.temp_size_in_bytes
-        peak += told.output_size_in_bytes - told.alias_size_in_bytes
+        told = compiled_round(run)
+        peak = told["arguments"] + told["temporaries"] + told["output"] - told["of which in place"]
         state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.shard)))
         needed = state + step_temporaries(run)
         row = f"{needed / MIB:.1f} | {peak / MIB:.1f} | {peak / needed:.2f}"
@@ -166,7 +180,8 @@ def step_temporaries(run: Simulation) -> int:
     variables = jax.eval_shape(model.init, jax.random.key(0))
     pixels = jax.ShapeDtypeStruct((batch, *model.input_shape), jnp.float32)
     labels = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    told = jax.jit(step).lower(variables, variables["params"], pixels, labels).compile().memory_analysis()
+    compiled = jax.jit(step).lower(variables, variables["params"], pixels, labels).compile()
+    told: Any = compiled.memory_analysis()
     return told.temp_size_in_bytes + told.argument_size_in_bytes + told.output_size_in_bytes
 
 
@@ -183,7 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     print(f"jax {jax.__version__}, {jax.device_count()} × {device.device_kind}")
     for name in args.parts:
-        print(f"\n## {name}\n\n{PARTS[name].__doc__.splitlines()[0]}")
+        told = (PARTS[name].__doc__ or "").splitlines()[0]
+        print(f"\n## {name}\n\n{told}")
         PARTS[name]()
 
 
