@@ -252,13 +252,15 @@ class Simulation:
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
-        everywhere = placement.replicated(self.mesh)
-        self._key = jax.jit(partial(root, setup.config.seed), out_shardings=everywhere)()
+        put = partial(placement.put_replicated, mesh=self.mesh)
+        key = root(setup.config.seed)
+        self._key = jax.random.wrap_key_data(
+            put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
+        )
         population = setup.population
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
-        put = partial(placement.put_replicated, mesh=self.mesh)
         self._instruments = instruments(setup, self.mesh, put)
         observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
