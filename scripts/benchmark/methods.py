@@ -14,15 +14,13 @@ from datetime import date
 from pathlib import Path
 
 import jax
-import numpy as np
-from overhead import timed
+from rounds import equal, in_turn, noise, ratio, training
 
 import fedjax_sim as fs
 from fedjax_sim.algorithms import CONFIGS, catalogue
-from fedjax_sim.data import Dataset, Preprocessing
 
-WITHOUT_NORM = {"fedbn"}
-"""Names that want a model with batch normalisation, which LeNet has not."""
+MODELS = {"fedbn": "resnet8"}
+"""Where LeNet will not do: it has no batch normalisation."""
 HERE = Path(__file__).parent
 SETTINGS = {
     "lips": {"period": 1, "density": 0.3},
@@ -33,23 +31,16 @@ SETTINGS = {
 """Where the defaults will not do, or leave rounds without the method's work."""
 
 
-def simulation(name, args):
+def simulation(name, model, args):
     """A run whose rounds are to be timed."""
-    rng = np.random.default_rng(0)
-    count = args.clients * args.samples
-    images = rng.integers(0, 256, (count, 32, 32, 3), np.uint8)
-    labels = rng.integers(0, 10, count).astype(np.int32)
-    dataset = Dataset("random", images, labels, images[:100], labels[:100], 10, Preprocessing())
-    config = fs.RunConfig(
-        rounds=1000,
-        partition=fs.PartitionConfig(kind="iid", clients=args.clients),
-        model=fs.ModelConfig("lenet"),
+    dataset = noise(args.clients * args.samples)
+    return training(
+        dataset,
+        equal(dataset, args.clients, args.samples),
+        model=fs.ModelConfig(model),
         algorithm=CONFIGS[name.split()[0]](**SETTINGS.get(name, {})),
         local=fs.LocalConfig(epochs=args.epochs, batch_size=50, lr=0.01, momentum=0.5),
-        cohort=fs.CohortConfig(fraction=1.0),
-        evaluation=fs.EvaluationConfig(every=0),
     )
-    return fs.Simulation(config, dataset=dataset)
 
 
 def main() -> None:
@@ -61,20 +52,21 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    names = [name for name in CONFIGS if name not in WITHOUT_NORM | {"fedavg"}] + ["scaffold I"]
-    base, ratios = simulation("fedavg", args), {}
-    for _ in range(3):
-        timed(base)
+    names = [name for name in CONFIGS if name != "fedavg"] + ["scaffold I"]
+    bases, ratios = {}, {}
     for name in names:
-        run = simulation(name, args)
-        for _ in range(2):  # the generator and the control variates begin with the second round
-            timed(run)
-        pairs = [(timed(run), timed(base)) for _ in range(args.repetitions)]
-        ratios[name] = round(statistics.median(own / other for own, other in pairs), 2)
-        seconds = statistics.median(own for own, _ in pairs)
-        print(f"{name:16} {seconds:8.3f} s   {ratios[name]:5.2f} x FedAvg", flush=True)
+        model = MODELS.get(name, "lenet")
+        if model not in bases:
+            bases[model] = simulation("fedavg", model, args)
+        # The generator and the control variates begin with the second round, which is not counted either.
+        seconds = in_turn({name: simulation(name, model, args), "fedavg": bases[model]}, args.repetitions)
+        ratios[name] = round(ratio(seconds[name], seconds["fedavg"]).median, 2)
+        print(
+            f"{name:16} {statistics.median(seconds[name]):8.3f} s   {ratios[name]:5.2f} x FedAvg", flush=True
+        )
+    models = ", ".join(["LeNet", *(f"{name}: {model}" for name, model in MODELS.items())])
     about = (
-        f"seconds of a round over FedAvg's, LeNet, {args.clients} clients of {args.samples} images, "
+        f"seconds of a round over FedAvg's, {models}; {args.clients} clients of {args.samples} images, "
         f"batch 50, {args.epochs} epochs, {jax.device_count()} CPU devices, jax {jax.__version__}, "
         f"medians of {args.repetitions}, {date.today()} (LIPS: all starts sparse)."
     )

@@ -14,98 +14,60 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rounds import equal, in_turn, noise, ratio, training
 
 import fedjax_sim as fs
 from fedjax_sim import cohorts, waves
-from fedjax_sim.data import Dataset, Preprocessing
 from fedjax_sim.memory import compiled_round
-from fedjax_sim.simulation import Simulation
 
 MIB = 2**20
 
 
-def images(count: int, shape: tuple[int, int, int], seed: int = 0) -> Dataset:
-    """Noise with labels, ten classes."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (count, *shape), dtype=np.uint8)
-    labels = rng.integers(0, 10, count).astype(np.int32)
-    return Dataset(
-        name="noise",
-        train_images=pixels,
-        train_labels=labels,
-        test_images=pixels[:100],
-        test_labels=labels[:100],
-        num_classes=10,
-        preprocessing=Preprocessing(),
-    )
-
-
-def equal(clients: int, each: int) -> fs.Partition:
-    """Clients with `each` samples; few images serve many clients."""
-    starts = np.arange(clients) * each % 40_000
-    return fs.Partition(tuple(np.arange(s, s + each) for s in starts))
-
-
-def made(dataset, partition, model, cohort, algorithm=None, devices=None, **local) -> Simulation:
-    """A simulation without evaluation."""
-    config = fs.RunConfig(
-        rounds=10**6,
+def made(dataset, partition, model, cohort, algorithm=None, devices=None, **local) -> fs.Simulation:
+    """A run of which rounds are timed or compiled."""
+    return training(
+        dataset,
+        partition,
         model=model,
         local=fs.LocalConfig(**local),
         cohort=fs.CohortConfig(size=cohort),
-        evaluation=fs.EvaluationConfig(every=0),
         execution=fs.ExecutionConfig(devices=devices),
         algorithm=algorithm or fs.FedAvg(),
     )
-    return Simulation(config, dataset=dataset, partition=partition)
 
 
-def timed(simulation: Simulation) -> float:
-    """Seconds of one round."""
-    begin = time.perf_counter()
-    simulation.step()()
-    jax.block_until_ready(simulation.state)
-    return time.perf_counter() - begin
-
-
-def compared(cases: dict[tuple[int, int], Simulation], repetitions: int) -> None:
+def compared(cases: dict[tuple[int, int], fs.Simulation], repetitions: int) -> None:
     """Prints time per client of (population, cohort), and against the first case's, in turn with it."""
-    for run in cases.values():
-        timed(run)
-        timed(run)
-    each: dict[tuple[int, int], list[float]] = {case: [] for case in cases}
-    for _ in range(repetitions):
-        for (population, cohort), run in cases.items():
-            each[population, cohort].append(timed(run) / cohort)
+    seconds = in_turn(cases, repetitions)
+    each = {case: [one / case[1] for one in values] for case, values in seconds.items()}
     print("\n| population | cohort | ms a client | against the first |\n|---:|---:|---:|---|")
     first = next(iter(each.values()))
-    for (population, cohort), seconds in each.items():
-        ratios = [one / other for one, other in zip(seconds, first, strict=True)]
-        told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
-        print(f"| {population} | {cohort} | {statistics.median(seconds) * 1e3:.4g} | {told} |", flush=True)
+    for (population, cohort), values in each.items():
+        middle = statistics.median(values) * 1e3
+        print(f"| {population} | {cohort} | {middle:.4g} | {ratio(values, first)} |", flush=True)
 
 
 def clients() -> None:
     """Time per client: medians of rounds; the last column by repetition, median (lowest–highest)."""
     print("\nMLP 64-64-10, 20 samples, batch 10:")
     model = fs.ModelConfig("mlp", options={"hidden": [64]})
-    dataset, local = images(45_000, (8, 8, 1)), {"epochs": 1, "batch_size": 10, "lr": 0.05}
+    dataset, local = noise(45_000, (8, 8, 1)), {"epochs": 1, "batch_size": 10, "lr": 0.05}
     cases = [(5000, 100), (100, 100), (1000, 100), (5000, 10), (5000, 1000), (5000, 5000)]
-    compared({(n, k): made(dataset, equal(n, 20), model, k, **local) for n, k in cases}, 30)
+    compared({(n, k): made(dataset, equal(dataset, n, 20), model, k, **local) for n, k in cases}, 30)
 
     print("\nLeNet, 100 samples a client, batch 50, one epoch:")
     model, dataset, local = (
         fs.ModelConfig("lenet"),
-        images(45_000, (32, 32, 3)),
+        noise(45_000, (32, 32, 3)),
         {"epochs": 1, "batch_size": 50},
     )
     cases = [(5000, 100), (100, 100), (1000, 100), (5000, 10), (5000, 1000)]
-    compared({(n, k): made(dataset, equal(n, 100), model, k, **local) for n, k in cases}, 5)
+    compared({(n, k): made(dataset, equal(dataset, n, 100), model, k, **local) for n, k in cases}, 5)
 
 
 def padding() -> None:
     """Samples that go through the network over samples that should, 100 clients of 50,000 images."""
-    dataset = images(50_000, (1, 1, 1))
+    dataset = noise(50_000, (1, 1, 1))
     print(
         "\n| alpha | sizes (min, median, max) | wave | devices | padding waste |\n|---:|---|---:|---:|---:|"
     )
@@ -126,10 +88,12 @@ def padding() -> None:
 
 def compile_times() -> None:
     """Tracing and compiling a FedMR round, cohort 10, no cache."""
-    dataset = images(2000, (32, 32, 3))
+    dataset = noise(2000, (32, 32, 3))
     print("\n| model | trace s | compile s |\n|---|---:|---:|")
     for name in ("mlp", "lenet", "mcmahan", "resnet20"):
-        run = made(dataset, equal(20, 100), fs.ModelConfig(name), 10, fs.FedMR(), epochs=5, momentum=0.5)
+        run = made(
+            dataset, equal(dataset, 20, 100), fs.ModelConfig(name), 10, fs.FedMR(), epochs=5, momentum=0.5
+        )
         with jax.set_mesh(run.mesh):
             begin = time.perf_counter()
             lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
@@ -145,7 +109,7 @@ def memory() -> None:
     Needed: FedMR's K models and their mean (FedAvg: one model), the data, and the temporaries of one
     client's optimiser step compiled by itself.
     """
-    dataset = images(50_000, (32, 32, 3))
+    dataset = noise(50_000, (32, 32, 3))
     print("\n| model | method | cohort | needed MiB | peak MiB | ratio |\n|---|---|---:|---:|---:|---:|")
     for name, algorithm, cohort in [
         ("lenet", fs.FedMR(), 10),
@@ -154,7 +118,14 @@ def memory() -> None:
         ("mcmahan", fs.FedAvg(), 50),
     ]:
         run = made(
-            dataset, equal(100, 100), fs.ModelConfig(name), cohort, algorithm, 1, epochs=5, momentum=0.5
+            dataset,
+            equal(dataset, 100, 100),
+            fs.ModelConfig(name),
+            cohort,
+            algorithm,
+            1,
+            epochs=5,
+            momentum=0.5,
         )
         told = compiled_round(run)
         peak = told["arguments"] + told["temporaries"] + told["output"] - told["of which in place"]
@@ -164,7 +135,7 @@ def memory() -> None:
         print(f"| {name} | {type(algorithm).__name__} | {cohort} | {row} |")
 
 
-def step_temporaries(run: Simulation) -> int:
+def step_temporaries(run: fs.Simulation) -> int:
     """Bytes that one client's optimiser step takes by itself: activations, gradients, momentum."""
     model, batch = run.setup.model, run.setup.config.local.batch_size
 

@@ -1,20 +1,58 @@
-"""The script that measures how cost grows: what of it needs no clock."""
+"""The scripts that time our own rounds: what of them needs no clock, and that they run."""
 
-import importlib.util
+import importlib
+import math
+import sys
 from pathlib import Path
 
-PATH = Path(__file__).parents[2] / "scripts" / "benchmark" / "scaling.py"
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "benchmark"
 
 
-def test_clients_that_train_alone_waste_little(capsys):
-    spec = importlib.util.spec_from_file_location("scaling", PATH)
-    assert spec is not None and spec.loader is not None
-    scaling = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(scaling)
-    scaling.padding()
+@pytest.fixture
+def script(monkeypatch):
+    """Imports one of the folder's modules, which know one another by plain names, until the test ends."""
+    monkeypatch.syspath_prepend(FOLDER)
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def test_clients_that_train_alone_waste_little(script, capsys):
+    script("scaling").padding()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.")]
     table = [line.strip("| ").split(" | ") for line in lines]
     assert len(table) == 8
     for alpha, _, wave, devices, waste in table:
         assert float(waste) >= 1, (alpha, wave, devices)
         assert wave != "1" or float(waste) <= 1.10, (alpha, wave, devices)
+
+
+def test_ratios_are_of_what_ran_in_one_repetition(script):
+    ratio = script("rounds").ratio([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])
+    assert ratio == (2.0, 1.5, 4.0)
+    assert str(ratio) == "2.00 (1.50–4.00)"
+
+
+def test_equal_clients_share_images_only_where_these_run_out(script):
+    rounds = script("rounds")
+    dataset = rounds.noise(40, (2, 2, 1))
+    apart = rounds.equal(dataset, 4, 10)
+    assert sorted(np.concatenate(apart.train).tolist()) == list(range(40))
+    many = rounds.equal(dataset, 9, 10)
+    assert [len(part) for part in many.train] == [10] * 9
+    assert max(part.max() for part in many.train) < 40
+
+
+def test_overheads_are_printed(script, monkeypatch, capsys):
+    asked = "overhead.py --clients 4 --model mlp --layers inner --measures probe --repetitions 1"
+    monkeypatch.setattr(sys, "argv", asked.split())
+    script("overhead").main()
+    out = capsys.readouterr().out
+    for row in ("FedAvg", "movement measured", "LIPS, gradients kept and a sparse start", "probe"):
+        (line,) = [line for line in out.splitlines() if line.startswith(f"| {row} |")]
+        assert math.isfinite(float(line.split("|")[2]))
