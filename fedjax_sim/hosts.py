@@ -25,6 +25,10 @@ from fedjax_sim.errors import UserError
 T = TypeVar("T")
 
 
+class Elsewhere(UserError):
+    """Another process failed, and says itself why. All have been told."""
+
+
 def join(address: str = "auto", processes: int | None = None, process: int | None = None) -> None:
     """Makes this process one of several, before JAX starts: `jax.distributed.initialize`.
 
@@ -71,10 +75,13 @@ def agreed(action: Callable[[], T]) -> T:
     """What `action` gives, or raises, in the first process: known to all, done there alone.
 
     All have to call it, and none goes on before it is done; `action` must not call it again.
+
+    Raises:
+      Elsewhere: one of the others has failed on its way here, in an action of `together`.
     """
     if jax.process_count() == 1:
         return action()
-    multihost_utils.sync_global_devices("fedjax_sim.hosts.agreed")
+    _meet()
     error = value = None
     if first():
         try:
@@ -90,19 +97,25 @@ def agreed(action: Callable[[], T]) -> T:
 
 
 def together(action: Callable[[], T]) -> T:
-    """What `action` gives in each process. Where it fails in one, all stop, instead of waiting for it."""
+    """What `action` gives in each process. Where it fails in one, all stop, instead of waiting for it.
+
+    `action` may call `agreed`: those who come so far hear there of one who does not.
+
+    Raises:
+      Elsewhere: another process has failed.
+    """
     if jax.process_count() == 1:
         return action()
     error = value = None
     try:
         value = action()
+    except Elsewhere:
+        raise
     except Exception as raised:
         error = raised
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.asarray(error is not None)))
+    _meet(failed=error is not None)
     if error is not None:
         raise error
-    if len(failed):
-        raise UserError("process", int(failed[0]), "it failed", "See what it says, and start all again.")
     return cast(T, value)
 
 
@@ -156,6 +169,13 @@ class Votes:
         mine = np.full(jax.device_count(), self._wish())
         self._cast.append(self._any(jax.make_array_from_callback(mine.shape, self._each, mine.__getitem__)))
         return len(self._cast) > 2 and bool(self._cast.popleft())
+
+
+def _meet(*, failed: bool = False) -> None:
+    """Waits until all processes are here; raises Elsewhere in those who have not failed if one has."""
+    found = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failed)))
+    if len(found) and not failed:
+        raise Elsewhere("process", int(found[0]), "it failed", "See what it says, and start all again.")
 
 
 def _initialize(address: str, fix: str, *where: Any) -> None:

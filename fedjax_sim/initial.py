@@ -110,6 +110,8 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
         # Another process that writes there must not have its half-written checkpoint tidied away.
         with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
             found = other.variables
+    except hosts.Elsewhere:
+        raise
     except UserError as error:
         raise _wrong(folder, f"its model cannot be had ({error})", "Give another run.") from None
     name = model.name if "model" in supplied else other.config.model.name

@@ -53,12 +53,14 @@ def terminate_after(journal: Path, rounds: int) -> None:
 def main(address: str, process: int, folder: Path) -> None:
     hosts.join(address, 2, process)
     told = []
+    started = dataclasses.replace(PLAIN, initial=fs.InitialConfig(run=str(folder / "measured")))
     for name, config in CASES.items():
         done = fs.run(inside(config, folder / name))
         told.append(f"{name}: {sorted(done.metrics.names())} {done.metrics.last('accuracy')!r}")
     for what in (
         lambda: fs.run(dataclasses.replace(PLAIN, seed=process)),
         lambda: fs.run(dataclasses.replace(PLAIN, cohort=fs.CohortConfig(size=6 + 10 * process))),
+        lambda: fs.run(dataclasses.replace(started, data=fs.DataConfig(("digits", "nowhere")[process]))),
         lambda: fs.run(inside(PLAIN, folder / "measured")),
         lambda: fs.run(dataclasses.replace(PLAIN, execution=fs.ExecutionConfig(devices=2))),
         lambda: fs.run(dataclasses.replace(PLAIN, initial=fs.InitialConfig(pretrain=1))),

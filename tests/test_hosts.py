@@ -72,8 +72,10 @@ def test_two_processes_give_the_records_and_the_model_of_one(name, folder, told)
 
 def test_what_differs_or_cannot_be_is_refused_in_all_of_them(told):
     first, second = ([line[9:] for line in lines if line.startswith("refused")] for lines in told)
-    assert first == ["process", "process", "output.dir", "execution.devices", "initial.pretrain"]
-    assert second == ["seed", "cohort.size", *first[2:]]  # what it alone knows, the first only hears of
+    shared = ["output.dir", "execution.devices", "initial.pretrain"]
+    assert first == ["process", "process", "process", *shared]
+    # What it alone knows, the first only hears of; the third while that one looks for a model to start from.
+    assert second == ["seed", "cohort.size", "data.source", *shared]
 
 
 def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues(folder, told, tmp_path):
