@@ -185,7 +185,10 @@ def test_fused_pooling_gives_a_tie_to_the_first(name, features):
     np.testing.assert_allclose(jax.grad(total)(k), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "window", "strides"), [(8, 2, None), (9, 2, None), (9, 3, None), (8, 3, 2)])
+@pytest.mark.parametrize(
+    ("size", "window", "strides"),
+    [(8, 2, None), (9, 2, None), (9, 3, None), (8, 3, 2), (9, 3, 2), (6, 3, 1), (7, 2, 1), (8, 2, 3)],
+)
 def test_max_pool(size, window, strides):
     x = arrays((2, size, size, 3))[0]
     step = strides or window
