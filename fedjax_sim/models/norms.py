@@ -85,7 +85,7 @@ def masked_moments(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax
 
 # Sums over places and their counterpart, one value at every place, are products with ones. XLA's CPU backend
 # turns a sum over more than 32 of something into windows, which it does not vectorise: inside a loop a batch
-# normalisation and its gradient take three to five times as long that way.
+# normalisation and its gradient took two to six times as long that way.
 
 
 def _over_places(x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """What masks and measurements add to a round: the same rounds with and without, in turn.
 
-    python scripts/benchmark/overhead.py                     # an hour or so on 2 cores
+    python scripts/benchmark/overhead.py                     # long: 100 clients of ResNet-8
     python scripts/benchmark/overhead.py --parts probe       # the layer-peeled probe alone
     python scripts/benchmark/overhead.py --parts lips --clients 20
 
@@ -16,7 +16,7 @@ from rounds import equal, in_turn, noise, ratio, training
 
 import fedjax_sim as fs
 
-PARTS = {
+MEASURES = {
     "probe": {},
     "and ranks": {"ranks": True},
     "and one control": {"controls": ("perturbed",)},
@@ -69,7 +69,7 @@ def probe(args) -> None:
             )
 
         runs = {"ten": run(10), "sixteen": run(16)}
-        wanted = {name: PARTS[name] for name in args.measures}
+        wanted = {name: MEASURES[name] for name in args.measures}
         runs |= {name: run(16, peel) for name, peel in wanted.items()}
         seconds = in_turn(runs, args.repetitions)
         ten = seconds["ten"]
@@ -89,7 +89,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=asked, default=list(asked))
     parser.add_argument("--clients", type=int, default=100, help="of the part lips")
     parser.add_argument("--layers", default="inner_convs", help="that LIPS makes sparse; inner for an MLP")
-    parser.add_argument("--measures", nargs="+", choices=PARTS, default=list(PARTS), help="of the part probe")
+    parser.add_argument(
+        "--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="of the part probe"
+    )
     parser.add_argument("--model", help="default: resnet8, and lenet too for the part probe")
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
