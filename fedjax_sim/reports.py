@@ -57,7 +57,8 @@ def groups(given: Given) -> list[Group]: ...
 @overload
 def groups(given: Given, make: Callable[[str, tuple[Run, ...]], G]) -> list[G]: ...
 def groups(given: Given, make: Callable[[str, tuple[Run, ...]], Any] = Group) -> list[Any]:
-    """Runs as groups of what differs in nothing but the seed; a sweep's by method and setting.
+    """Runs as groups of what differs in nothing but the seed; a sweep's by method and setting, and one of
+    several by its file's name too.
 
     Args:
       given: what to look at.
@@ -67,12 +68,15 @@ def groups(given: Given, make: Callable[[str, tuple[Run, ...]], Any] = Group) ->
       UserError: a folder holds no run, a run is not finished, two runs are the same, or there are none.
     """
     things = [given] if isinstance(given, Run | str | Path | Group) else list(given)
+    stems = [Path(thing).stem for thing in things if isinstance(thing, str | Path)]
     named: dict[str, list[Run]] = {}
     loose: dict[tuple, list[Run]] = {}
     for thing in things:
         if isinstance(thing, str | Path) and Path(thing).suffix == ".yaml":
             for name, run in _of_sweep(thing):
-                name = name if len(things) == 1 else f"{Path(thing).with_suffix('')}: {name}"
+                if len(things) > 1:
+                    stem = Path(thing).stem
+                    name = f"{stem if stems.count(stem) == 1 else Path(thing).with_suffix('')}: {name}"
                 named.setdefault(name, []).append(run)
         elif not isinstance(thing, Group):
             run = thing if isinstance(thing, Run) else runs.load(thing)

@@ -132,24 +132,27 @@ def test_run_then_resume_then_refuse(tmp_path, capsys):
 def test_peel_passes_on_what_was_asked(monkeypatch, capsys):
     asked = []
 
-    def draw(given, out, *, round_index, accuracy, tell):
-        asked.append((given, out, round_index, accuracy))
+    def draw(given, out, *, round_index, accuracy, figures, tell):
+        asked.append((given, out, round_index, accuracy, figures))
         tell("wrote it")
 
     monkeypatch.setattr("fedjax_sim.peel.report.draw", draw)
     assert cli.main(["peel", "a", "b", "--out", "c", "--round=5"]) == 0
     assert cli.main(["peel", "a.yaml", "--at-accuracy", "0.5"]) == 0
-    assert asked == [(["a", "b"], "c", 5, None), ("a.yaml", None, None, 0.5)]
-    assert capsys.readouterr().out == "wrote it\n" * 2
+    assert cli.main(["peel", "a", "b", "--only", "overview"]) == 0
+    one, two = ["a", "b"], "a.yaml"
+    assert asked == [(one, "c", 5, None, True), (two, None, None, 0.5, True), (one, None, None, None, False)]
+    assert capsys.readouterr().out == "wrote it\n" * 3
     assert cli.main(["peel", "--help"]) == 0 and "--out DIR" in capsys.readouterr().out
     for words, told in (
         (["a", "--outt", "b"], "--outt"),
         (["a", "--out"], "--out"),
         (["a", "--round", "last"], "--round"),
         (["a", "--at-accuracy", "high"], "--at-accuracy"),
+        (["a", "--only", "tables"], "--only"),
     ):
         assert cli.main(["peel", *words]) == 2 and told in capsys.readouterr().err
-    assert len(asked) == 2
+    assert len(asked) == 3
 
 
 def test_peel_of_nothing_says_so(tmp_path, capsys):

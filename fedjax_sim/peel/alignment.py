@@ -40,13 +40,28 @@ def basis(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
     return vectors, values
 
 
+def kernel_basis(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`basis` of a kernel's matrix, at half the cost where that is wide: from its products of rows.
+
+    OUR CHOICE, not for class means: these products hold squares, so that singular values below the largest
+    times √(d · 1.2e-7) pass for 0 here. Among the leading ones of a kernel there are none, among those of
+    means that nearly coincide there are.
+    """
+    matrix = kernel_matrix(kernel)
+    if matrix.shape[1] <= matrix.shape[0]:
+        return basis(matrix)
+    squares, vectors = jnp.linalg.eigh(jnp.matmul(matrix, matrix.T, precision=jax.lax.Precision.HIGHEST))
+    told = squares > squares[-1] * len(squares) * jnp.finfo(jnp.float32).eps
+    return vectors[:, ::-1], jnp.sqrt(jnp.where(told, squares, 0))[::-1]
+
+
 def cosines(
     weights: tuple[jax.Array, jax.Array], features: tuple[jax.Array, jax.Array], wanted: jax.Array, most: int
 ) -> tuple[jax.Array, jax.Array]:
     """Cosines of the principal angles between two leading subspaces.
 
     Args:
-      weights: `basis` of the kernel's matrix.
+      weights: `kernel_basis` of the kernel.
       features: `basis` of the means' matrix.
       wanted: i32[], dimension of the subspaces; less where a matrix has less rank.
       most: a static bound on `wanted`.

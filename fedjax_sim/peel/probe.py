@@ -246,7 +246,7 @@ class Probe:
         present = (m.count > 0).reshape(-1, *[1] * len(shape))
         classes = present.sum().astype(jnp.int32)
         centre = jnp.tensordot(share, maps, 1)
-        weights = alignment.basis(alignment.kernel_matrix(kernel))
+        weights = alignment.kernel_basis(kernel)
         for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
             found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
             cosines, r = alignment.cosines(weights, found, wanted, self.forward.num_classes)

@@ -32,6 +32,7 @@ def draw(
     *,
     round_index: int | None = None,
     accuracy: float | None = None,
+    figures: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Draws what was recorded (PNG and PDF), and writes layers.csv and report.md; of several groups, also
@@ -43,16 +44,20 @@ def draw(
         beside the first run's.
       round_index: of the figures, verdicts and overview; None: the newest.
       accuracy: of the overview, see `overview.write`.
+      figures: False: the overview alone.
       tell: is given a line for each file, and for each figure that cannot be drawn.
 
     Returns:
       The files written.
 
     Raises:
-      UserError: see `groups`; that round was not measured; or the folder cannot be written.
+      UserError: see `groups`; that round was not measured; an overview alone was asked of one group; or the
+        folder cannot be written.
     """
     found = families(given)
     every = [group for family in found for group in family]
+    if len(every) == 1 and not figures:
+        raise UserError("only", "overview", "there is one group of runs to see over", "Give several.")
     for group in every:
         group.measured.at(round_index)
     home = Path(reports.home_of(given, every, "peel", "figures/peel") if out is None else out)
@@ -61,6 +66,8 @@ def draw(
         written += overview.write(
             every, writable(home), round_index=round_index, accuracy=accuracy, tell=tell
         )
+    if not figures:
+        return written
     parts = [
         part for family in found for part in ([family] if len(family) <= MOST else [[g] for g in family])
     ]

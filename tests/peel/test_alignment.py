@@ -9,7 +9,7 @@ from tests.peel import reference
 
 
 def cosines(kernel, means, r):
-    weights = alignment.basis(alignment.kernel_matrix(jnp.asarray(kernel, jnp.float32)))
+    weights = alignment.kernel_basis(jnp.asarray(kernel, jnp.float32))
     features = alignment.basis(alignment.means_matrix(jnp.asarray(means, jnp.float32)))
     values, rank = alignment.cosines(weights, features, jnp.int32(r), len(means))
     return np.asarray(values), int(rank)
@@ -51,6 +51,18 @@ def test_the_dimension_is_no_more_than_the_rank():
     means[3] = means[2]
     assert cosines(draw.normal(size=(12, 9)), means, 4)[1] == 3
     assert cosines(np.zeros((12, 9)), means, 4)[1] == 0
+
+
+def test_a_wide_kernel_has_the_rank_of_what_it_is_made_of():
+    """Rank 2 and 3 of 8 channels, exactly and but for float32's rounding; more classes than that."""
+    draw = np.random.default_rng(4)
+    means = draw.normal(size=(5, 6, 6, 8))
+    once = np.concatenate([draw.normal(size=(3, 3, 2, 16)), np.zeros((3, 3, 6, 16))], 2)
+    mixed = np.einsum("hwcf,dc->hwdf", draw.normal(size=(3, 3, 3, 16)), draw.normal(size=(8, 3)))
+    for kernel, rank in ((once, 2), (mixed, 3), (1e-6 * mixed, 3), (np.zeros_like(mixed), 0)):
+        got, r = cosines(kernel, means, 5)
+        assert r == rank
+        np.testing.assert_allclose(got[:r], reference.principal_cosines(kernel, means, r), atol=1e-4)
 
 
 def test_chance_is_what_the_method_sheet_simulated():

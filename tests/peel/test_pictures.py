@@ -283,6 +283,11 @@ def test_groups_of_other_models_have_folders_of_their_own_and_one_overview(seeds
     with pytest.raises(UserError, match="different layers"):
         groups([*seeds, deeper])
     assert [len(family) for family in families([*seeds, deeper])] == [1, 1]
+    alone = report.draw([*seeds, deeper], tmp_path / "alone", figures=False)
+    assert {path.name for path in alone} == {f"overview.{end}" for end in ("png", "csv", "md")}
+    assert sorted((tmp_path / "alone").iterdir()) == sorted(alone)
+    with pytest.raises(UserError, match="one group"):
+        report.draw(seeds, tmp_path / "none", figures=False)
     report.draw([*seeds, deeper], tmp_path)
     assert (tmp_path / "overview.md").exists()
     assert len(list(tmp_path.glob("*/causes.png"))) == len(list(tmp_path.glob("*/report.md"))) == 2
@@ -314,6 +319,13 @@ def test_a_sweeps_file_stands_for_its_finished_runs(folders, tmp_path):
     assert [(group.name, len(group.runs)) for group in found] == [("A", 2)]
     report.draw(tmp_path / "study.yaml")
     assert (tmp_path / "study" / "peel" / "report.md").exists()
+    (tmp_path / "other").mkdir()
+    for place, names in (
+        ("again.yaml", ["study: A", "again: A"]),
+        ("other/study.yaml", [f"{tmp_path}/study: A", f"{tmp_path}/other/study: A"]),
+    ):
+        shutil.copy(tmp_path / "study.yaml", tmp_path / place)
+        assert [group.name for group in groups([tmp_path / "study.yaml", tmp_path / place])] == names
 
 
 def test_what_was_not_recorded_is_left_out_and_said(seeds, tmp_path, monkeypatch):
