@@ -99,9 +99,13 @@ class Model:
     def features(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
         logits, sown = self._call(variables, images, mutable=["peel"])
-        flat: Any = traverse_util.flatten_dict(dict(sown.get("peel", {})))
+        return logits, self._peeled(sown.get("peel", {}))
+
+    def _peeled(self, sown: Any) -> dict[str, jax.Array]:
+        """What a call has sown under "peel", by peel point."""
+        flat: Any = traverse_util.flatten_dict(dict(sown))
         by_name = {"/".join(path).replace(_PREFIX, ""): values[0] for path, values in flat.items()}
-        return logits, {point.name: by_name[point.name] for point in self.peel_points}
+        return {point.name: by_name[point.name] for point in self.peel_points}
 
     def represent(
         self,
@@ -120,11 +124,8 @@ class Model:
         out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=[*state, "peel"])
         logits, new = out
         new = dict(new)
-        place: Any = new.pop("peel")
-        *path, name = self.peel_points[-1].name.split("/")
-        for step in path:
-            place = place[step]
-        return logits, place[_PREFIX + name][0].astype(jnp.float32), {**variables, **new}
+        representation = self._peeled(new.pop("peel"))[self.peel_points[-1].name]
+        return logits, representation.astype(jnp.float32), {**variables, **new}
 
     def head(self, variables: Variables) -> Any:
         """The classifier's own parameters, kernel f32[d, C] and perhaps bias f32[C]; see `dense`."""

@@ -1,0 +1,31 @@
+"""The configurations that the repository publishes are ones that it can run."""
+
+from pathlib import Path
+
+import pytest
+
+from fedjax_sim import config, data, models, sweep_files
+
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path for depth in ("*", "*/*") for path in (ROOT / "experiments").glob(f"{depth}.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_study_loads_and_says_its_command(path):
+    sweep = "base" in config.read_yaml(path)
+    wanted = [job.config for job in sweep_files.load(path).jobs] if sweep else [config.load(path)]
+    for one in wanted:
+        assert one.model.name in models.names()
+        assert one.data.source in data.names() or one.data.source in data.PRESETS
+    folders = {one.output.dir for one in wanted}
+    assert len(folders) == len(wanted) and None not in folders
+    command = f"fedjax-sim {'sweep' if sweep else 'run'} {path.relative_to(ROOT)}"
+    head = path.read_text().split("\nbase:" if sweep else "\nrounds:")[0]
+    assert command in head
+
+
+def test_published_runs_are_of_configurations_that_still_load():
+    published = list((ROOT / "experiments").rglob("runs/**/config.yaml"))
+    assert published
+    for path in published:
+        config.load(path)
