@@ -141,9 +141,13 @@ def _sweep(words: list[str]) -> int:
 def _peel(words: list[str]) -> int:
     from fedjax_sim.peel import report
 
-    usage = "fedjax-sim peel FOLDER|SWEEP.yaml … [--out DIR] [--round N] [--at-accuracy A] [--only overview]"
-    given, flags = _given(words, usage, _PEEL, "--out", "--round", "--at-accuracy", "--only")
-    number, accuracy, only = (flags.get(flag) for flag in ("--round", "--at-accuracy", "--only"))
+    usage = (
+        "fedjax-sim peel FOLDER|SWEEP.yaml … [--out DIR] [--round N] [--only overview] [--at-accuracy A] "
+        "[--reference G]"
+    )
+    known = ("--round", "--at-accuracy", "--only", "--reference")
+    given, flags = _given(words, usage, _PEEL, "--out", *known)
+    number, accuracy, only, reference = (flags.get(flag) for flag in known)
     if only not in (None, "overview"):
         raise UserError("--only", only, "nothing of that name can be written alone", "Write overview.")
     if number is not None and not number.isdecimal():
@@ -157,6 +161,7 @@ def _peel(words: list[str]) -> int:
         flags.get("--out"),
         round_index=None if number is None else int(number),
         accuracy=level,
+        reference=reference,
         figures=only is None,
         tell=lambda line: print(line, flush=True),
     )
@@ -169,8 +174,9 @@ sweep's file the finished runs are taken.
 
   --out DIR          default: FOLDER/figures/peel for one run, peel in a sweep's folder, else beside the first
   --round N          which round is shown and judged; default: the newest
+  --only overview    of several groups, the overview without the figures of each
   --at-accuracy A    the overview compares in each group's first round with this accuracy before the merge
-  --only overview    of several groups, the overview without the figures of each"""
+  --reference G      the overview has differences to the group G as well, client by client"""
 
 
 def _inertia(words: list[str]) -> int:

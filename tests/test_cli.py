@@ -132,16 +132,20 @@ def test_run_then_resume_then_refuse(tmp_path, capsys):
 def test_peel_passes_on_what_was_asked(monkeypatch, capsys):
     asked = []
 
-    def draw(given, out, *, round_index, accuracy, figures, tell):
-        asked.append((given, out, round_index, accuracy, figures))
+    def draw(given, out, *, round_index, accuracy, reference, figures, tell):
+        asked.append((given, out, round_index, accuracy, reference, figures))
         tell("wrote it")
 
     monkeypatch.setattr("fedjax_sim.peel.report.draw", draw)
     assert cli.main(["peel", "a", "b", "--out", "c", "--round=5"]) == 0
     assert cli.main(["peel", "a.yaml", "--at-accuracy", "0.5"]) == 0
-    assert cli.main(["peel", "a", "b", "--only", "overview"]) == 0
+    assert cli.main(["peel", "a", "b", "--only", "overview", "--reference", "A"]) == 0
     one, two = ["a", "b"], "a.yaml"
-    assert asked == [(one, "c", 5, None, True), (two, None, None, 0.5, True), (one, None, None, None, False)]
+    assert asked == [
+        (one, "c", 5, None, None, True),
+        (two, None, None, 0.5, None, True),
+        (one, None, None, None, "A", False),
+    ]
     assert capsys.readouterr().out == "wrote it\n" * 3
     assert cli.main(["peel", "--help"]) == 0 and "--out DIR" in capsys.readouterr().out
     for words, told in (

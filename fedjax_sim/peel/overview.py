@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from fedjax_sim import plots
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import nearest
 from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd
 from fedjax_sim.peel.analysis import Measurements
@@ -56,6 +57,23 @@ class Outline:
     measured: Measurements
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One outline less another, over clients that were measured in both under the same seed.
+
+    Attributes:
+      pairs: how many these are.
+      drop, final: f64[3], of accuracy lost and of Δ_L: mean, low, high.
+      slope: f64[3], of β, which is the slope of the difference of changes; the change is defined at every
+        layer in both.
+    """
+
+    pairs: int
+    drop: np.ndarray
+    final: np.ndarray
+    slope: np.ndarray
+
+
 CHANGES: Mapping[str, str] = {
     "log_c": "log C",
     "sigma_within": "within-class share",
@@ -85,7 +103,6 @@ def outline(group: Group, number: int | None = None) -> Outline:
         values = measured.scalar(metric, state)
         return float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
 
-    lost = measured.scalar("peel_accuracy", "before") - measured.scalar("peel_accuracy", "after")
     last = measured.pair("log_c").change
     whole = last[np.isfinite(last).all(1)]
     changes = {}
@@ -98,7 +115,7 @@ def outline(group: Group, number: int | None = None) -> Outline:
         seeds=len(np.unique(measured.seeds)),
         accuracy={state: mean("peel_accuracy", state) for state in STATES},
         others={state: mean("peel_accuracy_others", state) for state in ("before", "after")},
-        drop=cfd.estimate(lost[:, None])[:, 0],
+        drop=cfd.estimate(_lost(measured)[:, None])[:, 0],
         final=cfd.estimate(last[:, -1:])[:, 0],
         verdict=cfd.verdict(whole) if len(whole) and whole.shape[1] > 1 else None,
         cause=analysis.cause(measured),
@@ -107,8 +124,35 @@ def outline(group: Group, number: int | None = None) -> Outline:
     )
 
 
-def table(outlines: Sequence[Outline]) -> list[dict[str, object]]:
-    """A row a group, for overview.csv: numbers unrounded, None where undefined."""
+def difference(one: Outline, reference: Outline) -> Difference:
+    """`one` - `reference`, client by client; all NaN if they share none, or have layers of other numbers."""
+    places = [
+        {pair: n for n, pair in enumerate(zip(of.seeds.tolist(), of.clients.tolist(), strict=True))}
+        for of in (one.measured, reference.measured)
+    ]
+    shared = [pair for pair in places[0] if pair in places[1]]
+    ours, theirs = ([where[pair] for pair in shared] for where in places)
+    nothing = np.full(3, np.nan)
+    if not shared or len(one.measured.names) != len(reference.measured.names):
+        return Difference(0, nothing, nothing, nothing)
+    lost, change = (
+        of(one.measured)[ours] - of(reference.measured)[theirs]
+        for of in (_lost, lambda measured: measured.pair("log_c").change)
+    )
+    whole = change[np.isfinite(change).all(1)]
+    found = cfd.verdict(whole) if len(whole) and whole.shape[1] > 1 else None
+    return Difference(
+        pairs=len(shared),
+        drop=cfd.estimate(lost[:, None])[:, 0],
+        final=cfd.estimate(change[:, -1:])[:, 0],
+        slope=nothing if found is None else _slope(found),
+    )
+
+
+def table(outlines: Sequence[Outline], reference: Outline | None = None) -> list[dict[str, object]]:
+    """A row a group, for overview.csv: numbers unrounded, None where undefined; with differences to
+    `reference` if one is given.
+    """
     rows = []
     for one in outlines:
         row: dict[str, object] = {"group": one.name, "round": one.round, "seeds": one.seeds}
@@ -124,6 +168,12 @@ def table(outlines: Sequence[Outline]) -> list[dict[str, object]]:
         row["injected_last"] = np.nan if one.cause is None else float(one.cause.injected[0])
         row["inherited_last"] = np.nan if one.cause is None else one.cause.inherited.final
         row |= {f"change_{metric}_last": value for metric, value in one.changes.items()}
+        if reference is not None:
+            apart = difference(one, reference)
+            row |= {"reference": reference.name, "pairs": apart.pairs}
+            for name, values in (("drop", apart.drop), ("delta_last", apart.final), ("beta", apart.slope)):
+                ends = (f"{name}_difference{end}" for end in ("", "_low", "_high"))
+                row |= dict(zip(ends, values.tolist(), strict=True))
         rows.append({key: None if value != value else value for key, value in row.items()})
     return rows
 
@@ -143,8 +193,7 @@ def correlations(outlines: Sequence[Outline]) -> list[tuple[str, cfd.Association
             np.stack(
                 [
                     one.measured.pair(metric).change[:, -1],
-                    one.measured.scalar("peel_accuracy", "before")
-                    - one.measured.scalar("peel_accuracy", "after"),
+                    _lost(one.measured),
                     one.measured.scalar("peel_accuracy", "before"),
                 ]
             )
@@ -161,9 +210,7 @@ def picture(outlines: Sequence[Outline]) -> Figure:
     height = 1.2 + 0.28 * len(outlines)
     figure, axes = plots.new_figure(3, 1, 3.6, height)
     places = np.arange(len(outlines))[::-1]
-    slopes = [
-        (v.slope, v.low, v.high) if (v := one.verdict) is not None else (np.nan,) * 3 for one in outlines
-    ]
+    slopes = [_slope(v) if (v := one.verdict) is not None else np.full(3, np.nan) for one in outlines]
     panels = (
         ("accuracy lost by the merge", np.stack([one.drop for one in outlines])),
         ("change of log C at the classifier's input", np.stack([one.final for one in outlines])),
@@ -181,8 +228,8 @@ def picture(outlines: Sequence[Outline]) -> Figure:
     return figure
 
 
-def report(outlines: Sequence[Outline], about: str) -> str:
-    """overview.md: the rows, and the correlations across them."""
+def report(outlines: Sequence[Outline], about: str, reference: Outline | None = None) -> str:
+    """overview.md: the rows, differences to `reference` if one is given, and correlations across rows."""
     heads = ["group", "round", "start", "before", "after", "fine-tuned", "lost", "others: before → after",
              "Δ_L", "β", "CFD", "injected / inherited at the last layer"]  # fmt: skip
     rows = []
@@ -190,7 +237,7 @@ def report(outlines: Sequence[Outline], about: str) -> str:
         told = [_plain(one.accuracy[state]) for state in STATES]
         others = " → ".join(_plain(one.others[state]) for state in ("before", "after"))
         found, why = one.verdict, one.cause
-        slope = "–" if found is None else _interval(np.asarray([found.slope, found.low, found.high]))
+        slope = "–" if found is None else _interval(_slope(found))
         parts = "–" if why is None else f"{why.injected[0]:+.2f} / {why.inherited.final:+.2f}"
         yes = "–" if found is None else "yes" if found.present else "no"
         rows.append(
@@ -207,6 +254,15 @@ def report(outlines: Sequence[Outline], about: str) -> str:
             ]
         )
     lines = ["# Overview", "", about, "", *markdown(heads, rows)]
+    if reference is not None:
+        lines += ["", f"Differences to {reference.name}, client by client of the same seed:", ""]
+        rows = [
+            [one.name, str(apart.pairs), *map(_interval, (apart.drop, apart.final, apart.slope))]
+            for one in outlines
+            if one is not reference
+            for apart in [difference(one, reference)]
+        ]
+        lines += markdown(["group", "pairs", "lost", "Δ_L", "β"], rows)
     if len(outlines) > 2:
         heads = [
             "change at the classifier's input",
@@ -245,6 +301,7 @@ def write(
     *,
     round_index: int | None = None,
     accuracy: float | None = None,
+    reference: str | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Writes overview.md, overview.csv and overview.png of groups of any models.
@@ -255,10 +312,12 @@ def write(
       round_index: of every group; None: its newest.
       accuracy: instead, each group's first measured round whose mean accuracy before the merge was so high;
         who never had it is left out.
+      reference: name of the group that the others are compared with client by client; seeds and clients of
+        the same number must be the same clients, which is for the caller to know. None: of none.
       tell: is given a line for each file, and for each group that is left out.
 
     Raises:
-      UserError: that round was not measured, or no group ever was so accurate.
+      UserError: that round was not measured, no group ever was so accurate, or `reference` is none of them.
     """
     about, name, outlines = _ABOUT, "overview", []
     if accuracy is not None:
@@ -272,14 +331,27 @@ def write(
         outlines.append(outline(group, number))
     if not outlines:
         raise UserError("accuracy", accuracy, "no group of runs ever had it before a merge", "Lower it.")
-    rows = table(outlines)
+    named = {one.name: one for one in outlines}
+    if reference is not None and reference not in named:
+        raise UserError("reference", reference, "no group has this name", nearest(reference, list(named)))
+    against = None if reference is None else named[reference]
+    rows = table(outlines, against)
     plots.save(picture(outlines), home.path / f"{name}.png")
     tell(f"wrote {home.path / name}.png")
     contents = {
         f"{name}.csv": comma_separated(list(rows[0]), [list(row.values()) for row in rows]),
-        f"{name}.md": report(outlines, about),
+        f"{name}.md": report(outlines, about, against),
     }
     return [home.path / f"{name}.png", *write_files(home, contents, tell)]
+
+
+def _lost(measured: Measurements) -> np.ndarray:
+    """Accuracy before the merge less that after it, f64[n]."""
+    return measured.scalar("peel_accuracy", "before") - measured.scalar("peel_accuracy", "after")
+
+
+def _slope(verdict: cfd.Verdict) -> np.ndarray:
+    return np.asarray([verdict.slope, verdict.low, verdict.high])
 
 
 def _plain(value: float) -> str:

@@ -32,6 +32,7 @@ def draw(
     *,
     round_index: int | None = None,
     accuracy: float | None = None,
+    reference: str | None = None,
     figures: bool = True,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
@@ -44,6 +45,7 @@ def draw(
         beside the first run's.
       round_index: of the figures, verdicts and overview; None: the newest.
       accuracy: of the overview, see `overview.write`.
+      reference: of the overview, likewise.
       figures: False: the overview alone.
       tell: is given a line for each file, and for each figure that cannot be drawn.
 
@@ -64,7 +66,12 @@ def draw(
     written = []
     if len(every) > 1:
         written += overview.write(
-            every, writable(home), round_index=round_index, accuracy=accuracy, tell=tell
+            every,
+            writable(home),
+            round_index=round_index,
+            accuracy=accuracy,
+            reference=reference,
+            tell=tell,
         )
     if not figures:
         return written

@@ -99,3 +99,38 @@ def test_what_was_not_measured_is_empty_and_not_nan(tmp_path):
     assert "nan" not in (tmp_path / "overview.csv").read_text().lower()
     row = table(tmp_path / "overview.csv")[0]
     assert row["accuracy_finetuned"] == "" and row["cfd"] == "True"
+
+
+def test_differences_are_of_the_same_client_and_seed(tmp_path):
+    one, other = group_of("a", 0.3, 0.1), group_of("b", 0.3, 0.4, seeds=3)
+    few = Group("few", (), one.measured.where(one.measured.clients > 0))
+    a, b, c = (overview.outline(group) for group in (one, other, few))
+    for x, y, pairs in ((b, a, 6), (a, b, 6), (c, b, 4)):
+        apart = overview.difference(x, y)
+        assert apart.pairs == pairs
+        of_pairs = []
+        for seed, client in zip(x.measured.seeds, x.measured.clients, strict=True):
+            rows = [(of.seeds == seed) & (of.clients == client) for of in (x.measured, y.measured)]
+            if all(row.any() for row in rows):
+                change = [
+                    of.pair("log_c").change[row][0]
+                    for of, row in zip((x.measured, y.measured), rows, strict=True)
+                ]
+                of_pairs.append(change[0] - change[1])
+        assert apart.final[0] == pytest.approx(np.mean(of_pairs, 0)[-1])
+        assert apart.slope[0] == pytest.approx(cfd.slope(np.mean(of_pairs, 0)))
+        assert apart.final[1] < apart.final[0] < apart.final[2]
+    shared = overview.outline(Group("b", (), other.measured.where(other.measured.seeds < 2)))
+    assert overview.difference(b, a).drop[0] == pytest.approx(shared.drop[0] - a.drop[0])
+    alone = overview.outline(Group("alone", (), other.measured.where(other.measured.seeds == 2)))
+    nothing = overview.difference(alone, a)
+    assert nothing.pairs == 0 and np.isnan([nothing.drop, nothing.final, nothing.slope]).all()
+
+    overview.write([one, other], Folder(tmp_path), reference="a")
+    rows = table(tmp_path / "overview.csv")
+    assert [row["pairs"] for row in rows] == ["6", "6"] and float(rows[0]["delta_last_difference"]) == 0
+    assert float(rows[1]["beta_difference_low"]) == pytest.approx(overview.difference(b, a).slope[1])
+    text = (tmp_path / "overview.md").read_text().split("Differences to a")[1]
+    assert "| b | 6 |" in text and "| a |" not in text
+    with pytest.raises(UserError, match="no group has this name"):
+        overview.write([one, other], Folder(tmp_path), reference="c")
