@@ -202,7 +202,8 @@ class EvaluationConfig:
 
     Attributes:
       every: rounds between evaluations (the last round is always evaluated); 0 never.
-      batch_size: images in one forward pass; speed and memory only.
+      batch_size: images in one forward pass; speed and memory only. None: 50 on CPUs if the model has
+        convolutions, else 500, see `fedjax_sim.placement.forward_batch`.
       per_class: accuracy of each class of the global test set.
       per_client: accuracy on every client's own test split: mean, 10th and 90th percentile.
       finetune: epochs that every client trains on alone after the last round, and accuracy on its own test
@@ -210,7 +211,7 @@ class EvaluationConfig:
     """
 
     every: int = 10
-    batch_size: int = 500
+    batch_size: int | None = None
     per_class: bool = False
     per_client: bool = False
     finetune: int = 0
@@ -218,7 +219,8 @@ class EvaluationConfig:
     def __post_init__(self):
         check(self, "evaluation.")
         at_least("evaluation.every", self.every, 0)
-        at_least("evaluation.batch_size", self.batch_size, 1)
+        if self.batch_size is not None:
+            at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.finetune", self.finetune, 0)
         if self.finetune and not (self.per_client and self.every):
             raise UserError(

@@ -40,7 +40,7 @@ class Evaluator:
     mesh: Mesh
     images: np.ndarray
     labels: np.ndarray
-    batch_size: int = 500
+    batch_size: int
     _data: tuple[jax.Array, jax.Array] = dataclasses.field(init=False, repr=False)
     _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
@@ -93,7 +93,7 @@ class ClientEvaluator:
     mesh: Mesh
     images: jax.Array
     labels: jax.Array
-    batch_size: int = 500
+    batch_size: int
     _forward: Callable[..., tuple[jax.Array, jax.Array]] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):

@@ -346,7 +346,8 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
 
 
 def _evaluation_parts(setup: Setup) -> list[Part]:
-    size = min(setup.config.evaluation.batch_size, -(-len(setup.population.test_labels) // setup.devices))
+    batch = placement.forward_batch(setup.config.evaluation, setup.model)
+    size = min(batch, -(-len(setup.population.test_labels) // setup.devices))
     variables = jax.eval_shape(setup.model.init, jax.random.key(0))
     images = _abstract((size, *setup.model.input_shape), jnp.float32)
     forward = lambda variables, images: setup.model.apply(variables, images)[0]  # noqa: E731

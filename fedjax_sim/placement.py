@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.config import ExecutionConfig
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.stacked import AXIS
@@ -138,3 +138,14 @@ def speed_defaults(
     if conv == "auto" and (wave > 1 or not on_cpu):
         conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv
+
+
+def forward_batch(evaluation: EvaluationConfig, model: Model) -> int:
+    """Images in one forward pass without gradients, where the user has not chosen.
+
+    On a CPU a convolution's features want to stay in a core's cache: evaluating 4,000 images of 32×32 on two
+    cores with 50 at a time took 0.96 (ResNet-8) to 0.70 (LeNet, ResNet-20) of the time that 500 take.
+    """
+    if evaluation.batch_size is not None:
+        return evaluation.batch_size
+    return 50 if jax.default_backend() == "cpu" and model.convolves else 500

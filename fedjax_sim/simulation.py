@@ -493,7 +493,7 @@ class Simulation:
                 self.mesh,
                 images,
                 labels,
-                setup.config.evaluation.batch_size,
+                placement.forward_batch(setup.config.evaluation, setup.model),
             )
         return self._evaluators[name]
 
@@ -537,7 +537,7 @@ class Simulation:
                 self.mesh,
                 placement.put_replicated(holder, self.mesh),
                 placement.put_replicated(labels, self.mesh),
-                setup.config.evaluation.batch_size,
+                placement.forward_batch(setup.config.evaluation, setup.model),
             )
             self._evaluators["personal_of"] = Program(self._function.personal, self.mesh)
         width = max(len(part) for part in own)

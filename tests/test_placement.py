@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import models, placement
-from fedjax_sim.config import ExecutionConfig
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.spelling import SPELLINGS
 
@@ -54,6 +54,15 @@ def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share(
     for spelling in SPELLINGS:
         assert placement.speed_defaults(ExecutionConfig(wave=3, conv=spelling), mlp, 8, 2) == (3, spelling)
     assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, 2)[0] == 4
+
+
+def test_forward_passes_are_small_for_convolutions_on_a_cpu_unless_asked_otherwise(monkeypatch):
+    lenet, mlp = (models.create(name, (32, 32, 3), 10) for name in ("lenet", "mlp"))
+    auto = EvaluationConfig()
+    assert [placement.forward_batch(auto, model) for model in (lenet, mlp)] == [50, 500]
+    assert placement.forward_batch(EvaluationConfig(batch_size=7), lenet) == 7
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert placement.forward_batch(auto, lenet) == 500
 
 
 def test_devices_once_chosen_are_not_chosen_again(monkeypatch):

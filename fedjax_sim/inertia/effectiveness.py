@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import evaluation
+from fedjax_sim import evaluation, placement
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.models.base import Model
@@ -54,7 +54,7 @@ class Effectiveness:
         """`put`: places an array on all devices."""
         self._config, self._seed, self._rounds = config.inertia, config.seed, config.rounds
         self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
-        self._batch = config.evaluation.batch_size
+        self._batch = placement.forward_batch(config.evaluation, model)
         self._tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
         self.observers = {NAME: self}
 

@@ -60,7 +60,7 @@ class Peeling:
                 "Mark the input of each weight layer with fedjax_sim.models.peel, or set peel.every to 0.",
             )
         self._every, self._rounds = peel.every, config.rounds
-        batch, width = config.evaluation.batch_size, trainer.width
+        batch, width = placement.forward_batch(config.evaluation, model), trainer.width
         if jax.default_backend() == "cpu":
             batch = min(batch, 50)  # whose features stay in a core's cache
             placement.lapack_on_one_thread()
