@@ -53,13 +53,14 @@ def draw(
       The files written.
 
     Raises:
-      UserError: see `groups`; that round was not measured; an overview alone was asked of one group; or the
-        folder cannot be written.
+      UserError: see `groups`; that round was not measured; an overview was asked of one group; or the folder
+        cannot be written.
     """
     found = families(given)
     every = [group for family in found for group in family]
-    if len(every) == 1 and not figures:
-        raise UserError("only", "overview", "there is one group of runs to see over", "Give several.")
+    if len(every) == 1 and (reference is not None or not figures):
+        field, value = ("only", "overview") if not figures else ("reference", reference)
+        raise UserError(field, value, "there is one group of runs, which has no overview", "Give several.")
     for group in every:
         group.measured.at(round_index)
     home = Path(reports.home_of(given, every, "peel", "figures/peel") if out is None else out)

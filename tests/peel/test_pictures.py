@@ -286,8 +286,9 @@ def test_groups_of_other_models_have_folders_of_their_own_and_one_overview(seeds
     alone = report.draw([*seeds, deeper], tmp_path / "alone", figures=False)
     assert {path.name for path in alone} == {f"overview.{end}" for end in ("png", "csv", "md")}
     assert sorted((tmp_path / "alone").iterdir()) == sorted(alone)
-    with pytest.raises(UserError, match="one group"):
-        report.draw(seeds, tmp_path / "none", figures=False)
+    for asked in ({"figures": False}, {"reference": "fedavg"}):
+        with pytest.raises(UserError, match=f"^{'only' if 'figures' in asked else 'reference'}.*one group"):
+            report.draw(seeds, tmp_path / "none", **asked)
     report.draw([*seeds, deeper], tmp_path)
     assert (tmp_path / "overview.md").exists()
     assert len(list(tmp_path.glob("*/causes.png"))) == len(list(tmp_path.glob("*/report.md"))) == 2
