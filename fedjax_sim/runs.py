@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import yaml
 from matplotlib.figure import Figure
 
 from fedjax_sim import algorithms, data, hosts, initial, plots, provenance, records
@@ -481,12 +480,17 @@ def _way_on(folder: Path | None) -> str:
     return "" if folder is None else f"; continue with: fedjax-sim resume {folder}"
 
 
-def same_run(folder: str | Path, config: RunConfig) -> bool:
-    """Whether a folder's run is of this configuration, layout and output aside."""
+def differing(folder: str | Path, config: RunConfig) -> tuple[str, ...]:
+    """The settings in which a folder's run is another than `config`'s: "local.lr is 0.1, not 0.2".
+
+    Those of layout and output, and what only costs time or memory, are left aside.
+    """
     found, _ = _read(Folder(folder))
-
-    def essence(config):
-        plain = config_lib.to_dict(config)
-        return yaml.safe_dump({k: v for k, v in plain.items() if k not in ("execution", "output")})
-
-    return essence(found) == essence(config)
+    has, asked = config_lib.flat(found), config_lib.flat(config)
+    aside = ("execution.", "output.", "evaluation.batch_size")
+    names = (name for name in has | asked if not name.startswith(aside))
+    return tuple(
+        f"{name} is {has.get(name, 'unset')}, not {asked.get(name, 'unset')}"
+        for name in names
+        if (name in has, has.get(name)) != (name in asked, asked.get(name))
+    )

@@ -139,11 +139,12 @@ def _one(job: Job, shared: _Shared) -> tuple[str, runs.Run]:
     """Runs, resumes or loads. -> (what was done, the run)."""
     folder = Folder(str(job.config.output.dir))
     if hosts.agreed(lambda: folder.started):
-        if not runs.same_run(folder.path, job.config):
+        if differing := runs.differing(folder.path, job.config):
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
                 "sweep.out",
                 str(folder.path),
-                "it holds a run of other settings",
+                f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
                 "Remove it, or choose another out.",
             )
         if hosts.agreed(lambda: folder.finished):

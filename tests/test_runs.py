@@ -386,11 +386,19 @@ def test_an_update_that_is_not_finite_stops_with_what_there_is(tmp_path):
     assert not opened.finished and np.isfinite(opened.metrics.column("value")).all()
 
 
-def test_same_run_ignores_layout_and_output(tmp_path):
+def test_the_settings_a_run_differs_in_are_those_that_change_its_numbers(tmp_path):
     config = tiny(tmp_path / "run", rounds=1)
     runs.run(config)
     moved = dataclasses.replace(
-        config, output=OutputConfig(), execution=dataclasses.replace(config.execution, wave=1)
+        config,
+        output=OutputConfig(),
+        execution=dataclasses.replace(config.execution, wave=1),
+        evaluation=dataclasses.replace(config.evaluation, batch_size=7),
     )
-    assert runs.same_run(tmp_path / "run", moved)
-    assert not runs.same_run(tmp_path / "run", dataclasses.replace(config, seed=1))
+    assert runs.differing(tmp_path / "run", moved) == ()
+    assert runs.differing(tmp_path / "run", dataclasses.replace(moved, seed=1)) == ("seed is 0, not 1",)
+    first, *others = runs.differing(
+        tmp_path / "run", dataclasses.replace(moved, algorithm=CONFIGS["fedprox"]())
+    )
+    assert first == "algorithm.name is fedavg, not fedprox"
+    assert "algorithm.mu is unset, not 0.01" in others

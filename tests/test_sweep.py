@@ -211,7 +211,8 @@ def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path,
 def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
     changed = {**BASE, "rounds": 1}
     again = sweep.run(sweep.from_mapping(asked(done.sweep.out, base=changed)))
-    assert len(again.failures) == 4 and all("other settings" in why for why in again.failures.values())
+    assert len(again.failures) == 4
+    assert all("other settings: rounds is 2, not 1" in why for why in again.failures.values())
     assert runs.load(done.sweep.jobs[0].config.output.dir).rounds == 2
 
 
