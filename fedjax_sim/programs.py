@@ -5,6 +5,10 @@ one that it has read from there without the order among independent exchanges th
 keeps, so that two devices may wait in two different ones, for ever. Such programs are compiled outside of
 that cache, and found again in memory by their text.
 
+On CPUs LLVM optimises at level 1, not 3: compiling takes less time, of forward passes and initial states much
+less, and the programs run as fast, since products and convolutions are library calls and loops are vectorised
+at either level. Measured by `scripts/benchmark/scaling.py --parts compile`.
+
 Numbers that are still on the host go to the devices in one piece. JAX takes arrays there one by one, and in a
 round of a few milliseconds that was a tenth.
 """
@@ -13,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,8 +39,15 @@ class Program:
 
         joined.__name__ = getattr(function, "__name__", joined.__name__)  # what profiles and logs show
         donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
-        self._jitted: Any = jax.jit(joined, static_argnums=0, donate_argnums=donated, **options)
-        self._plain = mesh.size == 1 or mesh.devices.flat[0].platform != "cpu"
+        platform = mesh.devices.flat[0].platform
+        self._jitted: Any = jax.jit(
+            joined,
+            static_argnums=0,
+            donate_argnums=donated,
+            compiler_options=_compiler_options(platform),
+            **options,
+        )
+        self._plain = mesh.size == 1 or platform != "cpu"
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -56,6 +68,18 @@ class Program:
     def variants(self) -> int:
         """For how many shapes of arguments it has been called."""
         return self._jitted._cache_size() if self._plain else len(self._compiled)
+
+
+CPU_LEVEL = 1
+"""LLVM's level of optimisation for programs made from now on; the user's own flag goes before it."""
+
+_LEVEL = "xla_backend_optimization_level"
+
+
+def _compiler_options(platform: str) -> dict[str, Any]:
+    if platform != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {_LEVEL: CPU_LEVEL}
 
 
 @dataclasses.dataclass(frozen=True)

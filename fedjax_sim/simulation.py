@@ -317,7 +317,7 @@ class Simulation:
     def _initial_state(self) -> ServerState:
         key, variables = stream(self._key, INIT), initial.variables(self.setup)
         with jax.set_mesh(self.mesh):
-            return jax.jit(self._make_state, out_shardings=self._shardings)(key, variables)
+            return Program(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""

@@ -1,5 +1,7 @@
 """Programs: values of `jax.jit`, found again in memory, not on disk where CPU devices exchange data."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +143,26 @@ def test_what_a_function_holds_tells_programs_apart(size):
         held = jnp.full(size, value)
         got = Program(lambda x, held=held: x + held, mesh)(np.zeros(size, np.float32))
         np.testing.assert_array_equal(got, np.full(size, value))
+
+
+def test_llvm_optimises_less_on_cpus_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert set(programs._compiler_options("cpu").values()) == {programs.CPU_LEVEL}
+    assert programs._compiler_options("gpu") == programs._compiler_options("tpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    assert programs._compiler_options("cpu") == {}
+
+
+def test_llvms_level_changes_rounding_at_most(monkeypatch):
+    """Of a product, reductions, a random draw and transcendental functions."""
+    x = np.random.default_rng(0).normal(size=(33, 57)).astype(np.float32)
+
+    def function(x):
+        noise = jax.random.normal(jax.random.key(0), x.shape)
+        return jax.nn.softmax(x * noise) @ jnp.tanh(x).T, jnp.cumsum(jnp.exp(x), 1), (x * noise).var(0)
+
+    got = []
+    for level in (1, 3):
+        monkeypatch.setattr(programs, "CPU_LEVEL", level)
+        got.append(jax.device_get(Program(function, placement.make_mesh(1))(x)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *got)
