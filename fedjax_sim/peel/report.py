@@ -58,9 +58,12 @@ def draw(
     """
     found = families(given)
     every = [group for family in found for group in family]
-    if len(every) == 1 and (reference is not None or not figures):
-        field, value = ("only", "overview") if not figures else ("reference", reference)
-        raise UserError(field, value, "there is one group of runs, which has no overview", "Give several.")
+    wanted = {"only": None if figures else "overview", "reference": reference, "accuracy": accuracy}
+    for field, value in wanted.items():
+        if len(every) == 1 and value is not None:
+            raise UserError(
+                field, value, "there is one group of runs, which has no overview", "Give several."
+            )
     for group in every:
         group.measured.at(round_index)
     home = Path(reports.home_of(given, every, "peel", "figures/peel") if out is None else out)

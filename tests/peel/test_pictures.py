@@ -286,8 +286,12 @@ def test_groups_of_other_models_have_folders_of_their_own_and_one_overview(seeds
     alone = report.draw([*seeds, deeper], tmp_path / "alone", figures=False)
     assert {path.name for path in alone} == {f"overview.{end}" for end in ("png", "csv", "md")}
     assert sorted((tmp_path / "alone").iterdir()) == sorted(alone)
-    for asked in ({"figures": False}, {"reference": "fedavg"}):
-        with pytest.raises(UserError, match=f"^{'only' if 'figures' in asked else 'reference'}.*one group"):
+    for field, asked in {
+        "only": {"figures": False},
+        "reference": {"reference": "fedavg"},
+        "accuracy": {"accuracy": 0.5},
+    }.items():
+        with pytest.raises(UserError, match=f"^{field} =.*one group"):
             report.draw(seeds, tmp_path / "none", **asked)
     report.draw([*seeds, deeper], tmp_path)
     assert (tmp_path / "overview.md").exists()
