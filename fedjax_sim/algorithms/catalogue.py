@@ -118,7 +118,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fedrod": Entry(
         keeps="1 classifier and label counts",
-        defaults="none to set",
+        defaults="of the paper (inferred)",
         holds="a client's model is the sum of heads",
     ),
     "fedcac": Entry(

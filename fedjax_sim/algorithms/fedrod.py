@@ -10,9 +10,11 @@ With z the representation, W the generic head, P the private one, and n_c the cl
 
 and a client predicts by W z + P z, the generic model by W z. FOUND in the code that LIPS builds on: both
 losses, their sum minimised by one optimiser, P kept on its client. In that code z has a gradient in the
-personal loss too, which so trains the body; here it has none, as the paper's two predictors are decoupled
-(INFERRED; PFLlib has it so too). OUR CHOICE: P starts at zero, so that a client that has not taken part
-predicts as the generic model does. The paper's variant with a hypernetwork for P is not here.
+personal loss too, which so trains the body: `personal_loss: both`. By default it has none, as the paper's two
+predictors are decoupled (INFERRED; PFLlib has it so too). OUR CHOICE: P starts at zero, so that a client that
+has not taken part predicts as the generic model does. The paper's other form of P, made by a hypernetwork
+from the client's mix of classes, is not here: no code of its authors is published, and its sizes are NOT
+FOUND.
 
 One more classifier a client is kept. The training loss in the records is the generic one. With
 `local.clip_norm` the gradients of both losses are clipped as one.
@@ -49,9 +51,11 @@ class FedRoD:
 
     Attributes:
       weights: of the mean, by `samples` or `uniform`.
+      personal_loss: what it trains, P alone (`head`) or the body too (`both`), see above.
     """
 
     weights: Literal["samples", "uniform"] = "samples"
+    personal_loss: Literal["head", "both"] = "head"
 
     def __post_init__(self):
         check(self, "algorithm.")
@@ -79,7 +83,8 @@ class FedRoD:
             head = variables["params"][OWN]
             logits, z, moved = apply.represent(send(variables), batch)
             generic = base.masked_mean(entropy(logits + log_n[None], batch.labels), batch.mask)
-            beside = jax.lax.stop_gradient(logits) + dense(head, jax.lax.stop_gradient(z))
+            seen = z if self.personal_loss == "both" else jax.lax.stop_gradient(z)
+            beside = jax.lax.stop_gradient(logits) + dense(head, seen)
             personal = base.masked_mean(entropy(beside, batch.labels), batch.mask)
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}

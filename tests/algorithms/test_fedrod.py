@@ -54,12 +54,14 @@ def rounds(simulation, count):
             memory, memory_head = (oracles.map_trees(np.zeros_like, tree) for tree in (w, head))
             total = 0.0
             for images, y in by_hand.batches(simulation, index, client):
-                # A prior is a bias.
-                balanced = with_head(w, {"kernel": np.zeros((4, 4)), "bias": prior})
-                loss, g = oracles.mlp_gradient(balanced, images, y)
-                _, g_head = oracles.mlp_gradient(with_head(w, head), images, y)
+                loss, g = oracles.mlp_gradient(w, images, y, offset=prior)
+                generic, _ = oracles.mlp(w, images)
+                _, g_personal = oracles.mlp_gradient({**w, "fc3": head}, images, y, offset=generic)
+                g_head = g_personal.pop("fc3")
+                if setup.config.algorithm.personal_loss == "both":
+                    g = {**g, **by_hand.plus({name: g[name] for name in g_personal}, g_personal)}
                 memory = by_hand.plus(g, memory, local.momentum)
-                memory_head = by_hand.plus(g_head["fc3"], memory_head, local.momentum)
+                memory_head = by_hand.plus(g_head, memory_head, local.momentum)
                 w = by_hand.plus(w, memory, -local.lr)
                 head = by_hand.plus(head, memory_head, -local.lr)
                 total += loss * len(y)
@@ -71,10 +73,18 @@ def rounds(simulation, count):
     return x, own, np.average(losses, weights=sizes)
 
 
-@pytest.mark.parametrize("layout", [{}, {"devices": 2, "wave": 2}], ids=["single", "wide"])
-def test_rounds_are_numpys_and_each_model_is_evaluated(layout):
+@pytest.mark.parametrize(
+    ("trained", "layout"),
+    [("head", {}), ("head", {"devices": 2, "wave": 2}), ("both", {})],
+    ids=["single", "wide", "body too"],
+)
+def test_rounds_are_numpys_and_each_model_is_evaluated(trained, layout):
     simulation = simulate(
-        momentum=0.9, epochs=4, evaluation=EvaluationConfig(every=1, per_client=True), **layout
+        algorithm=FedRoD(personal_loss=trained),
+        momentum=0.9,
+        epochs=4,
+        evaluation=EvaluationConfig(every=1, per_client=True),
+        **layout,
     )
     counts = simulation.setup.label_counts
     assert (counts == 0).any(1).all()  # every client lacks some class
@@ -164,3 +174,6 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="samples, uniform") as caught:
         CONFIGS["fedrod"](weights="even")
     assert caught.value.field == "algorithm.weights"
+    with pytest.raises(UserError, match="head, both") as caught:
+        CONFIGS["fedrod"](personal_loss="body")
+    assert caught.value.field == "algorithm.personal_loss"
