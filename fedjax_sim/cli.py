@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -17,7 +18,7 @@ USAGE = """usage: fedjax-sim COMMAND …
 
   run [FILE.yaml] [--flags]    run a configuration (--help lists every flag; --print-config prints the YAML)
   resume FOLDER                continue a run that was cut
-  sweep FILE.yaml              run a grid of configurations and compare them
+  sweep FILE.yaml              run a grid of configurations and compare them (--help)
   peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
@@ -130,12 +131,31 @@ def _resume(words: list[str]) -> int:
 def _sweep(words: list[str]) -> int:
     from fedjax_sim import hosts, sweep
 
-    asked = sweep.load(_one(words, "sweep", "FILE.yaml"))
+    usage = "fedjax-sim sweep FILE.yaml [--part I/N]"
+    given, flags = _given(words, usage, _SWEEP, "--part")
+    if not isinstance(given, str):
+        raise UserError("sweep", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
+    part = re.fullmatch(r"(\d+)/(\d+)", flags.get("--part", "1/1"))
+    if part is None:
+        raise UserError("--part", flags["--part"], "it is no part", "Of four they are 1/4 to 4/4.")
+    asked = sweep.load(given)
     with _without_loader_noise():
-        outcome = sweep.run(asked, tell=lambda line: print(line, flush=True) if hosts.first() else None)
+        outcome = sweep.run(
+            asked,
+            tell=lambda line: print(line, flush=True) if hosts.first() else None,
+            part=(int(part[1]), int(part[2])),
+        )
     if hosts.first():
         print(outcome.report())
     return 1 if outcome.failures else 0
+
+
+_SWEEP = """Runs every method in every setting with every seed, and writes tables, curves and sweep.json in
+the sweep's folder. What is finished is not run again, what was cut goes on; a failure does not end the rest.
+
+  --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
+                   machine, with one folder for all on a file system that they share, or each with its own,
+                   and copy the runs together. Another start, without --part, writes the whole table"""
 
 
 def _peel(words: list[str]) -> int:

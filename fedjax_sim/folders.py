@@ -63,9 +63,9 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A run that died before its config.yaml leaves only these.
-            ours = {".lock", "partition.json", "provenance.json", "config.yaml.part", "partition.json.part"}
-            ours.add("provenance.json.part")
-            held = sorted(entry.name for entry in self.path.iterdir() if entry.name not in ours)
+            ours = {".lock", "partition.json", "provenance.json"}
+            names = sorted(entry.name for entry in self.path.iterdir())
+            held = [name for name in names if name not in ours and not name.endswith(".part")]
             probe = self.path / ".lock"
             probe.touch()
         except OSError as error:
@@ -121,7 +121,7 @@ class Folder:
             yield
 
     def write(self, name: str, text: str) -> None:
-        """Writes a file in one go."""
-        unfinished = self.path / f"{name}.part"
+        """Writes a file in one go, whoever else does."""
+        unfinished = self.path / f"{name}.{os.getpid()}.part"
         unfinished.write_text(text)
         os.replace(unfinished, self.path / name)

@@ -8,6 +8,9 @@ The file that describes one is explained in `fedjax_sim.sweep_files`. In the swe
     runs/METHOD/SETTING/seedN/        each run's own folder
     compiled/                         compiled programs, shared by all starts (but see `programs`)
 
+A sweep may be divided over several starts, on as many machines that share its folder or have one each, to be
+put together afterwards: each start runs its part, and tells of all that is finished by then.
+
 Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
 else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
 finished, wherever the sweep's folder has been moved.
@@ -44,6 +47,7 @@ class Outcome:
       failures: job's name -> what went wrong.
       seconds: job's name -> wall-clock seconds of its rounds.
       cpu_seconds: job's name -> CPU seconds of its rounds; None where they were not recorded.
+      left: names of the jobs that are other parts' and not finished.
     """
 
     sweep: Sweep
@@ -51,33 +55,46 @@ class Outcome:
     failures: dict[str, str]
     seconds: dict[str, float]
     cpu_seconds: dict[str, float | None]
+    left: tuple[str, ...] = ()
 
     def report(self) -> str:
-        """For the terminal: the table and the failures."""
+        """For the terminal: the table, the failures, and how much is missing."""
         lines = [] if self.comparison is None else [self.comparison.markdown()]
         if self.failures:
             lines.append(f"{len(self.failures)} of {len(self.sweep.jobs)} runs failed:")
             lines += [f"  {name}: {why}" for name, why in self.failures.items()]
+        if self.left:
+            lines.append(
+                f"{len(self.left)} of {len(self.sweep.jobs)} runs are other parts' and not finished; "
+                "once they are, another start writes the whole table"
+            )
         lines.append(f"written to {self.sweep.out}")
         return "\n".join(lines)
 
 
-def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcome:
+def run(
+    sweep: Sweep, tell: Callable[[str], None] = lambda line: None, *, part: tuple[int, int] = (1, 1)
+) -> Outcome:
     """Runs what is not finished, and writes tables, curves and `sweep.json`.
 
     A run that fails is noted and the others go on.
 
     Args:
       sweep: what to run.
-      tell: is given a line before and after each run.
+      tell: is given a line after each run.
+      part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: there is no such part; the folder cannot be written.
       Interrupted, Terminated: on SIGINT and SIGTERM; a later start continues.
     """
+    this, parts = part
+    if not 1 <= this <= parts:
+        raise UserError("part", f"{this}/{parts}", "there is no such part", "Of four they are 1/4 to 4/4.")
     place = Folder(sweep.out)
     hosts.agreed(lambda: _check_writable(place))
     failures: dict[str, str] = {}
+    left: list[str] = []
     done: dict[str, runs.Run] = {}
     shared = _Shared()
     began = time.perf_counter()
@@ -85,12 +102,16 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
-                how, result = _one(job, shared)
+                how, result = _one(job, shared, mine=number % parts == this % parts)
             except Exception as error:
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise  # perhaps this process alone failed, and the others wait for it
                 failures[job.name] = " ".join(f"{type(error).__name__}: {error}".split())
                 tell(f"{head}: FAILED: {failures[job.name]}")
+                continue
+            if result is None:
+                left.append(job.name)
+                tell(f"{head}: {how}")
                 continue
             done[job.name] = result
             values = result.metrics.series(sweep.metric)[1]
@@ -100,7 +121,7 @@ def run(sweep: Sweep, tell: Callable[[str], None] = lambda line: None) -> Outcom
     compared = comparison.compare(sweep, finished) if finished else None
     wall = {name: result.seconds for name, result in done.items()}
     cpu = {name: result.cpu_seconds for name, result in done.items()}
-    outcome = Outcome(sweep, compared, failures, wall, cpu)
+    outcome = Outcome(sweep, compared, failures, wall, cpu, tuple(left))
     hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
     return outcome
 
@@ -135,10 +156,11 @@ class _Shared:
         return self._partitions[key]
 
 
-def _one(job: Job, shared: _Shared) -> tuple[str, runs.Run]:
-    """Runs, resumes or loads. -> (what was done, the run)."""
+def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None]:
+    """Runs, resumes or loads. -> (what was done, the run; None if it is another part's and not finished)."""
     folder = Folder(str(job.config.output.dir))
-    if hosts.agreed(lambda: folder.started):
+    started = hosts.agreed(lambda: folder.started)
+    if started:
         if differing := runs.differing(folder.path, job.config):
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise UserError(
@@ -149,6 +171,9 @@ def _one(job: Job, shared: _Shared) -> tuple[str, runs.Run]:
             )
         if hosts.agreed(lambda: folder.finished):
             return "finished before", runs.load(folder.path)
+    if not mine:
+        return "another part's", None
+    if started:
         return "resumed", runs.resume(folder.path)
     # Not as `dataset=`: the run can load it again by itself, and resume must not ask for it.
     return "run", runs.start(job.config, shared.dataset(job.config), shared.partition(job.config))

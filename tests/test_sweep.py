@@ -208,6 +208,40 @@ def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path,
     assert list(good.metrics) == list(cut_run.metrics)
 
 
+def test_parts_together_are_the_sweep(done, tmp_path, capsys):
+    """Each runs its own, in one folder for all; the last to end has the whole table."""
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out", rounds_of_interest=[1])))
+    assert cli.main(["sweep", str(path), "--part", "1/3"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(": run,") == 2 and told.count("another part's") == 2
+    assert "2 of 4 runs are other parts' and not finished" in told
+    assert not (tmp_path / "out" / "runs" / "FedMR" / "base" / "seed0").exists()
+    about = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    assert [job["seconds"] is not None for job in about["jobs"]] == [True, False, False, True]
+    for part in ("2/3", "3/3"):
+        assert cli.main(["sweep", str(path), f"--part={part}"]) == 0
+    told = capsys.readouterr().out
+    assert told.count(": run,") == 2 and "1 of 4 runs" in told
+    for job, other in zip(sweep.load(path).jobs, done.sweep.jobs, strict=True):
+        one, two = (runs.load(which.config.output.dir).metrics for which in (job, other))
+        assert list(one) == list(two)
+    tables = [out.joinpath("table.md").read_text() for out in (tmp_path / "out", done.sweep.out)]
+    assert tables[0] == tables[1]
+    assert cli.main(["sweep", str(path)]) == 0
+    assert capsys.readouterr().out.count("finished before") == 4
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "half", "1/0", "-1/2"])
+def test_parts_that_are_none(part, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out")))
+    assert cli.main(["sweep", str(path), f"--part={part}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "part" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
     changed = {**BASE, "rounds": 1}
     again = sweep.run(sweep.from_mapping(asked(done.sweep.out, base=changed)))
