@@ -259,7 +259,7 @@ Needs the runs' checkpoints. Of a sweep's file the finished runs are taken.
 
 
 def _given(words: list[str], usage: str, about: str, *known: str) -> tuple[str | list[str], dict[str, str]]:
-    """(folder, or folders; flag -> value) of a command that draws runs."""
+    """(what is given, a list unless it is one; flag -> value) of a command that takes files or folders."""
     if words in (["-h"], ["--help"]):
         print(f"usage: {usage}\n\n{about}")
         raise SystemExit(0)

@@ -13,7 +13,7 @@ losses, their sum minimised by one optimiser, P kept on its client. In that code
 personal loss too, which so trains the body: `personal_loss: both`. By default it has none, as the paper's two
 predictors are decoupled (INFERRED; PFLlib has it so too). OUR CHOICE: P starts at zero, so that a client that
 has not taken part predicts as the generic model does. The paper's other form of P, made by a hypernetwork
-from the client's mix of classes, is not here: no code of its authors is published, and its sizes are NOT
+from the client's mix of classes, is not here: its authors' repository held no code, so that its sizes are NOT
 FOUND.
 
 One more classifier a client is kept. The training loss in the records is the generic one. With
