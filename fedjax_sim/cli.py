@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import re
 import subprocess
@@ -43,10 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return _dispatch(words)
+            status = _dispatch(words)
+            sys.stdout.flush()
+            return status
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except BrokenPipeError:  # of `fedjax-sim list | head`; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
@@ -290,13 +294,17 @@ def _plan(words: list[str]) -> int:
 
 def _list(words: list[str]) -> int:
     from fedjax_sim import algorithms, data, models
+    from fedjax_sim.algorithms import catalogue
 
+    if words in (["-h"], ["--help"]):
+        print("usage: fedjax-sim list\n\nPrints the names of all algorithms, models, data and partitions.")
+        return 0
     if words:
         raise UserError("list", " ".join(words), "nothing is to follow", "Write fedjax-sim list.")
     print("algorithms (--algorithm NAME)")
     for name, cls in algorithms.CONFIGS.items():
-        print(f"  {name:18} {_first_line(cls)}")
-        fields = ", ".join(f"{f.name.replace('_', '-')} {_default(f)}" for f in dataclasses.fields(cls))
+        print(f"  {name:18} {catalogue.summary(cls)}.")
+        fields = ", ".join(f"{f.replace('_', '-')} {value}" for f, value in catalogue.defaults(cls).items())
         if fields:
             print(f"  {'':18}   {fields}")
     print("\nmodels (--model.name NAME)")
@@ -328,16 +336,6 @@ _PARTITIONS = {
     "identical": "the same samples in the same order for all: a control",
     "file": "as a JSON file says (path)",
 }
-
-
-def _first_line(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").split("\n")[0]
-
-
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return str(field.default)
-    return str(field.default_factory()) if field.default_factory is not dataclasses.MISSING else "(needed)"
 
 
 def _one(words: list[str], command: str, what: str) -> str:

@@ -19,8 +19,8 @@ from fedjax_sim.data import PartitionConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 
-VERSION = 1
-"""Of the configuration's layout. Raised when a field changes its meaning."""
+VERSION = 2
+"""Of the configuration's layout. Raised when a field changes its meaning; older ones are read."""
 
 
 # --- the parts of a run ---------------------------------------------------------------------------------
@@ -399,7 +399,8 @@ class RunConfig:
       data: which images.
       partition: which client holds which of them.
       model: which network.
-      algorithm: one of `fedjax_sim.algorithms.CONFIGS`; in YAML a mapping with `name`.
+      algorithm: one of `fedjax_sim.algorithms.CONFIGS`, or one's own; in YAML a mapping with `name`, which is
+        `module:Class` for one's own.
       initial: what the first round starts from.
       local: what a client does.
       cohort: how many take part.
@@ -483,7 +484,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
-        _check_version(mapping.get("version", VERSION))  # first: in another version anything may be unknown
+        mapping = _renewed(mapping)  # first: in another version anything may be unknown
     values = {} if base is None else {name: getattr(base, name) for name in names}
     for key, value in mapping.items():
         dotted = f"{path}{key}"
@@ -496,6 +497,10 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
             values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)
         else:
             values[key] = coerce(value, hints[key], dotted, text=True)
+    for field in dataclasses.fields(cls):
+        wanted = field.default is field.default_factory is dataclasses.MISSING
+        if wanted and field.name not in values:
+            raise UserError(f"{path}{field.name}", None, "it has no default", "Set it.")
     try:
         return cls(**values)
     except UserError as error:  # an algorithm does not know that it is inside another
@@ -544,6 +549,33 @@ def _check_version(version: Any) -> None:
         )
 
 
+def _renewed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's configuration of an older version as one of this.
+
+    Since version 2 a server optimiser is an algorithm around another, where it was FedAvg's, and SCAFFOLD
+    counts momentum unless told otherwise.
+    """
+    version = mapping.get("version", VERSION)
+    if version != 1:
+        _check_version(version)
+        return mapping
+
+    def renewed(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        fields = {key: renewed(inner) for key, inner in value.items()}
+        if fields.get("name") == "scaffold":
+            fields.setdefault("divisor", "steps")
+        optimizer = fields.pop("server_optimizer", "none")
+        if "server_options" in fields or optimizer != "none":
+            server = {"lr": fields.pop("server_lr", 1.0), "options": fields.pop("server_options", {})}
+            if optimizer != "none":
+                return {"name": "fedopt", "optimizer": optimizer, **server, "inner": fields}
+        return fields
+
+    return {**mapping, "version": VERSION, "algorithm": renewed(mapping.get("algorithm", "fedavg"))}
+
+
 def _algorithm(value: Any, path: str, base: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
@@ -551,9 +583,7 @@ def _algorithm(value: Any, path: str, base: Any) -> Any:
         raise UserError(path, value, "a name or a mapping with `name` is wanted", "Write `name: fedavg`.")
     fields = dict(value)
     name = fields.pop("name", None if base is None else algorithms.name_of(base))
-    if not isinstance(name, str) or name not in algorithms.CONFIGS:
-        raise UserError(f"{path}.name", name, "no such algorithm", nearest(str(name), algorithms.CONFIGS))
-    cls = algorithms.CONFIGS[name]
+    cls = algorithms.named(name, f"{path}.name")
     try:
         return from_dict(fields, cls, f"{path}.", base if isinstance(base, cls) else None)
     except UserError as error:

@@ -27,7 +27,8 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     """A RunConfig from `[FILE.yaml] [--flags]`, and which of the switches `extra` were set.
 
     The file gives the defaults, flags override. `--algorithm NAME` chooses the algorithm, whose own fields
-    are then flags too; `--algorithm.inner NAME` likewise the one inside, of an algorithm that wraps another.
+    are then flags too; `--algorithm.inner NAME` likewise the one inside, of an algorithm that wraps
+    another, and so on.
 
     Args:
       argv: what the user typed after the subcommand.
@@ -50,12 +51,15 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     base = RunConfig()
     if words and not words[0].startswith("-"):
         base = config_lib.load(words.pop(0))
-    name, words = _named_by("--algorithm", words)
-    if name is not None:
-        base = config_lib.from_dict({"algorithm": {"name": name}}, base=base)
-    name, words = _named_by("--algorithm.inner", words)
-    if name is not None:
-        base = config_lib.from_dict({"algorithm": {"inner": {"name": name}}}, base=base)
+    option, inside = "--algorithm", 0
+    while any(word.startswith(option) for word in words):
+        name, words = _named_by(option, words)
+        if name is not None:
+            given: dict[str, Any] = {"name": name}
+            for _ in range(inside):
+                given = {"inner": given}
+            base = config_lib.from_dict({"algorithm": given}, base=base)
+        option, inside = f"{option}.inner", inside + 1
     named = algorithms.name_of(base.algorithm)
     told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
         f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "

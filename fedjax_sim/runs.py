@@ -161,6 +161,11 @@ def start(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
     return _started(config, partition, {"dataset": dataset}, [])
 
 
+def check(config: RunConfig, dataset: Dataset, partition: Partition) -> None:
+    """Raises UserError for a run that `start` would refuse, whatever its folder holds."""
+    _alike(lambda: prepare(config, dataset=dataset, partition=partition))
+
+
 def _started(
     config: RunConfig, partition: Partition | None, given: dict[str, Any], supplied: list[str]
 ) -> Run:

@@ -85,7 +85,8 @@ def run(
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
 
     Raises:
-      UserError: there is no such part; the folder cannot be written.
+      UserError: there is no such part; the folder cannot be written; a method cannot work in some setting, of
+        which its first seed is looked at before any run starts.
       Interrupted, Terminated: on SIGINT and SIGTERM; a later start continues.
     """
     this, parts = part
@@ -99,6 +100,7 @@ def run(
     shared = _Shared()
     began = time.perf_counter()
     with compile_cache(sweep.out / "compiled"):
+        _check(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
@@ -154,6 +156,19 @@ class _Shared:
         if key not in self._partitions:
             self._partitions[key] = initial.partition(config, self.dataset(config))
         return self._partitions[key]
+
+
+def _check(sweep: Sweep, shared: _Shared) -> None:
+    seen = set()
+    for job in sweep.jobs:
+        cell = job.method, job.column
+        if cell in seen or hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
+            continue
+        seen.add(cell)
+        try:
+            runs.check(job.config, shared.dataset(job.config), shared.partition(job.config))
+        except UserError as error:
+            raise UserError(f"{job.name}: {error.field}", error.value, error.why, error.fix) from None
 
 
 def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None]:

@@ -339,9 +339,13 @@ class Trainer:
 
         moves = self.rule.trains(variables, batch) if self.rule.trains else None
         (loss, moved), gradient = self.rule.direction(loss_and_grad, variables, batch, extra)
+        seen = variables["params"]
         if moves is not None:
-            gradient = _where(moves["params"], gradient, jax.tree.map(jnp.zeros_like, gradient))
-        updates, memory = self.optimizer.update(gradient, memory, variables["params"])
+            still = jax.tree.map(jnp.zeros_like, gradient)
+            gradient = _where(moves["params"], gradient, still)
+            # Nor is there weight decay for the optimiser's memory to take in.
+            seen = _where(moves["params"], seen, still)
+        updates, memory = self.optimizer.update(gradient, memory, seen)
         params = jax.tree.map(lambda p, u: p + lr * u, variables["params"], updates)
         new = {**moved, "params": params}
         new = new if moves is None else _where(moves, new, dict(variables))

@@ -9,6 +9,9 @@ from pathlib import Path
 # Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Most of the time goes into compiling, and the programs are small: what XLA's newer emitter of fusions and
+# LLVM's highest level would gain is less than they cost. Runs outside of the tests keep XLA's choices.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false")
 
 import jax
 import matplotlib

@@ -75,16 +75,23 @@ def main(address: str, process: int, folder: Path) -> None:
         fs.run(inside(CUT, folder / "cut"))
     except runs.Terminated as stop:
         told.append(f"terminated after {stop.run.rounds}")
-    sweep = fs.sweep.from_mapping(
-        {
-            "base": config_lib.to_dict(dataclasses.replace(PLAIN, rounds=2)),
-            "methods": {"FedAvg": {}, "Odd": {"cohort": {"size": 90}}},
-            "seeds": [0],
-            "out": str(folder / "sweep"),
-        }
-    )
+
+    def study(odd, name):
+        return fs.sweep.from_mapping(
+            {
+                "base": config_lib.to_dict(dataclasses.replace(PLAIN, rounds=2)),
+                "methods": {"FedAvg": {}, "Odd": odd},
+                "seeds": [0],
+                "out": str(folder / name),
+            }
+        )
+
+    try:
+        fs.sweep.run(study({"cohort": {"size": 90}}, "refused"), tell=told.append)
+    except fs.UserError as error:
+        told.append(f"no sweep: {error.field}")
     for _ in range(2):
-        outcome = fs.sweep.run(sweep, tell=told.append)
+        outcome = fs.sweep.run(study({"local": {"lr": 1e30}}, "sweep"), tell=told.append)
         told.append(f"failed: {list(outcome.failures)}")
     (folder / f"told{process}").write_text("\n".join(told).replace(str(folder), ""))
     assert jax.process_count() == 2

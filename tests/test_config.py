@@ -1,13 +1,14 @@
 """Configurations: round trips, and every mistake named by its dotted field."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
 import yaml
 
 from fedjax_sim import algorithms, config
-from fedjax_sim.algorithms import FedAvg, FedMR
+from fedjax_sim.algorithms import FedAvg, FedMR, FedOpt, FedProx, Scaffold
 from fedjax_sim.config import (
     CohortConfig,
     DataConfig,
@@ -60,7 +61,7 @@ def test_every_field_of_every_part_is_written_out():
 
 def test_hyper_parameters_of_algorithms_survive_yaml():
     for algorithm in (
-        FedAvg("uniform", "adam", 0.1, {"eps": 1e-3}),
+        FedOpt("adam", 0.1, {"eps": 1e-3}, FedAvg("uniform")),
         FedMR("block", 0.5, 3, "tied", False, 2),
     ):
         wanted = RunConfig(algorithm=algorithm)
@@ -231,3 +232,96 @@ def test_a_mistake_inside_an_inner_algorithm_names_the_whole_path():
         config.from_dict({"algorithm": {"name": "lips", "inner": inside}})
     with pytest.raises(UserError, match=r"^algorithm\.density = 2\.0"):
         config.from_dict({"algorithm": {"name": "lips", "density": 2}})
+
+
+# --- older files ----------------------------------------------------------------------------------------
+
+
+def test_a_file_of_version_1_means_what_it_meant():
+    """FedAvg had the server's optimiser, and SCAFFOLD counted steps."""
+    server = {"server_optimizer": "adam", "server_lr": 0.1, "server_options": {"eps": 1e-3}}
+    plain = {"server_optimizer": "none", "server_lr": 1.0, "server_options": {}}
+    cases = [
+        ({"name": "fedavg", "weights": "uniform", **plain}, FedAvg("uniform")),
+        ({"name": "fedavg", **server}, FedOpt("adam", 0.1, {"eps": 1e-3})),
+        ({"name": "fedprox", "mu": 1.0, "inner": {"name": "fedavg", **server}},
+         FedProx(FedOpt("adam", 0.1, {"eps": 1e-3}), mu=1.0)),
+        ({"name": "scaffold", "option": "II", "server_lr": 0.5}, Scaffold(server_lr=0.5, divisor="steps")),
+        ("fedmr", FedMR()),
+    ]  # fmt: skip
+    for given, wanted in cases:
+        read = config.from_dict({"version": 1, "rounds": 3, "algorithm": given})
+        assert read == RunConfig(rounds=3, algorithm=wanted)
+        assert config.from_dict(config.to_dict(read)) == read
+    assert config.from_dict({"version": 1}) == RunConfig()
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", None])
+def test_other_versions_are_refused(version):
+    with pytest.raises(UserError, match="reads version 2"):
+        config.from_dict({"version": version, "nonsense": 1})
+
+
+# --- one's own algorithm --------------------------------------------------------------------------------
+
+OWN = """
+import dataclasses
+from fedjax_sim.algorithms import FedAvg
+
+@dataclasses.dataclass(frozen=True)
+class Halved:
+    \"\"\"Half a step to the mean.\"\"\"
+    share: float = 0.5
+    def build(self, context):
+        inner = FedAvg().build(context)
+        return inner
+
+@dataclasses.dataclass(frozen=True)
+class Needy:
+    share: float
+    def build(self, context): ...
+
+class Plain: ...
+"""
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    (tmp_path / "halved_for_tests.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "halved_for_tests"
+    sys.modules.pop("halved_for_tests", None)
+
+
+def test_ones_own_algorithm_has_a_name(own_module):
+    before = list(sys.path)
+    name = f"{own_module}:Halved"
+    read = config.from_dict({"algorithm": {"name": name, "share": "0.25"}})
+    assert read.algorithm.share == 0.25
+    assert config.to_dict(read)["algorithm"] == {"name": name, "share": 0.25}
+    assert config.from_dict(config.to_dict(read)) == read
+    inside = config.from_dict({"algorithm": {"name": "fedprox", "inner": name}})
+    assert inside.algorithm.inner.share == 0.5
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "field", "told"),
+    [
+        ("{}:Other", "algorithm.name", "cannot be imported"),
+        ("{}_:Halved", "algorithm.name", "No module named"),
+        ("{}:Plain", "algorithm.name", "no algorithm"),
+        ("{}:Halved:more", "algorithm.name", "cannot be imported"),
+        ({"name": "{}:Halved", "shares": 1}, "algorithm.shares", "Did you mean share"),
+        ({"name": "{}:Halved", "share": "much"}, "algorithm.share", "float"),
+        ("{}:Needy", "algorithm.share", "no default"),
+    ],
+)
+def test_what_is_wrong_with_it_is_named(own_module, algorithm, field, told):
+    if isinstance(algorithm, str):
+        algorithm = algorithm.format(own_module)
+    else:
+        algorithm = {**algorithm, "name": algorithm["name"].format(own_module)}
+    with pytest.raises(UserError, match=told) as caught:
+        config.from_dict({"algorithm": algorithm})
+    assert caught.value.field == field

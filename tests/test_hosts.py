@@ -96,8 +96,10 @@ def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues
 
 
 def test_a_sweep_notes_failures_and_skips_what_is_done(folder, told):
-    lines, others = ([line for line in some if line.startswith(("[", "failed"))] for some in told)
+    lines, others = ([line for line in some if line.startswith(("[", "failed", "no sweep"))] for some in told)
     assert lines == others
+    assert lines.pop(0) == "no sweep: Odd, seed 0: cohort.size"
+    assert not (folder / "refused" / "runs").exists()
     assert [("finished before" in line, "FAILED" in line) for line in lines if line.startswith("[")] == [
         (False, False),
         (False, True),

@@ -373,7 +373,7 @@ def test_supplied_model_algorithm_and_partition_take_effect(tmp_path):
 def test_a_config_of_another_version_is_refused(tmp_path):
     runs.run(tiny(tmp_path / "run", rounds=1))
     path = tmp_path / "run" / "config.yaml"
-    path.write_text(path.read_text().replace("version: 1", "version: 0"))
+    path.write_text(path.read_text().replace("version: 2", "version: 0"))
     with pytest.raises(UserError, match="version"):
         runs.resume(tmp_path / "run")
 

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from fedjax_sim import models
-from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR, Local
+from fedjax_sim.algorithms import (
+    MOON,
+    FedAdam,
+    FedAvg,
+    FedIndep,
+    FedMR,
+    FedMut,
+    FedNova,
+    FedOpt,
+    FedProx,
+    Local,
+    Scaffold,
+)
 from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.simulation import NonFiniteUpdate, Simulation, prepare
@@ -181,12 +193,13 @@ def _prepare(algorithm=None, model=None, given=None, **parts):
         ("cohort.size", {"cohort": CohortConfig(size=6)}),
         ("evaluation.per_client", {"evaluation": EvaluationConfig(per_client=True)}),
         ("local.optimizer", {"local": LocalConfig(optimizer="adamm")}),
-        ("algorithm.server_optimizer", {"algorithm": FedAvg(server_optimizer="adamm")}),
-        ("algorithm.server_optimizer", {"algorithm": FedAvg(server_optimizer="apply_updates")}),
-        (
-            "algorithm.server_optimizer",
-            {"algorithm": FedAvg(server_optimizer="sgd", server_options={"beta": 1})},
-        ),
+        ("algorithm.optimizer", {"algorithm": FedOpt("adamm", 0.1)}),
+        ("algorithm.options", {"algorithm": FedOpt("sgd", 0.1, {"beta": 1})}),
+        ("algorithm.inner", {"algorithm": FedAdam(inner=FedMR())}),
+        ("algorithm.inner", {"algorithm": FedProx(FedNova())}),
+        ("algorithm.inner", {"algorithm": MOON(Local())}),
+        ("cohort.size", {"algorithm": FedMut(), "cohort": CohortConfig(size=1)}),
+        ("local.optimizer", {"algorithm": Scaffold(), "local": LocalConfig(optimizer="adam")}),
     ],
 )
 def test_mistakes_are_named_before_anything_is_compiled(field, parts, nothing_compiles):

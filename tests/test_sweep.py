@@ -208,6 +208,17 @@ def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path,
     assert list(good.metrics) == list(cut_run.metrics)
 
 
+def test_a_method_that_cannot_work_is_named_before_any_run_starts(tmp_path, capsys):
+    methods = {"good": {}, "bad": {"algorithm": {"name": "fednova"}, "local.optimizer": "adam"}}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out", methods=methods, seeds=[0], reference="good")))
+    assert cli.main(["sweep", str(path)]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: bad, seed 0: local.optimizer = 'adam'") and "SGD" in told.err
+    assert "Traceback" not in told.err
+    assert not (tmp_path / "out" / "runs").exists()
+
+
 def test_parts_together_are_the_sweep(done, tmp_path, capsys):
     """Each runs its own, in one folder for all; the last to end has the whole table."""
     path = tmp_path / "study.yaml"

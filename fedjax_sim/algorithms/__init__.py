@@ -1,5 +1,10 @@
 """Algorithms: one short file each, and the table of their names."""
 
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
 from typing import Any
 
 from fedjax_sim.algorithms.base import Algorithm, Batch, Cohort, Context, LocalRule, Results, Starts
@@ -16,6 +21,7 @@ from fedjax_sim.algorithms.fedmr import FedMR
 from fedjax_sim.algorithms.fedmut import FedMut
 from fedjax_sim.algorithms.fednova import FedNova
 from fedjax_sim.algorithms.fedntd import FedNTD
+from fedjax_sim.algorithms.fedopt import FedAdam, FedAvgM, FedOpt, FedYogi
 from fedjax_sim.algorithms.fedper import FedPer
 from fedjax_sim.algorithms.fedprox import FedProx
 from fedjax_sim.algorithms.fedrep import FedRep
@@ -29,9 +35,15 @@ from fedjax_sim.algorithms.moon import MOON
 from fedjax_sim.algorithms.partial import PartialAveraging
 from fedjax_sim.algorithms.pfedsd import PFedSD
 from fedjax_sim.algorithms.scaffold import Scaffold
+from fedjax_sim.errors import UserError
+from fedjax_sim.fields import nearest
 
 CONFIGS: dict[str, type] = {
     "fedavg": FedAvg,
+    "fedopt": FedOpt,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
     "fedmr": FedMR,
     "fedindep": FedIndep,
     "local": Local,
@@ -63,9 +75,50 @@ CONFIGS: dict[str, type] = {
 """Name -> hyper-parameters, whose `build(context)` makes the record."""
 
 
+_OTHERS: dict[str, type] = {}
+"""`module:Class` -> one's own that were asked for by that name."""
+
+
+def named(name: Any, field: str = "algorithm.name") -> type:
+    """The hyper-parameters called `name`.
+
+    Args:
+      name: one of `CONFIGS`, or `module:Class` for a dataclass of one's own with a `build(context)`, in a
+        module that Python finds, in the working directory among other places.
+      field: for messages.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name in list(CONFIGS):
+        return CONFIGS[name]
+    if not isinstance(name, str) or ":" not in name:
+        raise UserError(field, name, "no such algorithm", nearest(str(name), CONFIGS))
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    sys.path.append(here)  # as for a script; the command's own folder stands there instead
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise UserError(
+            field,
+            name,
+            f"it cannot be imported: {type(error).__name__}: {error}",
+            f"Give `module:Class`, with the module in {here} or installed.",
+        ) from None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "build")):
+        raise UserError(
+            field, name, "it is no algorithm", "Give a frozen dataclass with a method build(context)."
+        )
+    return _OTHERS.setdefault(name, found)
+
+
 def name_of(config: Any) -> str | None:
-    """The name under which an algorithm's configuration is known; None if it is not one."""
-    return next((name for name, cls in CONFIGS.items() if type(config) is cls), None)
+    """The name by which `named` finds an algorithm's configuration; None if it has none."""
+    return next((name for name, cls in (CONFIGS | _OTHERS).items() if type(config) is cls), None)
 
 
 __all__ = [
@@ -79,7 +132,9 @@ __all__ = [
     "Context",
     "Ditto",
     "FedASAM",
+    "FedAdam",
     "FedAvg",
+    "FedAvgM",
     "FedBABU",
     "FedBN",
     "FedCAC",
@@ -91,11 +146,13 @@ __all__ = [
     "FedMut",
     "FedNTD",
     "FedNova",
+    "FedOpt",
     "FedPer",
     "FedProx",
     "FedRep",
     "FedRoD",
     "FedSAM",
+    "FedYogi",
     "LGFedAvg",
     "LayerInterpolation",
     "Local",
@@ -106,4 +163,5 @@ __all__ = [
     "Scaffold",
     "Starts",
     "name_of",
+    "named",
 ]

@@ -12,7 +12,7 @@ models, say) the record itself states.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import stacked
 from fedjax_sim.models.base import Model, Variables
@@ -237,6 +238,10 @@ class Algorithm:
         which they served the clients `ids`, of an algorithm whose slots have models of their own; None: what
         their clients would use.
       selection: who takes part; None: the run's configuration says.
+      replaced: (state, variables) -> state with these as the model that `deploy` gives and that the next
+        round starts from; None if the two are not one, or the state has more to say about the next start.
+      extrapolates: whether the merge goes on from the model that was sent by more than the mean of what came
+        back, so that a client must have started from just that model.
     """
 
     init: Callable[[jax.Array, Variables], State]
@@ -250,6 +255,8 @@ class Algorithm:
     personal: Callable[[State, jax.Array], Variables] | None = None
     slot: Callable[[State, jax.Array, jax.Array], Variables] | None = None
     selection: Selection | None = None
+    replaced: Callable[[State, Variables], State] | None = None
+    extrapolates: bool = False
 
     def held(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
         """What a round's clients hold once its models are merged. i32[m] slots and ids -> [m, …] models.
@@ -309,6 +316,42 @@ class AlgorithmConfig(Protocol):
         ...
 
 
+def around(inner: Algorithm, **own: Any) -> Algorithm:
+    """An algorithm around another, whose state it holds in a field `inner` of its own (a flax dataclass).
+
+    Args:
+      inner: the algorithm inside.
+      own: fields of the record, by name. Of the others `inner` is asked; `init`, `dispatch` and `merge` must
+        be among them.
+    """
+
+    def of_inner(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        return function and (lambda state, *args: function(state.inner, *args))
+
+    asked: dict[str, Any] = {name: of_inner(getattr(inner, name)) for name in ("deploy", "personal", "slot")}
+    if inner.selection is not None:
+        measure = of_inner(inner.selection.measure)
+        asked["selection"] = dataclasses.replace(inner.selection, measure=measure)
+    if inner.replaced is not None:
+        replaced = inner.replaced
+        asked["replaced"] = lambda state, model: state.replace(inner=replaced(state.inner, model))
+    return dataclasses.replace(inner, **asked | own)
+
+
+def nested(config: Any) -> Iterator[Any]:
+    """The configurations inside an algorithm's, at any depth, outermost first; its own is not among them."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, AlgorithmConfig) and dataclasses.is_dataclass(value):
+            yield value
+            yield from nested(value)
+
+
+def weighing(weights: str) -> Callable[[Cohort], jax.Array]:
+    """`Algorithm.weights` by name: `samples` or `uniform`."""
+    return {"samples": by_samples, "uniform": uniform}[weights]
+
+
 def by_samples(cohort: Cohort) -> jax.Array:
     """Weights proportional to each client's number of samples. -> f32[K]."""
     return cohort.counts.astype(jnp.float32)
@@ -317,3 +360,28 @@ def by_samples(cohort: Cohort) -> jax.Array:
 def uniform(cohort: Cohort) -> jax.Array:
     """Equal weights. -> f32[K]."""
     return jnp.ones(cohort.ids.shape, jnp.float32)
+
+
+def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables) -> Variables:
+    """`Results.mean` without the clients that were left out, for slots that start from models of their own.
+
+    The engine's counts those too, each with its start.
+
+    Args:
+      results: with `models` [K, …] and `mean`.
+      weights: f32[K], unnormalised.
+      otherwise: the mean if all were left out.
+    """
+    included, weights = _everywhere(results.included), _everywhere(weights)
+
+    def again():
+        share = jnp.where(included, weights, 0)
+        mean = stacked.weighted_sum(results.models, share / jnp.maximum(share.sum(), 1e-30))
+        return jax.tree.map(lambda new, old: jnp.where(included.any(), new, old), mean, otherwise)
+
+    return jax.lax.cond(included.all(), lambda: results.mean, again)
+
+
+def _everywhere(leaf: jax.Array) -> jax.Array:
+    """Whole on every device. Left to itself XLA cuts such a vector, and gathers it wherever it is read."""
+    return leaf if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(leaf, P())

@@ -41,9 +41,24 @@ _PRIVATE = Entry(
 )
 
 ENTRIES: dict[str, Entry] = {
-    "fedavg": Entry(
-        defaults="McMahan et al. (weights); no server optimiser",
-        holds="one client, identical clients; server SGD at 1 is the mean",
+    "fedavg": Entry(defaults="McMahan et al.", holds="one client, identical clients"),
+    "fedopt": Entry(
+        besides="the optimiser's state on the server", defaults="ours", holds="SGD at 1 is what it wraps"
+    ),
+    "fedavgm": Entry(
+        besides="1 momentum on the server",
+        defaults="Hsu et al. (β); ours (η)",
+        holds="β = 0, η = 1 is what it wraps",
+    ),
+    "fedadam": Entry(
+        besides="2 moments on the server",
+        defaults="Reddi et al.; ours (η)",
+        holds="four rounds by hand, as optax has it",
+    ),
+    "fedyogi": Entry(
+        besides="2 moments on the server",
+        defaults="Reddi et al.; ours (η)",
+        holds="four rounds by hand, as optax has it",
     ),
     "fedmr": Entry(
         besides="K models on the server",
@@ -52,9 +67,15 @@ ENTRIES: dict[str, Entry] = {
     ),
     "fedindep": Entry(besides="K models on the server", defaults="none to set", holds="slots never mix"),
     "local": Entry(keeps="1 model", sends="0", defaults="none to set", holds="clients never mix"),
-    "fedbn": dataclasses.replace(_PRIVATE, defaults="none to set"),
+    "fedbn": dataclasses.replace(
+        _PRIVATE, defaults="the paper (samples)", holds="private leaves change by training alone"
+    ),
     "fedper": dataclasses.replace(_PRIVATE, defaults="ours: the classifier"),
-    "fedrep": dataclasses.replace(_PRIVATE, defaults="ours"),
+    "fedrep": dataclasses.replace(
+        _PRIVATE,
+        defaults="ours",
+        holds="private leaves change by training alone, and none while it is frozen",
+    ),
     "lg_fedavg": dataclasses.replace(_PRIVATE, defaults="ours"),
     "fedbabu": Entry(sends="the body, 1 + 1 without the head", defaults="ours", holds="the head never moves"),
     "partial": dataclasses.replace(_PRIVATE, defaults="ours (a control)"),
@@ -84,8 +105,8 @@ ENTRIES: dict[str, Entry] = {
         keeps="1 control variate",
         sends="2 + 2",
         passes="1; option I 1 + 1/E",
-        defaults="Karimireddy et al.",
-        holds="the first round is FedAvg; Σ c_i = N c",
+        defaults="Karimireddy et al.; ours (divisor)",
+        holds="the first round is FedAvg; Σ c_i = N c; momentum does not drive the variates apart",
     ),
     "feddyn": Entry(
         keeps="1 gradient",
@@ -112,7 +133,7 @@ ENTRIES: dict[str, Entry] = {
         keeps="its label counts",
         sends="1 + 1, the generator down, a head and counts up",
         passes="1, and the generator's forward",
-        besides="50 generator steps on the server",
+        besides="50 generator steps on the server, on each device the same",
         defaults="code of FedMR, CIFAR-10",
         holds="a = b = 0 is FedAvg",
     ),
@@ -135,39 +156,84 @@ ENTRIES: dict[str, Entry] = {
 
 def reference(config: type) -> str:
     """The first address in the docstring of an algorithm, or else of its module; "" if there is none."""
-    text = f"{config.__doc__} {getattr(inspect.getmodule(config), '__doc__', '')}"
-    found = re.search(r"https?://[^\s),;]+", text)
+    found = re.search(_ADDRESS, f"{config.__doc__} {_module_text(config)}")
     return found.group(0).rstrip(".") if found else ""
 
 
-def table(measured: Mapping[str, Any]) -> str:
-    """The table as Markdown.
+def citation(config: type) -> str:
+    """`Karimireddy et al., ICML 2020`, of what stands before the address in the module's docstring; or ""."""
+    address = reference(config)
+    before = " ".join(_module_text(config).split()).partition(address)[0] if address else ""
+    # After the last address before it: authors, title, venue and year, each with its full stop.
+    last = re.split(_ADDRESS, before)[-1]
+    found = re.search(r"([A-Z][^.:;]*)\. [A-Z][^.]*(?:\.|…) ([^.]*\b20\d\d\b[^.]*)\.\s*$", last)
+    if found is None:
+        return ""
+    authors = [name.strip() for name in re.sub(r"^\(.*?\) ", "", found.group(1)).split(",")]
+    who = f"{authors[0]} et al." if len(authors) > 2 else " and ".join(authors)
+    return f"{who}, {re.sub(r' [(].*', '', found.group(2))}"
+
+
+_ADDRESS = r"https?://[^\s),;]+"
+
+
+def _module_text(config: type) -> str:
+    return getattr(inspect.getmodule(config), "__doc__", None) or ""
+
+
+def costs(measured: Mapping[str, Any]) -> str:
+    """What each algorithm keeps, sends and computes, as a Markdown table.
 
     Args:
-      measured: {"setup": text, "ratios": name -> seconds of a round over FedAvg's}.
+      measured: {"setup": text, "ratios": name -> seconds of a round over FedAvg's, "explained": name -> what
+        its passes and other work make of that}.
     """
     rows = [
-        "| name | paper | kept per client | traffic a round | passes a step | measured | further work "
-        "| defaults from | tests hold |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| name | | paper | kept per client | traffic a round | passes a step | further work "
+        "| measured | explained |",
+        "|---|---|---|---|---|---|---|---:|---:|",
     ]
     for name, config in algorithms.CONFIGS.items():
         entry, address = ENTRIES[name], reference(config)
-        label = (config.__doc__ or name).split("\n")[0].rstrip(".")
-        paper = f"[{label}]({address})" if address else label
-        ratio = _ratio(measured["ratios"], name)
+        paper = f"[{citation(config) or 'paper'}]({address})" if address else ""
         cells = (
-            f"`{name}`", paper, entry.keeps, entry.sends, entry.passes,
-            ratio, entry.besides, entry.defaults, entry.holds,
+            f"`{name}`", summary(config), paper, entry.keeps, entry.sends, entry.passes, entry.besides,
+            _numbers(measured["ratios"], name), _numbers(measured["explained"], name),
         )  # fmt: skip
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def _ratio(ratios: Mapping[str, float], name: str) -> str:
+def settings() -> str:
+    """Each algorithm's settings, where they come from, and what its tests hold, as a Markdown table."""
+    rows = ["| name | settings | from | tests hold |", "|---|---|---|---|"]
+    for name, config in algorithms.CONFIGS.items():
+        told = ", ".join(f"`{field} {value}`" for field, value in defaults(config).items())
+        rows.append(f"| `{name}` | {told} | {ENTRIES[name].defaults} | {ENTRIES[name].holds} |")
+    return "\n".join(rows)
+
+
+def defaults(config: type) -> dict[str, str]:
+    """An algorithm's settings by default, each as one word."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config(), field.name)
+        name = algorithms.name_of(value)
+        empty = isinstance(value, dict | tuple) and not value
+        out[field.name] = name or ("none" if value is None or empty else f"{value}".replace(" ", ""))
+    return out
+
+
+def summary(config: type) -> str:
+    """The first line of the docstring, without an address."""
+    line = (config.__doc__ or "").split("\n")[0]
+    return re.sub(rf" \({_ADDRESS}\)", "", line).rstrip(".")
+
+
+def _numbers(values: Mapping[str, float], name: str) -> str:
     """`1.20`, or with a method's further measurements `1.20; I 1.45`."""
-    own = [key for key in ratios if key.split()[0] == name]
-    return "; ".join(" ".join([*key.split()[1:], f"{ratios[key]:.2f}"]) for key in own) or "–"
+    own = [key for key in values if key.split()[0] == name]
+    return "; ".join(" ".join([*key.split()[1:], f"{values[key]:.2f}"]) for key in own) or "–"
 
 
 _TEXT = """# Algorithms
@@ -175,17 +241,26 @@ _TEXT = """# Algorithms
 Every algorithm is a file in `fedjax_sim/algorithms`, whose docstring gives its source, its formulas, and what
 in it is FOUND in published code, INFERRED, or OUR CHOICE. `fedjax-sim list` shows all settings.
 
-Those that act on the client alone (FedProx, FedSAM, FedASAM, FedNTD, MOON, pFedSD), LIPS and Ditto take an
-`inner` algorithm, FedAvg unless told otherwise: `--algorithm fedprox --algorithm.inner fedmr`. A server
-optimiser is FedAvg's (`server_optimizer: adam`), under any of them.
+Methods that act on the client alone (FedProx, FedSAM, FedASAM, FedNTD, MOON, pFedSD) or on the server's step
+(FedOpt, FedAvgM, FedAdam, FedYogi), LIPS and Ditto take an `inner` algorithm, FedAvg unless told otherwise:
+`--algorithm fedprox --algorithm.inner fedmr`; in YAML at any depth. What makes no sense together is refused,
+with the reason, before anything is compiled.
 
-{table}
+## What they cost
+
+{costs}
 
 Traffic counts models down + up for each client of a cohort, FedAvg's being 1 + 1. Passes count a step's
 gradients, a forward pass being a third of one; E is the number of epochs. Measured: {setup}
+Explained: what passes and further work make of that by their arithmetic; the test suite holds every measured
+number to less than 1.3 times its explanation.
+
+## What they are set to
+
+{settings}
 """
 
 
 def document(measured: Mapping[str, Any]) -> str:
-    """The whole of ALGORITHMS.md."""
-    return _TEXT.format(table=table(measured), setup=measured["setup"])
+    """The whole of ALGORITHMS.md; `measured` as of `costs`."""
+    return _TEXT.format(costs=costs(measured), settings=settings(), setup=measured["setup"])

@@ -11,13 +11,14 @@ clients. A client of p_i ≥ 1/m first has ⌊m p_i⌋ distributions to itself, 
 Algorithm 2 leaves out. A client that is drawn twice does the same work in both slots, and counts twice.
 
 FOUND in the code of FedMR, as `weights: samples`: the models are weighted by n_i once more. L1 distances are
-its default; the paper's are arccos of the cosine. Three things of that code are not repeated here: the
-refresh of the matrix writes one entry a row only; its L2 is the squared distance; and the matrix is given to
-the clustering as N points in N dimensions, where here it is what it says, the distances.
+its default; the paper's are arccos of the cosine. FOUND in both codes, as `points: rows`: the clustering
+takes the matrix for N points in N dimensions. By default it is what it says, the distances (OUR CHOICE), of
+which Ward's criterion is a variance only for `l2`. Two things of FedMR's code are not repeated here: the
+refresh of the matrix writes one entry a row only; and its L2 is the squared distance.
 
 All N last updates are kept, of parameters without batch statistics, and an N × N matrix of distances, of
-which a round renews the cohort's rows and columns. The clustering runs on the host between rounds, which
-therefore wait for one another.
+which a round renews the cohort's rows and columns, by K passes over all updates. The clustering runs on the
+host between rounds, which therefore wait for one another, in time that grows with N².
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
+from scipy.spatial.distance import pdist, squareform
 
 from fedjax_sim import stacked
 from fedjax_sim.algorithms import base
@@ -51,10 +52,12 @@ class CluSamp:
     Attributes:
       distance: of two updates: `l1`, `l2`, or `arccos` of their cosine, 0 where one is zero.
       weights: of the mean: `uniform` (the paper) or `samples`.
+      points: what is clustered: clients by their `distances`, or the `rows` of that matrix, see above.
     """
 
     distance: Literal["l1", "l2", "arccos"] = "l1"
     weights: Literal["uniform", "samples"] = "uniform"
+    points: Literal["distances", "rows"] = "distances"
 
     def __post_init__(self):
         check(self, "algorithm.")
@@ -83,7 +86,7 @@ class CluSamp:
             return CluSampState(results.mean, updates, distances), {}
 
         def choose(distances, counts, size, generator):
-            chances = distributions(distances, counts, size)
+            chances = distributions(distances, counts, size, self.points)
             return np.asarray([generator.choice(clients, p=row) for row in chances], np.int32)
 
         return base.Algorithm(
@@ -92,9 +95,10 @@ class CluSamp:
             merge=merge,
             deploy=lambda state: state.model,
             local=base.LocalRule(end=end),
-            weights=base.uniform if self.weights == "uniform" else base.by_samples,
+            weights=base.weighing(self.weights),
             needs_models=False,
             stacked=("updates",),
+            replaced=lambda state, model: state.replace(model=model),
             selection=base.Selection(lambda state, kept: state.distances, choose),
         )
 
@@ -110,7 +114,9 @@ class CluSamp:
         return jnp.where(squares > 0, jnp.arccos(jnp.clip(cosine, -1, 1)), 0)
 
 
-def distributions(distances: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
+def distributions(
+    distances: np.ndarray, counts: np.ndarray, size: int, points: str = "distances"
+) -> np.ndarray:
     """From what each place of the cohort is drawn.
 
     Args:
@@ -118,6 +124,7 @@ def distributions(distances: np.ndarray, counts: np.ndarray, size: int) -> np.nd
         as 1e38: beyond single precision there is little to tell.
       counts: i64[N], training samples.
       size: m.
+      points: see `CluSamp`.
 
     Returns:
       f64[m, N], rows that add up to 1, and columns to m p_i.
@@ -134,7 +141,7 @@ def distributions(distances: np.ndarray, counts: np.ndarray, size: int) -> np.nd
     places = size - row
     if not places:
         return chances
-    groups = sorted(_clusters(distances, left), key=lambda group: -left[group].sum())
+    groups = sorted(_clusters(distances, left, points), key=lambda group: -left[group].sum())
     for place, group in enumerate(groups[:places]):
         chances[row + place, group] = left[group]
     room = 1 - chances[row:].sum(1)
@@ -150,7 +157,7 @@ def distributions(distances: np.ndarray, counts: np.ndarray, size: int) -> np.nd
     return chances / chances.sum(1, keepdims=True)
 
 
-def _clusters(distances: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+def _clusters(distances: np.ndarray, weights: np.ndarray, points: str) -> list[np.ndarray]:
     """Ward's tree, cut into the largest branches of weight at most 1. f64[N], each below 1 -> ids."""
     ids = np.flatnonzero(weights)
     if len(ids) == 1:
@@ -158,7 +165,8 @@ def _clusters(distances: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
     finite = np.nan_to_num(distances[np.ix_(ids, ids)].astype(np.float64), posinf=1e38)
     symmetric = (finite + finite.T) / 2
     np.fill_diagonal(symmetric, 0)
-    tree: Any = hierarchy.to_tree(hierarchy.ward(squareform(symmetric, checks=False)))
+    apart = pdist(symmetric) if points == "rows" else squareform(symmetric, checks=False)
+    tree: Any = hierarchy.to_tree(hierarchy.ward(apart))
     out, waiting = [], [tree]
     while waiting:
         node = waiting.pop()

@@ -9,7 +9,8 @@ x: the model received. v_k starts as the initial model and stays with its client
 inside never sees it. v_k takes a step on each batch on which the global model takes one, as FOUND in the
 authors' code (litian96/ditto). Its scripts have λ = 1, or let a client choose among 0.1, 1 and 2. OUR CHOICE:
 the default 0.1, and that v_k has the clients' optimiser with all its settings, where the code has plain SGD.
-F_k is the plain cross-entropy, whatever the algorithm inside adds to its own. Ditto is in neither of the code
+F_k is the plain cross-entropy, whatever the algorithm inside adds to its own; and if clients inside have
+personal models of another kind, v_k takes their place. Ditto is in neither of the code
 bases of FedMR and LIPS.
 
 Two passes a step; one model a client is kept. The training loss in the records is the global model's. With

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedjax_sim import stacked
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import base
 from fedjax_sim.fields import at_least, check, within
 from fedjax_sim.selection import largest
 
@@ -64,11 +64,11 @@ class FedCAC:
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions."""
-        weights = base.by_samples if self.weights == "samples" else base.uniform
+        weights = base.weighing(self.weights)
 
         def merge(state, cohort, starts, results, key):
             del key
-            mean = private.mean_of_included(results, weights(cohort), state.mean)
+            mean = base.mean_of_included(results, weights(cohort), state.mean)
             start, trained = starts.models["params"], results.models["params"]
             masks = jax.tree.map(self._critical, start, trained)
             sharing = self._collaborators(masks, results.included, cohort.round + 1)

@@ -75,14 +75,17 @@ class FedDyn:
             new = jax.tree.map(
                 lambda own, w, x: own - alpha * (w - x), kept, trained["params"], start["params"]
             )
-            return new, None
+            return new, jax.tree.map(jnp.subtract, trained["params"], start["params"])
 
         def merge(state, cohort, starts, results, key):
             del cohort, starts, key
-            share = results.included.sum().astype(jnp.float32) / context.num_clients
             x, mean = state.model["params"], results.mean["params"]
-            shift = jax.tree.map(lambda h, w, x: h - share * (w - x), state.shift, mean, x)
-            new = jax.tree.map(lambda w, h, x: jnp.where(share > 0, w - h, x), mean, shift, x)
+            # Uploads of those left out are zero.
+            shift = jax.tree.map(
+                lambda h, moved: h - moved.sum(0) / context.num_clients, state.shift, results.uploads
+            )
+            anyone = results.included.any()
+            new = jax.tree.map(lambda w, h, x: jnp.where(anyone, w - h, x), mean, shift, x)
             return FedDynState({**results.mean, "params": new}, shift), {}
 
         return base.Algorithm(

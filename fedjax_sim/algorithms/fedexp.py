@@ -89,6 +89,7 @@ class FedExP:
             local=base.LocalRule(end=end),
             weights=weights,
             needs_models=False,
+            extrapolates=True,
             # What a client holds is the iterate that it will train, not the mean that is evaluated.
             slot=lambda state, slots, ids: stacked.broadcast(state.model, len(ids)),
         )

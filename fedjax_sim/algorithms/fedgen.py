@@ -20,7 +20,8 @@ the diversity term; no gradient for the teacher of the KL; and as settings (lr; 
 by the mean of w_k(y), through a broadcast; here every y has its own weight, INFERRED as what was meant. Its ỹ
 are uniform over all classes, 128 a step. OUR CHOICE: only such as have been shown, for which the generator
 has been trained, and as many as a batch has places. The generator's weights are uniform within ±1/√(inputs),
-like PyTorch's, its biases zero.
+like PyTorch's, its biases zero. FOUND in Zhu et al.'s own code, and not here: a and b decay by 0.98 a round,
+and one Adam goes on over all rounds, its rate decaying likewise.
 
 Clients send their classifier and label counts besides; they receive the generator.
 """

@@ -9,13 +9,15 @@ trains it; then, for every layer ℓ, a fresh random permutation π_ℓ of the s
     slots[k].ℓ  <-  trained[π_ℓ(k)].ℓ
 
 Before round R0 (`first_stage`) all slots become the uniform mean instead. What is deployed is always the
-uniform mean of the trained models, which recombination does not change (Lemma 4.4).
+uniform mean of the trained models, which recombination does not change (Lemma 4.4). A client that was left
+out has no part in a mean of the first stage; later its slot is recombined as it was.
 
 Facts and choices. FOUND in the authors' code: the unit is one tensor (kernel and bias of a layer move
 apart; batch-norm scale, shift and statistics too), identity permutations are allowed, the mean is
 uniform, the stage switch is hard, R0 = 0 by default and 50 or 100 for VGG. FOUND in a review: the paper
 speaks of layers, so `module` is offered too. The partition option follows the code's walk over the tensors
-in network order: a new permutation whenever the running index reaches p·n·c, c permutations drawn so far.
+in network order: a new permutation whenever the running index reaches p·n·c, c permutations drawn so far;
+the code's n tensors include batch normalisation's counters of batches, which there are none of here.
 Not available here: the paper's text, so none of its numbers.
 """
 
@@ -91,7 +93,7 @@ class FedMR:
             return base.Starts(state.slots, shared=False)
 
         def merge(state, cohort, starts, results, key):
-            del state, starts
+            del starts
             metrics, draws = {}, permutations(groups, slots, key)
             if self.similarity:
                 cosine = similarity(results.models, order, self.similarity_group)
@@ -100,9 +102,13 @@ class FedMR:
                 # out, which can then happen in place.
                 draws = draws + (cosine > 2).astype(jnp.int32)
             new = recombine(results.models, groups, draws)
+            mean = results.mean
             if self.first_stage:
-                new = stacked.overwrite(new, results.mean, cohort.round < self.first_stage)
-            return FedMRState(new, results.mean), metrics
+                average = cohort.round < self.first_stage
+                of_included = base.mean_of_included(results, base.uniform(cohort), state.mean)
+                mean = jax.tree.map(lambda one, other: jnp.where(average, one, other), of_included, mean)
+                new = stacked.overwrite(new, mean, average)
+            return FedMRState(new, mean), metrics
 
         return base.Algorithm(
             init=init,
@@ -175,7 +181,8 @@ def recombine(models: Any, groups: dict[Path, int], draws: jax.Array) -> Any:
 def similarity(models: Any, order: Sequence[Path], group: int = 5) -> jax.Array:
     """Mean over slot pairs of the cosine, averaged over runs of `group` consecutive tensors. -> f32[].
 
-    The authors' similarity probe (FOUND in the code, there for K = 10).
+    After the authors' similarity probe (FOUND in the code, there for K = 10), which counts the last run
+    twice, and among a model's tensors batch normalisation's counter of batches as well.
     """
     flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
     leaves = [flat[path] for path in _network_order(order)]

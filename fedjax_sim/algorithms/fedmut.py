@@ -31,7 +31,7 @@ from flax import struct
 
 from fedjax_sim import stacked
 from fedjax_sim.algorithms import base
-from fedjax_sim.algorithms.private import mean_of_included
+from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, within
 
 
@@ -64,8 +64,15 @@ class FedMut:
         at_least("algorithm.until", self.until, 1)
 
     def build(self, context: base.Context) -> base.Algorithm:
-        """The record of pure functions."""
+        """The record of pure functions. Raises UserError for a cohort of one, which has no pair."""
         slots = context.cohort_size
+        if slots == 1 and self.alpha:
+            raise UserError(
+                "cohort.size",
+                slots,
+                "FedMut mutates slots in pairs, and of one there is none",
+                "Take at least 2 clients a round.",
+            )
 
         def signs(number, key):
             """α s for each tensor. -> f32[tensors, K]."""
@@ -89,7 +96,7 @@ class FedMut:
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            new = mean_of_included(results, base.uniform(cohort), state.model)
+            new = base.mean_of_included(results, base.uniform(cohort), state.model)
             step = jax.tree.map(jnp.subtract, new["params"], state.model["params"])
             return FedMutState(new, step), {}
 
@@ -99,4 +106,5 @@ class FedMut:
             merge=merge,
             deploy=lambda state: state.model,
             weights=base.uniform,
+            extrapolates=True,
         )

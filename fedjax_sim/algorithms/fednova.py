@@ -52,7 +52,7 @@ class FedNova:
                 "FedNova knows how much a step of SGD counts, and no other's",
                 "Set local.optimizer to sgd, or choose another algorithm.",
             )
-        share = base.by_samples if self.weights == "samples" else base.uniform
+        share = base.weighing(self.weights)
 
         def normalised(cohort):
             return share(cohort) / total(cohort.steps, context.momentum, context.nesterov)
@@ -74,6 +74,8 @@ class FedNova:
             deploy=lambda state: state,
             weights=normalised,
             needs_models=False,
+            replaced=lambda state, model: model,
+            extrapolates=True,
         )
 
 

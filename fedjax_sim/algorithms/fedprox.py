@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.addition import Addition, on
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.algorithms.fednova import FedNova
+from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check
 
 
@@ -44,7 +46,14 @@ class FedProx:
         at_least("algorithm.mu", self.mu, 0)
 
     def build(self, context: base.Context) -> base.Algorithm:
-        """The record of pure functions."""
+        """The record of pure functions. Raises UserError around FedNova, or as `addition.on`."""
+        if self.mu and any(isinstance(config, FedNova) for config in base.nested(self)):
+            raise UserError(
+                "algorithm.inner",
+                "fednova",
+                "it counts how much gradient a client's steps hold, and knows nothing of FedProx's pull",
+                "Choose another algorithm for FedProx to go around.",
+            )
 
         def direction(gradient, variables, batch, x):
             value, g = gradient(variables, batch)

@@ -27,7 +27,6 @@ from flax import struct, traverse_util
 
 from fedjax_sim import stacked
 from fedjax_sim.algorithms import base
-from fedjax_sim.algorithms.private import mean_of_included
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import check, within
 from fedjax_sim.models.base import Model
@@ -81,7 +80,7 @@ class LayerInterpolation:
         share = traverse_util.unflatten_dict(
             {path[1:]: by_block[block] for path, block in blocks.items() if path[0] == "params"}
         )
-        weigh = base.by_samples if self.weights == "samples" else base.uniform
+        weigh = base.weighing(self.weights)
 
         def init(key, variables):
             del key
@@ -99,7 +98,7 @@ class LayerInterpolation:
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            mean = mean_of_included(results, weigh(cohort), state.model)
+            mean = base.mean_of_included(results, weigh(cohort), state.model)
             new = jax.tree.map(
                 lambda s, w, centre: s * (w - centre[None]), share, results.models["params"], mean["params"]
             )

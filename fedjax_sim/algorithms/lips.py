@@ -137,7 +137,7 @@ class LIPS:
         check(self, "algorithm.")
         within("algorithm.density", self.density, 0.0, 1.0, open_left=True)
         at_least("algorithm.period", self.period, 1)
-        if isinstance(self.inner, LIPS):
+        if any(isinstance(config, LIPS) for config in base.nested(self)):
             raise UserError(
                 "algorithm.inner", "lips", "would make what is sparse sparse again", "Name another algorithm."
             )
@@ -147,7 +147,7 @@ class LIPS:
 
         Raises:
           UserError: no tensor of the model is eligible, or the score wants gradients that training never
-            makes.
+            makes; the server inside goes further than the mean (`Algorithm.extrapolates`).
         """
         inner = self.inner.build(context)
         if self.sync == "weights_only":
@@ -157,6 +157,13 @@ class LIPS:
             _check_trained(inner, leaves, context)
         if self.density == 1 or self.period >= context.rounds:
             return inner
+        if inner.extrapolates:
+            raise UserError(
+                "algorithm.inner",
+                type(self.inner).__name__,
+                "its server goes further than the mean, and would take what was zeroed for progress",
+                "Choose another algorithm for LIPS to go around.",
+            )
         return _Wrapped(self, inner, leaves, context).algorithm()
 
 
@@ -192,16 +199,15 @@ class _Wrapped:
             ),
             end=self.end,
         )
-        of_inner = lambda function: function and (lambda state, *args: function(state.inner, *args))  # noqa: E731
+        wrapped = base.around(
+            self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, replaced=None
+        )
+        if wrapped.selection is None:
+            return wrapped
+        measure = wrapped.selection.measure
+        own_measure = lambda state, clients: measure(state, clients.inner)  # noqa: E731
         return dataclasses.replace(
-            self.inner,
-            init=self.init,
-            dispatch=self.dispatch,
-            merge=self.merge,
-            deploy=lambda state: self.inner.deploy(state.inner),
-            local=rule,
-            personal=of_inner(self.inner.personal),
-            slot=of_inner(self.inner.slot),
+            wrapped, selection=dataclasses.replace(wrapped.selection, measure=own_measure)
         )
 
     @property

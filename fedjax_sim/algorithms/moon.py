@@ -28,6 +28,8 @@ from flax import struct
 from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.addition import Addition, on, seeing
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.algorithms.independent import Local
+from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, positive
 
 
@@ -70,9 +72,20 @@ class MOON:
         positive("algorithm.temperature", self.temperature)
 
     def build(self, context: base.Context) -> base.Algorithm:
-        """The record of pure functions. Raises UserError if the model marks no representation."""
+        """The record of pure functions.
+
+        Raises:
+          UserError: the model marks no representation; the algorithm inside is Local.
+        """
         model = context.model
         model.check_classifier("MOON")
+        if any(isinstance(config, Local) for config in base.nested(self)):
+            raise UserError(
+                "algorithm.inner",
+                "local",
+                "a client alone receives the very model that it trained last, and nothing is in contrast",
+                "Choose another algorithm for MOON to go around.",
+            )
 
         def loss(inner, apply, variables, batch, extra):
             x, previous = extra

@@ -10,21 +10,18 @@ The deployed model holds, in place of private leaves, whatever the inner algorit
 for averaging). It is a reference; what counts of a personalised method is `personal`.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Collection
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from flax import struct, traverse_util
-from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import stacked
-from fedjax_sim.algorithms.base import Algorithm, Results, Starts
+from fedjax_sim.algorithms.base import Algorithm, Starts, around, mean_of_included
 from fedjax_sim.errors import UserError
-from fedjax_sim.models.base import Model, Variables
+from fedjax_sim.models.base import Model
 
 Path = tuple[str, ...]
 """Of a leaf in a model's variables, collection first: ("params", "conv1", "kernel")."""
@@ -81,42 +78,16 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
     def slot(state, slots, ids):
         return joined(inner.held(state.inner, slots, ids), state, ids)
 
-    return dataclasses.replace(
+    return around(
         inner,
         init=init,
         dispatch=dispatch,
         merge=merge,
-        deploy=lambda state: inner.deploy(state.inner),
         needs_models=True,
         stacked=(*inner.stacked, "private"),
         personal=personal,
         slot=slot,
     )
-
-
-def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables) -> Variables:
-    """`Results.mean` without the clients that were left out, for slots that start from models of their own.
-
-    The engine's counts those too, each with its start.
-
-    Args:
-      results: with `models` [K, …] and `mean`.
-      weights: f32[K], unnormalised.
-      otherwise: the mean if all were left out.
-    """
-    included, weights = _everywhere(results.included), _everywhere(weights)
-
-    def again():
-        share = jnp.where(included, weights, 0)
-        mean = stacked.weighted_sum(results.models, share / jnp.maximum(share.sum(), 1e-30))
-        return jax.tree.map(lambda new, old: jnp.where(included.any(), new, old), mean, otherwise)
-
-    return jax.lax.cond(included.all(), lambda: results.mean, again)
-
-
-def _everywhere(leaf: jax.Array) -> jax.Array:
-    """Whole on every device. Left to itself XLA cuts such a vector, and gathers it wherever it is read."""
-    return leaf if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(leaf, P())
 
 
 # --- which leaves ---------------------------------------------------------------------------------------

@@ -7,17 +7,24 @@ x: the server's model, y_i: client i's, c and c_i: their control variates, S: th
 
     step      y_i ← y_i − η_l (g_i(y_i) + c − c_i)
     option I  c_i⁺ = g_i(x), the gradient of all its samples at x
-    option II c_i⁺ = c_i − c + (x − y_i) / (steps · η_l)
+    option II c_i⁺ = c_i − c + (x − y_i) / (steps · η_l)    (see below for momentum)
     server    x ← x + η_g · mean_S(y_i − x),   c ← c + |S|/N · mean_S(c_i⁺ − c_i)
 
 Means are uniform, as in the paper. Batch statistics have no control variate, and are averaged. Option I takes
 a second gradient, at x, of each batch of the first epoch (clients side by side compute one in all steps, and
 drop the others'); its mean is over the samples of these batches.
 
-The paper steps by plain SGD. With momentum, weight decay or another optimiser the control variates of option
-II are what its displacement amounts to. FOUND in the code of FedMR: momentum 0.5, weight decay 1e-5, and
-g + c − c_i clipped at norm 10, which is `local.clip_norm` here. A client that was left out keeps its control
-variate, and changes nothing.
+The paper steps by plain SGD. With momentum ρ a displacement holds up to 1/(1 − ρ) times the gradient of as
+many steps, and c_i of option II would be as much too large: what c − c_i is to cancel comes back
+1 − 1/(1 − ρ) fold in each round, without end for ρ > 1/2. OUR CHOICE is therefore to divide by η_l ‖a‖₁,
+where ‖a‖₁ is how often all gradients enter the displacement (`fednova.total`; the number of steps for plain
+SGD); `divisor: steps` is the formula above. FOUND in the code of FedMR: steps, though with momentum 0.5,
+weight decay 1e-5, and g + c − c_i clipped at norm 10, which is `local.clip_norm` here. The displacement of
+another optimiser is no sum of gradients, and option II refuses it. What weight decay adds counts as gradient;
+a momentum that is kept between rounds (`local.keep_optimizer`) brings in gradients of earlier ones, which
+‖a‖₁ does not count.
+
+A client that was left out keeps its control variate, and changes nothing.
 """
 
 import dataclasses
@@ -28,7 +35,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import base, fednova
+from fedjax_sim.errors import UserError
 from fedjax_sim.fields import check, positive
 
 
@@ -47,17 +55,26 @@ class Scaffold:
     Attributes:
       option: how a client renews its control variate, I or II.
       server_lr: η_g.
+      divisor: of the displacement in option II: the gradients that it holds (`gradients`), or `steps`.
     """
 
     option: Literal["I", "II"] = "II"
     server_lr: float = 1.0
+    divisor: Literal["gradients", "steps"] = "gradients"
 
     def __post_init__(self):
         check(self, "algorithm.")
         positive("algorithm.server_lr", self.server_lr)
 
     def build(self, context: base.Context) -> base.Algorithm:
-        """The record of pure functions."""
+        """The record of pure functions. Raises UserError for option II with an optimiser other than SGD."""
+        if self.option == "II" and context.optimizer != "sgd":
+            raise UserError(
+                "local.optimizer",
+                context.optimizer,
+                "SCAFFOLD's option II takes what a client moved for a sum of gradients, as only SGD's is",
+                "Set local.optimizer to sgd, or algorithm.option to I.",
+            )
 
         def merge(state, cohort, starts, results, key):
             del cohort, starts, key
@@ -77,12 +94,16 @@ class Scaffold:
             dispatch=lambda state, cohort, key: base.Starts(state.model, state.control),
             merge=merge,
             deploy=lambda state: state.model,
-            local=self._on_client(),
+            local=self._on_client(context),
             weights=base.uniform,
             needs_models=False,
+            replaced=lambda state, model: state.replace(model=model),
+            extrapolates=self.server_lr != 1,
         )
 
-    def _on_client(self) -> base.LocalRule:
+    def _on_client(self, context: base.Context) -> base.LocalRule:
+        momentum = context.momentum if self.divisor == "gradients" else 0.0
+
         def begin(start, c_i, c):
             extra = {"c": c, "c_i": c_i}
             if self.option == "I":
@@ -110,7 +131,7 @@ class Scaffold:
             if self.option == "I":
                 new = jax.tree.map(lambda s: s / jnp.maximum(extra["seen"], 1), extra["sum"])
             else:
-                scale = 1 / (jnp.maximum(steps, 1).astype(jnp.float32) * lr)
+                scale = 1 / (fednova.total(steps, momentum, context.nesterov) * lr)
                 new = jax.tree.map(
                     lambda c_i, c, x, y: c_i - c + (x - y) * scale,
                     c_i,

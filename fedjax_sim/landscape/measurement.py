@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from fedjax_sim import fields
 from fedjax_sim.checkpoint import Checkpoints
@@ -94,6 +95,8 @@ class Measured:
       between: of each pair of the cohort's models, (number, number, barriers).
       planes: through the first three of them; empty if not asked for, or if there are fewer.
       clients: who trained those models.
+      norm: L2, of all parameters of the deployed model: what curvature and an absolute ρ are to be seen
+        beside, as both change where weights are only rescaled.
     """
 
     loss: dict[str, float]
@@ -105,6 +108,7 @@ class Measured:
     between: list[tuple[int, int, dict[str, Barrier]]]
     planes: dict[str, Plane]
     clients: tuple[int, ...]
+    norm: float
 
     def barriers(self, name: str) -> np.ndarray:
         """Heights of the barriers of all pairs, on `train` or `test` samples. -> f64[pairs]."""
@@ -240,6 +244,7 @@ def measure(simulation: Simulation, settings: Settings | None = None, *, planes:
         between=between,
         planes=_planes(wanted, models, settings.grid) if two and len(models) > 2 else {},
         clients=clients,
+        norm=float(np.linalg.norm(ravel_pytree(variables["params"])[0])),
     )
 
 

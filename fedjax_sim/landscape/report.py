@@ -79,7 +79,7 @@ def numbers(measured: Measured) -> dict[str, float]:
         out[f"eigenvalue_{place}"], out[f"eigenvalue_{place}_residual"] = float(value), float(residual)
     out |= {"eigenvalue_least": one.least, "trace": one.trace, "trace_error": one.trace_error}
     out |= {"sharpness_worst": ball.worst, "sharpness_average": ball.average}
-    out["sharpness_average_error"] = ball.average_error
+    out |= {"sharpness_average_error": ball.average_error, "norm": measured.norm}
     if measured.between:
         for name in measured.loss:
             heights = measured.barriers(name)
@@ -177,6 +177,7 @@ _COLUMNS = {
     "train_loss": "train loss",
     "test_loss": "test loss",
     "test_accuracy": "test accuracy",
+    "norm": "norm of the parameters",
     "eigenvalue_1": "top eigenvalue",
     "trace": "trace",
     "sharpness_worst": "worst-case sharpness",
@@ -195,7 +196,8 @@ _ABOUT = (
     "Of the deployed model in evaluation mode (batch norm with its running statistics), losses on {samples} "
     "random samples that clients train on, and as many test samples; curvature and sharpness are of the "
     "training loss. Top eigenvalue and trace of its Hessian by the parameters: {lanczos} Lanczos steps, "
-    "{probes} Hutchinson probes. Sharpness: rise of the loss within ρ = {rho:g} ({unit}), the worst that "
+    "{probes} Hutchinson probes. Both shrink where weights grow and the network computes the same; the norm "
+    "is that of all parameters. Sharpness: rise of the loss within ρ = {rho:g} ({unit}), the worst that "
     "gradient ascent found, and the mean of random steps of that length. Barrier: the largest among pairs of "
     "{models} clients' models, trained for one more round and not merged; the excess of the loss on the line "
     "between two over the straight line between their losses; 0: in one basin, as far as the line tells. "

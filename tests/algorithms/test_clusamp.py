@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import pdist
 
 from fedjax_sim import models
-from fedjax_sim.algorithms import CONFIGS, CluSamp
+from fedjax_sim.algorithms import CONFIGS, CluSamp, FedAvg
 from fedjax_sim.algorithms.base import Context
 from fedjax_sim.algorithms.clusamp import distributions
 from fedjax_sim.checkpoint import Checkpoints
@@ -238,3 +240,25 @@ def test_mistakes_are_named(settings, field):
     with pytest.raises(UserError) as caught:
         CONFIGS["clusamp"](**settings)
     assert caught.value.field == field
+
+
+def test_with_everyone_taking_part_equal_clients_are_fedavg():
+    finals = []
+    for algorithm in (CluSamp(), FedAvg()):
+        simulation = oracles.simulate((9,) * 4, algorithm=algorithm, rounds=2, momentum=0.5)
+        oracles.run(simulation)
+        finals.append(jax.device_get(simulation.variables))
+    oracles.assert_trees_close(*finals, atol=1e-6)
+
+
+def test_rows_of_the_matrix_may_be_taken_for_points(rng):
+    """As both published codes do."""
+    clients, counts = 9, np.full(9, 4)
+    distances = random_distances(rng, clients)
+    chances = distributions(distances, counts, 3, "rows")
+    ours = sorted(tuple(np.flatnonzero(row)) for row in chances)
+    cut = hierarchy.fcluster(hierarchy.ward(pdist(distances)), 3, "maxclust")
+    groups = [tuple(np.flatnonzero(cut == number)) for number in set(cut)]
+    whole = [group for group in groups if len(group) <= 3]
+    assert whole and all(any(set(group) <= set(row) for row in ours) for group in whole)
+    np.testing.assert_allclose(chances.sum(0), 3 / clients)

@@ -14,6 +14,7 @@ from fedjax_sim import models, stacked
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR
 from fedjax_sim.algorithms.fedmr import group_of, permutations, recombine, similarity
 from tests import oracles
+from tests.test_rounds import poisoned
 
 LENET = models.create("lenet", (32, 32, 3), 10)
 RESNET = models.create("resnet20", (32, 32, 3), 10)
@@ -206,6 +207,16 @@ def test_a_first_stage_without_end_is_uniform_fedavg_bit_for_bit(wave):
     oracles.assert_trees_equal(recombined.variables, averaged.variables)
     shorter = _final(FedMR(first_stage=1), **keywords)
     assert oracles.far_apart(shorter.variables, averaged.variables) > 1e-4
+
+
+def test_in_the_first_stage_a_client_that_is_left_out_is_in_no_mean():
+    finals = []
+    for algorithm in (FedMR(first_stage=2), FedAvg(weights="uniform")):
+        simulation = poisoned(algorithm, non_finite="skip", cohort=4, rounds=2)
+        rows = oracles.run(simulation)
+        assert [row.client for row in rows if row.metric == "left_out"] == [2, 2]
+        finals.append(jax.device_get(simulation.variables))
+    oracles.assert_trees_close(*finals, atol=1e-6)
 
 
 def test_one_slot_is_fedavg_with_one_client():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim import models
-from fedjax_sim.algorithms import CONFIGS, Ditto, FedProx, FedRoD
+from fedjax_sim.algorithms import CONFIGS, Ditto, FedAvg, FedProx, FedRoD
 from fedjax_sim.algorithms.base import Context
 from fedjax_sim.config import EvaluationConfig, InertiaConfig, PeelConfig
 from fedjax_sim.errors import UserError
@@ -177,3 +177,16 @@ def test_mistakes_are_named():
     with pytest.raises(UserError, match="head, both") as caught:
         CONFIGS["fedrod"](personal_loss="body")
     assert caught.value.field == "algorithm.personal_loss"
+
+
+def test_with_equal_classes_the_generic_model_is_fedavg_s():
+    """log n is then the same for all classes, and the softmax does not see it."""
+    dataset, _ = oracles.world((18, 18))
+    dataset = dataclasses.replace(dataset, train_labels=np.repeat(np.arange(3, dtype=np.int32), 12))
+    given = dataset, oracles.Partition((np.arange(0, 36, 2), np.arange(1, 36, 2)))
+    finals = []
+    for algorithm in (FedRoD(), FedAvg()):
+        simulation = oracles.simulate(given=given, algorithm=algorithm, momentum=0.5)
+        oracles.run(simulation)
+        finals.append(jax.device_get(simulation.variables))
+    oracles.assert_trees_close(*finals, atol=1e-6)

@@ -15,12 +15,15 @@ from flax import traverse_util
 from fedjax_sim import config as config_lib
 from fedjax_sim import models, runs, waves
 from fedjax_sim.algorithms import (
+    CONFIGS,
     LIPS,
+    FedAdam,
     FedAvg,
     FedBABU,
     FedBN,
     FedMR,
     FedPer,
+    FedProx,
     FedRep,
     LayerInterpolation,
     Local,
@@ -639,6 +642,44 @@ def test_around_personalised_algorithms(inner):
     for model in held:
         assert all(np.isfinite(leaf).all() and leaf.any() for leaf in by_name(model).values())
     assert oracles.far_apart(held[0], held[3]) > 1e-4
+
+
+SETTINGS = {"fedrep": {"head_epochs": 1}, "partial": {"first": 1}, "fedgen": {"generator_steps": 2}}
+FURTHER = ("fednova", "fedexp", "fedmut", "fedopt", "fedavgm", "fedadam", "fedyogi")
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in (*FURTHER, "lips")])
+def test_around_every_algorithm_what_is_zeroed_is_zero_and_the_rest_is_as_it_was(name):
+    """One mask for all and next to no training: the server adds nothing of its own to what was zeroed."""
+    inner = CONFIGS[name](**SETTINGS.get(name, {}))
+    lips = LIPS(inner, density=0.4, period=1, masks="shared", score="magnitude", leaves=KERNELS[1:])
+    simulation = oracles.simulate(EVEN, algorithm=lips, model=personal.normed(), lr=1e-12, rounds=2)
+    start = by_name(simulation.variables)
+    rows = oracles.run(simulation)
+    assert oracles.value_of(rows, "lips_nonzero", 2) == pytest.approx(10 / 25)
+    for path, leaf in by_name(simulation.variables).items():
+        if path == KERNELS[1]:
+            kept = np.argsort(-np.abs(start[path]).ravel())[:10]
+            expected = np.zeros(25, np.float32)
+            expected[kept] = start[path].ravel()[kept]
+            np.testing.assert_allclose(leaf.ravel(), expected, atol=1e-6)
+        elif path.startswith("params"):
+            np.testing.assert_allclose(leaf, start[path], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_a_server_that_goes_past_the_mean_is_refused(name):
+    context = Context(personal.deep(), num_clients=4, cohort_size=4, rounds=9, epochs=1)
+    with pytest.raises(UserError, match="take what was zeroed for progress") as caught:
+        LIPS(CONFIGS[name](), layers="inner").build(context)
+    assert caught.value.field == "algorithm.inner"
+    with pytest.raises(UserError, match="more than an average"):
+        FedAdam(inner=LIPS(layers="inner")).build(context)
+
+
+def test_not_over_itself_at_any_depth():
+    with pytest.raises(UserError, match="sparse again"):
+        LIPS(FedProx(LIPS()))
 
 
 # --- layouts --------------------------------------------------------------------------------------------

@@ -134,6 +134,24 @@ def test_fedrep_trains_head_then_body(layout):
     personal.assert_rounds(simulation, FC3, 1 if layout else 2, train=head_then_body(2))
 
 
+def test_weight_decay_does_not_gather_while_a_part_is_frozen():
+    """With no gradient to speak of, the body decays by the steps of its own epoch alone."""
+    simulation = simulate(
+        FedRep(head_epochs=2), epochs=3, cohort=1, rounds=1, momentum=0.9, lr=1e-3, weight_decay=100.0
+    )
+    start = jax.device_get(simulation.variables["params"])
+    steps = int(simulation.inputs(0)[0].cohort.steps[0]) // 3
+    oracles.run(simulation)
+    w, buffer = 1.0, 0.0
+    for _ in range(steps):
+        buffer = 0.9 * buffer + 100.0 * w
+        w -= 1e-3 * buffer
+    got = jax.device_get(simulation.variables["params"])
+    for layer in ("fc1", "fc2"):
+        ratio = got[layer]["kernel"] / start[layer]["kernel"]
+        np.testing.assert_allclose(np.median(ratio), w, atol=0.03)
+
+
 def test_a_frozen_part_does_not_move_at_all():
     """The head phase alone and a whole round of one client: which leaves each has moved, to the bit."""
 

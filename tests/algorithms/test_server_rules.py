@@ -1,5 +1,7 @@
 """SCAFFOLD, FedDyn, FedExP, FedNova, FedMut: rounds of each against NumPy, and where they become FedAvg."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,7 +110,9 @@ def scaffold(simulation, rounds, out=()):
                 seen = np.concatenate(steps[: -(-len(labels) // 10)])  # of the first epoch
                 new = oracles.mlp_gradient(x, data[seen], labels[seen])[1]
             else:
-                scale = 1 / (len(steps) * rate_of(simulation, index))
+                local = simulation.setup.config.local
+                momentum = local.momentum if config.divisor == "gradients" else 0.0
+                scale = 1 / (entries(len(steps), momentum, local.nesterov) * rate_of(simulation, index))
                 new = map_trees(lambda i, c, x, y, s=scale: i - c + s * (x - y), own[client], c, x, y)
             trained.append(y)
             changes.append(minus(new, own[client]))
@@ -199,11 +203,13 @@ def simulate(algorithm, **keywords):
     [
         (Scaffold(), {}),
         (Scaffold(server_lr=0.5), {"momentum": 0.5, "weight_decay": 0.05, "clip_norm": 0.3, **WIDE}),
+        (Scaffold(), {"momentum": 0.9, "nesterov": True}),
+        (Scaffold(divisor="steps"), {"momentum": 0.5}),
         (Scaffold(option="I", server_lr=1.5), WIDE),
         (Scaffold(option="I"), {"devices": 2, "wave": 2, "rounds": 2}),
         (Scaffold(option="I"), {"steps": 3, **WIDE}),  # the largest client has no time for all its samples
     ],
-    ids=["II", "II-momentum", "I", "I-two-devices", "I-steps"],
+    ids=["II", "II-momentum", "II-nesterov", "II-by-steps", "I", "I-two-devices", "I-steps"],
 )
 def test_scaffold(algorithm, keywords):
     simulation = simulate(algorithm, **keywords)
@@ -225,6 +231,24 @@ def test_scaffold(algorithm, keywords):
         assert (oracles.far_apart(kept, zeros(kept)) > 1e-3) == (client in drawn)
     oracles.assert_trees_close(c, weighted_mean(own, [1] * 5))
     assert oracles.far_apart(c, zeros(c)) > 1e-3
+
+
+def test_momentum_does_not_drive_control_variates_apart():
+    """Divided by steps they hold 1/(1 − ρ) times too much, and what is too much comes back larger."""
+    sizes = {}
+    for divisor in ("gradients", "steps"):
+        simulation = simulate(Scaffold(divisor=divisor), momentum=0.9, lr=0.01, steps=30, rounds=12)
+        oracles.run(simulation)
+        sizes[divisor] = np.sqrt(max(squares(kept) for kept in kept_by(simulation)))
+    assert sizes["gradients"] < 10 < sizes["steps"] / 10
+
+
+def test_scaffold_wants_sgd_for_option_ii():
+    adam = dataclasses.replace(CONTEXT, optimizer="adam")
+    with pytest.raises(UserError, match="sum of gradients") as caught:
+        Scaffold().build(adam)
+    assert caught.value.field == "local.optimizer"
+    Scaffold(option="I").build(adam)
 
 
 @pytest.mark.parametrize("keywords", [{"momentum": 0.5}, WIDE], ids=["momentum", "wide"])
@@ -423,7 +447,7 @@ def dispatched(slots, number, key=ROOT, **settings):
     return np.stack([leaf[:, 0, 0] / 0.5 for leaf in moved])
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("slots", [2, 3, 6, 7])
 def test_pairs_of_mutations(slots):
     for number, beta in ((1, 0.5), (3, 0.25), (5, 0.0), (50, 0.0)):
         drawn = dispatched(slots, number, alpha=2.0, beta=0.5, until=4)
@@ -432,6 +456,12 @@ def test_pairs_of_mutations(slots):
         for row in drawn:
             np.testing.assert_allclose(sorted(row[: 2 * pairs]), wanted, atol=1e-6)
             np.testing.assert_array_equal(row[2 * pairs :], 0)
+
+
+def test_one_slot_has_no_pair():
+    with pytest.raises(UserError, match=r"cohort\.size = 1.*pairs"):
+        dispatched(1, 1)
+    dispatched(1, 1, alpha=0.0)
 
 
 def test_each_tensor_and_each_round_draws_anew():
@@ -516,6 +546,7 @@ def test_a_client_that_is_left_out(algorithm, oracle):
     ("name", "settings", "field"),
     [
         ("scaffold", {"option": "III"}, "algorithm.option"),
+        ("scaffold", {"divisor": "step"}, "algorithm.divisor"),
         ("scaffold", {"server_lr": 0.0}, "algorithm.server_lr"),
         ("scaffold", {"server_lr": float("nan")}, "algorithm.server_lr"),
         ("feddyn", {"alpha": 0.0}, "algorithm.alpha"),

@@ -67,6 +67,9 @@ def test_one_command_compares_runs(study, tmp_path, capsys):
     rows = rows_of(tmp_path / "flatness.csv")
     found = {(row["group"], row["seed"], row["name"]): float(row["value"]) for row in rows}
     assert {row["group"] for row in rows} == {"fedmr", "fedavg", "local"}
+    weights = jax.device_get(restored(study / "fedavg").variables["params"])
+    wanted = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(weights)))
+    assert found["fedavg", "0", "norm"] == pytest.approx(wanted, rel=1e-5)
     for group, seed in (("fedmr", "0"), ("fedmr", "1"), ("fedavg", "0"), ("local", "0")):
         one = {name: value for (g, s, name), value in found.items() if (g, s) == (group, seed)}
         assert one["eigenvalue_1"] > one["eigenvalue_2"] >= one["eigenvalue_least"]

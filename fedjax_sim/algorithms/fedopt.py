@@ -1,0 +1,234 @@
+"""FedOpt: an optimiser on the server, on top of any algorithm that averages.
+
+Reddi, Charles, Zaheer, Garrett, Rush, Konečný, Kumar, McMahan. Adaptive Federated Optimization. ICLR 2021.
+https://arxiv.org/abs/2003.00295
+Hsu, Qi, Brown. Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification.
+2019. https://arxiv.org/abs/1909.06335
+
+FedAdam and FedYogi are the first paper's, FedAvgM the second's. x: the server's model, x': what the algorithm
+inside makes of it in a round (for FedAvg the mean).
+
+    g        <-  x − x'                                        the pseudo-gradient
+    FedAvgM      v ← β v + g,             x ← x − η v
+    FedAdam      m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,               x ← x − η m̂ / (√v̂ + τ)
+    FedYogi      m ← β₁ m + (1 − β₁) g,   v ← v − (1 − β₂) g² sign(v − g²),     x ← x − η m̂ / (√v̂ + τ)
+
+with m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t) after t rounds. The optimisers are optax's, and `fedopt`
+takes any of them. FOUND in Reddi et al.: β₁ = 0.9, β₂ = 0.99, τ = 10⁻³; no bias correction (m and v as they
+are), and v = τ² at the start, where optax has 0 (Adam) and 10⁻⁶ (Yogi). η is tuned there for every task; OUR
+CHOICE as defaults: 0.01 for both, and for FedAvgM 1, with the β = 0.9 of Hsu et al.'s experiments.
+
+Batch statistics do not pass through the optimiser. After a round in which every client was left out nothing
+has changed, the optimiser's memory neither. An algorithm is refused whose rounds are more than an
+average (`Algorithm.replaced`): it has a step rule of its own, K models, or makes clients start from another
+model than x (LIPS), of which the optimiser would take the difference for progress.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.errors import UserError
+from fedjax_sim.fields import check, nearest, positive, within
+
+OPTIMIZERS = (
+    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "amsgrad", "lamb", "lars", "lion",
+    "nadam", "radam", "rmsprop", "sgd", "yogi",
+)  # fmt: skip
+"""Names of optax's optimisers that messages offer; another name of optax's does as well."""
+
+
+@struct.dataclass
+class FedOptState:
+    """Attributes: inner: the state of the algorithm inside, with x. memory: the optimiser's."""
+
+    inner: Any
+    memory: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FedOpt:
+    """Any optimiser of optax on the server of another algorithm.
+
+    Attributes:
+      optimizer: its name (`adam`, `sgd`, `lion` …).
+      lr: η, its learning rate; None: 1, at which sgd is `inner`, and others must be told.
+      options: its further arguments (`{b2: 0.99, eps: 1e-3}`); others are optax's defaults.
+      inner: the algorithm that averages.
+    """
+
+    optimizer: str = "sgd"
+    lr: float | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+
+    def __post_init__(self):
+        check(self, "algorithm.")
+        if self.lr is not None:
+            positive("algorithm.lr", self.lr)
+        elif self.optimizer != "sgd":
+            raise UserError(
+                "algorithm.lr",
+                None,
+                f"what rate suits {self.optimizer} is not known; at 1 it may move every weight by about 1",
+                "Set it (0.01, say).",
+            )
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions.
+
+        Raises:
+          UserError: optax has no such optimiser, or it takes no such option; the server inside does more
+            than to average.
+        """
+        return _on(self.inner, _optimizer(self.optimizer, self.lr or 1.0, self.options), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class FedAvgM:
+    """Server momentum on top of another algorithm (https://arxiv.org/abs/1909.06335).
+
+    Attributes:
+      lr: η.
+      momentum: β; with 0 and η = 1 it is `inner`.
+      nesterov: whether it is Nesterov's.
+      inner: the algorithm that averages.
+    """
+
+    lr: float = 1.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+
+    def __post_init__(self):
+        check(self, "algorithm.")
+        positive("algorithm.lr", self.lr)
+        within("algorithm.momentum", self.momentum, 0.0, 1.0, open_right=True)
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions. Raises UserError if the server inside does more than to average."""
+        momentum = self.momentum or None  # optax would keep one for 0 as well
+        return _on(self.inner, optax.sgd(self.lr, momentum=momentum, nesterov=self.nesterov), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class FedAdam:
+    """Adam on the server of another algorithm.
+
+    Attributes:
+      lr: η.
+      b1: β₁.
+      b2: β₂.
+      tau: τ, how adaptive it is.
+      inner: the algorithm that averages.
+    """
+
+    lr: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.99
+    tau: float = 1e-3
+    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+
+    def __post_init__(self):
+        _check_adaptive(self)
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions. Raises UserError if the server inside does more than to average."""
+        return _on(self.inner, optax.adam(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
+
+
+@dataclasses.dataclass(frozen=True)
+class FedYogi:
+    """Yogi on the server of another algorithm.
+
+    Attributes:
+      lr: η.
+      b1: β₁.
+      b2: β₂.
+      tau: τ, how adaptive it is.
+      inner: the algorithm that averages.
+    """
+
+    lr: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.99
+    tau: float = 1e-3
+    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+
+    def __post_init__(self):
+        _check_adaptive(self)
+
+    def build(self, context: base.Context) -> base.Algorithm:
+        """The record of pure functions. Raises UserError if the server inside does more than to average."""
+        return _on(self.inner, optax.yogi(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
+
+
+def _check_adaptive(config: FedAdam | FedYogi) -> None:
+    check(config, "algorithm.")
+    positive("algorithm.lr", config.lr)
+    positive("algorithm.tau", config.tau)
+    within("algorithm.b1", config.b1, 0.0, 1.0, open_right=True)
+    within("algorithm.b2", config.b2, 0.0, 1.0, open_right=True)
+
+
+def _on(
+    config: base.AlgorithmConfig, optimizer: optax.GradientTransformation, context: base.Context
+) -> base.Algorithm:
+    """The algorithm of `config` with an optimiser on its server."""
+    inner = config.build(context)
+    replaced = inner.replaced
+    if replaced is None:
+        raise UserError(
+            "algorithm.inner",
+            type(config).__name__,
+            "a round of it is more than an average, and leaves no step to an optimiser",
+            "Choose one that averages (fedavg, fedprox, fednova, clusamp, fedgen, fedper …).",
+        )
+
+    def merge(state, cohort, starts, results, key):
+        x = inner.deploy(state.inner)["params"]
+        new, metrics = inner.merge(state.inner, cohort, starts, results, key)
+        model = inner.deploy(new)
+        gradient = jax.tree.map(jnp.subtract, x, model["params"])
+        with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: a float and an int32
+            updates, memory = optimizer.update(gradient, state.memory, x)
+        # Where nobody is left, momentum alone would go on.
+        anyone = results.included.any()
+        keep = lambda new, old: jnp.where(anyone, new, old)  # noqa: E731
+        params = jax.tree.map(keep, optax.apply_updates(x, updates), x)
+        memory = jax.tree.map(keep, memory, state.memory)
+        return FedOptState(replaced(new, {**model, "params": params}), memory), metrics
+
+    def init(key, variables):
+        return FedOptState(inner.init(key, variables), optimizer.init(variables["params"]))
+
+    def dispatch(state, cohort, key):
+        return inner.dispatch(state.inner, cohort, key)
+
+    return base.around(inner, init=init, dispatch=dispatch, merge=merge, replaced=None, extrapolates=True)
+
+
+def _optimizer(name: str, lr: float, options: Mapping[str, Any]) -> optax.GradientTransformation:
+    field = "algorithm.optimizer"
+    make = getattr(optax, name, None)
+    if not callable(make):
+        raise UserError(field, name, "optax has no such optimiser", nearest(name, OPTIMIZERS))
+    try:
+        made = make(lr, **options)
+    except Exception as error:
+        raise UserError(
+            "algorithm.options" if options else field,
+            dict(options) if options else name,
+            f"optax cannot make {name} with it and lr {lr}: {error}",
+            f"See optax.{name} for its arguments.",
+        ) from None
+    if not isinstance(made, optax.GradientTransformation):
+        raise UserError(field, name, "is no optimiser of optax", nearest(name, OPTIMIZERS))
+    return made
