@@ -85,8 +85,8 @@ def run(
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
 
     Raises:
-      UserError: there is no such part; the folder cannot be written; a method cannot work in some setting, of
-        which its first seed is looked at before any run starts.
+      UserError: there is no such part; the folder cannot be written; a run cannot work as it is configured,
+        which is found before the first one starts.
       Interrupted, Terminated: on SIGINT and SIGTERM; a later start continues.
     """
     this, parts = part
@@ -159,12 +159,10 @@ class _Shared:
 
 
 def _check(sweep: Sweep, shared: _Shared) -> None:
-    seen = set()
+    """Raises UserError for the first run that has not begun and cannot."""
     for job in sweep.jobs:
-        cell = job.method, job.column
-        if cell in seen or hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
+        if hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
             continue
-        seen.add(cell)
         try:
             runs.check(job.config, shared.dataset(job.config), shared.partition(job.config))
         except UserError as error:

@@ -29,6 +29,9 @@ a round, the gradient is that of a client's last one; a period as long as the ru
 would still make the start after round 0 sparse); `inner` eligibility, one shared mask, the cosine and
 constant schedules, and `noise`. Not available: the paper's body, so none of its numbers.
 
+An algorithm whose server goes on by more than the mean (FedNova, FedExP, FedMut, a server optimiser) is
+refused: from the model that it sent to the zeros that came back would be a step for it, to be lengthened.
+
 A weight that is zeroed while its unit is dead for every client has no gradient and stays zero: the share of
 weights that are not zero (`lips_nonzero`) may lie below the density.
 """
