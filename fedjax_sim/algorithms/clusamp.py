@@ -144,7 +144,7 @@ def distributions(
     groups = sorted(_clusters(distances, left, points), key=lambda group: -left[group].sum())
     for place, group in enumerate(groups[:places]):
         chances[row + place, group] = left[group]
-    room = 1 - chances[row:].sum(1)
+    room = np.maximum(1 - chances[row:].sum(1), 0)  # a full row may add up to a little more than 1
     place = 0
     for client in (client for group in groups[places:] for client in group):
         rest = left[client]

@@ -251,6 +251,20 @@ def test_with_everyone_taking_part_equal_clients_are_fedavg():
     oracles.assert_trees_close(*finals, atol=1e-6)
 
 
+@pytest.mark.parametrize("points", ["distances", "rows"])
+def test_clusters_that_fill_a_place_to_the_last_bit_leave_no_negative_chance(points):
+    """Equal clients, whose tenths do not add up to 1 exactly."""
+    filled = 0
+    for seed in range(40):
+        spots = np.random.default_rng(seed).normal(size=(50, 3))
+        distances = np.linalg.norm(spots[:, None] - spots[None], axis=2)
+        chances = distributions(distances, np.full(50, 500), 5, points)
+        assert (chances >= 0).all()
+        np.testing.assert_allclose(chances.sum(0), 0.1)
+        filled += ((chances > 0).sum(1) == 10).any()
+    assert filled
+
+
 def test_rows_of_the_matrix_may_be_taken_for_points(rng):
     """As both published codes do."""
     clients, counts = 9, np.full(9, 4)
