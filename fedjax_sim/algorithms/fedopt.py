@@ -119,7 +119,25 @@ class FedAvgM:
 
 
 @dataclasses.dataclass(frozen=True)
-class FedAdam:
+class _Adaptive:
+    """What FedAdam and FedYogi have in common: their settings."""
+
+    lr: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.99
+    tau: float = 1e-3
+    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+
+    def __post_init__(self):
+        check(self, "algorithm.")
+        positive("algorithm.lr", self.lr)
+        positive("algorithm.tau", self.tau)
+        within("algorithm.b1", self.b1, 0.0, 1.0, open_right=True)
+        within("algorithm.b2", self.b2, 0.0, 1.0, open_right=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class FedAdam(_Adaptive):
     """Adam on the server of another algorithm.
 
     Attributes:
@@ -130,22 +148,13 @@ class FedAdam:
       inner: the algorithm that averages.
     """
 
-    lr: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.99
-    tau: float = 1e-3
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
-
-    def __post_init__(self):
-        _check_adaptive(self)
-
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         return _on(self.inner, optax.adam(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
 
 
 @dataclasses.dataclass(frozen=True)
-class FedYogi:
+class FedYogi(_Adaptive):
     """Yogi on the server of another algorithm.
 
     Attributes:
@@ -156,26 +165,9 @@ class FedYogi:
       inner: the algorithm that averages.
     """
 
-    lr: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.99
-    tau: float = 1e-3
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
-
-    def __post_init__(self):
-        _check_adaptive(self)
-
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         return _on(self.inner, optax.yogi(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
-
-
-def _check_adaptive(config: FedAdam | FedYogi) -> None:
-    check(config, "algorithm.")
-    positive("algorithm.lr", config.lr)
-    positive("algorithm.tau", config.tau)
-    within("algorithm.b1", config.b1, 0.0, 1.0, open_right=True)
-    within("algorithm.b2", config.b2, 0.0, 1.0, open_right=True)
 
 
 def _on(
