@@ -566,12 +566,13 @@ def _renewed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         fields = {key: renewed(inner) for key, inner in value.items()}
         if fields.get("name") == "scaffold":
             fields.setdefault("divisor", "steps")
+        if fields.get("name", "fedavg") != "fedavg":
+            return fields
         optimizer = fields.pop("server_optimizer", "none")
-        if "server_options" in fields or optimizer != "none":
-            server = {"lr": fields.pop("server_lr", 1.0), "options": fields.pop("server_options", {})}
-            if optimizer != "none":
-                return {"name": "fedopt", "optimizer": optimizer, **server, "inner": fields}
-        return fields
+        server = {"lr": fields.pop("server_lr", 1.0), "options": fields.pop("server_options", {})}
+        if optimizer == "none":
+            return fields
+        return {"name": "fedopt", "optimizer": optimizer, **server, "inner": {"name": "fedavg", **fields}}
 
     return {**mapping, "version": VERSION, "algorithm": renewed(mapping.get("algorithm", "fedavg"))}
 

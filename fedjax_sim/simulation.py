@@ -366,7 +366,7 @@ class Simulation:
         assert chooser is not None
         assert self._measure is not None
         with jax.set_mesh(self.mesh):
-            measured = jax.device_get(self._measure(self.state.algorithm, self.state.clients["rule"]))
+            measured = jax.device_get(self._measure(self.state.algorithm))
         drawn = cohorts.generator(self.setup.config.seed, round_index)
         return chooser.choose(measured, self.setup.population.counts, self.setup.cohort_size, drawn)
 

@@ -90,7 +90,7 @@ def named(name: Any, field: str = "algorithm.name") -> type:
     Raises:
       UserError: there is none.
     """
-    if name in list(CONFIGS):
+    if isinstance(name, str) and name in CONFIGS:
         return CONFIGS[name]
     if not isinstance(name, str) or ":" not in name:
         raise UserError(field, name, "no such algorithm", nearest(str(name), CONFIGS))

@@ -208,12 +208,12 @@ class Selection:
     """A cohort chosen by what the server knows of its clients, instead of `cohort.sampling`.
 
     Attributes:
-      measure: (state, clients) -> arrays; traced. state: the algorithm's; clients: what clients keep, [N, …].
+      measure: the algorithm's state -> arrays; traced.
       choose: (measured, counts i64[N], K, generator) -> client ids i32[K], which may repeat; on the host,
         `measured` as NumPy arrays. The round waits for it.
     """
 
-    measure: Callable[[State, Any], Any]
+    measure: Callable[[State], Any]
     choose: Callable[[Any, np.ndarray, int, np.random.Generator], np.ndarray]
 
 

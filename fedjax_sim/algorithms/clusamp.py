@@ -99,7 +99,7 @@ class CluSamp:
             needs_models=False,
             stacked=("updates",),
             replaced=lambda state, model: state.replace(model=model),
-            selection=base.Selection(lambda state, kept: state.distances, choose),
+            selection=base.Selection(lambda state: state.distances, choose),
         )
 
     def _distances(self, one: jax.Array, others: jax.Array) -> jax.Array:

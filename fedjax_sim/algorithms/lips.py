@@ -103,7 +103,7 @@ class ClientState:
 
 @dataclasses.dataclass(frozen=True)
 class LIPS:
-    """Transient sparsity on top of any algorithm.
+    """Transient sparsity on top of another algorithm.
 
     Attributes:
       inner: the algorithm whose models are sent (`fedavg`, `{name: fedmr, granularity: module}` …).
@@ -202,15 +202,8 @@ class _Wrapped:
             ),
             end=self.end,
         )
-        wrapped = base.around(
+        return base.around(
             self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, replaced=None
-        )
-        if wrapped.selection is None:
-            return wrapped
-        measure = wrapped.selection.measure
-        own_measure = lambda state, clients: measure(state, clients.inner)  # noqa: E731
-        return dataclasses.replace(
-            wrapped, selection=dataclasses.replace(wrapped.selection, measure=own_measure)
         )
 
     @property
