@@ -81,27 +81,33 @@ class Checkpoints:
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
 
-    def restore(self, abstract: Any, at_most: int | None = None) -> tuple[Any, int] | None:
+    def restore(
+        self, abstract: Any, at_most: int | None = None, *, mend: bool = True
+    ) -> tuple[Any, int] | None:
         """The newest sound state, on the host, and its round; None if there is none.
 
-        Half-written and damaged checkpoints are passed over with a warning. Damaged ones are moved to
-        `damaged/` beside the checkpoints, so that their rounds can be written again.
+        Half-written and damaged checkpoints are passed over with a warning.
 
         Args:
           abstract: shapes, dtypes and shardings (`Simulation.abstract_state()`).
           at_most: newest round that is wanted.
+          mend: those that are damaged or too new are moved to `damaged/` beside the checkpoints, so that
+            their rounds can be written again, and half-written ones removed; False: nothing is touched, as
+            the run may be writing.
 
         Raises:
           UserError: a sound checkpoint holds a state of other shapes than `abstract`.
         """
-        hosts.agreed(self._report_unfinished)
+        if mend:
+            hosts.agreed(self._remove_unfinished)
         for number in reversed(hosts.agreed(self.rounds)):
             if at_most is not None and number > at_most:
                 warnings.warn(
                     f"checkpoint of round {number} passed over: the journal ends at round {at_most}",
                     stacklevel=2,
                 )
-                hosts.agreed(partial(self._put_aside, number))
+                if mend:
+                    hosts.agreed(partial(self._put_aside, number))
                 continue
             wanted = jax.tree.map(_on_host, abstract)
             try:
@@ -111,7 +117,8 @@ class Checkpoints:
             except Exception as error:
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
-                hosts.agreed(partial(self._put_aside, number))
+                if mend:
+                    hosts.agreed(partial(self._put_aside, number))
                 continue
             return jax.tree.map(_from_host, state, abstract), number
         return None
@@ -132,7 +139,7 @@ class Checkpoints:
                 raise ValueError(f"{name} does not have the checksum that was written")
         return state
 
-    def _report_unfinished(self) -> None:
+    def _remove_unfinished(self) -> None:
         if not self.folder.is_dir():
             return
         for path in sorted(self.folder.iterdir()):

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -227,6 +228,7 @@ runs are taken.
 
 
 def _landscape(words: list[str]) -> int:
+    from fedjax_sim import fields
     from fedjax_sim.landscape import report
     from fedjax_sim.landscape.measurement import Settings
 
@@ -234,7 +236,12 @@ def _landscape(words: list[str]) -> int:
     names = [field.name for field in dataclasses.fields(Settings)]
     about = _LANDSCAPE.format(**vars(Settings()))
     given, flags = _given(words, usage, about, "--out", *(f"--{name}" for name in names))
-    chosen = {name: yaml.safe_load(flags[f"--{name}"]) for name in names if f"--{name}" in flags}
+    hints = typing.get_type_hints(Settings)
+    chosen = {
+        name: fields.coerce(yaml.safe_load(flags[f"--{name}"]), hints[name], name, text=True)
+        for name in names
+        if f"--{name}" in flags
+    }
     report.draw(given, flags.get("--out"), Settings(**chosen), tell=lambda line: print(line, flush=True))
     return 0
 

@@ -236,22 +236,23 @@ def load(
 def restored(
     folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
 ) -> Simulation:
-    """A run as a simulation at its newest sound checkpoint, to look into. Nothing is written.
+    """A run as a simulation at its newest sound checkpoint, to look into. Nothing in its folder is touched.
 
     Raises:
-      UserError: as `resume`; or no checkpoint is sound.
+      UserError: as `resume`; no checkpoint is sound; or the run is finished and its last one is not.
     """
     place = Folder(folder)
     config, about = _read(place)
     checkpoints = Checkpoints(place.checkpoints)
     if checkpoints.rounds():
         simulation = Simulation(_setup(place, config, about, dataset, model, algorithm))
-        found = checkpoints.restore(simulation.abstract_state())
-        if found is not None:
+        found = checkpoints.restore(simulation.abstract_state(), mend=False)
+        if found is not None and (found[1] == config.rounds or not place.finished):
             simulation.restore(*found)
             return simulation
     fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
-    raise UserError("folder", str(folder), "it has no sound checkpoint", fix)
+    which = " of its last round" if place.finished else ""
+    raise UserError("folder", str(folder), f"it has no sound checkpoint{which}", fix)
 
 
 def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:

@@ -95,6 +95,7 @@ class Measured:
       between: of each pair of the cohort's models, (number, number, barriers).
       planes: through the first three of them; empty if not asked for, or if there are fewer.
       clients: who trained those models.
+      samples: how many samples the losses are of.
       norm: L2, of all parameters of the deployed model: what curvature and an absolute ρ are to be seen
         beside, as both change where weights are only rescaled.
     """
@@ -108,15 +109,16 @@ class Measured:
     between: list[tuple[int, int, dict[str, Barrier]]]
     planes: dict[str, Plane]
     clients: tuple[int, ...]
+    samples: dict[str, int]
     norm: float
 
-    def barriers(self, name: str) -> np.ndarray:
-        """Heights of the barriers of all pairs, on `train` or `test` samples. -> f64[pairs]."""
-        return np.asarray([both[name].height for _, _, both in self.between])
+    def pairs(self, name: str, part: str) -> np.ndarray:
+        """A number of the `Barrier` of every pair, on `train` or `test` samples. -> f64[pairs]."""
+        return np.asarray([getattr(both[name], part) for _, _, both in self.between])
 
 
 def check(run: Run) -> None:
-    """Raises UserError unless a run's final state can be read from its folder."""
+    """Raises UserError if it is seen at once that a run's final state cannot be read from its folder."""
     if run.folder is None:
         why, fix = "the run is in memory and has no folder", "Use measure() with its Simulation."
         raise UserError("run", str(run.title), why, fix)
@@ -154,7 +156,8 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     """Models of the next round's clients, trained and not merged. The simulation stays as it is.
 
     One more round is begun from the run's final state, with the cohort that it would draw (with a schedule of
-    cohorts, the last round's) at the learning rate of the last round, and its merge is left out.
+    cohorts, the last round's) at the learning rate of the last round that had one (a cosine may end at 0),
+    and its merge is left out.
 
     Args:
       simulation: of the run.
@@ -167,7 +170,8 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     # A schedule ends with the run.
     number = simulation.round - (config.cohort.sampling == "schedule" and simulation.round > 0)
     inputs, _ = simulation.inputs(number)
-    lr = config.local.lr_at(max(simulation.round - 1, 0), config.rounds)
+    until = max(simulation.round, 1)
+    lr = [rate for i in range(until) if (rate := config.local.lr_at(i, config.rounds)) > 0][-1]
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
     observed = Round(setup.algorithm, setup.trainer, simulation.mesh, False, {"trained": _Trained()})
@@ -244,6 +248,7 @@ def measure(simulation: Simulation, settings: Settings | None = None, *, planes:
         between=between,
         planes=_planes(wanted, models, settings.grid) if two and len(models) > 2 else {},
         clients=clients,
+        samples={name: one.samples for name, one in wanted.items()},
         norm=float(np.linalg.norm(ravel_pytree(variables["params"])[0])),
     )
 

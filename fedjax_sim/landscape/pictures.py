@@ -69,7 +69,8 @@ def models_line(found: Sequence[Group], results: Results, settings: Settings) ->
     """
     shown = [pair for pair in zip(found, results, strict=True) if pair[1][0].between]
     if not shown:
-        raise Missing("models_line", settings.models, "no two models were compared", "Raise models.")
+        fix = "Raise models, or take runs with larger cohorts."
+        raise Missing("models_line", settings.models, "no two models were compared", fix)
     figure, axes = plots.new_figure(*plots.grid_shape(len(shown)), 4.4, 3.2)
     for axis, (group, measured) in zip(axes.flat, shown, strict=False):
         for i, j, both in measured[0].between:
@@ -144,7 +145,8 @@ def _contours(found: Sequence[Group], parts: Sequence[dict[str, Any]], name: str
     rows = [(group, part) for group, part in zip(found, parts, strict=True) if part]
     if not rows:
         why = "nothing two-dimensional was asked for, or no three different models were there"
-        raise Missing(name, "surfaces", why, "Raise grid, and models to 3 or more.")
+        fix = "Raise grid; for models_plane, models and the cohort to 3 or more."
+        raise Missing(name, "surfaces", why, fix)
     losses = np.concatenate([surface.loss.ravel() for _, part in rows for surface in part.values()])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     low, high = (losses.min(), losses.max()) if len(losses) else (1.0, 10.0)

@@ -42,7 +42,8 @@ def draw(
       The files written.
 
     Raises:
-      UserError: a folder holds no run, or one without a checkpoint; a run is not finished; or see `measure`.
+      UserError: a folder holds no run, or one without its last checkpoint; a run is not finished; or see
+        `measure`.
     """
     settings = settings or Settings()
     found = reports.groups(given)
@@ -81,10 +82,12 @@ def numbers(measured: Measured) -> dict[str, float]:
     out |= {"sharpness_worst": ball.worst, "sharpness_average": ball.average}
     out |= {"sharpness_average_error": ball.average_error, "norm": measured.norm}
     if measured.between:
+        out["distance_mean"] = measured.pairs("train", "distance").mean()
         for name in measured.loss:
-            heights = measured.barriers(name)
+            heights = measured.pairs(name, "height")
             out |= {f"barrier_{name}_mean": heights.mean(), f"barrier_{name}_max": heights.max()}
-            out[f"middle_{name}_mean"] = np.mean([both[name].middle for _, _, both in measured.between])
+            out[f"prominence_{name}_max"] = measured.pairs(name, "prominence").max()
+            out[f"middle_{name}_mean"] = measured.pairs(name, "middle").mean()
     return {name: float(value) for name, value in out.items()}
 
 
@@ -167,7 +170,17 @@ def text(
         rows.append([group.name, str(len(parts)), *cells])
     for warning in warnings(found):
         lines += ["", f"**Warning**: {warning}."]
-    lines += ["", "## In numbers", "", _ABOUT.format(**vars(settings), unit=_UNITS[settings.scale]), ""]
+    every = [one for parts in results for one in parts]
+    done = {
+        name: _counted(count)
+        for name, count in {
+            "train": [one.samples["train"] for one in every],
+            "test": [one.samples["test"] for one in every],
+            "compared": [len(one.clients) for one in every],
+        }.items()
+    }
+    about = _ABOUT.format(**vars(settings), **done, unit=_UNITS[settings.scale])
+    lines += ["", "## In numbers", "", about, ""]
     lines += markdown(["group", "seeds", *_COLUMNS.values()], rows)
     lines += (figures or Figures()).section()
     return "\n".join(lines).rstrip() + "\n"
@@ -184,7 +197,10 @@ _COLUMNS = {
     "sharpness_average": "average sharpness",
     "barrier_train_max": "barrier, train",
     "barrier_test_max": "barrier, test",
+    "prominence_train_max": "prominence, train",
+    "prominence_test_max": "prominence, test",
     "middle_train_mean": "half way, train",
+    "distance_mean": "distance",
 }
 _ERRORS = {"trace": "trace_error", "sharpness_average": "sharpness_average_error"}
 _UNITS = {
@@ -193,25 +209,37 @@ _UNITS = {
     "filter": "root of the sum over filters of (‖δ_f‖ / ‖w_f‖)²",
 }
 _ABOUT = (
-    "Of the deployed model in evaluation mode (batch norm with its running statistics), losses on {samples} "
-    "random samples that clients train on, and as many test samples; curvature and sharpness are of the "
-    "training loss. Top eigenvalue and trace of its Hessian by the parameters: {lanczos} Lanczos steps, "
-    "{probes} Hutchinson probes. Both shrink where weights grow and the network computes the same; the norm "
-    "is that of all parameters. Sharpness: rise of the loss within ρ = {rho:g} ({unit}), the worst that "
-    "gradient ascent found, and the mean of random steps of that length. Barrier: the largest among pairs of "
-    "{models} clients' models, trained for one more round and not merged; the excess of the loss on the line "
-    "between two over the straight line between their losses; 0: in one basin, as far as the line tells. "
-    "Half way: that excess in the middle, mean over pairs; the more negative, the deeper the basin between "
-    "them. "
-    "Several seeds: mean ± standard deviation; one: ± is the estimator's standard error, where it has one."
+    "Of the deployed model in evaluation mode (batch norm with its running statistics), losses on {train} "
+    "random samples that clients train on, and {test} test samples, the same for all seeds; curvature and "
+    "sharpness are of the training loss. Top eigenvalue and trace of its Hessian by the parameters: "
+    "{lanczos} Lanczos steps, {probes} Hutchinson probes. Both shrink where weights grow and the network "
+    "computes the same; the norm is that of all parameters. Sharpness: rise of the loss within ρ = {rho:g} "
+    "({unit}), the worst that gradient ascent found, and the mean of random steps of that length. Barrier: "
+    "the largest among pairs of {compared} clients' models, trained for one more round and not merged; the "
+    "excess of the loss on the line between two over the straight line between their losses. Prominence: the "
+    "largest rise on such a line above the lower ground on both of its sides; 0: the line has one valley. A "
+    "barrier of 0 says as much only of models that are at minima themselves. Half way: the excess in the "
+    "middle, below the mean of the two ends, mean over pairs. Distance: L2 between the parameters of two "
+    "such models, mean over pairs; all three are to be seen beside it. Several seeds: mean ± standard "
+    "deviation. In brackets: the estimator's standard error (root mean square over seeds), which the "
+    "deviation need not hold, as all runs share the random vectors."
 )
+
+
+def _counted(counts: Sequence[int]) -> str:
+    """`3`, or `2 to 3` where the runs differ."""
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _told(found: Sequence[Mapping[str, float]], name: str) -> str:
     values = np.asarray([one.get(name, np.nan) for one in found])
-    if not np.isfinite(values).any():
+    infinite = np.count_nonzero(np.isinf(values))
+    if infinite:
+        return f"∞ in {infinite} of {len(values)}"
+    if np.isnan(values).all():
         return "–"
     mean, deviation = spread(values)
-    if len(values) > 1:
-        return f"{mean:.4g} ± {deviation:.2g}"
-    return f"{mean:.4g}" + (f" ± {found[0][_ERRORS[name]]:.2g}" if name in _ERRORS else "")
+    told = f"{mean:.4g}" + (f" ± {deviation:.2g}" if len(values) > 1 else "")
+    if name in _ERRORS:
+        told += f" (± {np.sqrt(np.mean([one[_ERRORS[name]] ** 2 for one in found])):.2g})"
+    return told

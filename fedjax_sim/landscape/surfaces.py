@@ -54,18 +54,23 @@ class Barrier:
     Attributes:
       curve: along the line, from 0 at the first to 1 at the second.
       height: the largest excess of the loss over the straight line between the losses of the ends; 0 if it is
-        nowhere above.
+        nowhere above. Of two minima this says whether one basin holds both; of models high on the walls it
+        does not, see `prominence`.
       at: where on the line that is.
-      middle: excess of the loss half way (of an even number of points, at the first of the two nearest);
-        negative where both ends lie on slopes of one basin.
+      middle: excess of the loss half way (of an even number of points, at the first of the two nearest).
+      prominence: the largest rise of the loss above the lower ground on both of its sides; 0 if the line has
+        one valley only, wherever its ends are.
       accuracy: the largest deficit of the accuracy below the straight line between those of the ends.
+      distance: L2, between the parameters of the two.
     """
 
     curve: Curve
     height: float
     at: float
     middle: float
+    prominence: float
     accuracy: float
+    distance: float
 
 
 def line(objective: Objective, variables: Any, direction: Any, at: np.ndarray) -> Curve:
@@ -120,14 +125,21 @@ def barrier(objective: Objective, first: Any, second: Any, points: int = 21) -> 
     """
     if points < 3:
         raise UserError("points", points, "must be at least 3", "Two of them are the ends.")
-    curve = line(objective, first, difference(second, first), np.linspace(0, 1, points))
-    excess = curve.loss - _chord(curve.loss, curve.at)
-    deficit = _chord(curve.accuracy, curve.at) - curve.accuracy
+    way = difference(second, first)
+    curve = line(objective, first, way, np.linspace(0, 1, points))
     # A loss beyond float32 is a barrier, not a gap in the record.
-    excess = np.where(np.isfinite(curve.loss), excess, np.inf)
+    finite = np.isfinite(curve.loss)
+    excess = np.where(finite, curve.loss - _chord(curve.loss, curve.at), np.inf)
     top = int(np.argmax(excess))
-    middle = float(excess[(points - 1) // 2])
-    return Barrier(curve, float(excess[top]), float(curve.at[top]), middle, float(deficit.max()))
+    return Barrier(
+        curve,
+        height=float(excess[top]),
+        at=float(curve.at[top]),
+        middle=float(excess[(points - 1) // 2]),
+        prominence=_prominence(np.where(finite, curve.loss, np.inf)),
+        accuracy=float((_chord(curve.accuracy, curve.at) - curve.accuracy).max()),
+        distance=float(np.linalg.norm(_vector(way))),
+    )
 
 
 def plane(objective: Objective, models: Sequence[Any], points: int = 21, margin: float = 0.3) -> Plane:
@@ -169,6 +181,14 @@ def plane(objective: Objective, models: Sequence[Any], points: int = 21, margin:
 
 def _chord(values: np.ndarray, at: np.ndarray) -> np.ndarray:
     return (1 - at) * values[0] + at * values[-1]
+
+
+def _prominence(loss: np.ndarray) -> float:
+    """max_t L(t) − max(min_{s ≤ t} L(s), min_{s ≥ t} L(s)): a peak above the higher of its valleys."""
+    valley = np.maximum(np.minimum.accumulate(loss), np.minimum.accumulate(loss[::-1])[::-1])
+    rise = np.zeros_like(loss)
+    np.subtract(loss, valley, out=rise, where=np.isfinite(valley))
+    return float(rise.max())
 
 
 def _vector(tree: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ import fedjax_sim as fs
 from fedjax_sim import landscape, models
 from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.errors import UserError
+from fedjax_sim.landscape import surfaces
 from fedjax_sim.landscape.curvature import lanczos
 from fedjax_sim.landscape.directions import filter_norms
 from fedjax_sim.models import conv
@@ -77,7 +78,10 @@ def test_of_a_quadratic_everything_is_known(rng):
     found = landscape.spectrum(objective, variables_of(w), KEY, k=SIZE, steps=99, probes=400)
     np.testing.assert_allclose(found.eigenvalues, eigenvalues, atol=2e-5)
     np.testing.assert_allclose(found.least, -1, atol=2e-5)
-    assert found.residuals.shape == (SIZE,)
+    assert found.residuals.shape == (SIZE,) and found.residuals.max() < 1e-4
+    few = landscape.spectrum(objective, variables_of(w), KEY, k=2, steps=3, probes=2)
+    off = np.abs(few.eigenvalues[:, None] - eigenvalues).min(1)
+    assert (off <= few.residuals + 1e-5).all() and few.residuals.max() > 0.05
     # vᵀAv of signs v has variance 2 (‖A‖² − ‖diag A‖²).
     deviation = np.sqrt(2 * (np.square(matrix).sum() - np.square(np.diag(matrix)).sum()) / 400)
     np.testing.assert_allclose(found.trace_error, deviation, rtol=0.2)
@@ -89,10 +93,12 @@ def test_residuals_bound_the_error_of_few_steps(rng):
     values[:3] = [8.0, 5.0, 3.0]
     turn, _ = np.linalg.qr(rng.normal(size=(40, 40)))
     matrix = (turn * values) @ turn.T
-    found, residuals = lanczos(lambda v: matrix @ v, 40, 8, lambda _: rng.normal(size=40))
-    for value, residual in zip(found[:3], residuals[:3], strict=True):
-        assert np.abs(value - values).min() <= residual + 1e-6
+    found, vectors = lanczos(lambda v: matrix @ v, 40, 8, lambda _: rng.normal(size=40), 3)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1)
+    for value, vector in zip(found[:3], vectors, strict=True):
+        assert np.abs(value - values).min() <= np.linalg.norm(matrix @ vector - value * vector) + 1e-6
     np.testing.assert_allclose(found[0], 8.0, atol=1e-3)
+    np.testing.assert_allclose(np.abs(vectors[0] @ turn[:, 0]), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize("scale", ["absolute", "relative", "filter"])
@@ -132,7 +138,8 @@ def test_no_barrier_where_the_loss_is_convex(rng):
     objective, matrix, _ = quadratic(rng, np.linspace(0, 5, SIZE))
     a, b = rng.normal(size=(2, SIZE))
     found = landscape.barrier(objective, variables_of(a), variables_of(b), 9)
-    assert abs(found.height) <= 1e-5 and found.accuracy <= 1e-12
+    assert abs(found.height) <= 1e-5 and found.accuracy <= 1e-12 and found.prominence <= 1e-5
+    np.testing.assert_allclose(found.distance, np.linalg.norm(a - b), rtol=1e-5)
     np.testing.assert_allclose(found.middle, -(a - b) @ matrix @ (a - b) / 8, rtol=1e-4)
     np.testing.assert_allclose(found.curve.at[[0, -1]], [0, 1])
     # Upside down it is a hill, highest in the middle: ⅛ (a − b)ᵀA(a − b).
@@ -140,6 +147,34 @@ def test_no_barrier_where_the_loss_is_convex(rng):
     found = landscape.barrier(objective, variables_of(a), variables_of(b), 9)
     np.testing.assert_allclose(found.height, -(a - b) @ matrix @ (a - b) / 8, rtol=1e-4)
     assert found.at == 0.5 and found.middle == found.height
+    ends = found.curve.loss[[0, -1]]
+    np.testing.assert_allclose(found.prominence, found.curve.loss.max() - ends.max(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("end", "height"), [(1.0, 1.0), (1.5, 0.0), (1.8, 0.0)])
+def test_two_valleys_are_seen_from_high_on_their_walls_too(end, height):
+    """(w² − 1)² + 1 is 1 at ±1 and 2 between them, all of it below the chord of high ends."""
+
+    def function(variables, images, labels):
+        w = variables["params"]["fc"]["kernel"][0, 0]
+        return jnp.square(w**2 - 1) + 1 + 0 * images[:, 0], labels == 1
+
+    objective = landscape.Objective(function, np.zeros((2, 1), np.float32), np.ones(2, np.int32))
+    ends = ({"params": {"fc": {"kernel": np.full((1, 1), sign * end, np.float32)}}} for sign in (-1, 1))
+    found = landscape.barrier(objective, *ends, 721)
+    np.testing.assert_allclose(found.height, height, atol=1e-4)
+    np.testing.assert_allclose([found.prominence, found.distance], [1, 2 * end], rtol=1e-4)
+
+
+@pytest.mark.parametrize(("losses", "expected"), [
+    ([3, 1, 2, 4], 0),
+    ([3, 1, 2, 0, 4], 1),
+    ([0, 5, 1, 3, 2, 9], 4),
+    ([1, np.inf, 2], np.inf),
+    ([np.inf, 1, np.inf], 0),
+])  # fmt: skip
+def test_prominence(losses, expected):
+    assert surfaces._prominence(np.asarray(losses, np.float64)) == expected
 
 
 def test_a_plane_passes_through_its_models(rng):
@@ -228,7 +263,11 @@ def test_the_hessian_is_the_limit_of_differences_of_gradients(rng):
     variables = model.init(KEY)
     variables["batch_stats"] = jax.tree.map(lambda leaf: leaf + 0.3, variables["batch_stats"])
     images = rng.normal(size=(9, 6, 6, 1)).astype(np.float32)
-    objective = landscape.Objective(model, images, rng.integers(0, 3, 9).astype(np.int32), batch_size=2)
+    labels = rng.integers(0, 3, 9).astype(np.int32)
+    objective = landscape.Objective(model, images, labels, batch_size=2)
+    logits, _ = model.apply(variables, images)  # running statistics
+    expected = -np.asarray(jax.nn.log_softmax(logits), np.float64)[np.arange(9), labels].mean()
+    np.testing.assert_allclose(objective.gradient(variables)[0], expected, rtol=1e-5)
     v = rng.normal(size=landscape.objective.size(variables))
     v /= np.linalg.norm(v)
     up, down = (objective.gradient(variables, sign * 1e-2 * v)[1] for sign in (1, -1))

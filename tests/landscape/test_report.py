@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import shutil
+import warnings
 
 import jax
 import numpy as np
@@ -75,7 +76,7 @@ def test_one_command_compares_runs(study, tmp_path, capsys):
         assert one["eigenvalue_1"] > one["eigenvalue_2"] >= one["eigenvalue_least"]
         assert one["trace_error"] > 0 and one["sharpness_worst"] > one["sharpness_average"]
         assert one["barrier_train_max"] >= one["barrier_train_mean"] >= 0
-    # What the run itself recorded of its last model: the same loss, on all test samples.
+        assert one["prominence_train_max"] >= 0 and one["distance_mean"] > 0
     curve = rows_of(tmp_path / "curves.csv")
     middle = [
         r for r in curve if r["curve"] == "random_line" and float(r["x"]) == 0 and r["group"] == "local"
@@ -85,7 +86,8 @@ def test_one_command_compares_runs(study, tmp_path, capsys):
     assert len([r for r in curve if r["curve"] == "models_line"]) == 4 * 3 * 2 * 5
     assert {r["seed"] for r in curve if r["curve"] == "models_plane" and r["group"] == "fedmr"} == {"0"}
     text = (tmp_path / "report.md").read_text()
-    assert "| fedmr | 2 |" in text and text.count(" ± ") > 8
+    assert "| fedmr | 2 |" in text and text.count(" ± ") > 8 and text.count(" (± ") == 2 * 3
+    assert "losses on 90 random samples" in text and "pairs of 3 clients" in text
     assert "batch norm with its running statistics" in text and "![models_plane](models_plane.png)" in text
 
 
@@ -159,11 +161,15 @@ def test_mistakes_are_told(study, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(study / "fedavg", bare)
     shutil.rmtree(bare / "checkpoints")
+    early = tmp_path / "early"
+    shutil.copytree(study / "fedavg", early)
+    (early / "checkpoints" / "2").rename(early / "checkpoints" / "1")
     run = str(study / "fedavg")
     for words, told in (
         ([str(tmp_path / "none")], "there is no such folder"),
         ([str(tmp_path)], "no config.yaml"),
         ([str(bare)], "no checkpoint"),
+        ([str(early)], "no sound checkpoint of its last round"),
         ([run, run], "same seed"),
         ([run, "--points", "2"], "points = 2: must be at least 3"),
         ([run, "--points", "many"], "points = 'many'"),
@@ -185,6 +191,20 @@ def test_mistakes_are_told(study, tmp_path, capsys):
         report.draw(in_memory)
 
 
+def test_a_damaged_checkpoint_is_told_and_left_where_it_is(study, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(study / "fedavg", run)
+    newest = run / "checkpoints" / "2"
+    shutil.copytree(newest, run / "checkpoints" / "1.orbax-checkpoint-tmp")  # as of a run that is writing
+    shutil.rmtree(newest / "state")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["landscape", str(run), *WORDS]) == 2
+    told = capsys.readouterr().err
+    assert "round 2 is damaged" in told and "no sound checkpoint of its last round" in told
+    assert len(list(newest.parent.iterdir())) == 2 and newest.is_dir()
+
+
 def test_what_python_gave_cannot_be_read_back(tmp_path):
     model = fs.models.create("mlp", (8, 8, 1), 10, hidden=[3])
     fs.run(config_of(tmp_path / "own", FedAvg()), model=model)
@@ -200,4 +220,34 @@ def test_clients_that_are_all_alike_span_no_plane(tmp_path):
         pass
     measured = measure(simulation, QUICK)
     assert not measured.planes and measured.surfaces
-    assert np.abs(measured.barriers("test")).max() < 1e-5
+    assert np.abs(measured.pairs("test", "height")).max() < 1e-5
+
+
+def test_a_rate_that_ends_at_zero_still_tells_clients_apart(tmp_path):
+    quiet = fs.OutputConfig(progress=False)
+    local = fs.LocalConfig(epochs=None, steps=4, batch_size=20, lr=0.1, schedule="cosine", decay=0.0)
+    simulation = fs.Simulation(config_of(None, FedAvg(), local=local, output=quiet))
+    for _ in simulation.advance():
+        pass
+    models, _ = trained(simulation, 2)
+    first, second = (np.ravel(model["params"]["fc1"]["kernel"]) for model in models)
+    assert np.abs(first - second).max() > 1e-4
+
+
+def test_a_small_cohort_and_a_small_set_are_told_as_they_are(tmp_path, capsys):
+    fs.run(config_of(tmp_path / "run", FedAvg(), cohort=fs.CohortConfig(size=1)))
+    words = [word for word in WORDS if "samples" not in word]
+    words = [*words, "--rho=1e-2", "--samples=5000"]
+    assert cli.main(["landscape", str(tmp_path / "run"), *words]) == 0
+    assert "models and the cohort to 3 or more" in capsys.readouterr().out
+    text = (tmp_path / "run" / "landscape" / "report.md").read_text()
+    assert "and 359 test samples" in text and "pairs of 1 clients" in text and "ρ = 0.01" in text
+
+
+def test_an_infinite_barrier_is_not_left_out_of_the_table():
+    finite, infinite = {"barrier_train_max": 0.0}, {"barrier_train_max": np.inf}
+    assert report._told([infinite, finite, finite], "barrier_train_max") == "∞ in 1 of 3"
+    assert report._told([finite, finite], "barrier_train_max") == "0 ± 0"
+    assert report._told([{}], "barrier_train_max") == "–"
+    traces = [{"trace": 1.0, "trace_error": 3.0}, {"trace": 3.0, "trace_error": 4.0}]
+    assert report._told(traces, "trace") == "2 ± 1.4 (± 3.5)"
