@@ -117,7 +117,8 @@ class Comparison:
                     )
                 rows.append(row)
             caption = (
-                f"{grid.caption}: paired differences to {self.reference} (same seed, partition and cohorts)"
+                f"{grid.caption}: paired differences to {self.reference} (same seed, partition and, unless a "
+                "method chooses its own, cohorts)"
             )
             out += "\n" + layout(caption, ["method", *heads], rows, bold)
         return out
@@ -175,8 +176,9 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         known = ", ".join(finished[0][1].metrics.names())
         raise UserError("sweep.metric", sweep.metric, "no run has recorded it", f"They have {known}.")
     costs = {(job.method, job.column, job.seed): (run.seconds, run.cpu_seconds) for job, run in finished}
-    captions = [(f"{sweep.metric}, {_of_last(sweep.last_k)}", None)]
-    captions += [(f"{sweep.metric} after round {number}", number) for number in sweep.rounds_of_interest]
+    about = f"{sweep.metric}, {_of_last(sweep.last_k)}"
+    captions = [(about, None)]
+    captions += [(f"{about} up to round {number}", number) for number in sweep.rounds_of_interest]
     grids = []
     for caption, upto in captions:
         values: dict[tuple[str, str], dict[int, float]] = {}

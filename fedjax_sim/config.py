@@ -119,6 +119,13 @@ class LocalConfig:
         if self.clip_norm is not None:
             positive("local.clip_norm", self.clip_norm)
         within("local.decay", self.decay, 0.0, 1.0)
+        if self.schedule == "constant" and self.decay != 1:
+            raise UserError(
+                "local.decay",
+                self.decay,
+                "local.schedule is constant, and nothing decays",
+                "Set local.schedule to exponential, cosine or inverse.",
+            )
         if self.optimizer == "sgd" and self.options:
             raise UserError(
                 "local.options",

@@ -81,6 +81,10 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
         if text and isinstance(value, str):
             with contextlib.suppress(ValueError):
                 return float(value)
+    elif origin is tuple:
+        raise UserError(path, value, "a list is wanted", f"Write [{value}].")
+    elif isinstance(value, type):
+        raise UserError(path, value.__name__, "this is a class, not one of it", f"Write {value.__name__}().")
     elif isinstance(value, typing.cast(type, hint)):
         return value
     wanted = getattr(hint, "__name__", str(hint))

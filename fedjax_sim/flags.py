@@ -9,7 +9,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -220,6 +220,7 @@ def _meant(text: str, hint: Any) -> Any:
 def _check_known(words: Sequence[str], form: type) -> None:
     known = set(_flags(form, "")) | {"--help", "-h", "--tyro-print-completion", "--tyro-write-completion"}
     readable = {flag.replace("_", "-") for flag in known}
+    switches = readable - _valued(form)
     skip = False
     for place, word in enumerate(words):
         flag, equals, _ = word.partition("=")
@@ -227,15 +228,27 @@ def _check_known(words: Sequence[str], form: type) -> None:
             skip = False
             continue
         if not flag.startswith("-"):
-            raise UserError(
-                "command line", word, "a flag is wanted here", "Only the first word may be a FILE.yaml."
-            )
+            before = words[place - 1] if place else ""
+            fix = _switch(before, switches) if before else "Only the first word may be a FILE.yaml."
+            raise UserError("command line", word, "a flag is wanted here", fix)
+        if equals and flag.replace("_", "-") in switches:
+            raise UserError("command line", word, "this flag takes no value", _switch(flag, switches))
         if flag.replace("_", "-") not in readable:
             value = word.partition("=")[2] if equals else (words[place + 1] if place + 1 < len(words) else "")
             close = nearest(flag, sorted(readable - {"-h"}))
             fix = close if close.startswith("Did") else "See --help for all of them."
             raise UserError(flag, value, "no such flag", fix)
         skip = not equals and flag.replace("_", "-") in _valued(form)
+
+
+def _switch(flag: str, switches: Set[str]) -> str:
+    """How the flag before a stray word is written, if it is one of those without a value."""
+    flag = flag.replace("_", "-")
+    head, dot, name = flag.removeprefix("--").rpartition(".")
+    name = name.removeprefix("no-")
+    if flag not in switches or f"--{head}{dot}no-{name}" not in switches:
+        return "Only the first word may be a FILE.yaml."
+    return f"Write --{head}{dot}{name} or --{head}{dot}no-{name}."
 
 
 def _flags(form: type, path: str) -> list[str]:

@@ -107,7 +107,7 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
         if supplied:
             given = {"model": model, "dataset": dataset}
             other = runs.load(folder, **{name: given[name] for name in supplied})
-        # Another process that writes there must not have its half-written checkpoint tidied away.
+        # Of a run that another process drives, the newest model would be a matter of luck.
         with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
             found = other.variables
     except hosts.Elsewhere:

@@ -70,8 +70,13 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
       metrics: of the run.
       title: what the data and their partition are.
       names: which metrics; None: accuracy, losses, similarity and the clients' accuracy, where recorded.
+
+    Raises:
+      UserError: one of `names` was never recorded.
     """
     known = metrics.names()
+    for name in names or ():
+        metrics.last(name)
     chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
     figure, axes = new_figure(*grid_shape(len(chosen)))
     for axis, name in zip(axes.flat, chosen, strict=False):

@@ -85,6 +85,7 @@ class Run:
       seconds: wall-clock time of all its rounds, compilation included, over all its starts.
       cpu_seconds: CPU time of the process in them, all threads; None if not all rounds recorded it.
       rounds: how many are done.
+      names: what was given from Python and `config` cannot name: `algorithm`, `model`.
     """
 
     config: RunConfig
@@ -94,6 +95,7 @@ class Run:
     seconds: float
     cpu_seconds: float | None
     rounds: int
+    names: Mapping[str, str]
     _partition: Callable[[], Partition] = dataclasses.field(repr=False)
     _model: Callable[[], Any] = dataclasses.field(repr=False)
 
@@ -115,7 +117,7 @@ class Run:
     @property
     def title(self) -> str:
         """One line: method, data, partition."""
-        return title_of(self.config, self.recipe)
+        return title_of(self.config, self.recipe, self.names)
 
     def plot(self, *names: str) -> Figure:
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
@@ -150,10 +152,13 @@ def run(
       UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
     """
-    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
-    if algorithm is not None and algorithms.name_of(algorithm) is not None:
-        config, given["algorithm"] = dataclasses.replace(config, algorithm=algorithm), None
-    return _started(config, partition, given, [name for name, value in given.items() if value is not None])
+    if algorithm is not None:
+        config = dataclasses.replace(config, algorithm=algorithm)
+    given = {"dataset": dataset, "model": model}
+    supplied = [name for name, value in given.items() if value is not None]
+    if algorithms.name_of(config.algorithm) is None:
+        supplied.append("algorithm")
+    return _started(config, partition, given, supplied)
 
 
 def start(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
@@ -191,10 +196,12 @@ def resume(
     A finished run is only loaded. The keywords are those that `run` was given.
 
     Raises:
-      UserError: no run is there, its configuration is of another version, or the data are not the same.
+      UserError: no run is there, its configuration is of another version or not the one that it was started
+        with, or the data are not the same.
     """
     place = Folder(folder)
     config, about = hosts.together(lambda: _read(place))
+    hosts.together(lambda: _check_unchanged(place, config, about))
     for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
         if name in about.get("supplied", ()) and value is None:
             raise UserError(
@@ -230,7 +237,8 @@ def load(
 
     seconds, cpu = records.total(records.read_timing(place.path), rounds)
     recipe = _recipe(place, config, about, partition)
-    return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
+    names = about.get("names", {})
+    return Run(config, place.path, table, recipe, seconds, cpu, rounds, names, partition, variables)
 
 
 def restored(
@@ -255,14 +263,14 @@ def restored(
     raise UserError("folder", str(folder), f"it has no sound checkpoint{which}", fix)
 
 
-def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:
-    """One line about a run: method, data, partition (`Run.recipe`)."""
+def title_of(config: RunConfig, recipe: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """One line about a run: method, data, partition (`Run.recipe`); `names` (`Run.names`) go first."""
     kind = str(recipe.get("kind", "given partition"))
     if kind.startswith("dirichlet"):
         kind += f"({recipe.get('alpha')})"
-    name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+    told = {"algorithm": algorithms.label(config.algorithm), "model": config.model.name, **names}
     return (
-        f"{name}, {config.model.name} on {recipe.get('dataset', config.data.source)}, "
+        f"{told['algorithm']}, {told['model']} on {recipe.get('dataset', config.data.source)}, "
         f"{recipe['clients']:,} clients, {kind}, seed {config.seed}"
     )
 
@@ -294,7 +302,10 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        return Run(config, path, table, recipe, seconds, cpu, done, lambda: setup.partition, lambda: model)
+        names = _names(setup)
+        return Run(
+            config, path, table, recipe, seconds, cpu, done, names, lambda: setup.partition, lambda: model
+        )
 
     def write(number: int, rows: list[records.Row]) -> None:
         lap = Lap(number, *clock.lap(), setup.cohort_size)
@@ -398,10 +409,27 @@ def portable(config: RunConfig) -> RunConfig:
 
 def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
     """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
-    about = {"supplied": supplied, **provenance.describe(setup.dataset, setup.partition)}
+    config = portable(_namable(setup.config))
+    names = _names(setup)
+    about = {"supplied": supplied, "names": names, **provenance.describe(setup.dataset, setup.partition)}
+    about["config"] = config_lib.to_dict(config)
     data.save(setup.partition, folder.partition)
     folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
-    folder.write("config.yaml", config_lib.dump(portable(_namable(setup.config))))
+    told = "".join(
+        f"# The {what} was given from Python: {name}. It is not what stands here.\n"
+        for what, name in names.items()
+    )
+    folder.write("config.yaml", told + config_lib.dump(config))
+
+
+def _names(setup: Setup) -> dict[str, str]:
+    """`Run.names`."""
+    names = {}
+    if algorithms.name_of(setup.config.algorithm) is None:
+        names["algorithm"] = algorithms.label(setup.config.algorithm)
+    if setup.model.name != setup.config.model.name:
+        names["model"] = setup.model.name
+    return names
 
 
 def _namable(config: RunConfig) -> RunConfig:
@@ -409,6 +437,24 @@ def _namable(config: RunConfig) -> RunConfig:
     if algorithms.name_of(config.algorithm) is None:
         return dataclasses.replace(config, algorithm=RunConfig().algorithm)
     return config
+
+
+def _check_unchanged(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> None:
+    """Raises UserError if config.yaml says what the run was not started with, more rounds apart.
+
+    Older records cannot tell.
+    """
+    if "config" not in about:
+        return
+    began = dataclasses.replace(config_lib.from_dict(about["config"]), rounds=config.rounds)
+    changed = _differences(began, config)
+    if changed:
+        raise UserError(
+            "config.yaml",
+            str(folder.config),
+            f"it was edited since the run began: {'; '.join(changed[:3])}",
+            "Put it back, or start a run of its own in another folder (initial.run takes over a model).",
+        )
 
 
 def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
@@ -492,7 +538,11 @@ def differing(folder: str | Path, config: RunConfig) -> tuple[str, ...]:
     Those of layout and output, and what only costs time or memory, are left aside.
     """
     found, _ = _read(Folder(folder))
-    has, asked = config_lib.flat(found), config_lib.flat(config)
+    return _differences(found, config)
+
+
+def _differences(found: RunConfig, wanted: RunConfig) -> tuple[str, ...]:
+    has, asked = config_lib.flat(found), config_lib.flat(wanted)
     aside = ("execution.", "output.", "evaluation.batch_size")
     names = (name for name in has | asked if not name.startswith(aside))
     return tuple(

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -124,6 +124,8 @@ def prepare(
     Raises:
       UserError: anything that cannot work, before anything is compiled.
     """
+    if algorithm is not None:
+        config = replace(config, algorithm=algorithm)
     dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
     shape = dataset.train_images.shape[1:]
     if model is None:
@@ -165,7 +167,7 @@ def prepare(
         momentum=config.local.momentum,
         nesterov=config.local.nesterov,
     )
-    record = (algorithm or config.algorithm).build(context)
+    record = config.algorithm.build(context)
     if record.local.send is not None and config.local.keep_optimizer:
         raise UserError(
             "local.keep_optimizer",

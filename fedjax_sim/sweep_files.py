@@ -11,11 +11,12 @@
     metric: accuracy                  # what the table shows
     goal: max                         # or min; the default goes by the metric's name
     last_k: 1                         # mean over so many newest values of the metric
-    rounds_of_interest: [50]          # further tables, at these rounds
+    rounds_of_interest: [50]          # further tables, of the newest values up to these rounds
     out: runs/study                   # where everything goes
 
 Each combination has a folder named after it, so that a second start skips what is finished and resumes what
-was cut. All methods of one column and seed get the same seed, hence the same partition and the same cohorts.
+was cut. All methods of one column and seed get the same seed, hence the same partition and the same cohorts
+(but for those that choose their clients themselves).
 """
 
 import dataclasses
@@ -150,6 +151,14 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
     metric = str(mapping.get("metric", "accuracy"))
     goal = mapping.get("goal", "min" if re.search("loss|waste|time", metric) else "max")
     rounds = tuple(mapping.get("rounds_of_interest") or ())
+    longest = max(job.config.rounds for job in jobs)
+    if rounds and max(rounds) > longest:
+        why = f"no run has more than {longest} rounds"
+        raise UserError("sweep.rounds_of_interest", max(rounds), why, "Leave it out, or raise rounds.")
+    for start, field in {"client_accuracy": "per_client", "finetuned": "finetune"}.items():
+        if metric.startswith(start) and not any(getattr(job.config.evaluation, field) for job in jobs):
+            why, fix = f"no run records it without evaluation.{field}", f"Set evaluation.{field} in base."
+            raise UserError("sweep.metric", metric, why, fix)
     return Sweep(tuple(jobs), mapping.get("reference"), metric, goal, mapping.get("last_k", 1), rounds, out)
 
 

@@ -58,9 +58,9 @@ def test_the_file_gives_defaults_and_flags_override(tmp_path):
     path.write_text(
         "rounds: 7\nseed: 2\nalgorithm: {name: fedmr, first_stage: 3}\nlocal: {lr: 0.5, epochs: 2}\n"
     )
-    made = parsed(str(path), "--seed", "9", "--algorithm.partition", "0.5")
+    made = parsed(str(path), "--seed", "9", "--algorithm.similarity-group", "7")
     assert (made.rounds, made.seed, made.local.lr, made.local.epochs) == (7, 9, 0.5, 2)
-    assert made.algorithm == algorithms.CONFIGS["fedmr"](first_stage=3, partition=0.5)
+    assert made.algorithm == algorithms.CONFIGS["fedmr"](first_stage=3, similarity_group=7)
     assert parsed(str(path), "--algorithm", "fedmr").algorithm.first_stage == 3
     assert type(parsed(str(path), "--algorithm=fedavg").algorithm) is algorithms.CONFIGS["fedavg"]
 
@@ -212,3 +212,16 @@ def test_the_algorithm_inside_another_has_flags_too():
             "run",
             "",
         )
+
+
+def test_a_switch_with_a_value_is_told_how_it_is_written(capsys):
+    for words in (["--algorithm.similarity", "false"], ["--algorithm.similarity=false"]):
+        assert cli.main(["run", "--algorithm", "fedmr", *words]) == 2
+        assert "Write --algorithm.similarity or --algorithm.no-similarity." in capsys.readouterr().err
+
+
+def test_the_list_spells_settings_as_flags_take_them(capsys):
+    assert cli.main(["list"]) == 0
+    told = capsys.readouterr().out
+    assert "similarity true" in told and "leaves []" in told and "None" not in told and "none" not in told
+    assert parsed("--algorithm", "partial", "--algorithm.first", "null", "--algorithm.last", "1")

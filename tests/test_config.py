@@ -122,6 +122,10 @@ def test_numbers_that_mean_the_same_are_taken():
         ("local: {weight_decay: -0.1}", "local.weight_decay", "at least 0"),
         ("local: {clip_norm: 0}", "local.clip_norm", "positive"),
         ("local: {decay: 2}", "local.decay", "outside"),
+        ("local: {decay: 0.9}", "local.decay", "nothing decays"),
+        ("algorithm: {name: fedmr, partition: 0.5}", "algorithm.partition", "granularity is tensor"),
+        ("algorithm: {name: lips, leaves: params/fc2/kernel}", "algorithm.leaves", "a list is wanted"),
+        ("peel: {every: 1, controls: perturbed}", "peel.controls", "a list is wanted"),
         ("local: {schedule: step}", "local.schedule", "cosine"),
         ("local: {non_finite: ignore}", "local.non_finite", "skip"),
         ("local: {optimizer: adam, momentum: 0.9}", "local.optimizer", "local.options"),
@@ -325,3 +329,14 @@ def test_what_is_wrong_with_it_is_named(own_module, algorithm, field, told):
     with pytest.raises(UserError, match=told) as caught:
         config.from_dict({"algorithm": algorithm})
     assert caught.value.field == field
+
+
+def test_a_class_is_not_taken_for_one_of_it():
+    for make in (
+        lambda: RunConfig(algorithm=algorithms.FedMR),
+        lambda: algorithms.FedProx(inner=algorithms.FedMR),
+    ):  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"Write FedMR\(\)"):
+            make()
+    with pytest.raises(UserError, match="algorithm = 'fedmr'"):
+        RunConfig(algorithm="fedmr")  # type: ignore[arg-type]

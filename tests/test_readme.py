@@ -11,7 +11,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=[f"example{n}" for n in range(len(EXAMPLES))])
 def test_example_runs(code):
-    scope = {"__name__": "readme"}
+    scope = {"__name__": "__main__"}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["run"].finished
 

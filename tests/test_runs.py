@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import data, models, records, runs
+from fedjax_sim import data, models, records, reports, runs
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import (
@@ -368,6 +368,57 @@ def test_supplied_model_algorithm_and_partition_take_effect(tmp_path):
     with pytest.raises(UserError, match="model"):
         runs.resume(done.folder)
     assert same(runs.load(done.folder, model=model).variables, done.variables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Half:
+    """FedAvg under a name that no file can hold."""
+
+    share: float = 0.5
+
+    def build(self, context):
+        return CONFIGS["fedavg"]().build(context)
+
+
+@pytest.mark.parametrize("how", ["keyword", "config"])
+def test_what_python_gave_is_named_in_the_record(tmp_path, how):
+    config = tiny(tmp_path / "run", rounds=1)
+    if how == "config":
+        done = runs.run(dataclasses.replace(config, algorithm=Half(0.25)))
+    else:
+        done = runs.run(config, algorithm=Half(0.25))
+    assert done.title.startswith("Half(share=0.25), mlp on digits")
+    assert runs.load(done.folder).title == done.title
+    assert (
+        "# The algorithm was given from Python: Half(share=0.25)."
+        in (done.folder / "config.yaml").read_text()
+    )
+    with pytest.raises(UserError, match="algorithm"):
+        runs.resume(done.folder)
+    other = runs.run(tiny(tmp_path / "other", rounds=1), algorithm=Half(0.75))
+    assert len(reports.groups([done, other])) == 2
+
+
+def test_a_configuration_that_was_edited_is_not_resumed(tmp_path):
+    done = runs.run(tiny(tmp_path / "run", rounds=1))
+    path = done.folder / "config.yaml"
+    before = path.read_text()
+    for old, new, told in (
+        ("seed: 0\n", "seed: 4\n", "seed is 0, not 4"),
+        ("  lr: ", "  lr: 1", "local.lr is"),
+    ):
+        assert old in before
+        path.write_text(before.replace(old, new, 1))
+        with pytest.raises(UserError, match=f"edited since the run began: {told}"):
+            runs.resume(done.folder)
+    path.write_text(before.replace("keep: ", "keep: 1", 1))  # what changes no number
+    assert runs.resume(done.folder).finished
+
+
+def test_a_plot_of_what_was_not_recorded_is_refused(tmp_path):
+    done = runs.run(tiny(None, rounds=1))
+    with pytest.raises(UserError, match="nonsense"):
+        done.plot("accuracy", "nonsense")
 
 
 def test_a_config_of_another_version_is_refused(tmp_path):

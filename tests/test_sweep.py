@@ -113,7 +113,7 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
     assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} (2)" in text
     differences = [accuracy["FedMR", seed] - accuracy["FedAvg", seed] for seed in (0, 1)]
     assert f"{np.mean(differences):+.4f} ± {np.std(differences, ddof=1):.4f} (2)" in text
-    assert "after round 1" in text and text.count("**") >= 4
+    assert "accuracy, last value up to round 1" in text and text.count("**") >= 4
     rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
     assert {row["method"] for row in rows} == {"FedAvg", "FedMR"} and len(rows) == 4
     tex = (out / "table.tex").read_text()
@@ -264,6 +264,19 @@ def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
 def test_a_metric_that_nobody_recorded(done):
     with pytest.raises(UserError, match="no run has recorded it"):
         sweep.run(sweep.from_mapping(asked(done.sweep.out, metric="bleu")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"metric": "client_accuracy_mean"}, "evaluation.per_client"),
+        ({"metric": "finetuned_p10"}, "evaluation.finetune"),
+        ({"rounds_of_interest": [1, 100]}, "no run has more than 2 rounds"),
+    ],
+)
+def test_what_no_run_can_record_is_found_at_once(tmp_path, changes, told):
+    with pytest.raises(UserError, match=told):
+        sweep.from_mapping(asked(tmp_path, **changes))
 
 
 # --- the table's arithmetic ---------------------------------------------------------------------------

@@ -7,7 +7,16 @@ import os
 import sys
 from typing import Any
 
-from fedjax_sim.algorithms.base import Algorithm, Batch, Cohort, Context, LocalRule, Results, Starts
+from fedjax_sim.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    Cohort,
+    Context,
+    LocalRule,
+    Results,
+    Starts,
+)
 from fedjax_sim.algorithms.clusamp import CluSamp
 from fedjax_sim.algorithms.ditto import Ditto
 from fedjax_sim.algorithms.fedavg import FedAvg
@@ -119,6 +128,20 @@ def named(name: Any, field: str = "algorithm.name") -> type:
 def name_of(config: Any) -> str | None:
     """The name by which `named` finds an algorithm's configuration; None if it has none."""
     return next((name for name, cls in (CONFIGS | _OTHERS).items() if type(config) is cls), None)
+
+
+def label(config: Any) -> str:
+    """An algorithm in a word, with what is inside it unless that is FedAvg: `fedmr`, `fedprox(fedmr)`.
+
+    One's own that has no name is written as Python does, with its settings.
+    """
+    name = name_of(config)
+    if name is None:
+        return repr(config)
+    fields = (getattr(config, field.name) for field in dataclasses.fields(config))
+    inside = [label(one) for one in fields if isinstance(one, AlgorithmConfig)]
+    inside = [one for one in inside if one != "fedavg"]
+    return f"{name}({', '.join(inside)})" if inside else name
 
 
 __all__ = [

@@ -19,6 +19,7 @@ from fedjax_sim.algorithms.base import (
     Context,
     LossAndGrad,
     Variables,
+    build_inner,
 )
 from fedjax_sim.errors import UserError
 
@@ -94,7 +95,7 @@ def on(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) 
     Raises:
       UserError: `inner` has its clients train a second model, or more than the model that was sent.
     """
-    algorithm = inner.build(context)
+    algorithm = build_inner(inner, context)
     rule = algorithm.local
     if rule.send is not None:
         raise UserError(

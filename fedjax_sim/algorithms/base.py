@@ -23,6 +23,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import stacked
+from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model, Variables
 
 State = Any
@@ -336,6 +337,17 @@ def around(inner: Algorithm, **own: Any) -> Algorithm:
         replaced = inner.replaced
         asked["replaced"] = lambda state, model: state.replace(inner=replaced(state.inner, model))
     return dataclasses.replace(inner, **asked | own)
+
+
+def build_inner(config: AlgorithmConfig, context: Context) -> Algorithm:
+    """The record of an `inner` algorithm; in its errors `algorithm.` becomes `algorithm.inner.`."""
+    try:
+        return config.build(context)
+    except UserError as error:
+        if error.field.split(".")[0] != "algorithm":
+            raise
+        field = "algorithm.inner" + error.field.removeprefix("algorithm")
+        raise UserError(field, error.value, error.why, error.fix) from None
 
 
 def nested(config: Any) -> Iterator[Any]:

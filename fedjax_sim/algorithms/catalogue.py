@@ -6,6 +6,7 @@ package's ALGORITHMS.md, with overheads from a measurement (`scripts/benchmark/m
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -63,7 +64,7 @@ ENTRIES: dict[str, Entry] = {
     "fedmr": Entry(
         besides="K models on the server",
         defaults="code of FedMR",
-        holds="recombination keeps mean and dispersion; first stage ≥ rounds is FedAvg",
+        holds="recombination keeps mean and dispersion; first stage ≥ rounds is uniform FedAvg",
     ),
     "fedindep": Entry(besides="K models on the server", defaults="none to set", holds="slots never mix"),
     "local": Entry(keeps="1 model", sends="0", defaults="none to set", holds="clients never mix"),
@@ -106,7 +107,7 @@ ENTRIES: dict[str, Entry] = {
         sends="2 + 2",
         passes="1; option I 1 + 1/E",
         defaults="Karimireddy et al.; ours (divisor)",
-        holds="the first round is FedAvg; Σ c_i = N c; momentum does not drive the variates apart",
+        holds="the first round is uniform FedAvg; Σ c_i = N c; momentum does not drive the variates apart",
     ),
     "feddyn": Entry(
         keeps="1 gradient",
@@ -116,7 +117,7 @@ ENTRIES: dict[str, Entry] = {
     "fedexp": Entry(
         sends="1 + 1 and a number",
         defaults="ours (ε); code of FedMR in its variant",
-        holds="ε → ∞ is FedAvg, one iterate deployed",
+        holds="ε → ∞ is uniform FedAvg, one iterate deployed",
     ),
     "fednova": Entry(defaults="Wang et al.", holds="equal steps are FedAvg"),
     "fedmut": Entry(
@@ -214,13 +215,13 @@ def settings() -> str:
 
 
 def defaults(config: type) -> dict[str, str]:
-    """An algorithm's settings by default, each as one word."""
+    """An algorithm's settings by default, each as one word, as flags and YAML take it."""
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config(), field.name)
         name = algorithms.name_of(value)
-        empty = isinstance(value, dict | tuple) and not value
-        out[field.name] = name or ("none" if value is None or empty else f"{value}".replace(" ", ""))
+        plain = list(value) if isinstance(value, tuple) else value
+        out[field.name] = name or (plain if isinstance(plain, str) else json.dumps(plain).replace(" ", ""))
     return out
 
 
@@ -245,6 +246,13 @@ Methods that act on the client alone (FedProx, FedSAM, FedASAM, FedNTD, MOON, pF
 (FedOpt, FedAvgM, FedAdam, FedYogi), LIPS and Ditto take an `inner` algorithm, FedAvg unless told otherwise:
 `--algorithm fedprox --algorithm.inner fedmr`; in YAML at any depth. What makes no sense together is refused,
 with the reason, before anything is compiled.
+
+FedAvg weighs clients by their samples (`weights: samples`). FedMR, FedIndep, SCAFFOLD, FedDyn, FedExP (as in
+its paper) and FedMut weigh them equally by definition: compare these with `--algorithm.weights uniform`.
+
+What a personalised algorithm is for is its clients' own accuracy, which `--evaluation.per-client` records, on
+test samples that `--partition.local-test holdout` (or `matching`) gives them; `accuracy` is of the deployed
+model on the global test set.
 
 ## What they cost
 

@@ -49,7 +49,7 @@ class Ditto:
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions. Raises UserError if clients inside train more than the model sent."""
-        inner = self.inner.build(context)
+        inner = base.build_inner(self.inner, context)
         rule = inner.local
         if rule.send is not None:
             raise UserError(

@@ -73,6 +73,9 @@ class FedMR:
             raise UserError(
                 "algorithm.partition", self.partition, "lies outside (0, 1]", "0.25 gives four blocks."
             )
+        if self.partition != 0.25 and self.granularity != "block":
+            why = f"algorithm.granularity is {self.granularity}, which has no use for it"
+            raise UserError("algorithm.partition", self.partition, why, "Set algorithm.granularity to block.")
         if self.first_stage < 0:
             raise UserError("algorithm.first_stage", self.first_stage, "is negative", "Give 0 or more.")
         if self.similarity_group < 1:

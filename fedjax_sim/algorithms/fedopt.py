@@ -174,12 +174,18 @@ def _on(
     config: base.AlgorithmConfig, optimizer: optax.GradientTransformation, context: base.Context
 ) -> base.Algorithm:
     """The algorithm of `config` with an optimiser on its server."""
-    inner = config.build(context)
+    inner = base.build_inner(config, context)
     replaced = inner.replaced
     if replaced is None:
+        # What goes around another algorithm has as much of a server as that one.
+        depth, culprit = max(
+            (depth, one)
+            for depth, one in enumerate([config, *base.nested(config)], 1)
+            if one.build(context).replaced is None
+        )
         raise UserError(
-            "algorithm.inner",
-            type(config).__name__,
+            "algorithm" + depth * ".inner",
+            type(culprit).__name__,
             "a round of it is more than an average, and leaves no step to an optimiser",
             "Choose one that averages (fedavg, fedprox, fednova, clusamp, fedgen, fedper …).",
         )

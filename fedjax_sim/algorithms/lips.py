@@ -152,7 +152,7 @@ class LIPS:
           UserError: no tensor of the model is eligible, or the score wants gradients that training never
             makes; the server inside goes further than the mean (`Algorithm.extrapolates`).
         """
-        inner = self.inner.build(context)
+        inner = base.build_inner(self.inner, context)
         if self.sync == "weights_only":
             inner = private.keep(inner, _not_weights(context.model), context.num_clients)
         leaves = eligible(context.model, self.layers, self.leaves)

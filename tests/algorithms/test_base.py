@@ -3,9 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+import fedjax_sim as fs
+from fedjax_sim import algorithms
 from fedjax_sim.algorithms import CONFIGS, Batch, Cohort, FedAvg, FedMR, name_of
 from fedjax_sim.algorithms.base import LocalRule, by_samples, cross_entropy, masked_mean, uniform
+from fedjax_sim.errors import UserError
 from tests import oracles
 
 
@@ -51,3 +55,25 @@ def test_names_of_configurations():
     assert name_of(FedMR()) == "fedmr"
     assert name_of(object()) is None
     assert all(name_of(cls()) == name for name, cls in CONFIGS.items())
+
+
+def test_labels_tell_what_is_inside():
+    assert algorithms.label(algorithms.FedProx()) == "fedprox"
+    inside = algorithms.FedProx(inner=algorithms.FedMR())
+    assert algorithms.label(inside) == "fedprox(fedmr)"
+    assert algorithms.label(algorithms.LIPS(inner=inside)) == "lips(fedprox(fedmr))"
+
+
+@pytest.mark.parametrize(
+    ("inside", "field"),
+    [
+        ({"name": "fedper", "blocks": 7}, "algorithm.inner.blocks"),
+        ({"name": "moon", "inner": {"name": "fedper", "blocks": 7}}, "algorithm.inner.inner.blocks"),
+        ({"name": "fedadam", "inner": {"name": "moon", "inner": "fedmr"}}, "algorithm.inner.inner.inner"),
+    ],
+)
+def test_an_error_inside_names_the_whole_way(inside, field):
+    config = fs.config.from_dict({"algorithm": {"name": "fedprox", "inner": inside}})
+    with pytest.raises(UserError) as told:
+        fs.Simulation(config)
+    assert told.value.field == field
