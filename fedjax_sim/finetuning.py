@@ -76,6 +76,7 @@ def apart(config: RunConfig) -> RunConfig:
         steps=None,
         lr=config.local.lr_at(config.rounds - 1, config.rounds),
         schedule="constant",
+        decay=1.0,
         keep_optimizer=True,
     )
     return dataclasses.replace(
