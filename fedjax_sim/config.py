@@ -152,6 +152,10 @@ class LocalConfig:
             return self.lr / (1 + self.decay * round_index)
         return self.lr
 
+    def last_lr(self, done: int, rounds: int) -> float:
+        """The rate of the newest of `done` rounds (of `rounds`) that had one: a cosine may end at 0."""
+        return next(filter(None, (self.lr_at(i, rounds) for i in reversed(range(max(done, 1))))), self.lr)
+
 
 @dataclasses.dataclass(frozen=True)
 class CohortConfig:

@@ -74,7 +74,7 @@ def apart(config: RunConfig) -> RunConfig:
         config.local,
         epochs=1,
         steps=None,
-        lr=config.local.lr_at(config.rounds - 1, config.rounds),
+        lr=config.local.last_lr(config.rounds, config.rounds),
         schedule="constant",
         decay=1.0,
         keep_optimizer=True,

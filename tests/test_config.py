@@ -206,6 +206,9 @@ def test_learning_rate_schedules():
     assert cosine.lr_at(4, 9) == pytest.approx((0.5 + 0.1) / 2)
     assert cosine.lr_at(8, 9) == pytest.approx(0.1)
     assert LocalConfig(lr=0.5, schedule="cosine", decay=0.2).lr_at(0, 1) == pytest.approx(0.5)
+    to_zero = LocalConfig(lr=0.5, schedule="cosine", decay=0.0)
+    assert to_zero.lr_at(4, 5) == 0 and to_zero.last_lr(5, 5) == to_zero.lr_at(3, 5) > 0
+    assert to_zero.last_lr(0, 5) == 0.5 and falling.last_lr(3, 5) == falling.lr_at(2, 5)
 
 
 @pytest.mark.parametrize(

@@ -170,8 +170,7 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     # A schedule ends with the run.
     number = simulation.round - (config.cohort.sampling == "schedule" and simulation.round > 0)
     inputs, _ = simulation.inputs(number)
-    until = max(simulation.round, 1)
-    lr = [rate for i in range(until) if (rate := config.local.lr_at(i, config.rounds)) > 0][-1]
+    lr = config.local.last_lr(simulation.round, config.rounds)
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
     observed = Round(setup.algorithm, setup.trainer, simulation.mesh, False, {"trained": _Trained()})
