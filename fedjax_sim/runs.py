@@ -156,7 +156,7 @@ def run(
         config = dataclasses.replace(config, algorithm=algorithm)
     given = {"dataset": dataset, "model": model}
     supplied = [name for name, value in given.items() if value is not None]
-    if algorithms.name_of(config.algorithm) is None:
+    if not algorithms.namable(config.algorithm):
         supplied.append("algorithm")
     return _started(config, partition, given, supplied)
 
@@ -425,7 +425,7 @@ def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
 def _names(setup: Setup) -> dict[str, str]:
     """`Run.names`."""
     names = {}
-    if algorithms.name_of(setup.config.algorithm) is None:
+    if not algorithms.namable(setup.config.algorithm):
         names["algorithm"] = algorithms.label(setup.config.algorithm)
     if setup.model.name != setup.config.model.name:
         names["model"] = setup.model.name
@@ -434,7 +434,7 @@ def _names(setup: Setup) -> dict[str, str]:
 
 def _namable(config: RunConfig) -> RunConfig:
     """The configuration as YAML can hold it: the default stands for an algorithm without a name."""
-    if algorithms.name_of(config.algorithm) is None:
+    if not algorithms.namable(config.algorithm):
         return dataclasses.replace(config, algorithm=RunConfig().algorithm)
     return config
 

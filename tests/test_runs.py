@@ -380,19 +380,19 @@ class Half:
         return CONFIGS["fedavg"]().build(context)
 
 
-@pytest.mark.parametrize("how", ["keyword", "config"])
+@pytest.mark.parametrize("how", ["keyword", "config", "inside"])
 def test_what_python_gave_is_named_in_the_record(tmp_path, how):
     config = tiny(tmp_path / "run", rounds=1)
     if how == "config":
         done = runs.run(dataclasses.replace(config, algorithm=Half(0.25)))
     else:
-        done = runs.run(config, algorithm=Half(0.25))
-    assert done.title.startswith("Half(share=0.25), mlp on digits")
+        given = Half(0.25) if how == "keyword" else CONFIGS["fedprox"](inner=Half(0.25))
+        done = runs.run(config, algorithm=given)
+    told = "fedprox(Half(share=0.25))" if how == "inside" else "Half(share=0.25)"
+    assert done.title.startswith(f"{told}, mlp on digits")
     assert runs.load(done.folder).title == done.title
-    assert (
-        "# The algorithm was given from Python: Half(share=0.25)."
-        in (done.folder / "config.yaml").read_text()
-    )
+    written = (done.folder / "config.yaml").read_text()
+    assert f"# The algorithm was given from Python: {told}. It is not what stands here.\n" in written
     with pytest.raises(UserError, match="algorithm"):
         runs.resume(done.folder)
     other = runs.run(tiny(tmp_path / "other", rounds=1), algorithm=Half(0.75))

@@ -16,6 +16,7 @@ from fedjax_sim.algorithms.base import (
     LocalRule,
     Results,
     Starts,
+    nested,
 )
 from fedjax_sim.algorithms.clusamp import CluSamp
 from fedjax_sim.algorithms.ditto import Ditto
@@ -128,6 +129,11 @@ def named(name: Any, field: str = "algorithm.name") -> type:
 def name_of(config: Any) -> str | None:
     """The name by which `named` finds an algorithm's configuration; None if it has none."""
     return next((name for name, cls in (CONFIGS | _OTHERS).items() if type(config) is cls), None)
+
+
+def namable(config: Any) -> bool:
+    """Whether a file can hold it: it has a name, and so has all that is inside it."""
+    return name_of(config) is not None and all(name_of(one) is not None for one in nested(config))
 
 
 def label(config: Any) -> str:
