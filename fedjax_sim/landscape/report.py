@@ -172,12 +172,9 @@ def text(
         lines += ["", f"**Warning**: {warning}."]
     every = [one for parts in results for one in parts]
     done = {
-        name: _counted(count)
-        for name, count in {
-            "train": [one.samples["train"] for one in every],
-            "test": [one.samples["test"] for one in every],
-            "compared": [len(one.clients) for one in every],
-        }.items()
+        "train": _counted([one.samples["train"] for one in every]),
+        "test": _counted([one.samples["test"] for one in every]),
+        "compared": _counted([len(one.clients) for one in every]),
     }
     about = _ABOUT.format(**vars(settings), **done, unit=_UNITS[settings.scale])
     lines += ["", "## In numbers", "", about, ""]
@@ -220,8 +217,8 @@ _ABOUT = (
     "largest rise on such a line above the lower ground on both of its sides; 0: the line has one valley. A "
     "barrier of 0 says as much only of models that are at minima themselves. Half way: the excess in the "
     "middle, below the mean of the two ends, mean over pairs. Distance: L2 between the parameters of two "
-    "such models, mean over pairs; all three are to be seen beside it. Several seeds: mean ± standard "
-    "deviation. In brackets: the estimator's standard error (root mean square over seeds), which the "
+    "such models, mean over pairs, which the three before are to be seen beside. Several seeds: mean ± "
+    "standard deviation. In brackets: the estimator's standard error (root mean square over seeds), which the "
     "deviation need not hold, as all runs share the random vectors."
 )
 
