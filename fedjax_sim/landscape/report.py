@@ -218,8 +218,8 @@ _ABOUT = (
     "barrier of 0 says as much only of models that are at minima themselves. Half way: the excess in the "
     "middle, below the mean of the two ends, mean over pairs. Distance: L2 between the parameters of two "
     "such models, mean over pairs, which the three before are to be seen beside. Several seeds: mean ± "
-    "standard deviation. In brackets: the estimator's standard error (root mean square over seeds), which the "
-    "deviation need not hold, as all runs share the random vectors."
+    "standard deviation. In brackets: the estimator's standard error (root mean square over seeds), which "
+    "the deviation need not hold, as all runs share the random vectors."
 )
 
 
