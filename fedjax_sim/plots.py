@@ -76,7 +76,7 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
     """
     known = metrics.names()
     for name in names or ():
-        metrics.last(name)
+        metrics.last(name)  # or raises
     chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
     figure, axes = new_figure(*grid_shape(len(chosen)))
     for axis, name in zip(axes.flat, chosen, strict=False):

@@ -440,13 +440,14 @@ def _namable(config: RunConfig) -> RunConfig:
 
 
 def _check_unchanged(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> None:
-    """Raises UserError if config.yaml says what the run was not started with, more rounds apart.
+    """Raises UserError if config.yaml says what the run was not started with. Older records cannot tell.
 
-    Older records cannot tell.
+    More rounds may be asked for, and the data may have been moved: they are known by their checksums.
     """
     if "config" not in about:
         return
-    began = dataclasses.replace(config_lib.from_dict(about["config"]), rounds=config.rounds)
+    began = config_lib.from_dict(about["config"])
+    began = dataclasses.replace(began, rounds=config.rounds, data=config.data)
     changed = _differences(began, config)
     if changed:
         raise UserError(

@@ -411,7 +411,8 @@ def test_a_configuration_that_was_edited_is_not_resumed(tmp_path):
         path.write_text(before.replace(old, new, 1))
         with pytest.raises(UserError, match=f"edited since the run began: {told}"):
             runs.resume(done.folder)
-    path.write_text(before.replace("keep: ", "keep: 1", 1))  # what changes no number
+    moved = before.replace("data_dir: null", "data_dir: /elsewhere", 1)
+    path.write_text(moved.replace("keep: ", "keep: 1", 1))  # what changes no number
     assert runs.resume(done.folder).finished
 
 

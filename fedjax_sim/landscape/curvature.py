@@ -42,8 +42,7 @@ def spectrum(
     model, in evaluation mode (batch norm with its running statistics). Lanczos orthogonalises every vector
     twice against all before it. Hutchinson's probes are random signs v, of which vᵀHv has the trace as its
     mean (Hutchinson, "A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing
-    Splines", 1990). Host memory: 4 · steps + 8 · k bytes
-    a parameter.
+    Splines", 1990). Host memory: 4 · steps + 16 · k bytes a parameter.
 
     Args:
       objective: what is differentiated.
