@@ -22,6 +22,9 @@ from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 VERSION = 2
 """Of the configuration's layout. Raised when a field changes its meaning; older ones are read."""
 
+GIVEN = ("dataset", "partition", "model", "algorithm")
+"""What `run` takes from Python."""
+
 
 # --- the parts of a run ---------------------------------------------------------------------------------
 
@@ -420,6 +423,8 @@ class RunConfig:
       inertia: what is measured of layers' movement from round to round, and of the merge's gain.
       execution: layout; speed only.
       output: what is written.
+      given: what the run had from Python and no file can hold, with a word for each: `dataset`, `partition`,
+        `model`, `algorithm`. `run` sets it; whoever runs this configuration again must give the same.
     """
 
     version: int = VERSION
@@ -437,6 +442,7 @@ class RunConfig:
     inertia: InertiaConfig = InertiaConfig()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()
+    given: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.algorithm, AlgorithmConfig):
@@ -450,6 +456,11 @@ class RunConfig:
         _check_version(self.version)
         at_least("rounds", self.rounds, 1)
         within("seed", self.seed, 0, 2**31 - 1)
+        for name, told in self.given.items():
+            if name not in GIVEN:
+                raise UserError(
+                    f"given.{name}", told, "no such thing is given", f"There are {', '.join(GIVEN)}."
+                )
 
 
 # --- reading and writing ------------------------------------------------------------------------------
@@ -547,6 +558,19 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
 def dump(config: RunConfig) -> str:
     """A RunConfig as YAML, every field written out."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def check_given(config: RunConfig, **given: Any) -> None:
+    """Raises UserError if the run that the configuration is of had from Python what is not among `given`."""
+    for name, told in config.given.items():
+        own = name == "algorithm" and not algorithms.namable(config.algorithm)
+        if given.get(name) is None and not own:
+            raise UserError(
+                f"given.{name}",
+                told,
+                f"the {name} was given from Python, and no file can hold it",
+                f"Give it again: run(config, {name}=…). Or take it out of `given`, for what the rest says.",
+            )
 
 
 def _check_version(version: Any) -> None:

@@ -10,7 +10,6 @@ algorithm and the number of clients do not matter.
 """
 
 import dataclasses
-import json
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +100,10 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
         raise _wrong(folder, f"it has no checkpoint: {why}", fix)
     try:
         other = runs.load(folder)
-        supplied = json.loads((place.path / "provenance.json").read_text()).get("supplied", ())
-        if "algorithm" in supplied:
+        if "algorithm" in other.config.given:
             raise UserError("algorithm", None, "it was given in Python, and is not known here", "")
-        if supplied:
-            given = {"model": model, "dataset": dataset}
-            other = runs.load(folder, **{name: given[name] for name in supplied})
+        own = {"model": model, "dataset": dataset}
+        other = runs.load(folder, **{name: own[name] for name in own if name in other.config.given})
         # Of a run that another process drives, the newest model would be a matter of luck.
         with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
             found = other.variables
@@ -114,7 +111,7 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
         raise
     except UserError as error:
         raise _wrong(folder, f"its model cannot be had ({error})", "Give another run.") from None
-    name = model.name if "model" in supplied else other.config.model.name
+    name = other.config.given.get("model", other.config.model.name)
     _check_same(folder, found, name, model)
     return found
 
@@ -180,6 +177,7 @@ def pretrained(setup: "Setup") -> Any:
         peel=PeelConfig(),
         execution=dataclasses.replace(config.execution, devices=1, wave=1),
         output=OutputConfig(),
+        given={},
     )
     simulation = Simulation(central, dataset=dataset, partition=alone, model=setup.model)
     try:

@@ -118,13 +118,11 @@ def where(run: Run) -> str:
 
 def settings_of(run: Run) -> dict[str, str]:
     """What makes a run what it is, its seed aside, by dotted field."""
-    name = run.names.get("algorithm", algorithms.label(run.config.algorithm))
-    aside = ("seed", "execution.", "output.", "algorithm.name", "data.data_dir")
+    name = run.config.given.get("algorithm", algorithms.label(run.config.algorithm))
+    aside = ("seed", "execution.", "output.", "algorithm.name", "given.algorithm", "data.data_dir")
     told = {
         key: str(value) for key, value in config_lib.flat(run.config).items() if not key.startswith(aside)
     }
-    if "model" in run.names:
-        told["model.name"] = run.names["model"]
     return {"algorithm": name, **told}
 
 

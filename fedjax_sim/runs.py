@@ -85,7 +85,6 @@ class Run:
       seconds: wall-clock time of all its rounds, compilation included, over all its starts.
       cpu_seconds: CPU time of the process in them, all threads; None if not all rounds recorded it.
       rounds: how many are done.
-      names: what was given from Python and `config` cannot name: `algorithm`, `model`.
     """
 
     config: RunConfig
@@ -95,7 +94,6 @@ class Run:
     seconds: float
     cpu_seconds: float | None
     rounds: int
-    names: Mapping[str, str]
     _partition: Callable[[], Partition] = dataclasses.field(repr=False)
     _model: Callable[[], Any] = dataclasses.field(repr=False)
 
@@ -117,7 +115,7 @@ class Run:
     @property
     def title(self) -> str:
         """One line: method, data, partition."""
-        return title_of(self.config, self.recipe, self.names)
+        return title_of(self.config, self.recipe)
 
     def plot(self, *names: str) -> Figure:
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
@@ -152,18 +150,13 @@ def run(
       UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
     """
-    if algorithm is not None:
-        config = dataclasses.replace(config, algorithm=algorithm)
-    given = {"dataset": dataset, "model": model}
-    supplied = [name for name, value in given.items() if value is not None]
-    if not algorithms.namable(config.algorithm):
-        supplied.append("algorithm")
-    return _started(config, partition, given, supplied)
+    config = _saying(config, dataset, partition, model, algorithm)
+    return _started(config, dataset=dataset, partition=partition, model=model)
 
 
 def start(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
     """`run` with data that `config` describes but that are in memory already; `resume` will load them."""
-    return _started(config, partition, {"dataset": dataset}, [])
+    return _started(config, dataset=dataset, partition=partition)
 
 
 def check(config: RunConfig, dataset: Dataset, partition: Partition) -> None:
@@ -171,20 +164,18 @@ def check(config: RunConfig, dataset: Dataset, partition: Partition) -> None:
     _alike(lambda: prepare(config, dataset=dataset, partition=partition))
 
 
-def _started(
-    config: RunConfig, partition: Partition | None, given: dict[str, Any], supplied: list[str]
-) -> Run:
+def _started(config: RunConfig, **given: Any) -> Run:
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
         hosts.agreed(folder.check_new)
         hosts.together(folder.check_seen)
-    setup = _alike(lambda: prepare(config, partition=partition, **given))
+    setup = _alike(lambda: prepare(config, **given))
     if folder is None:
         return _drive(Simulation(setup), None)
     with hosts.held(folder.claimed):
         # Made first: a mistake that shows only here leaves no half-begun run behind.
         simulation = Simulation(setup)
-        hosts.agreed(lambda: _describe(folder, setup, supplied))
+        hosts.agreed(lambda: _describe(folder, setup))
         return _drive(simulation, folder)
 
 
@@ -203,12 +194,12 @@ def resume(
     config, about = hosts.together(lambda: _read(place))
     hosts.together(lambda: _check_unchanged(place, config, about))
     for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
-        if name in about.get("supplied", ()) and value is None:
+        if name in config.given and value is None:
             raise UserError(
                 name,
-                None,
-                f"the run in {folder} was given a {name} of its own",
-                f"Give it: resume(…, {name}=…).",
+                config.given[name],
+                f"the run in {folder} was given this {name} from Python",
+                f"Give it again: resume(…, {name}=…).",
             )
     if hosts.agreed(lambda: place.finished):
         return load(folder, dataset=dataset, model=model, algorithm=algorithm)
@@ -237,8 +228,7 @@ def load(
 
     seconds, cpu = records.total(records.read_timing(place.path), rounds)
     recipe = _recipe(place, config, about, partition)
-    names = about.get("names", {})
-    return Run(config, place.path, table, recipe, seconds, cpu, rounds, names, partition, variables)
+    return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
 
 
 def restored(
@@ -263,12 +253,12 @@ def restored(
     raise UserError("folder", str(folder), f"it has no sound checkpoint{which}", fix)
 
 
-def title_of(config: RunConfig, recipe: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """One line about a run: method, data, partition (`Run.recipe`); `names` (`Run.names`) go first."""
+def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:
+    """One line about a run: method, data, partition (`Run.recipe`)."""
     kind = str(recipe.get("kind", "given partition"))
     if kind.startswith("dirichlet"):
         kind += f"({recipe.get('alpha')})"
-    told = {"algorithm": algorithms.label(config.algorithm), "model": config.model.name, **names}
+    told = {"algorithm": algorithms.label(config.algorithm), "model": config.model.name, **config.given}
     return (
         f"{told['algorithm']}, {told['model']} on {recipe.get('dataset', config.data.source)}, "
         f"{recipe['clients']:,} clients, {kind}, seed {config.seed}"
@@ -302,10 +292,7 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        names = _names(setup)
-        return Run(
-            config, path, table, recipe, seconds, cpu, done, names, lambda: setup.partition, lambda: model
-        )
+        return Run(config, path, table, recipe, seconds, cpu, done, lambda: setup.partition, lambda: model)
 
     def write(number: int, rows: list[records.Row]) -> None:
         lap = Lap(number, *clock.lap(), setup.cohort_size)
@@ -388,7 +375,7 @@ def _alike(make: Callable[[], Setup]) -> Setup:
     if jax.process_count() > 1:
         made = {"data": provenance.fingerprint(setup.dataset)}
         made["partition"] = provenance.describe_partition(setup.partition)
-        hosts.check_same({**config_lib.flat(_namable(setup.config)), **made})
+        hosts.check_same({**config_lib.flat(_writable(setup.config)), **made})
     return setup
 
 
@@ -407,32 +394,40 @@ def portable(config: RunConfig) -> RunConfig:
     return config
 
 
-def _describe(folder: Folder, setup: Setup, supplied: list[str]) -> None:
+def _describe(folder: Folder, setup: Setup) -> None:
     """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
-    config = portable(_namable(setup.config))
-    names = _names(setup)
-    about = {"supplied": supplied, "names": names, **provenance.describe(setup.dataset, setup.partition)}
+    config = portable(_writable(setup.config))
+    about = provenance.describe(setup.dataset, setup.partition)
     about["config"] = config_lib.to_dict(config)
     data.save(setup.partition, folder.partition)
     folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
-    told = "".join(
-        f"# The {what} was given from Python: {name}. It is not what stands here.\n"
-        for what, name in names.items()
-    )
-    folder.write("config.yaml", told + config_lib.dump(config))
+    folder.write("config.yaml", config_lib.dump(config))
 
 
-def _names(setup: Setup) -> dict[str, str]:
-    """`Run.names`."""
-    names = {}
-    if not algorithms.namable(setup.config.algorithm):
-        names["algorithm"] = algorithms.label(setup.config.algorithm)
-    if setup.model.name != setup.config.model.name:
-        names["model"] = setup.model.name
-    return names
+def _saying(
+    config: RunConfig,
+    dataset: Dataset | None = None,
+    partition: Partition | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
+) -> RunConfig:
+    """`config` with the algorithm, saying in `given` what of all this a file cannot hold."""
+    said = dict(config.given)
+    if algorithm is not None:
+        config = dataclasses.replace(config, algorithm=algorithm)
+        said.pop("algorithm", None)
+    if dataset is not None:
+        said["dataset"] = dataset.name
+    if partition is not None:
+        said["partition"] = f"{partition.num_clients:,} clients"
+    if model is not None:
+        said["model"] = model.name
+    if not algorithms.namable(config.algorithm):
+        said["algorithm"] = algorithms.label(config.algorithm)
+    return dataclasses.replace(config, given=said)
 
 
-def _namable(config: RunConfig) -> RunConfig:
+def _writable(config: RunConfig) -> RunConfig:
     """The configuration as YAML can hold it: the default stands for an algorithm without a name."""
     if not algorithms.namable(config.algorithm):
         return dataclasses.replace(config, algorithm=RunConfig().algorithm)
@@ -447,7 +442,8 @@ def _check_unchanged(folder: Folder, config: RunConfig, about: Mapping[str, Any]
     if "config" not in about:
         return
     began = config_lib.from_dict(about["config"])
-    began = dataclasses.replace(began, rounds=config.rounds, data=config.data)
+    given = began.given or config.given  # for `_read`'s older records
+    began = dataclasses.replace(began, rounds=config.rounds, data=config.data, given=given)
     changed = _differences(began, config)
     if changed:
         raise UserError(
@@ -469,12 +465,19 @@ def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
         raise UserError(
             "folder", str(folder.path), f"provenance.json cannot be read: {error}", "Start the run anew."
         ) from None
-    return dataclasses.replace(config, output=output), about
+    told = {"model": config.model.name, **about.get("names", {})}  # by records of before `given`
+    given = config.given or {name: told.get(name, name) for name in about.get("supplied", ())}
+    return dataclasses.replace(config, output=output, given=given), about
 
 
 def _setup(
     folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any
 ) -> Setup:
+    said = _saying(config, model=model, algorithm=algorithm)
+    changed = _differences(config, _writable(said))
+    if changed:
+        why = f"what is given now is not what its run had: {'; '.join(changed[:3])}"
+        raise UserError("folder", str(folder.path), why, "Give the same again.")
     dataset = _dataset(config, about, dataset)
     partition = _partition(folder, config, about, dataset)
     return prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from fedjax_sim import cohorts, data, evaluation, finetuning, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
 from fedjax_sim.inertia import Effectiveness, Movement
@@ -124,6 +124,7 @@ def prepare(
     Raises:
       UserError: anything that cannot work, before anything is compiled.
     """
+    check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)
     dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)

@@ -122,6 +122,7 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
     if isinstance(base, str):
         base = config_lib.read_yaml(home / base)
     config = config_lib.from_dict(base)
+    config_lib.check_given(config)
     methods = mapping.get("methods") or {algorithms.name_of(config.algorithm) or "base": {}}
     grid = mapping.get("grid") or {}
     seeds = mapping.get("seeds", [config.seed])

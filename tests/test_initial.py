@@ -257,6 +257,6 @@ def test_a_run_that_another_process_writes_is_left_alone(other, copied):
 
 
 def test_an_algorithm_that_was_given_in_python_cannot_be_had(copied):
-    about = (copied / "provenance.json").read_text()
-    (copied / "provenance.json").write_text(about.replace('"supplied": []', '"supplied": ["algorithm"]'))
+    about = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(about.replace("given: {}", "given: {algorithm: Mine()}"))
     assert "given in Python" in str(refused(starting(copied)))

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import data, models, records, reports, runs
-from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim import data, models, records, reports, runs, sweep_files
+from fedjax_sim.algorithms import CONFIGS, FedAvg
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import (
     CohortConfig,
@@ -383,20 +383,62 @@ class Half:
 @pytest.mark.parametrize("how", ["keyword", "config", "inside"])
 def test_what_python_gave_is_named_in_the_record(tmp_path, how):
     config = tiny(tmp_path / "run", rounds=1)
+    given = CONFIGS["fedprox"](inner=Half(0.25)) if how == "inside" else Half(0.25)
     if how == "config":
-        done = runs.run(dataclasses.replace(config, algorithm=Half(0.25)))
+        done = runs.run(dataclasses.replace(config, algorithm=given))
     else:
-        given = Half(0.25) if how == "keyword" else CONFIGS["fedprox"](inner=Half(0.25))
         done = runs.run(config, algorithm=given)
     told = "fedprox(Half(share=0.25))" if how == "inside" else "Half(share=0.25)"
     assert done.title.startswith(f"{told}, mlp on digits")
     assert runs.load(done.folder).title == done.title
-    written = (done.folder / "config.yaml").read_text()
-    assert f"# The algorithm was given from Python: {told}. It is not what stands here.\n" in written
+    written = config_lib.load(done.folder / "config.yaml")
+    assert written.given == {"algorithm": told}
     with pytest.raises(UserError, match="algorithm"):
         runs.resume(done.folder)
+    with pytest.raises(UserError, match=r"given\.algorithm is .*not"):
+        runs.restored(done.folder, algorithm=Half(0.75))
+    assert runs.resume(done.folder, algorithm=given).finished
     other = runs.run(tiny(tmp_path / "other", rounds=1), algorithm=Half(0.75))
     assert len(reports.groups([done, other])) == 2
+
+
+def test_what_python_gave_is_asked_for_again(tmp_path):
+    digits = data.load("digits")
+    given = {
+        "dataset": digits,
+        "partition": data.partition(
+            digits, data.PartitionConfig(kind="iid", clients=6, local_test="holdout"), 3
+        ),
+        "model": models.create("mlp", (8, 8, 1), 10, hidden=(4,)),
+        "algorithm": Half(0.25),
+    }
+    done = runs.run(tiny(tmp_path / "run", rounds=1), **given)
+    again = config_lib.load(done.folder / "config.yaml")
+    again = dataclasses.replace(again, output=OutputConfig(dir=str(tmp_path / "again")))
+    for name in given:
+        with pytest.raises(UserError, match=rf"given\.{name} = .*run\(config, {name}=…\)"):
+            runs.run(again, **{**given, name: None})
+    assert not (tmp_path / "again" / "config.yaml").exists()
+    with pytest.raises(UserError, match=r"given\.dataset"):
+        sweep_files.from_mapping({"base": config_lib.to_dict(again)})
+    assert list(runs.run(again, **given).metrics) == list(done.metrics)
+    # Another algorithm in its place, which has a name: nothing is left to ask for.
+    named = runs.run(dataclasses.replace(again, output=OutputConfig()), **{**given, "algorithm": FedAvg()})
+    assert set(named.config.given) == {"dataset", "partition", "model"}
+
+
+def test_a_record_of_before_configurations_said_what_was_given(tmp_path):
+    model = models.create("mlp", (8, 8, 1), 10, hidden=(4,))
+    done = runs.run(tiny(tmp_path / "run", rounds=1), model=model)
+    config, about = done.folder / "config.yaml", done.folder / "provenance.json"
+    config.write_text(config.read_text().split("given:")[0])
+    record = json.loads(about.read_text())
+    del record["config"]["given"]
+    about.write_text(json.dumps({"supplied": ["model"], "names": {}, **record}))
+    with pytest.raises(UserError, match="given this model from Python"):
+        runs.resume(done.folder)
+    assert runs.resume(done.folder, model=model).finished
+    assert same(runs.load(done.folder, model=model).variables, done.variables)
 
 
 def test_a_configuration_that_was_edited_is_not_resumed(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from typing import Any
 
@@ -139,11 +140,11 @@ def namable(config: Any) -> bool:
 def label(config: Any) -> str:
     """An algorithm in a word, with what is inside it unless that is FedAvg: `fedmr`, `fedprox(fedmr)`.
 
-    One's own that has no name is written as Python does, with its settings.
+    One's own that has no name is written as Python does, with its settings, and without addresses in memory.
     """
     name = name_of(config)
     if name is None:
-        return repr(config)
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(config))
     fields = (getattr(config, field.name) for field in dataclasses.fields(config))
     inside = [label(one) for one in fields if isinstance(one, AlgorithmConfig)]
     inside = [one for one in inside if one != "fedavg"]

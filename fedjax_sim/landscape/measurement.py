@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from typing import Any, cast
 
 import jax
@@ -122,10 +121,10 @@ def check(run: Run) -> None:
     if run.folder is None:
         why, fix = "the run is in memory and has no folder", "Use measure() with its Simulation."
         raise UserError("run", str(run.title), why, fix)
-    supplied = json.loads((run.folder / "provenance.json").read_text()).get("supplied", ())
-    if supplied:
-        why = f"the run was given a {supplied[0]} of its own, which its folder does not hold"
-        raise UserError("run", str(run.folder), why, "Use measure() with its Simulation.")
+    for name, told in run.config.given.items():
+        if name != "partition":
+            why = f"the run was given this {name} from Python, which its folder does not hold: {told}"
+            raise UserError("run", str(run.folder), why, "Use measure() with its Simulation.")
     if not Checkpoints(Folder(run.folder).checkpoints).rounds():
         fix = "Run its config.yaml again in another folder."
         raise UserError("run", str(run.folder), "it has no checkpoint, and so no model", fix)

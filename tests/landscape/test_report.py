@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_told_and_left_where_it_is(study, tmp_path, caps
 def test_what_python_gave_cannot_be_read_back(tmp_path):
     model = fs.models.create("mlp", (8, 8, 1), 10, hidden=[3])
     fs.run(config_of(tmp_path / "own", FedAvg()), model=model)
-    with pytest.raises(UserError, match="model of its own"):
+    with pytest.raises(UserError, match="model from Python"):
         report.draw(tmp_path / "own")
 
 
