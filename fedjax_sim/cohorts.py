@@ -17,6 +17,7 @@ import numpy as np
 
 from fedjax_sim.config import CohortConfig
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 from fedjax_sim.streams import COHORTS
 
 Draw = Callable[[int], np.ndarray]
@@ -80,7 +81,7 @@ class Schedule:
     def save(self, path: str | Path) -> None:
         """Writes the JSON."""
         rows = ",\n  ".join(json.dumps(list(cohort)) for cohort in self.cohorts)
-        Path(path).write_text(f'{{"clients": {self.clients}, "cohorts": [\n  {rows}\n]}}\n')
+        local(path).write_text(f'{{"clients": {self.clients}, "cohorts": [\n  {rows}\n]}}\n')
 
     @classmethod
     def drawn(cls, draw: Draw, rounds: int, clients: int) -> "Schedule":
@@ -94,8 +95,9 @@ class Schedule:
         Raises:
           UserError: there is no such file, or it is no schedule.
         """
+        file = local(path, "cohort.schedule")
         try:
-            read = json.loads(Path(path).read_text())
+            read = json.loads(file.read_text())
             clients, cohorts = read["clients"], [_ids(cohort) for cohort in read["cohorts"]]
         except OSError as error:
             raise _bad(path, f"it cannot be read: {error.strerror}") from None

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-from fedjax_sim import algorithms
+from fedjax_sim import algorithms, paths
 from fedjax_sim.algorithms.base import AlgorithmConfig
-from fedjax_sim.data import PartitionConfig
+from fedjax_sim.data import PartitionConfig, sources
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 
@@ -24,6 +24,13 @@ VERSION = 2
 
 GIVEN = ("dataset", "partition", "model", "algorithm")
 """What `run` takes from Python."""
+
+
+def _check_paths(config: Any, section: str, *names: str) -> None:
+    """Raises UserError if one of the fields is set to an address."""
+    for name in names:
+        if getattr(config, name) is not None:
+            paths.local(getattr(config, name), section + name)
 
 
 # --- the parts of a run ---------------------------------------------------------------------------------
@@ -44,6 +51,8 @@ class DataConfig:
 
     def __post_init__(self):
         check(self, "data.")
+        sources.check_path(self.source)
+        _check_paths(self, "data.", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +189,7 @@ class CohortConfig:
 
     def __post_init__(self):
         check(self, "cohort.")
+        _check_paths(self, "cohort.", "schedule")
         if (self.sampling == "schedule") != (self.schedule is not None):
             raise UserError(
                 "cohort.schedule",
@@ -336,6 +346,7 @@ class InitialConfig:
 
     def __post_init__(self):
         check(self, "initial.")
+        _check_paths(self, "initial.", "run")
         at_least("initial.pretrain", self.pretrain, 0)
         within("initial.holdout", self.holdout, 0.0, 1.0, open_left=True, open_right=True)
         if self.run is not None and self.pretrain:
@@ -398,6 +409,7 @@ class OutputConfig:
 
     def __post_init__(self):
         check(self, "output.")
+        _check_paths(self, "output.", "dir")
         at_least("output.checkpoint_every", self.checkpoint_every, 0)
         at_least("output.keep", self.keep, 1)
 
@@ -545,7 +557,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
       UserError: the file is missing or is not a YAML mapping.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        loaded = yaml.safe_load(paths.local(path, "config").read_text())
     except FileNotFoundError:
         raise UserError("config", str(path), "no such file", "Check the path.") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

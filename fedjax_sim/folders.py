@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import records
+from fedjax_sim import paths, records
 from fedjax_sim.errors import UserError
 
 
@@ -16,10 +16,13 @@ class Folder:
 
     Attributes:
       path: absolute.
+
+    Raises:
+      UserError: the path is an address, see `fedjax_sim.paths`.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser().absolute()
+        self.path = paths.local(path, "folder").absolute()
 
     @property
     def config(self) -> Path:

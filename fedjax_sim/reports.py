@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 from matplotlib.figure import Figure
 
-from fedjax_sim import algorithms, plots, runs, sweep_files
+from fedjax_sim import algorithms, paths, plots, runs, sweep_files
 from fedjax_sim import config as config_lib
 from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
@@ -170,7 +170,7 @@ def writable(path: str | Path) -> Folder:
     Raises:
       UserError: it cannot.
     """
-    path = Folder(path).path
+    path = paths.local(path, "out").absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()

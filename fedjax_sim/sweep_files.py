@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from fedjax_sim import algorithms
+from fedjax_sim import algorithms, paths
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
@@ -120,14 +120,14 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
             raise UserError(f"sweep.{key}", mapping[key], "no such field", nearest(str(key), _FIELDS))
     base = mapping.get("base", {})
     if isinstance(base, str):
-        base = config_lib.read_yaml(home / base)
+        base = config_lib.read_yaml(home / paths.local(base, "sweep.base"))
     config = config_lib.from_dict(base)
     config_lib.check_given(config)
     methods = mapping.get("methods") or {algorithms.name_of(config.algorithm) or "base": {}}
     grid = mapping.get("grid") or {}
     seeds = mapping.get("seeds", [config.seed])
     _check(methods, grid, seeds, mapping)
-    out = Path(str(mapping.get("out", f"runs/{name}"))).expanduser().absolute()
+    out = paths.local(str(mapping.get("out", f"runs/{name}")), "sweep.out").absolute()
     jobs = []
     for seed in seeds:
         for chosen in itertools.product(*(_choices(values) for values in grid.values())):

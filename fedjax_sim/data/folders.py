@@ -16,6 +16,7 @@ import numpy as np
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _PARTS = ("train", "test", "val", "validation")
@@ -48,7 +49,7 @@ def read_folder(
     Raises:
       UserError: naming `data.source` and the file at fault.
     """
-    root = Path(path).expanduser()
+    root = local(path, "data.source")
     if not root.is_dir():
         fix = "Give a folder with one sub-folder of images for each class."
         raise UserError("data.source", f"folder:{root}", "no such folder", fix)

@@ -15,6 +15,7 @@ import numpy as np
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 FIX = "Save train_images, train_labels, test_images, test_labels with numpy.savez, images as uint8 NHWC."
 
@@ -45,7 +46,7 @@ def read_npz(
     Raises:
       UserError: naming `data.source` (the file) or the array in it.
     """
-    path = Path(path).expanduser()
+    path = local(path, "data.source")
     if not path.is_file():
         raise UserError("data.source", f"npz:{path}", "no such file", FIX)
     infix = f"_{labels}" if labels else ""

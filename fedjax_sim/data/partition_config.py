@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import os
 
 import numpy as np
 
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 KINDS = (
     "iid",
@@ -105,6 +107,8 @@ class PartitionConfig:
             raise wrong("clients", None, f"kind {self.kind!r} needs their number", "Say how many.")
         if self.kind == "file" and not self.path:
             raise wrong("path", self.path, "kind 'file' needs it", "Give the JSON file with the partition.")
+        if isinstance(self.path, str | os.PathLike):
+            local(self.path, "partition.path")
         if self.samples_per_client is not None:
             if self.kind in ("quantity", "file"):
                 why = f"kind {self.kind!r} sets the sizes itself"

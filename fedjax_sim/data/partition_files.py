@@ -12,6 +12,7 @@ import numpy as np
 
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 FORMAT = "fedjax_sim.partition"
 VERSION = 1
@@ -125,7 +126,7 @@ def check(partition: Partition, dataset: Dataset) -> None:
 
 def save(partition: Partition, path: str | Path) -> None:
     """Writes JSON: format, version, recipe, a list of indices for each client, `server` and `streams`."""
-    path = Path(path).expanduser()
+    path = local(path, "partition.path")
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -153,7 +154,7 @@ def load_partition(path: str | Path, dataset: Dataset | None = None) -> Partitio
       UserError: unreadable, empty clients, duplicates inside a client (allowed where the recipe
         draws with replacement), indices that are negative or out of range.
     """
-    path = Path(path).expanduser()
+    path = local(path, "partition.path")
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError as e:

@@ -12,6 +12,7 @@ from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.data.presets import PRESETS, Preset
 from fedjax_sim.data.tfds_sets import find_prepared, how_to_prepare, read_tfds
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 ENVIRONMENT = "FEDJAX_SIM_DATA"
 EMBEDDED = ("digits", "digits-domains")
@@ -57,6 +58,7 @@ def load(
             "data.preprocessing", preprocessing, "not a Preprocessing", "Build one, or leave it out."
         )
     shape = _size(size)
+    check_path(source)
     place = default_data_dir(data_dir)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SCHEMES:
@@ -158,9 +160,17 @@ def names() -> list[str]:
     return [*EMBEDDED, *PRESETS]
 
 
+def check_path(source: str) -> None:
+    """Raises UserError if a source names an address (`npz:gs://bucket/set.npz`) where a path is wanted."""
+    scheme, colon, rest = source.strip().partition(":")
+    local(rest if colon and scheme in SCHEMES else source, "data.source")
+
+
 def default_data_dir(data_dir: str | Path | None = None) -> Path:
     """`data_dir`, else the environment variable FEDJAX_SIM_DATA, else `~/fedjax_sim_data`."""
-    return Path(data_dir or os.environ.get(ENVIRONMENT) or "~/fedjax_sim_data").expanduser()
+    if data_dir:
+        return local(data_dir, "data.data_dir")
+    return local(os.environ.get(ENVIRONMENT) or "~/fedjax_sim_data", ENVIRONMENT)
 
 
 def _options(fragment: str, source: str) -> tuple[str, dict[str, str]]:

@@ -12,6 +12,7 @@ import numpy as np
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.paths import local
 
 
 def how_to_prepare(name: str, data_dir: str | Path) -> str:
@@ -24,7 +25,7 @@ def how_to_prepare(name: str, data_dir: str | Path) -> str:
 
 def find_prepared(name: str, data_dir: str | Path) -> Path | None:
     """Folder of the newest prepared version of `name` (or `name/config`) below `data_dir`, or None."""
-    root = Path(data_dir).expanduser() / name
+    root = local(data_dir, "data.data_dir") / name
     infos = [*root.glob("*/dataset_info.json")]
     if "/" not in name and not infos:
         infos = [*root.glob("*/*/dataset_info.json")]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim import reports
+from fedjax_sim import paths, reports
 from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd, overview, pictures
@@ -66,7 +66,8 @@ def draw(
             )
     for group in every:
         group.measured.at(round_index)
-    home = Path(reports.home_of(given, every, "peel", "figures/peel") if out is None else out)
+    usual = "peel", "figures/peel"
+    home = reports.home_of(given, every, *usual) if out is None else paths.local(out, "out")
     written = []
     if len(every) > 1:
         written += overview.write(
