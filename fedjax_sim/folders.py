@@ -113,15 +113,30 @@ class Folder:
                 "folder", str(self.path), f"it cannot be written: {error.strerror}", "Make it writable."
             ) from None
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    "folder", str(self.path), "another process is running here", "Wait for it, or end it."
-                ) from None
-            except OSError:
-                pass  # a file system without locks: nothing to hold
+            self._lock(file.fileno(), "another process is running here")
             yield
+
+    @contextlib.contextmanager
+    def drawn_into(self) -> Iterator[None]:
+        """Holds a folder of figures and tables for this process, without a file of its own in there.
+
+        Raises:
+          UserError: another process draws into it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(descriptor, "another process is drawing into it")
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int, why: str) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("folder", str(self.path), why, "Wait for it, or end it.") from None
+        except OSError:
+            pass  # a file system without locks: nothing to hold
 
     def write(self, name: str, text: str) -> None:
         """Writes a file in one go, whoever else does."""

@@ -1,9 +1,10 @@
 """What all reports of finished runs share: which runs, where to write, figures with captions, tables."""
 
+import contextlib
 import csv
 import dataclasses
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -162,6 +163,18 @@ def home_of(given: Given, found: Sequence[Group], name: str, alone: str) -> Path
         raise UserError("out", None, "the run is in memory and has no folder", "Say where: out=….")
     single = len(found) == 1 and len(found[0].runs) == 1
     return first / alone if single else first.parent / name
+
+
+@contextlib.contextmanager
+def drawing(path: str | Path) -> Iterator[Folder]:
+    """A folder to draw into, held for this process: of two at once, files of both would be left.
+
+    Raises:
+      UserError: it cannot be written, or another process draws into it.
+    """
+    home = writable(path)
+    with home.drawn_into():
+        yield home
 
 
 def writable(path: str | Path) -> Folder:

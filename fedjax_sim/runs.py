@@ -173,6 +173,7 @@ def _started(config: RunConfig, **given: Any) -> Run:
     if folder is None:
         return _drive(Simulation(setup), None)
     with hosts.held(folder.claimed):
+        hosts.agreed(folder.check_new)  # again: another start may have come and gone while this one prepared
         # Made first: a mistake that shows only here leaves no half-begun run behind.
         simulation = Simulation(setup)
         hosts.agreed(lambda: _describe(folder, setup))
@@ -191,21 +192,31 @@ def resume(
         with, or the data are not the same.
     """
     place = Folder(folder)
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    _resumable(place, given)
+    if not hosts.agreed(lambda: place.finished):
+        with hosts.held(place.claimed):
+            # Read again: another process may have had the folder in the meantime.
+            config, about = _resumable(place, given)
+            if not hosts.agreed(lambda: place.finished):
+                setup = _alike(lambda: _setup(place, config, about, **given))
+                return _drive(Simulation(setup), place)
+    return load(folder, **given)
+
+
+def _resumable(place: Folder, given: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """What a run says of itself. Raises UserError if it cannot be resumed with what is given."""
     config, about = hosts.together(lambda: _read(place))
     hosts.together(lambda: _check_unchanged(place, config, about))
-    for name, value in (("dataset", dataset), ("model", model), ("algorithm", algorithm)):
+    for name, value in given.items():
         if name in config.given and value is None:
             raise UserError(
                 name,
                 config.given[name],
-                f"the run in {folder} was given this {name} from Python",
+                f"the run in {place.path} was given this {name} from Python",
                 f"Give it again: resume(…, {name}=…).",
             )
-    if hosts.agreed(lambda: place.finished):
-        return load(folder, dataset=dataset, model=model, algorithm=algorithm)
-    with hosts.held(place.claimed):
-        setup = _alike(lambda: _setup(place, config, about, dataset, model, algorithm))
-        return _drive(Simulation(setup), place)
+    return config, about
 
 
 def load(

@@ -496,3 +496,50 @@ def test_the_settings_a_run_differs_in_are_those_that_change_its_numbers(tmp_pat
     )
     assert first == "algorithm.name is fedavg, not fedprox"
     assert "algorithm.mu is unset, not 0.01" in others
+
+
+def in_the_meantime(monkeypatch, home, name, what):
+    """Makes `home.name` do `what` first, once: another process was quicker."""
+    original = getattr(home, name)
+
+    def late(*args, **kwargs):
+        monkeypatch.setattr(home, name, original)
+        what()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(home, name, late)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_start_that_was_overtaken_while_it_loaded_overwrites_nothing(tmp_path, monkeypatch):
+    before = {}
+
+    def other():
+        done = runs.run(tiny(tmp_path / "run", rounds=1, local=dataclasses.replace(tiny().local, lr=0.2)))
+        before.update(contents(done.folder))
+
+    in_the_meantime(monkeypatch, data, "load", other)
+    with pytest.raises(UserError, match=r"already holds a run \(finished\)"):
+        runs.run(tiny(tmp_path / "run", rounds=1))
+    assert contents(tmp_path / "run") == before and before
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_only_loaded(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, crash)
+        with pytest.raises(Crash):
+            runs.run(tiny(tmp_path / "run", rounds=2))
+    before = {}
+
+    def other():
+        runs.resume(tmp_path / "run")
+        before.update(contents(tmp_path / "run"))
+        monkeypatch.setattr(Simulation, "step", broken)
+        monkeypatch.setattr(records.Journal, "tabulate", broken)
+
+    in_the_meantime(monkeypatch, Folder, "claimed", other)
+    assert runs.resume(tmp_path / "run").finished
+    assert contents(tmp_path / "run") == before

@@ -19,7 +19,7 @@ from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
 from fedjax_sim.inertia.movement import METRICS
 from fedjax_sim.inertia.pictures import EFFECTIVENESS, PICTURES, START, Group
-from fedjax_sim.reports import Figures, Given, markdown, spread, writable
+from fedjax_sim.reports import Figures, Given, drawing, markdown, spread
 
 
 def draw(
@@ -43,7 +43,7 @@ def draw(
 
     Raises:
       UserError: see `fedjax_sim.reports.groups`; no such metric; nothing was recorded; or the folder cannot
-        be written.
+        be written, or another process draws into it.
     """
     known = [name for name in METRICS if name != "inertia_cosine"]
     if metric not in known:
@@ -54,10 +54,11 @@ def draw(
         fix = "Run them with --inertia.measure, and --inertia.every N for aggregation effectiveness."
         where = reports.where(found[0].runs[0])
         raise UserError("folder", where, "nothing was recorded of layers' movement or of merges", fix)
-    home = writable(reports.home_of(given, found, "inertia", "figures/inertia") if out is None else out)
-    drawn = reports.draw(home, {name: partial(make, found, metric) for name, make in PICTURES.items()}, tell)
-    contents = {"inertia.csv": table(found), "report.md": text(found, metric, drawn)}
-    return drawn.paths + reports.write(home, contents, tell)
+    figures = {name: partial(make, found, metric) for name, make in PICTURES.items()}
+    with drawing(reports.home_of(given, found, "inertia", "figures/inertia") if out is None else out) as home:
+        drawn = reports.draw(home, figures, tell)
+        contents = {"inertia.csv": table(found), "report.md": text(found, metric, drawn)}
+        return drawn.paths + reports.write(home, contents, tell)
 
 
 def groups(given: Given) -> list[Group]:

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_sim import reports
+from fedjax_sim.folders import Folder
 from fedjax_sim.landscape.measurement import Measured, Settings, check, measure
 from fedjax_sim.landscape.pictures import PICTURES, Results
-from fedjax_sim.reports import Figures, Given, Group, markdown, spread, writable
+from fedjax_sim.reports import Figures, Given, Group, drawing, markdown, spread
 from fedjax_sim.runs import restored
 
 
@@ -42,15 +43,23 @@ def draw(
       The files written.
 
     Raises:
-      UserError: a folder holds no run, or one without its last checkpoint; a run is not finished; or see
-        `measure`.
+      UserError: a folder holds no run, or one without its last checkpoint; a run is not finished; another
+        process draws into the folder; or see `measure`.
     """
     settings = settings or Settings()
     found = reports.groups(given)
     for group in found:
         for run in group.runs:
             check(run)
-    home = writable(reports.home_of(given, found, "landscape", "landscape") if out is None else out)
+    home = reports.home_of(given, found, "landscape", "landscape") if out is None else out
+    with drawing(home) as folder:  # from here on, as measuring takes long
+        return _draw(found, settings, folder, tell)
+
+
+def _draw(
+    found: Sequence[Group], settings: Settings, home: Folder, tell: Callable[[str], None]
+) -> list[Path]:
+    """Measures all runs and writes what came of it. -> the files written."""
     results: list[list[Measured]] = []
     for group in found:
         results.append([])

@@ -20,7 +20,7 @@ from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd, overview, pictures
 from fedjax_sim.peel.groups import Given, Group, families, groups
 from fedjax_sim.peel.pictures import counted, drop_of, rounded
-from fedjax_sim.reports import Figures, markdown, writable
+from fedjax_sim.reports import Figures, drawing, markdown, writable
 
 MOST = 6
 """Groups that one figure can tell apart; beyond, each has figures of its own."""
@@ -54,7 +54,7 @@ def draw(
 
     Raises:
       UserError: see `groups`; that round was not measured; an overview was asked of one group; or the folder
-        cannot be written.
+        cannot be written, or another process draws into it.
     """
     found = families(given)
     every = [group for family in found for group in family]
@@ -68,24 +68,18 @@ def draw(
         group.measured.at(round_index)
     usual = "peel", "figures/peel"
     home = reports.home_of(given, every, *usual) if out is None else paths.local(out, "out")
-    written = []
-    if len(every) > 1:
-        written += overview.write(
-            every,
-            writable(home),
-            round_index=round_index,
-            accuracy=accuracy,
-            reference=reference,
-            tell=tell,
-        )
-    if not figures:
-        return written
     parts = [
         part for family in found for part in ([family] if len(family) <= MOST else [[g] for g in family])
     ]
-    for part in parts:
-        folder = home if len(parts) == 1 else home / _slug(part)
-        written += _draw_one(part, writable(folder), round_index, tell)
+    written = []
+    with drawing(home) as folder:
+        if len(every) > 1:
+            written += overview.write(
+                every, folder, round_index=round_index, accuracy=accuracy, reference=reference, tell=tell
+            )
+        for part in parts if figures else ():
+            own = folder if len(parts) == 1 else writable(home / _slug(part))
+            written += _draw_one(part, own, round_index, tell)
     return written
 
 
