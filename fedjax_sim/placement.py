@@ -20,18 +20,37 @@ def use_all_cores() -> None:
     """Gives JAX one CPU device a core, unless it has started already or the user has chosen.
 
     Slots sharded over single-core devices use a CPU far better than one device's threads do. Called on
-    import; `JAX_NUM_CPU_DEVICES` or `jax.config.update("jax_num_cpu_devices", …)` before it take precedence.
+    import; before it, `JAX_NUM_CPU_DEVICES`, `jax.config.update("jax_num_cpu_devices", …)` and XLA's own
+    `XLA_FLAGS=--xla_force_host_platform_device_count=…` take precedence.
     """
     if "JAX_NUM_CPU_DEVICES" in os.environ or jax.config.jax_num_cpu_devices > 0:  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
         return
+    if "xla_force_host_platform_device_count" in _xla_flags():
+        return
     try:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", cores())
     except RuntimeError:
         warnings.warn(
             "JAX had started before fedjax_sim was imported, so the CPU stays a single device and training "
             "uses it badly. Import fedjax_sim first.",
             stacklevel=3,
         )
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _xla_flags() -> str:
+    """The flags of the environment; XLA reads them from a file where the variable names one."""
+    flags = os.environ.get("XLA_FLAGS", "").strip()
+    if not flags or flags.startswith("-"):
+        return flags
+    try:
+        return Path(flags).read_text()
+    except (OSError, ValueError):
+        return flags
 
 
 def make_mesh(devices: int | None = None) -> Mesh:

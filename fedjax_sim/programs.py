@@ -9,6 +9,8 @@ On CPUs LLVM optimises at level 1, not 3: compiling takes less time, of forward 
 less, and the programs run as fast, since products and convolutions are library calls and loops are vectorised
 at either level. Measured by `scripts/benchmark/scaling.py --parts compile`.
 
+Draws come out the same under any setting of JAX's generator (`fedjax_sim.streams.settled`).
+
 Numbers that are still on the host go to the devices in one piece. JAX takes arrays there one by one, and in a
 round of a few milliseconds that was a tenth.
 """
@@ -26,6 +28,8 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+
+from fedjax_sim.streams import settled
 
 
 class Program:
@@ -54,16 +58,19 @@ class Program:
         """The function's value."""
         packing, words, rest = _pack(args)
         if self._plain:
-            return self._jitted(packing, words, *rest)
+            with settled():
+                return self._jitted(packing, words, *rest)
         shape = packing, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rest))
         if shape not in self._compiled:
-            self._compiled[shape] = _compile(self._jitted.lower(packing, words, *rest), shape)
+            with settled():
+                self._compiled[shape] = _compile(self._jitted.lower(packing, words, *rest), shape)
         return self._compiled[shape](words, *rest)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As `jax.jit(…).lower`."""
         packing, words, rest = _pack(args)
-        return self._jitted.lower(packing, words, *rest)
+        with settled():
+            return self._jitted.lower(packing, words, *rest)
 
     def variants(self) -> int:
         """For how many shapes of arguments it has been called."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.errors import UserError
+from fedjax_sim.placement import cores
 
 PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -26,6 +27,7 @@ def describe(dataset: Dataset, partition: Partition) -> dict[str, Any]:
     return {
         "versions": describe_versions(),
         **hardware(),
+        "jax": jax_settings(),
         "git": {"package": _commit(Path(__file__).parent), "working_directory": _commit(Path.cwd())},
         "data": fingerprint(dataset),
         "partition": describe_partition(partition),
@@ -47,6 +49,37 @@ def describe_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+"""JAX's global settings that can change numbers of what is compiled under them.
+
+A run's draws are the same under all of the generator's; a model's dropout is another under `jax_enable_x64`.
+"""
+
+
+def jax_settings() -> dict[str, Any]:
+    """How SETTINGS stand."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
+
+
+def check_jax_settings(recorded: dict[str, Any]) -> None:
+    """Raises UserError where a run that goes on would draw or round otherwise than it began."""
+    found = jax_settings()
+    for name in ("jax_enable_x64", "jax_default_matmul_precision"):
+        if name in recorded and recorded[name] != found[name]:
+            raise UserError(
+                name,
+                found[name],
+                f"the run began with {recorded[name]}, and would go on with other numbers",
+                f'Set it as it was: jax.config.update("{name}", {recorded[name]!r}), or start a new run.',
+            )
+
+
 def hardware() -> dict[str, Any]:
     """The machine: system, devices that JAX sees, processor."""
     devices = jax.devices()
@@ -58,7 +91,7 @@ def hardware() -> dict[str, Any]:
             "count": len(devices),
             "processes": jax.process_count(),
         },
-        "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": total_memory()},
+        "cpu": {"model": _cpu_model(), "cores": cores(), "memory_bytes": total_memory()},
     }
 
 
@@ -115,10 +148,6 @@ def _cpu_model() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _commit(folder: Path) -> dict[str, Any] | None:

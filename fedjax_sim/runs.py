@@ -199,6 +199,7 @@ def resume(
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given)
             if not hosts.agreed(lambda: place.finished):
+                provenance.check_jax_settings(about.get("jax", {}))
                 setup = _alike(lambda: _setup(place, config, about, **given))
                 return _drive(Simulation(setup), place)
     return load(folder, **given)

@@ -26,7 +26,7 @@ from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import Preprocessing, augment, normalise
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
-from fedjax_sim.streams import CLIENTS, root, stream
+from fedjax_sim.streams import CLIENTS, root, settled, stream
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
@@ -44,8 +44,9 @@ def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) ->
 
     Does not depend on `length`: a client's order is the same beside larger ones.
     """
-    bits = jax.random.bits(stream(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
-    ranks = jnp.where(jnp.arange(length) < count, bits, jnp.uint32(0xFFFFFFFF))
+    with settled():  # by itself; inside of a program that program's own counts
+        bits = jax.random.bits(stream(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
+    ranks = jnp.where(jnp.arange(length, dtype=jnp.int32) < count, bits, jnp.uint32(0xFFFFFFFF))
     return jnp.argsort(ranks, stable=True).astype(jnp.int32)
 
 

@@ -1,5 +1,10 @@
 """Meshes, shared buffers, and the defaults that may change speed only."""
 
+import os
+import subprocess
+import sys
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -74,3 +79,30 @@ def test_devices_once_chosen_are_not_chosen_again(monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
     placement.use_all_cores()
     assert jax.config.jax_num_cpu_devices == before
+
+
+@pytest.mark.parametrize("form", ["flag", "among others", "file"])
+def test_devices_that_xlas_flag_asks_for_are_not_overruled(monkeypatch, tmp_path, form):
+    """The way that most instructions on the web name; the flag may stand in a file as well."""
+    flag, chosen = "--xla_force_host_platform_device_count=8", []
+    (tmp_path / "flags").write_text(flag)
+    value = {"flag": flag, "among others": f"--xla_foo=1 {flag}", "file": str(tmp_path / "flags")}[form]
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    config = types.SimpleNamespace(jax_num_cpu_devices=-1, update=lambda *change: chosen.append(change))
+    monkeypatch.setattr(placement.jax, "config", config)
+    monkeypatch.setenv("XLA_FLAGS", value)
+    placement.use_all_cores()
+    assert chosen == []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # which macOS does not have
+    placement.use_all_cores()
+    assert chosen == [("jax_num_cpu_devices", os.cpu_count())]
+
+
+@pytest.mark.slow
+def test_xlas_flag_gives_its_number_of_devices():
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+    code = "import fedjax_sim, jax; print(len(jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["3"], done.stderr

@@ -166,3 +166,20 @@ def test_llvms_level_changes_rounding_at_most(monkeypatch):
         monkeypatch.setattr(programs, "CPU_LEVEL", level)
         got.append(jax.device_get(Program(function, placement.make_mesh(1))(x)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *got)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_draws_are_the_same_under_any_setting_of_the_generator(devices):
+    """`jax_threefry_partitionable` counts when a program is compiled, not when it is traced."""
+
+    def draw(key):
+        return jax.random.normal(key, (7,)), jax.random.permutation(jax.random.split(key)[0], 11)
+
+    mesh, key = placement.make_mesh(devices), jax.random.key(3)
+    wanted = Program(draw, mesh)(key)
+    with jax.threefry_partitionable(False):
+        assert not np.array_equal(jax.jit(draw)(key)[0], wanted[0])
+        program = Program(draw, mesh)
+        found, lowered = program(key), program.lower(key).as_text()
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert lowered == Program(draw, mesh).lower(key).as_text()

@@ -3,6 +3,7 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -199,9 +200,22 @@ def test_provenance_says_versions_hardware_and_data():
     assert {"python", "fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(
         about["versions"]
     )
+    assert about["jax"] == provenance.jax_settings()
     assert about["devices"]["count"] >= 1 and about["cpu"]["cores"] >= 1 and about["cpu"]["memory_bytes"] > 0
     told = {name: about["partition"][name] for name in ("kind", "alpha", "dataset", "clients")}
     assert told == {"kind": "dirichlet", "alpha": 0.5, "dataset": "digits", "clients": 5}
+
+
+def test_provenance_says_how_jaxs_settings_stand_and_a_run_goes_on_under_the_same():
+    found = provenance.jax_settings()
+    assert found["jax_threefry_partitionable"] is True and found["jax_enable_x64"] is False
+    provenance.check_jax_settings({})  # of a record of before
+    with jax.threefry_partitionable(False), jax.default_prng_impl("rbg"):  # the engine's draws stay the same
+        assert provenance.jax_settings() != found
+        provenance.check_jax_settings(found)
+    for setting in (jax.enable_x64(True), jax.default_matmul_precision("highest")):
+        with setting, pytest.raises(UserError, match=r"the run began with .* jax\.config\.update"):
+            provenance.check_jax_settings(found)
 
 
 def test_other_partitions_have_other_checksums():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.streams import INIT, SERVER, stream
+from fedjax_sim.streams import INIT, SERVER, root, stream
 from fedjax_sim.training import _all_finite, batch_order, client_key, make_optimizer, shuffled
 
 _shuffled = jax.jit(shuffled, static_argnums=3)
@@ -24,6 +24,31 @@ def test_an_order_is_a_permutation_and_does_not_depend_on_padding(seed, client, 
     np.testing.assert_array_equal(order[count:], np.arange(count, 64))
     longer = np.asarray(_shuffled(key, jnp.int32(1), jnp.int32(count), 200))
     np.testing.assert_array_equal(longer[:64], order)
+
+
+def test_orders_are_the_same_under_any_setting_of_jaxs_generator():
+    """Other libraries set these for the whole process; `jax_threefry_partitionable` made the order of a
+    client depend on the width of its table, and made `batch_order` another than the round's."""
+    key, count = client_key(3, 0, 5), jnp.int32(10)
+    wanted = batch_order(3, 0, 5, 0, 10)
+    settings = (jax.threefry_partitionable(False), jax.default_prng_impl("rbg"), jax.enable_x64(True))
+    for setting in settings:
+        with setting:
+            np.testing.assert_array_equal(batch_order(3, 0, 5, 0, 10), wanted)
+            for width in (10, 12, 16):
+                order = np.asarray(shuffled(key, jnp.int32(0), count, width))
+                np.testing.assert_array_equal(order[:10], wanted)
+    jax.config.update("jax_random_seed_offset", 7)
+    try:
+        np.testing.assert_array_equal(batch_order(3, 0, 5, 0, 10), wanted)
+    finally:
+        jax.config.update("jax_random_seed_offset", 0)
+
+
+def test_the_root_is_the_key_of_the_seed():
+    for seed in (0, 1, 2**31 - 1):
+        want = jax.random.key(seed, impl="threefry2x32")
+        np.testing.assert_array_equal(jax.random.key_data(root(seed)), jax.random.key_data(want))
 
 
 def test_batch_order_differs_by_epoch_round_client_and_seed():

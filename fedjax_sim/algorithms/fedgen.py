@@ -152,7 +152,7 @@ class _Built:
 
     def _drawn(self, key: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What G takes for labels i32[B]."""
-        noise = jax.random.uniform(key, (len(labels), NOISE))
+        noise = jax.random.uniform(key, (len(labels), NOISE), jnp.float32)
         return jax.nn.one_hot(labels, self._classes), noise
 
     # --- server -------------------------------------------------------------------------------------

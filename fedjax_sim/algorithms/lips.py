@@ -333,7 +333,7 @@ class _Wrapped:
         out = {}
         for number, (name, w) in enumerate(weights.items()):
             if self.config.score == "random":
-                score = jax.random.uniform(jax.random.fold_in(key, number), w.shape)
+                score = jax.random.uniform(jax.random.fold_in(key, number), w.shape, jnp.float32)
             elif self.config.score == "lowest":
                 score = -jnp.abs(w)
             else:
@@ -349,7 +349,8 @@ class _Wrapped:
         if self.config.refill == "initial":
             return jnp.where(mask, w, sent.initial[name])
         number = list(self.leaves).index(tuple(name.split("/")))
-        noise = jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 2), number), w.shape)
+        drawn = jax.random.fold_in(jax.random.fold_in(key, 2), number)
+        noise = jax.random.normal(drawn, w.shape, jnp.float32)
         removed = jnp.where(mask, 0, w)
         return w + noise * jnp.sqrt((removed * removed).sum() / (noise * noise).sum())
 

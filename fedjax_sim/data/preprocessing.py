@@ -139,13 +139,13 @@ def augment(key: jax.Array, images: jax.Array, preprocessing: Preprocessing) -> 
 def _augment_one(key: jax.Array, image: jax.Array, preprocessing: Preprocessing) -> jax.Array:
     flip_key, angle_key, crop_key = jax.random.split(key, 3)
     if preprocessing.flip:
-        image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        image = jnp.where(jax.random.bernoulli(flip_key, jnp.float32(0.5)), image[:, ::-1], image)
     if preprocessing.rotation > 0:
         limit = math.radians(preprocessing.rotation)
         angle = jax.random.uniform(angle_key, (), jnp.float32, -limit, limit)
         image = rotate(image, angle, black(preprocessing))
     if preprocessing.crop_padding > 0:
-        shift = jax.random.randint(crop_key, (2,), 0, 2 * int(preprocessing.crop_padding) + 1)
+        shift = jax.random.randint(crop_key, (2,), 0, 2 * int(preprocessing.crop_padding) + 1, jnp.int32)
         image = shifted_crop(image, shift, int(preprocessing.crop_padding))
     return image
 

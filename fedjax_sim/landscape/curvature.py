@@ -10,7 +10,7 @@ import numpy as np
 
 from fedjax_sim.errors import UserError
 from fedjax_sim.landscape.objective import Objective, size
-from fedjax_sim.streams import stream
+from fedjax_sim.streams import settled, stream
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,17 +71,21 @@ def spectrum(
         return out
 
     def start(number: int) -> np.ndarray:
-        return np.asarray(jax.random.normal(stream(key, 0, number), (length,), jnp.float32), np.float64)
+        with settled():
+            drawn = jax.random.normal(stream(key, 0, number), (length,), jnp.float32)
+        return np.asarray(drawn, np.float64)
+
+    def sign(probe: int) -> np.ndarray:
+        with settled():
+            drawn = jax.random.rademacher(stream(key, 1, probe), (length,), jnp.float32)
+        return np.asarray(drawn)
 
     values, vectors = lanczos(product, length, steps, start, k)
     residuals = [
         np.linalg.norm(product(vector) - value * vector)
         for value, vector in zip(values, vectors, strict=False)
     ]
-    signs = (
-        np.asarray(jax.random.rademacher(stream(key, 1, probe), (length,), jnp.float32))
-        for probe in range(probes)
-    )
+    signs = map(sign, range(probes))
     quadratic = np.asarray([sign.astype(np.float64) @ product(sign) for sign in signs])
     return Spectrum(
         values[:k],

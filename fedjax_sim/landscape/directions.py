@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.streams import stream
+from fedjax_sim.streams import settled, stream
 
 
 def filter_normalised(key: jax.Array, variables: Any) -> Any:
@@ -27,7 +27,8 @@ def filter_normalised(key: jax.Array, variables: Any) -> Any:
     Returns:
       A tree like `variables`, float32.
     """
-    scaled = _drawn(key, variables["params"])
+    with settled():
+        scaled = _drawn(key, variables["params"])
     return {name: scaled if name == "params" else zeros_like(part) for name, part in variables.items()}
 
 

@@ -18,7 +18,7 @@ from fedjax_sim import fields
 from fedjax_sim.errors import UserError
 from fedjax_sim.landscape.directions import filter_norms, stack, zeros_like
 from fedjax_sim.landscape.objective import Objective
-from fedjax_sim.streams import stream
+from fedjax_sim.streams import settled, stream
 
 Scale = Literal["absolute", "relative", "filter"]
 
@@ -81,7 +81,9 @@ def sharpness(
     stretch = _stretch(variables, np.asarray(flat, np.float64), scale)
 
     def on_surface(number: int) -> np.ndarray:
-        drawn = np.asarray(jax.random.normal(stream(key, number), flat.shape, jnp.float32), np.float64)
+        with settled():
+            drawn = jax.random.normal(stream(key, number), flat.shape, jnp.float32)
+        drawn = np.array(drawn, np.float64)
         drawn[stretch == 0] = 0
         return rho * drawn / np.linalg.norm(drawn)
 

@@ -116,6 +116,17 @@ def test_augmentation_is_the_same_under_jit_vmap_and_scan():
     assert not np.allclose(plain[0], plain[1])
 
 
+def test_augmentation_is_the_same_under_x64():
+    """Which makes JAX draw 64 bits where a draw leaves its type open."""
+    every = Preprocessing((0.5,), (0.25,), flip=True, rotation=20, crop_padding=2)
+    images, key = normalise(IMAGES, every), jax.random.key(5)
+    wanted = augment(key, images, every)
+    with jax.enable_x64(True):
+        found = augment(key, images, every)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, wanted)
+
+
 def test_padding_a_batch_changes_nothing_for_the_images_before_it():
     images = normalise(IMAGES, COLOUR)
     padded = jnp.concatenate([images, jnp.zeros_like(images)])
