@@ -62,7 +62,10 @@ def _with_tests(test_from, sizes=(12, 7, 20, 3, 31)):
     draw = np.random.default_rng(5)
     bound = len(dataset.train_labels if test_from == "train" else dataset.test_labels)
     tests = tuple(draw.choice(bound, n, replace=False) for n in (4, 1, 3, 2, 4))
-    return dataset, Partition(partition.train, tests, test_from)
+    train = partition.train
+    if test_from == "train":  # what is held out trains nobody
+        train = tuple(own[~np.isin(own, np.concatenate(tests))] for own in train)
+    return dataset, Partition(train, tests, test_from)
 
 
 @pytest.mark.parametrize("test_from", ["test", "train"])

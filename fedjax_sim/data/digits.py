@@ -43,7 +43,8 @@ def digits(preprocessing: Preprocessing | None = None) -> Dataset:
 def digits_domains(preprocessing: Preprocessing | None = None) -> Dataset:
     """The same digits in five domains, 16x16x3, every digit in every domain: feature shift alone.
 
-    No digit is a test image in one domain and a training image in another. The styles (our choice):
+    No digit is a test image in one domain and a training image in another; `local_test: holdout` of a
+    partition takes images, though, and not digits: prefer `matching` with this set. The styles (our choice):
     `plain` is resized, `inverted` is 255 - x, `rotated` is turned by 36.87 degrees (the angle of a
     3-4-5 triangle, so that all coordinates are rational) and blurred, `edges` is the sum of absolute
     differences to the next pixel across and down, `textured` is the absolute difference to a piece

@@ -49,9 +49,10 @@ class PartitionConfig:
         all samples, the same for all.
       test_samples_per_client: size of a `matching` test set (None: test samples / clients, or all that
         match for `domain` and `natural`).
-      local_test: `none`; `holdout` takes a share of the client's own training samples; `matching`
-        draws from the test set what resembles the client: its writer, its domain, or its label mix.
-      holdout: that share.
+      local_test: `none`; `holdout` takes a share of the client's own training samples, on which then nobody
+        trains; `matching` draws from the test set what resembles the client: its writer, its domain, or its
+        label mix.
+      holdout: that share; where clients share samples, as near to it as can be.
       sigma: standard deviation of log size for `quantity`.
       path: of `file`: our own format, or the JSON files that FedMR's authors publish.
       seed: instead of the seed given to `partition`.

@@ -59,6 +59,8 @@ class Partition:
             if given is not None:
                 clients = (_indices(part, f"client {k}", v) for k, v in enumerate(given))
                 object.__setattr__(self, part, tuple(clients))
+        if self.test_from == "train":
+            self._check_held_out()
         if self.server is not None:
             object.__setattr__(self, "server", _indices("server", "the server", self.server))
             taken = np.intersect1d(self.held(), self.server)
@@ -81,6 +83,21 @@ class Partition:
         """i64[·]: the training images that some client trains or tests on, each once, sorted."""
         tests = (self.test or ()) if self.test_from == "train" else ()
         return np.unique(np.concatenate([*self.train, *tests]))
+
+    def _check_held_out(self) -> None:
+        trained = np.unique(np.concatenate(self.train))
+        tests = self.test or ()
+        leaks = sum(int(np.isin(t, trained).sum()) for t in tests)
+        if not leaks:
+            return
+        k, sample = next((k, int(i)) for k, t in enumerate(tests) for i in t if i in trained)
+        trainer = next(j for j, t in enumerate(self.train) if sample in t)
+        why = (
+            f"client {k} tests on this training image, and client {trainer} trains on it; so it is with "
+            f"{leaks} of {sum(map(len, tests))} held-out samples"
+        )
+        fix = "Take what is held out from every client's `train`, or test on images of the test set."
+        raise UserError("partition.test", sample, why, fix)
 
     def __repr__(self):
         sizes = self.sizes()
@@ -181,13 +198,20 @@ def _read_own(content: dict[str, Any], path: Path) -> Partition:
     recipe, test = content.get("recipe", {}), content.get("test")
     if not isinstance(recipe, dict):
         raise UserError("partition.path", str(path), "the recipe is not an object", _FIX)
-    repeats = recipe.get("kind") == "dirichlet-classes"
     return Partition(
-        _arrays("train", content.get("train"), path, repeats),
+        _arrays("train", content.get("train"), path, _draws_with_replacement(recipe)),
         None if test is None else _arrays("test", test, path, repeats=True),
         content.get("test_from", "test"),
         recipe,
         *(_optional(name, content.get(name), path) for name in ("server", "streams")),
+    )
+
+
+def _draws_with_replacement(recipe: Mapping[str, Any]) -> bool:
+    """Whether a client may hold a sample twice. Under `from` is the recipe of the file that was read."""
+    before = recipe.get("from")
+    return recipe.get("kind") == "dirichlet-classes" or (
+        isinstance(before, dict) and _draws_with_replacement(before)
     )
 
 

@@ -217,8 +217,15 @@ def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
 def hold_out(parts: Parts, share: float, rng: np.random.Generator) -> tuple[Parts, Parts]:
     """Splits each client's samples into train and test, at least one each.
 
-    Splits by sample, not by occurrence: an index that a client holds twice stays on one side.
+    Splits by sample, not by occurrence: an index that a client holds twice stays on one side, and one that
+    several clients hold is on the same side for all of them, so that nobody trains on what another tests on.
+    A client's share is exact where it shares nothing; else the clients before it have decided a part of it.
+
+    Raises:
+      UserError: a client has too few samples, or those before it left it nothing to train or to test on.
     """
+    undecided, trains, tests = range(3)
+    side = np.full(1 + max((int(p.max()) for p in parts if len(p)), default=0), undecided, np.int8)
     train, test = [], []
     for k, part in enumerate(parts):
         unique = np.unique(part)
@@ -226,7 +233,16 @@ def hold_out(parts: Parts, share: float, rng: np.random.Generator) -> tuple[Part
             why = f"client {k} has {len(unique)} samples, too few to hold one out"
             raise UserError("partition.local_test", "holdout", why, "Raise partition.min_size to 2 or more.")
         count = min(max(1, round(share * len(unique))), len(unique) - 1)
-        chosen = np.sort(rng.choice(unique, count, replace=False))
-        train.append(part[~np.isin(part, chosen)])
-        test.append(chosen)
+        free = unique[side[unique] == undecided]
+        wanted = count - int((side[unique] == tests).sum())
+        chosen = rng.choice(free, min(max(wanted, 0), len(free)), replace=False)
+        side[free], side[chosen] = trains, tests
+        held_out = unique[side[unique] == tests]
+        if len(held_out) in (0, len(unique)):
+            others = "train on" if not len(held_out) else "hold out"
+            why = f"clients before it {others} all {len(unique)} samples of client {k}"
+            fix = "Use clients that share fewer samples, or local_test 'matching'."
+            raise UserError("partition.local_test", "holdout", why, fix)
+        train.append(part[side[part] == trains])
+        test.append(held_out)
     return train, test

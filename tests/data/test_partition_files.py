@@ -103,6 +103,14 @@ OWN = {
         (OWN | {"train": [[10**30]]}, "too large"),
         (OWN | {"test": [[1], [2]]}, "2 test sets for 1 clients"),
         (OWN | {"test_from": "both"}, "neither 'train' nor 'test'"),
+        (
+            OWN | {"test": [[2, 1]], "test_from": "train"},
+            "client 0 tests on this.*client 0 .* 1 of 2 held",
+        ),
+        (
+            OWN | {"train": [[0, 1], [2, 3]], "test": [[4], [0, 1]], "test_from": "train"},
+            r"partition\.test = 0: client 1 tests on this training image, and client 0 trains on it.* 2 of 3",
+        ),
         ({"train_data": [[1]]}, "does not map"),
         ({"train_data": {"a": [1]}}, "does not map"),
         ({"train_data": {"1": [1]}}, "without gaps"),

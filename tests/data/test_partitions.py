@@ -1,4 +1,5 @@
 import dataclasses
+import tempfile
 import zlib
 
 import numpy as np
@@ -248,6 +249,57 @@ def test_holdout_takes_its_share_and_never_leaks(kind, share, seed):
         assert not set(train) & set(test) and len(train) and len(test)
         np.testing.assert_array_equal(np.unique(np.concatenate([train, test])), np.unique(before))
         assert abs(len(test) - share * len(np.unique(before))) <= 1
+
+
+@FAST
+@given(
+    st.sampled_from(["dirichlet-classes", "identical", "file"]),
+    st.integers(2, 30),
+    st.integers(20, 200),
+    st.floats(0.1, 0.9),
+    st.integers(0, 9),
+)
+def test_clients_that_share_samples_train_on_none_that_another_holds_out(kind, clients, size, share, seed):
+    """With the holdout of before, 259 of 400 were other clients' training samples (20 clients of 100)."""
+    drawn = "dirichlet-classes" if kind == "file" else kind
+    whole = partition(DIGITS, PartitionConfig(drawn, clients=clients, samples_per_client=size), seed)
+    again = PartitionConfig(
+        drawn, clients=clients, samples_per_client=size, local_test="holdout", holdout=share
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if kind == "file":
+            save(whole, f"{folder}/p.json")
+            again = PartitionConfig(
+                "file", clients=None, path=f"{folder}/p.json", local_test="holdout", holdout=share
+            )
+        p = partition(DIGITS, again, seed)
+        save(p, f"{folder}/held.json")  # repeats inside a client survive, also where the recipe is of a file
+        loaded = load_partition(f"{folder}/held.json", DIGITS)
+    assert all(np.array_equal(a, b) for a, b in zip(p.train, loaded.train, strict=True))
+    assert p.test is not None and not np.isin(np.concatenate(p.test), np.concatenate(p.train)).any()
+    for before, train, test in zip(whole.train, p.train, p.test, strict=True):
+        np.testing.assert_array_equal(np.sort(before[~np.isin(before, test)]), train)
+        np.testing.assert_array_equal(np.union1d(train, test), np.unique(before))
+    shares = [len(t) / len(np.unique(w)) for t, w in zip(p.test, whole.train, strict=True)]
+    # Clients that come late find most of their samples decided: as near to the share as can be.
+    assert abs(np.mean(shares) - share) < 0.05
+
+
+def test_hold_out_decides_each_sample_once_and_says_where_nothing_is_left():
+    rng = np.random.default_rng(0)
+    parts = [np.array([0, 0, 1, 2, 3]), np.array([0, 1, 2, 3]), np.array([3, 4, 5, 6])]
+    train, test = splits.hold_out(parts, 0.25, rng)
+    np.testing.assert_array_equal(test[0], test[1])  # the second client's samples were all decided
+    assert [len(t) for t in test] == [1, 1, 1] and len(train[0]) in (3, 4)
+    pairs = [np.array([0, 1]), np.array([2, 3]), np.array([0, 2]), np.array([1, 3]), np.array([0, 3])]
+    told = set()
+    for seed in range(20):
+        try:
+            train, test = splits.hold_out(pairs, 0.5, np.random.default_rng(seed))
+            assert not np.isin(np.concatenate(test), np.concatenate(train)).any()
+        except UserError as e:
+            told |= {word for word in ("train on all 2", "hold out all 2") if word in str(e)}
+    assert told == {"train on all 2", "hold out all 2"}
 
 
 def test_matching_tests_follow_the_label_mix_of_the_client():
