@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-from fedjax_sim import algorithms, paths
+from fedjax_sim import algorithms, data, paths
 from fedjax_sim.algorithms.base import AlgorithmConfig
-from fedjax_sim.data import PartitionConfig, sources
+from fedjax_sim.data import Dataset, PartitionConfig, sources
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 
@@ -41,18 +41,24 @@ class DataConfig:
     """Which images.
 
     Attributes:
-      source: `digits`, `digits-domains`, a preset (`fedjax-sim list`), `tfds:NAME`, `npz:PATH` or
-        `folder:PATH`.
+      source: `digits`, `digits-domains`, a preset (`fedjax-sim list`), `tfds:NAME`, `npz:PATH`,
+        `folder:PATH`, or `module:function` of one's own, whose value is a `Dataset`.
       data_dir: where presets look for their files; default $FEDJAX_SIM_DATA, then ~/fedjax_sim_data.
+      options: arguments of one's own function (`{side: 28}`).
     """
 
     source: str = "digits"
     data_dir: str | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check(self, "data.")
         sources.check_path(self.source)
         _check_paths(self, "data.", "data_dir")
+
+    def load(self) -> Dataset:
+        """The images. Raises UserError as `fedjax_sim.data.load` does."""
+        return data.load(self.source, data_dir=self.data_dir, options=self.options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +66,11 @@ class ModelConfig:
     """Which model.
 
     Attributes:
-      name: of the zoo (`fedjax-sim list`).
+      name: of the zoo (`fedjax-sim list`), or of one's own: `module:Class` of a Flax linen module, or
+        `module:function`, which is given the images' shape (H, W, C) and the number of classes.
       norm: batch, group or none, where the model has a choice; None leaves the model's own.
       dtype: of the arithmetic; parameters stay float32.
-      options: further fields of the model (`{hidden: [64, 64]}`).
+      options: further fields of the model (`{hidden: [64, 64]}`), or arguments of one's own function.
     """
 
     name: str = "mlp"
@@ -442,7 +449,7 @@ class RunConfig:
     version: int = VERSION
     seed: int = 0
     rounds: int = 100
-    data: DataConfig = DataConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     partition: PartitionConfig = dataclasses.field(default_factory=lambda: PartitionConfig(clients=20))
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())

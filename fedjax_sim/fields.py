@@ -95,11 +95,11 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers what the user may have meant."""
-    known = list(known)
-    close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)
+    spelled = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
     if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"Known: {', '.join(known)}."
+        return f"Did you mean {' or '.join(spelled[one] for one in close)}?"
+    return f"Known: {', '.join(spelled.values())}."
 
 
 def at_least(field: str, value: float, least: float) -> None:

@@ -21,6 +21,7 @@ import functools
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
-from fedjax_sim import algorithms, data, hosts, initial, plots, provenance, records
+from fedjax_sim import algorithms, data, hosts, imports, initial, models, plots, provenance, records
 from fedjax_sim import config as config_lib
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import RunConfig
@@ -411,6 +412,9 @@ def _describe(folder: Folder, setup: Setup) -> None:
     config = portable(_writable(setup.config))
     about = provenance.describe(setup.dataset, setup.partition)
     about["config"] = config_lib.to_dict(config)
+    own = imports.checksums(config_lib.flat(config).values())
+    if own:
+        about["own"] = own
     data.save(setup.partition, folder.partition)
     folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
     folder.write("config.yaml", config_lib.dump(config))
@@ -433,7 +437,7 @@ def _saying(
     if partition is not None:
         said["partition"] = f"{partition.num_clients:,} clients"
     if model is not None:
-        said["model"] = model.name
+        said["model"] = models.name_of(model)
     if not algorithms.namable(config.algorithm):
         said["algorithm"] = algorithms.label(config.algorithm)
     return dataclasses.replace(config, given=said)
@@ -492,11 +496,17 @@ def _setup(
         raise UserError("folder", str(folder.path), why, "Give the same again.")
     dataset = _dataset(config, about, dataset)
     partition = _partition(folder, config, about, dataset)
-    return prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
+    setup = prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
+    began = about.get("own", {})
+    for name, checksum in imports.checksums(began).items():
+        if checksum != began[name]:
+            told = f"the module of {name} is not what it was when the run in {folder.path} began"
+            warnings.warn(f"{told}; what comes now may be another run's", stacklevel=2)
+    return setup
 
 
 def _dataset(config: RunConfig, about: dict[str, Any], given: Dataset | None) -> Dataset:
-    dataset = given or data.load(config.data.source, data_dir=config.data.data_dir)
+    dataset = given or config.data.load()
     provenance.check_fingerprint(dataset, about["data"])
     return dataset
 

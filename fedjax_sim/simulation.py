@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import cohorts, data, evaluation, finetuning, initial, models, placement, waves
+from fedjax_sim import cohorts, evaluation, finetuning, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
 from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
@@ -127,7 +127,7 @@ def prepare(
     check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)
-    dataset = dataset or data.load(config.data.source, data_dir=config.data.data_dir)
+    dataset = dataset or config.data.load()
     shape = dataset.train_images.shape[1:]
     if model is None:
         options = dict(config.model.options)
@@ -136,6 +136,8 @@ def prepare(
         if config.model.dtype != "float32":
             options["dtype"] = jnp.dtype(config.model.dtype)
         model = models.create(config.model.name, shape, dataset.num_classes, **options)
+    else:
+        model = models.adapted(model, shape, dataset.num_classes, name=models.name_of(model))
     if tuple(model.input_shape) != tuple(shape) or model.num_classes < dataset.num_classes:
         raise UserError(
             "model",

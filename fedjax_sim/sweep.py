@@ -146,13 +146,13 @@ class _Shared:
         self._partitions: dict[Any, data.Partition] = {}
 
     def dataset(self, config: RunConfig) -> data.Dataset:
-        key = config.data
+        key = repr(config.data)
         if key not in self._datasets:
-            self._datasets[key] = data.load(config.data.source, data_dir=config.data.data_dir)
+            self._datasets[key] = config.data.load()
         return self._datasets[key]
 
     def partition(self, config: RunConfig) -> data.Partition:
-        key = (config.data, config.partition, config.seed, config.initial)
+        key = (repr(config.data), config.partition, config.seed, config.initial)
         if key not in self._partitions:
             self._partitions[key] = initial.partition(config, self.dataset(config))
         return self._partitions[key]

@@ -1,13 +1,10 @@
 """Algorithms: one short file each, and the table of their names."""
 
-import contextlib
 import dataclasses
-import importlib
-import os
 import re
-import sys
 from typing import Any
 
+from fedjax_sim import imports
 from fedjax_sim.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -103,23 +100,9 @@ def named(name: Any, field: str = "algorithm.name") -> type:
     """
     if isinstance(name, str) and name in CONFIGS:
         return CONFIGS[name]
-    if not isinstance(name, str) or ":" not in name:
+    if not imports.is_own(name):
         raise UserError(field, name, "no such algorithm", nearest(str(name), CONFIGS))
-    module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    sys.path.append(here)  # as for a script; the command's own folder stands there instead
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise UserError(
-            field,
-            name,
-            f"it cannot be imported: {type(error).__name__}: {error}",
-            f"Give `module:Class`, with the module in {here} or installed.",
-        ) from None
-    finally:
-        with contextlib.suppress(ValueError):
-            sys.path.remove(here)
+    found = imports.imported(name, field)
     if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "build")):
         raise UserError(
             field, name, "it is no algorithm", "Give a frozen dataclass with a method build(context)."

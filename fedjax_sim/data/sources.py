@@ -2,8 +2,11 @@
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from fedjax_sim import imports
 from fedjax_sim.data import digits
 from fedjax_sim.data.dataset import Dataset, union
 from fedjax_sim.data.folders import read_folder
@@ -25,6 +28,7 @@ def load(
     data_dir: str | Path | None = None,
     preprocessing: Preprocessing | None = None,
     size: int | tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Dataset:
     """Loads an image set. Nothing is ever downloaded.
 
@@ -38,11 +42,14 @@ def load(
         - `npz:PATH` or `npz:PATH#coarse` (the labels `train_coarse_labels`);
         - `folder:PATH`, with `#size=64` or `#size=48x64` (height x width), `#classes=cat+dog`, `#test=0.25`,
           several joined by commas;
-        - `tfds:NAME`, `tfds:NAME/CONFIG`, with `#coarse_label` and `#size=64`.
+        - `tfds:NAME`, `tfds:NAME/CONFIG`, with `#coarse_label` and `#size=64`;
+        - `module:function`, one's own, whose value is a `Dataset`; the module lies in the working directory
+          or is installed.
       data_dir: where presets and prepared sets lie; the environment variable FEDJAX_SIM_DATA if
         None, and `~/fedjax_sim_data` where that is not set.
       preprocessing: instead of the preset's, or of mean and std 0.5.
       size: of folders and prepared sets: resize to this side, or (H, W).
+      options: arguments of one's own function.
 
     Returns:
       The set, checked.
@@ -53,6 +60,15 @@ def load(
     if not isinstance(source, str) or not source.strip():
         raise UserError("data.source", source, "not the name of a set", f"Try one of: {', '.join(names())}.")
     source = source.strip()
+    if imports.is_own(source) and source.partition(":")[0] not in SCHEMES:
+        for field, value in {"data.preprocessing": preprocessing, "data.size": size}.items():
+            if value is not None:
+                fix = "Let the function see to it; data.options are its arguments."
+                raise UserError(field, value, f"{source} is a function of one's own", fix)
+        return _own(source, options or {})
+    if options:
+        why = f"only a function of one's own has options, and {source} is none"
+        raise UserError("data.options", dict(options), why, "Leave them out.")
     if preprocessing is not None and not isinstance(preprocessing, Preprocessing):
         raise UserError(
             "data.preprocessing", preprocessing, "not a Preprocessing", "Build one, or leave it out."
@@ -90,9 +106,28 @@ def load(
         return load_preset(source, place, preprocessing, shape)
     near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
     why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
-    raise UserError(
-        "data.source", source, why, f"Known: {', '.join(names())}; or npz:PATH, folder:PATH, tfds:NAME."
-    )
+    ways = "npz:PATH, folder:PATH, tfds:NAME, module:function"
+    raise UserError("data.source", source, why, f"Known: {', '.join(names())}; or {ways}.")
+
+
+def _own(source: str, options: Mapping[str, Any]) -> Dataset:
+    """The value of a user's own function."""
+    try:
+        function = imports.imported(source, "data.source")
+    except UserError as error:
+        scheme = source.partition(":")[0]
+        if difflib.get_close_matches(scheme, SCHEMES, n=1, cutoff=0.6):
+            fix = f"Did you mean {difflib.get_close_matches(scheme, SCHEMES, n=1)[0]}:…?"
+            raise UserError(error.field, error.value, error.why, fix) from error
+        raise
+    if not callable(function):
+        raise UserError("data.source", source, "it is no function", "Give a function that makes a Dataset.")
+    made = imports.called(function, source, "data.source", "data.options", **options)
+    if not isinstance(made, Dataset):
+        why = f"its value is a {type(made).__name__}, not a Dataset"
+        fix = "Let it return fedjax_sim.Dataset(name=…, train_images=…, train_labels=…, test_images=…, …)."
+        raise UserError("data.source", source, why, fix)
+    return made
 
 
 def load_preset(

@@ -1,15 +1,19 @@
 """Takes in a user's own Flax module."""
 
+import dataclasses
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import nnx
 
+from fedjax_sim import imports
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import nearest
 from fedjax_sim.models import tracing
 from fedjax_sim.models.base import Model, PeelPoint
 
@@ -85,6 +89,76 @@ def from_flax(
     points = _points(seen, peel_points)
     _warn(seen, name, own_mask)
     return Model(name, wrapped, shape, num_classes, points, takes_mask=True)
+
+
+def adapted(
+    given: Any,
+    input_shape: Sequence[int],
+    num_classes: int,
+    *,
+    name: str,
+    field: str = "model",
+    options: Mapping[str, Any] | None = None,
+) -> Model:
+    """A `Model` of whatever a user gives in the place of one.
+
+    Args:
+      given: a `Model`; a Flax linen module; the class of one, made with `options` and, if it has such a
+        field, `num_classes`; or a function (input_shape, num_classes, **options) -> one of the first two.
+      input_shape: (H, W, C) of one image.
+      num_classes: width of the logits.
+      name: for records, of what is not a `Model` yet.
+      field: the setting that holds it, for messages.
+      options: of a class or a function.
+
+    Raises:
+      UserError: it is none of these, does not take the options, or as `from_flax`.
+    """
+    options = imports.frozen(options or {})
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        own = {one.name for one in dataclasses.fields(given) if one.init} - {"parent", "name"}
+        if options.keys() - own:
+            wrong = sorted(options.keys() - own)[0]
+            fix = nearest(wrong, sorted(own)) if own else "Leave it out: it has no fields."
+            raise UserError(f"model.{wrong}", options[wrong], f"{name} has no such field", fix)
+        if "num_classes" in own:
+            options = {"num_classes": num_classes, **options}
+        given = imports.called(given, name, field, "model", **options)
+    elif isinstance(given, type) and issubclass(given, nnx.Module):
+        raise _not_linen(field, name, f"{given.__name__}, …")
+    elif callable(given) and not isinstance(given, nn.Module | nnx.Module | Model):
+        shape = check_shapes(input_shape, num_classes)
+        given = imports.called(given, name, field, "model", shape, num_classes, **options)
+    elif options:
+        wrong = next(iter(options))
+        why = "only a class or a function takes options"
+        raise UserError(f"model.{wrong}", options[wrong], why, f"Name a class or a function in {field}.")
+    if isinstance(given, nnx.Module):
+        raise _not_linen(field, name, f"{type(given).__name__}, …")
+    if isinstance(given, nn.Module):
+        return from_flax(given, input_shape, num_classes, name=name)
+    if not isinstance(given, Model):
+        raise UserError(
+            field, name, f"a model is wanted here, and this is a {type(given).__name__}",
+            "Give a Flax linen module, what `fedjax_sim.from_flax` makes of one, or a function that is given "
+            "the images' shape and the number of classes and makes either.",
+        )  # fmt: skip
+    return given
+
+
+def name_of(given: Any) -> str:
+    """What to call in records whatever stands in the place of a `Model`."""
+    if isinstance(given, Model):
+        return given.name
+    return getattr(given, "__name__", type(given).__name__)
+
+
+def _not_linen(field: str, name: str, made: str) -> UserError:
+    fix = (
+        f"Write it with flax.linen, or let Flax translate it: flax.nnx.bridge.to_linen({made}), of the class "
+        "and its arguments but for rngs, is a linen module."
+    )
+    return UserError(field, name, "this is a flax.nnx module, and flax.linen's are trained here", fix)
 
 
 class Adapted(nn.Module):

@@ -8,9 +8,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from fedjax_sim import imports
 from fedjax_sim.errors import UserError
 from fedjax_sim.models import norms, tracing
-from fedjax_sim.models.adapter import check_shapes
+from fedjax_sim.models.adapter import adapted, check_shapes
 from fedjax_sim.models.base import Model
 from fedjax_sim.models.femnist_cnn import FemnistCNN
 from fedjax_sim.models.lenet import LeNet
@@ -112,10 +113,11 @@ def names() -> dict[str, str]:
 
 
 def create(name: str, input_shape: Sequence[int], num_classes: int, **options: Any) -> Model:
-    """A network of the zoo.
+    """A network of the zoo, or one's own by its name.
 
     Args:
-      name: one of `names()`.
+      name: one of `names()`; or `module:Class` or `module:function` of one's own, see
+        `fedjax_sim.models.adapter.adapted`.
       input_shape: (H, W, C) of one image.
       num_classes: width of the logits, at least 2.
       **options: `dtype` ("float32" or "bfloat16", the precision of the computation; parameters and logits are
@@ -126,10 +128,16 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
       has
         been traced by then.
     """
+    if imports.is_own(name):
+        found = imports.imported(name, "model.name")
+        model = adapted(found, input_shape, num_classes, name=name, field="model.name", options=options)
+        return dataclasses.replace(model, name=name)
     if name not in TABLE:
         near = difflib.get_close_matches(str(name), TABLE, n=3, cutoff=0.5)
         fix = f"Did you mean {' or '.join(near)}?" if near else f"There are {', '.join(TABLE)}."
-        raise UserError("model.name", name, "the zoo has no such network", fix)
+        raise UserError(
+            "model.name", name, "the zoo has no such network", f"{fix} One's own is module:Class."
+        )
     shape = check_shapes(input_shape, num_classes)
     entry = TABLE[name]
     fields = {**entry.preset}
