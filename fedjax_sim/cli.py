@@ -25,8 +25,8 @@ USAGE = """usage: fedjax-sim COMMAND …
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
-On several hosts start the same command on each, with --join in front: --join auto on a TPU pod or under
-Slurm, or --join HOST:PORT --processes COUNT --process THIS, HOST being the first. They share one folder.
+On several hosts start the same command on each, with --join: --join auto on a TPU pod or under Slurm, or
+--join HOST:PORT --processes COUNT --process THIS, HOST being the first. They share one folder.
 
 A first run: fedjax-sim run --algorithm fedmr --partition.clients 20 --output.dir runs/first
 """
@@ -90,15 +90,22 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _joined(words: list[str]) -> list[str]:
-    """Becomes one of several processes, if the command line begins with that. -> the words after it."""
+    """Becomes one of several processes, if the command line asks for it anywhere. -> the other words."""
     given: dict[str, str] = {}
-    while words and words[0].split("=", 1)[0] in ("--join", "--processes", "--process"):
-        (name, _, value), words = words[0].partition("="), words[1:]
+    others, left = [], list(words)
+    while left:
+        name, equals, value = left.pop(0).partition("=")
+        if name not in ("--join", "--processes", "--process"):
+            others.append(name + equals + value)
+            continue
+        if not equals and left and not left[0].startswith("--"):
+            value = left.pop(0)
         if not value:
-            if not words:
-                raise UserError(name, None, "its value is missing", "See fedjax-sim --help.")
-            value, words = words[0], words[1:]
+            raise UserError(name, None, "its value is missing", "See fedjax-sim --help.")
+        if name in given:
+            raise UserError(name, value, f"it is there twice, also as {given[name]}", "Give it once.")
         given[name] = value
+    words = others
     if given:
         from fedjax_sim import hosts
 
@@ -370,6 +377,8 @@ def _without_loader_noise() -> Iterator[None]:
     except OSError:
         yield
         return
+    # What Python writes needs no filter, and goes to where it went: a progress bar on a terminal stays one.
+    ours = open(own, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     source = (
         "import sys\nfor line in sys.stdin.buffer:\n"
         "    if not (b'cpu_aot_loader' in line and b'feature +prefer-no-' in line):\n"
@@ -381,9 +390,14 @@ def _without_loader_noise() -> Iterator[None]:
     assert filtering.stdin is not None
     os.dup2(filtering.stdin.fileno(), 2)
     filtering.stdin.close()
+    before = sys.stderr
+    if before is sys.__stderr__:
+        sys.stderr = ours
     try:
         yield
     finally:
+        sys.stderr = before
+        ours.close()
         sys.stderr.flush()
         os.dup2(own, 2)
         os.close(own)

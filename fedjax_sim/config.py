@@ -404,7 +404,7 @@ class OutputConfig:
       keep: newest checkpoints kept.
       tensorboard: write TensorBoard events.
       figures: draw curves and the partition at the end.
-      progress: show a progress bar.
+      progress: show a progress bar; a line now and then where standard error is no terminal.
     """
 
     dir: str | None = None

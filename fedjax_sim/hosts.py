@@ -8,8 +8,12 @@ In one process every function here does the obvious, at no cost.
 """
 
 import contextlib
+import importlib
 import pickle
 import socket
+import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
@@ -23,6 +27,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from fedjax_sim.errors import UserError
 
 T = TypeVar("T")
+
+PATIENCE = 5.0
+"""Seconds that a process waits for the others to start before it says so."""
+BUSY = 60.0
+"""The same later on, when the others may well be loading or compiling."""
+START = 300.0
+"""Seconds after which it gives up waiting for the first to start; JAX's own limit."""
 
 
 class Elsewhere(UserError):
@@ -61,6 +72,8 @@ def join(address: str = "auto", processes: int | None = None, process: int | Non
         raise UserError("--process", process, "it is none of them", f"Give this one's, 0 to {processes - 1}.")
     if process == 0:
         _check_free(host, int(port))
+    else:
+        _reach(host, int(port), f"process {process} of {processes}")
     _initialize(
         address, "Start all processes, and see that they reach that address.", address, processes, process
     )
@@ -173,16 +186,43 @@ class Votes:
 
 def _meet(*, failed: bool = False) -> None:
     """Waits until all processes are here; raises Elsewhere in those who have not failed if one has."""
-    found = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failed)))
+    with _waiting(BUSY, f"process {jax.process_index()} of {jax.process_count()}"):
+        found = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failed)))
     if len(found) and not failed:
         raise Elsewhere("process", int(found[0]), "it failed", "See what it says, and start all again.")
 
 
 def _initialize(address: str, fix: str, *where: Any) -> None:
+    who = f"process {where[2]} of {where[1]}" if where else "this process"
     try:
-        jax.distributed.initialize(*where)
+        with _waiting(PATIENCE, who, address):
+            jax.distributed.initialize(*where)
     except (ValueError, RuntimeError) as error:
         raise UserError("--join", address, " ".join(str(error).split()), fix) from None
+
+
+@contextlib.contextmanager
+def _waiting(seconds: float, who: str, address: str = "auto") -> Iterator[None]:
+    """Says on standard error, once and if it takes longer than so many seconds, who waits and where."""
+
+    def say() -> None:
+        told = address
+        if address == "auto":
+            # JAX has no public name for what the cluster told it; without it the line says less.
+            with contextlib.suppress(ImportError, AttributeError):
+                told = importlib.import_module("jax._src.distributed").global_state.coordinator_address
+        known = told not in (None, "auto")
+        where = f"the first is at {told}" if known else "the cluster is asked where the first is"
+        with contextlib.suppress(OSError, ValueError):
+            print(f"{who} waits for the others: {where}", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _broadcast(content: bytes) -> bytes:
@@ -192,6 +232,22 @@ def _broadcast(content: bytes) -> bytes:
     if first():
         padded[:] = np.frombuffer(content, np.uint8)
     return multihost_utils.broadcast_one_to_all(padded).tobytes()
+
+
+def _reach(host: str, port: int, who: str) -> None:
+    """Waits until the first process listens. JAX would wait too, and end the process with a crash."""
+    address, began = f"{host}:{port}", time.monotonic()
+    with _waiting(PATIENCE, who, address):
+        while True:
+            try:
+                socket.create_connection((host.strip("[]"), port), timeout=10).close()
+                return
+            except OSError as error:
+                if time.monotonic() - began > START:
+                    why = f"no process listens there after {START:.0f} s ({error.strerror or error})"
+                    fix = "Start the first process, and see that this host reaches that address."
+                    raise UserError("--join", address, why, fix) from None
+            time.sleep(0.5)
 
 
 def _check_free(host: str, port: int) -> None:

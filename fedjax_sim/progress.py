@@ -1,7 +1,9 @@
 """What a user sees of a run under way, and how one asks it to end."""
 
 import contextlib
+import contextvars
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,39 +32,90 @@ class Clock:
         return time.perf_counter(), time.process_time()
 
 
+EVERY = 30.0
+"""Seconds between lines where no bar can be drawn."""
+
+_JOB: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
+
+
+@contextlib.contextmanager
+def part_of(job: str) -> Iterator[None]:
+    """Has the runs inside told of as `job`, one of many: their bars go when they are done."""
+    token = _JOB.set(job)
+    try:
+        yield
+    finally:
+        _JOB.reset(token)
+
+
 class Bar:
-    """The progress bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the newest accuracy."""
+    """How far a run is, on standard error.
+
+    On a terminal and in a notebook a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the
+    newest accuracy. Elsewhere (a log file, a pipe) the same in a plain line: after the first round, then at
+    most one in `EVERY` seconds, and after the last. A run that is `part_of` a sweep has only those between:
+    the sweep tells of its end.
+    """
 
     def __init__(self, config: RunConfig, start: int, clients: int, table: Table):
-        self._clients, self._pace, self._start = clients, 0.0, start
+        self._clients, self._pace = clients, 0.0
+        self._done, self._start, self._rounds = start, start, config.rounds
         known = table.series("accuracy")[1]
         self._accuracy = float(known[-1]) if len(known) else None
-        name = algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+        job = _JOB.get()
+        self._name = job or algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+        self._brief, self._said = bool(job), time.monotonic()
+        wanted = config.output.progress and hosts.first() and sys.stderr is not None and not sys.stderr.closed
+        self._plain = wanted and not _drawable()
         self._bar = tqdm(
             total=config.rounds,
             initial=start,
-            desc=name,
+            desc=self._name,
             unit="round",
-            disable=not (config.output.progress and hosts.first()),
+            disable=not wanted or self._plain,
             dynamic_ncols=True,
+            leave=not job,
         )
 
     def advance(self, rows: list[records.Row], seconds: float) -> None:
         """Counts a round, with its rows and how long it took."""
-        if self._bar.n > self._start:  # the first round's time is the compiler's
+        if self._done > self._start:  # the first round's time is the compiler's
             self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
+        self._done += 1
         for row in rows:
             if row.metric == "accuracy":
                 self._accuracy = row.value
         told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
         if self._accuracy is not None:
             told["accuracy"] = f"{self._accuracy:.4f}"
-        self._bar.set_postfix(told, refresh=False)
-        self._bar.update()
+        if self._plain:
+            self._say(told)
+        else:
+            self._bar.set_postfix(told, refresh=False)
+            self._bar.update()
+
+    def _say(self, told: dict[str, str]) -> None:
+        now, done, left = time.monotonic(), self._done, self._rounds - self._done
+        ends = done == self._start + 1 or not left
+        if now - self._said < EVERY and (self._brief or not ends):
+            return
+        self._said = now
+        line = f"{self._name}: round {done} of {self._rounds}"
+        line += "".join(f", {name} {value}" for name, value in told.items())
+        if self._pace and left:
+            line += f", {tqdm.format_interval(left * self._pace)} left"
+        # A log that cannot be written, on a full disk perhaps, is no reason to end a run.
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it is."""
         self._bar.close()
+
+
+def _drawable() -> bool:
+    """Whether a bar can be drawn: on a terminal, and in a notebook."""
+    return "ipykernel" in sys.modules or sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from fedjax_sim import comparison, data, hosts, initial, plots, provenance, runs
+from fedjax_sim import comparison, data, hosts, initial, plots, progress, provenance, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
@@ -104,7 +104,8 @@ def run(
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
-                how, result = _one(job, shared, mine=number % parts == this % parts)
+                with progress.part_of(head):
+                    how, result = _one(job, shared, mine=number % parts == this % parts)
             except Exception as error:
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise  # perhaps this process alone failed, and the others wait for it

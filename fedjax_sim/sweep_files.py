@@ -140,7 +140,7 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
             for label, changes in methods.items():
                 made = _apply(config, {**_flat(changes), **values, "seed": seed}, label)
                 where = out / "runs" / _slug(label) / _slug(_path_part(setting)) / f"seed{seed}"
-                output = dataclasses.replace(made.output, dir=str(where), progress=False)
+                output = dataclasses.replace(made.output, dir=str(where))
                 jobs.append(Job(label, setting, column, seed, dataclasses.replace(made, output=output)))
     taken: dict[str | None, Job] = {}
     for job in jobs:

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import sys
 
 import pytest
 import yaml
@@ -225,3 +227,16 @@ def test_the_list_spells_settings_as_flags_take_them(capsys):
     told = capsys.readouterr().out
     assert "similarity true" in told and "leaves []" in told and "None" not in told and "none" not in told
     assert parsed("--algorithm", "partial", "--algorithm.first", "null", "--algorithm.last", "1")
+
+
+def test_the_filter_of_the_compiler_s_noise_leaves_our_own_words_and_the_terminal_alone(capfd, monkeypatch):
+    noise = "cpu_aot_loader: feature +prefer-no-gather"
+    monkeypatch.setattr("sys.__stderr__", sys.stderr)
+    before = sys.stderr
+    with cli._without_loader_noise():
+        os.write(2, f"{noise} of C++\nheard\n".encode())
+        print(f"{noise} of Python", file=sys.stderr, end="\r")
+        assert os.fstat(sys.stderr.fileno()) != os.fstat(2)
+    assert sys.stderr is before
+    told = capfd.readouterr().err
+    assert "of Python\r" in told and "heard\n" in told and "of C++" not in told

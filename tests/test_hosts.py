@@ -7,14 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fedjax_sim as fs
+from fedjax_sim import cli, hosts
 from fedjax_sim import config as config_lib
-from fedjax_sim import hosts
 from fedjax_sim.cli import main
 from fedjax_sim.folders import Folder
 from tests.hosts_worker import CASES, CUT, inside
@@ -124,11 +125,75 @@ def test_a_sweep_notes_failures_and_skips_what_is_done(folder, told):
         (["--join", "auto", "--processes=2", "run"], "--join"),
         (["--processes=2", "run"], "--join"),
         (["--join", "auto", "plan"], "command"),
+        (["run", "--join"], "--join"),
+        (["run", "--join", "--processes", "2"], "--join"),
+        (["run", "--rounds", "2", "--join", "nowhere"], "--join"),
+        (["sweep", "--join", "127.0.0.1:9", "a.yaml", "--processes=2"], "--process"),
+        (["resume", "folder", "--join=127.0.0.1:9", "--processes", "two"], "--processes"),
+        (["--join", "nowhere", "run", "--join", "auto"], "--join"),
+        (["list", "--join", "auto"], "command"),
     ],
 )
 def test_a_wrong_way_to_join_is_said_before_anything_starts(words, field, capsys):
     assert main(words) == 2
     assert f"error: {field} = " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--join h:1 --processes 2 --process 1 run a.yaml --seed 3",
+        "run a.yaml --seed 3 --join h:1 --processes 2 --process 1",
+        "run --join=h:1 a.yaml --processes=2 --seed --process=1 3",
+    ],
+)
+def test_joining_is_asked_for_before_or_after_the_command(line, monkeypatch):
+    joined, ran = [], []
+    monkeypatch.setattr(hosts, "join", lambda address, **counts: joined.append((address, counts)))
+    monkeypatch.setattr(cli, "_run", lambda words: ran.append(words) or 0)
+    assert main(line.split()) == 0
+    assert joined == [("h:1", {"processes": 2, "process": 1})]
+    assert ran == [["a.yaml", "--seed", "3"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("127.0.0.1:1", 2, 0), "process 0 of 2 waits for the others: the first is at 127.0.0.1:1\n"),
+        (("auto",), "this process waits for the others: the cluster is asked where the first is\n"),
+    ],
+)
+def test_one_that_waits_says_so_and_where(words, told, monkeypatch, capsys):
+    said = []
+
+    def initialize(*where):
+        for _ in range(1000):
+            said.append(capsys.readouterr().err)
+            if said[-1]:
+                return
+            time.sleep(0.01)
+
+    monkeypatch.setattr(hosts, "PATIENCE", 0.0)
+    monkeypatch.setattr(hosts, "_check_free", lambda host, port: None)
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    hosts.join(*words)
+    assert "".join(said) == told
+
+
+def test_one_that_need_not_wait_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "PATIENCE", 1e3)
+    monkeypatch.setattr("jax.distributed.initialize", lambda *where: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hosts.join(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_first_process_that_never_comes_is_an_error_and_no_crash(monkeypatch):
+    monkeypatch.setattr(hosts, "START", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    with pytest.raises(fs.UserError, match=r"no process listens there after .* Start the first process"):
+        hosts.join(address, 2, 1)
 
 
 def test_a_folder_that_this_host_does_not_see_is_said(tmp_path):

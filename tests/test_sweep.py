@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fedjax_sim import cli, comparison, runs, sweep
+from fedjax_sim import cli, comparison, progress, runs, sweep
 from fedjax_sim.comparison import deviation, mean, spread
 from fedjax_sim.errors import UserError
 from fedjax_sim.records import Row, Table
@@ -342,3 +342,23 @@ def test_deviation_is_the_sample_s(rng):
         spread([-0.25, 0.25], signed=True).startswith("+0.0000")
         and comparison._escaped("a_b&c%") == r"a\_b\&c\%"
     )
+
+
+def test_inside_a_run_a_sweep_says_which_of_how_many_and_how_far_it_is(tmp_path, monkeypatch, capsys):
+    def start(config, dataset, partition):
+        bar = progress.Bar(config, 0, 4, Table())
+        bar.advance([Row(1, "accuracy", 0.5)], 1.0)
+        bar.close()
+        raise UserError("rounds", 1, "enough", "")
+
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    monkeypatch.setattr(runs, "start", start)
+    monkeypatch.setattr(sweep, "_check", lambda *given: None)
+    sweep.run(sweep.from_mapping(asked(tmp_path / "told", seeds=[0])))
+    assert capsys.readouterr().err.splitlines() == [
+        "[1/2] FedAvg, seed 0: round 1 of 2, accuracy 0.5000",
+        "[2/2] FedMR, seed 0: round 1 of 2, accuracy 0.5000",
+    ]
+    quiet = {**BASE, "output": {**BASE["output"], "progress": False}}
+    sweep.run(sweep.from_mapping(asked(tmp_path / "quiet", base=quiet, seeds=[0])))
+    assert capsys.readouterr().err == ""
