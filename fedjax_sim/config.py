@@ -136,7 +136,7 @@ class LocalConfig:
         within("local.momentum", self.momentum, 0.0, 1.0, open_right=True)
         at_least("local.weight_decay", self.weight_decay, 0.0)
         if self.clip_norm is not None:
-            positive("local.clip_norm", self.clip_norm)
+            positive("local.clip_norm", self.clip_norm, divides=True)
         within("local.decay", self.decay, 0.0, 1.0)
         if self.schedule == "constant" and self.decay != 1:
             raise UserError(

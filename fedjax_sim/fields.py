@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from fedjax_sim.errors import UserError
 
+SMALLEST = 2.0**-126
+"""The least positive number that float32 arithmetic is sure to keep apart from 0."""
+
 
 def check(config: Any, path: str = "") -> None:
     """Checks every field of a frozen dataclass against its annotation, in its `__post_init__`.
@@ -108,10 +111,13 @@ def at_least(field: str, value: float, least: float) -> None:
         raise UserError(field, value, f"must be at least {least}", "Raise it.")
 
 
-def positive(field: str, value: float) -> None:
-    """Raises UserError unless `value` is finite and above 0."""
+def positive(field: str, value: float, *, divides: bool = False) -> None:
+    """Raises UserError unless `value` is finite and above 0; with `divides`, above 0 in float32 too."""
     if not (value > 0 and math.isfinite(value)):
         raise UserError(field, value, "must be a positive, finite number", "Give a value above 0.")
+    if divides and value < SMALLEST:
+        why = "the arithmetic is in float32, takes so small a number for 0, and would divide by it"
+        raise UserError(field, value, why, f"Give at least {SMALLEST:.2g}.")
 
 
 def within(

@@ -59,7 +59,7 @@ ENTRIES: dict[str, Entry] = {
     "fedyogi": Entry(
         besides="2 moments on the server",
         defaults="Reddi et al.; ours (η)",
-        holds="four rounds by hand, as optax has it",
+        holds="four rounds by hand; a weight without gradients stays",
     ),
     "fedmr": Entry(
         besides="K models on the server",

@@ -53,7 +53,7 @@ class FedExP:
     def __post_init__(self):
         check(self, "algorithm.")
         if self.epsilon is not None:
-            positive("algorithm.epsilon", self.epsilon)
+            positive("algorithm.epsilon", self.epsilon, divides=True)
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions."""

@@ -40,7 +40,7 @@ class FedNTD:
     def __post_init__(self):
         check(self, "algorithm.")
         at_least("algorithm.beta", self.beta, 0)
-        positive("algorithm.temperature", self.temperature)
+        positive("algorithm.temperature", self.temperature, divides=True)
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions."""

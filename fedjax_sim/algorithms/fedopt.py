@@ -13,10 +13,12 @@ inside makes of it in a round (for FedAvg the mean).
     FedAdam      m ← β₁ m + (1 − β₁) g,   v ← β₂ v + (1 − β₂) g²,               x ← x − η m̂ / (√v̂ + τ)
     FedYogi      m ← β₁ m + (1 − β₁) g,   v ← v − (1 − β₂) g² sign(v − g²),     x ← x − η m̂ / (√v̂ + τ)
 
-with m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t) after t rounds. The optimisers are optax's, and `fedopt`
-takes any of them. FOUND in Reddi et al.: β₁ = 0.9, β₂ = 0.99, τ = 10⁻³; no bias correction (m and v as they
-are), and v = τ² at the start, where optax has 0 (Adam) and 10⁻⁶ (Yogi). η is tuned there for every task; OUR
-CHOICE as defaults: 0.01 for both, and for FedAvgM 1, with the β = 0.9 of Hsu et al.'s experiments.
+with m̂ = m / (1 − β₁^t) and v̂ = v / (1 − β₂^t) after t rounds. m and v are 0 at the start, and Yogi's v is
+10⁻⁶. The optimisers are optax's, but for that m: optax's Yogi has 10⁻⁶ there as well, with which a weight
+without any gradient moves (and does so under `fedopt`, which takes any of optax's as it is). FOUND in Reddi
+et al.: β₁ = 0.9, β₂ = 0.99, τ = 10⁻³; no bias correction (m and v as they are), and v = τ² at the start. η is
+tuned there for every task; OUR CHOICE as defaults: 0.01 for both, and for FedAvgM 1, with the β = 0.9 of Hsu
+et al.'s experiments.
 
 Batch statistics do not pass through the optimiser. After a round in which every client was left out nothing
 has changed, the optimiser's memory neither. An algorithm is refused whose rounds are more than an
@@ -131,7 +133,7 @@ class _Adaptive:
     def __post_init__(self):
         check(self, "algorithm.")
         positive("algorithm.lr", self.lr)
-        positive("algorithm.tau", self.tau)
+        positive("algorithm.tau", self.tau, divides=True)
         within("algorithm.b1", self.b1, 0.0, 1.0, open_right=True)
         within("algorithm.b2", self.b2, 0.0, 1.0, open_right=True)
 
@@ -167,7 +169,12 @@ class FedYogi(_Adaptive):
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
-        return _on(self.inner, optax.yogi(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
+        yogi = optax.yogi(self.lr, b1=self.b1, b2=self.b2, eps=self.tau)
+
+        def init(params):
+            return optax.tree.set(yogi.init(params), mu=optax.tree.zeros_like(params))
+
+        return _on(self.inner, optax.GradientTransformation(init, yogi.update), context)
 
 
 def _on(

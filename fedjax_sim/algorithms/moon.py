@@ -69,7 +69,7 @@ class MOON:
     def __post_init__(self):
         check(self, "algorithm.")
         at_least("algorithm.mu", self.mu, 0)
-        positive("algorithm.temperature", self.temperature)
+        positive("algorithm.temperature", self.temperature, divides=True)
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions.

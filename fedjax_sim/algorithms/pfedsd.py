@@ -44,7 +44,7 @@ class PFedSD:
     def __post_init__(self):
         check(self, "algorithm.")
         at_least("algorithm.weight", self.weight, 0)
-        positive("algorithm.temperature", self.temperature)
+        positive("algorithm.temperature", self.temperature, divides=True)
 
     def build(self, context: base.Context) -> base.Algorithm:
         """The record of pure functions."""

@@ -24,7 +24,10 @@ another optimiser is no sum of gradients, and option II refuses it. What weight 
 a momentum that is kept between rounds (`local.keep_optimizer`) brings in gradients of earlier ones, which
 ‖a‖₁ does not count.
 
-A client that was left out keeps its control variate, and changes nothing.
+A client that was left out keeps its control variate, and changes nothing. In option II so does one that
+cannot move, as its displacement says nothing of its gradients: at a rate that is 0 in float32, as of the last
+round of a cosine to 0, and, at rates below 2⁻²⁴, of every parameter that lost all its steps to rounding (OUR
+CHOICE; the formula would divide by 0, or take no displacement for no gradient).
 """
 
 import dataclasses
@@ -37,7 +40,10 @@ from flax import struct
 
 from fedjax_sim.algorithms import base, fednova
 from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check, positive
+from fedjax_sim.fields import SMALLEST, check, positive
+
+_LOST = 2.0**-24
+"""The rate below which a step by a gradient of 1 is lost to a weight of 1, in float32."""
 
 
 @struct.dataclass
@@ -132,13 +138,12 @@ class Scaffold:
                 new = jax.tree.map(lambda s: s / jnp.maximum(extra["seen"], 1), extra["sum"])
             else:
                 scale = 1 / (fednova.total(steps, momentum, context.nesterov) * lr)
-                new = jax.tree.map(
-                    lambda c_i, c, x, y: c_i - c + (x - y) * scale,
-                    c_i,
-                    extra["c"],
-                    start["params"],
-                    trained["params"],
-                )
+
+                def renewed(c_i, c, x, y):
+                    known = (lr >= SMALLEST) & ((x != y) | (lr >= _LOST))
+                    return jnp.where(known, c_i - c + (x - y) * scale, c_i)
+
+                new = jax.tree.map(renewed, c_i, extra["c"], start["params"], trained["params"])
             return new, jax.tree.map(jnp.subtract, new, c_i)
 
         return base.LocalRule(

@@ -36,6 +36,13 @@ def simulated(name, **keywords):
     return oracles.simulate(SIZES, algorithm=config_of(name), model=model, **settings)
 
 
+def at_rate(simulation, lr):
+    """The rounds to come train at `lr`; 0 is what a schedule may come to, and no setting."""
+    config = simulation.setup.config
+    local = dataclasses.replace(config.local, lr=lr or 1e-60)
+    simulation.setup = dataclasses.replace(simulation.setup, config=dataclasses.replace(config, local=local))
+
+
 def leaves(tree):
     """As NumPy arrays."""
     return jax.tree.leaves(jax.device_get(tree))
@@ -60,6 +67,13 @@ def test_devices_waves_and_resuming_are_invisible(name):
     oracles.assert_trees_close(wide.variables, plain.variables, atol=2e-5)
     for got, wanted in zip(leaves(wide.state.clients), leaves(plain.state.clients), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    # Here and not in a test of its own, as the round is compiled.
+    for lr in (0.0, 1e-45, 1e-39, 1e-30, 0.1):
+        at_rate(plain, lr)
+        rows = oracles.run(plain, 1)
+        assert all(np.isfinite(row.value) for row in rows) and "left_out" not in {row.metric for row in rows}
+        for leaf in leaves((plain.state, plain.variables)):
+            assert np.isfinite(leaf).all(), lr
 
 
 @pytest.mark.parametrize("name", CONFIGS)

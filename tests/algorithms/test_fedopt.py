@@ -83,11 +83,13 @@ def test_fedavgm(named, nesterov, means):
 
 @pytest.mark.parametrize("kind", ["adam", "yogi"])
 @pytest.mark.parametrize("named", [False, True], ids=["by optax's name", "its own"])
-def test_fedadam_and_fedyogi_as_optax_has_them(named, kind, means):
+def test_fedadam_and_fedyogi(named, kind, means):
     """With optax's bias correction, which the authors' algorithm does not have."""
-    m, v = np.zeros(3), np.zeros(3) if kind == "adam" else np.full(3, 1e-6)
-    m0 = m + (0 if kind == "adam" else 1e-6)
-    m[:] = m0
+    m, v = np.zeros(3), np.zeros(3)
+    if kind == "yogi":
+        v[:] = 1e-6
+        if not named:  # optax's own
+            m[:] = 1e-6
 
     def step(g, t):
         m[:] = 0.9 * m + 0.1 * g
@@ -96,6 +98,17 @@ def test_fedadam_and_fedyogi_as_optax_has_them(named, kind, means):
 
     own = {"adam": FedAdam, "yogi": FedYogi}[kind](lr=0.1)
     check(own if named else FedOpt(kind, 0.1, {"b1": 0.9, "b2": 0.99, "eps": 1e-3}), means, step)
+
+
+@pytest.mark.parametrize("config", [FedAvgM(), FedAdam(lr=1.0), FedYogi(lr=1.0)])
+def test_a_weight_without_any_gradient_stays(config, means):
+    """The pixel that is black in every image: its weight comes back from all clients as it was sent."""
+    start = [1.0, -2.0, 0.5]
+    for mean in means:
+        mean["params"]["w"][1] = start[1]
+    got, _ = merges(config, means)
+    for model in got:
+        np.testing.assert_array_equal(model["params"]["w"] == start, [False, True, False])
 
 
 def test_a_round_that_nobody_survived_changes_nothing(means):

@@ -243,6 +243,23 @@ def test_momentum_does_not_drive_control_variates_apart():
     assert sizes["gradients"] < 10 < sizes["steps"] / 10
 
 
+@pytest.mark.parametrize("lr", [0.0, 1e-60, 1e-45, 1e-39, 1e-37, 1e-20, 0.1])
+def test_a_client_that_cannot_move_keeps_its_control_variate(lr):
+    """Of SGD's displacement −η τ g what float32 leaves: at tiny rates only a weight that is 0 moves."""
+    x, g = jnp.asarray([0.5, -2.0, 0.0]), jnp.asarray([1.0, -4.0, 3.0])
+    c_i, c, steps = jnp.asarray([0.25, 1.0, -1.0]), jnp.asarray([2.0, -0.5, 0.5]), jnp.int32(4)
+    rate = jnp.asarray(np.float32(lr))
+    y = x - 4 * rate * (g + c - c_i)
+    new, change = (
+        Scaffold()
+        .build(CONTEXT)
+        .local.end({"params": x}, {"params": y}, c_i, {"c": c, "c_i": c_i}, steps, rate, None)
+    )
+    renewed = {0.1: [True] * 3, 1e-20: [False, False, True], 1e-37: [False, False, True]}.get(lr, [False] * 3)
+    np.testing.assert_allclose(new, np.where(renewed, g, c_i), rtol=1e-5)
+    np.testing.assert_array_equal(change, new - c_i)
+
+
 def test_scaffold_wants_sgd_for_option_ii():
     adam = dataclasses.replace(CONTEXT, optimizer="adam")
     with pytest.raises(UserError, match="sum of gradients") as caught:
@@ -553,6 +570,11 @@ def test_a_client_that_is_left_out(algorithm, oracle):
         ("feddyn", {"alpha": float("inf")}, "algorithm.alpha"),
         ("fedexp", {"variant": "code"}, "algorithm.variant"),
         ("fedexp", {"epsilon": 0.0}, "algorithm.epsilon"),
+        ("fedexp", {"epsilon": 1e-46}, "algorithm.epsilon"),
+        ("fedadam", {"tau": 1e-40}, "algorithm.tau"),
+        ("moon", {"temperature": 1e-40}, "algorithm.temperature"),
+        ("pfedsd", {"temperature": 1e-40}, "algorithm.temperature"),
+        ("fedntd", {"temperature": 1e-40}, "algorithm.temperature"),
         ("fedexp", {"averages": 2}, "algorithm.averages"),
         ("fednova", {"weights": "even"}, "algorithm.weights"),
         ("fedmut", {"alpha": -1.0}, "algorithm.alpha"),
