@@ -482,6 +482,32 @@ class RunConfig:
                 )
 
 
+_TRAINS = ("seed", "data", "partition", "model", "execution")
+
+
+def nested(
+    config: RunConfig,
+    *,
+    rounds: int,
+    algorithm: AlgorithmConfig,
+    local: LocalConfig,
+    cohort: CohortConfig,
+    execution: ExecutionConfig | None = None,
+) -> RunConfig:
+    """A run inside of `config`'s run, which only trains: it measures nothing, writes nothing, starts afresh.
+
+    It takes over how `config` trains by name; whatever else a configuration has, or will have, is as in a
+    fresh one. Diagnostics that are compiled into rounds would cost their time, and nobody would see them.
+    """  # fmt: skip
+    kept = {name: getattr(config, name) for name in _TRAINS}
+    if execution is not None:
+        kept["execution"] = execution
+    evaluation = EvaluationConfig(every=0, batch_size=config.evaluation.batch_size)
+    return RunConfig(
+        rounds=rounds, algorithm=algorithm, local=local, cohort=cohort, evaluation=evaluation, **kept
+    )
+
+
 # --- reading and writing ------------------------------------------------------------------------------
 
 

@@ -20,15 +20,7 @@ import numpy as np
 
 from fedjax_sim import placement
 from fedjax_sim.algorithms.independent import Local, LocalState
-from fedjax_sim.config import (
-    CohortConfig,
-    EvaluationConfig,
-    InertiaConfig,
-    InitialConfig,
-    OutputConfig,
-    PeelConfig,
-    RunConfig,
-)
+from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.programs import Program
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Round, ServerState
@@ -79,15 +71,10 @@ def apart(config: RunConfig) -> RunConfig:
         decay=1.0,
         keep_optimizer=True,
     )
-    return dataclasses.replace(
+    return nested(
         config,
         rounds=config.rounds + config.evaluation.finetune,
         algorithm=Local(),
-        initial=InitialConfig(),
         local=local,
         cohort=CohortConfig(fraction=1.0),
-        evaluation=EvaluationConfig(every=0, batch_size=config.evaluation.batch_size),
-        peel=PeelConfig(),
-        inertia=InertiaConfig(),
-        output=OutputConfig(),
     )

@@ -19,14 +19,7 @@ import numpy as np
 from fedjax_sim import data, hosts
 from fedjax_sim.algorithms import FedAvg
 from fedjax_sim.checkpoint import Checkpoints
-from fedjax_sim.config import (
-    CohortConfig,
-    EvaluationConfig,
-    InitialConfig,
-    OutputConfig,
-    PeelConfig,
-    RunConfig,
-)
+from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.data.partitions import for_server
 from fedjax_sim.errors import UserError
@@ -164,22 +157,7 @@ def pretrained(setup: "Setup") -> Any:
         **dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers")),
     )
     alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
-    central = dataclasses.replace(
-        config,
-        rounds=1,
-        algorithm=FedAvg(weights="uniform"),
-        initial=InitialConfig(),
-        local=dataclasses.replace(
-            config.local, epochs=epochs, steps=None, keep_optimizer=False, non_finite="stop"
-        ),
-        cohort=CohortConfig(size=1),
-        evaluation=EvaluationConfig(every=0),
-        peel=PeelConfig(),
-        execution=dataclasses.replace(config.execution, devices=1, wave=1),
-        output=OutputConfig(),
-        given={},
-    )
-    simulation = Simulation(central, dataset=dataset, partition=alone, model=setup.model)
+    simulation = Simulation(central(config), dataset=dataset, partition=alone, model=setup.model)
     try:
         for _ in simulation.advance():
             pass
@@ -187,3 +165,22 @@ def pretrained(setup: "Setup") -> Any:
         why = "the model is not finite after it"
         raise UserError("initial.pretrain", epochs, why, "Lower local.lr, or set local.clip_norm.") from None
     return jax.device_get(simulation.variables)
+
+
+def central(config: RunConfig) -> RunConfig:
+    """The run that pretrains: one client, which has the run's local settings and all epochs in one round."""
+    local = dataclasses.replace(
+        config.local,
+        epochs=config.initial.pretrain,
+        steps=None,
+        keep_optimizer=False,
+        non_finite="stop",
+    )
+    return nested(
+        config,
+        rounds=1,
+        algorithm=FedAvg(weights="uniform"),
+        local=local,
+        cohort=CohortConfig(size=1),
+        execution=dataclasses.replace(config.execution, devices=1, wave=1),
+    )

@@ -7,21 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_sim import data, flags, initial, memory, models, runs
+from fedjax_sim import data, finetuning, flags, initial, memory, models, placement, runs
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
     ExecutionConfig,
+    InertiaConfig,
     InitialConfig,
     LocalConfig,
     ModelConfig,
     OutputConfig,
+    PeelConfig,
     RunConfig,
 )
 from fedjax_sim.data import PartitionConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import Simulation, prepare
+from fedjax_sim.simulation import Simulation, instruments, prepare
 from fedjax_sim.streams import INIT, root, stream
 from tests import oracles
 from tests.test_runs import RECORDS, Crash, crash, records_of, same, stop_at
@@ -87,6 +89,29 @@ def test_pretraining_is_sgd_on_what_is_put_aside():
     assert oracles.far_apart(wanted, start) > 0.05
     others = list(oracles.client_batches(7, 0, 0, 15, local))
     assert not np.array_equal(np.concatenate(batches), np.concatenate(others))
+
+
+def test_a_run_inside_a_run_only_trains():
+    """What the outer run measures is neither compiled into pretraining nor into fine-tuning."""
+    config = tiny(
+        seed=3,
+        initial=PRETRAINED,
+        partition=PartitionConfig(kind="iid", clients=4, samples_per_client=30, local_test="holdout"),
+        evaluation=EvaluationConfig(every=1, batch_size=7, per_client=True, per_class=True, finetune=2),
+        peel=PeelConfig(every=1),
+        inertia=InertiaConfig(measure=True, every=1),
+        given={"dataset": "own"},
+    )
+    dataset, partition = oracles.world((8,) * 4)
+    for made, taken in ((initial.central(config), {}), (finetuning.apart(config), {"algorithm": Local()})):
+        setup = prepare(made, dataset=dataset, partition=partition, **taken)
+        assert not setup.meters and not setup.trainer.gradients
+        assert instruments(setup, placement.make_mesh(1), np.asarray) == []
+        for name in ("initial", "peel", "inertia", "output", "given"):
+            assert getattr(made, name) == getattr(RunConfig(), name)
+        assert made.evaluation == EvaluationConfig(every=0, batch_size=7)
+        for name in ("seed", "data", "partition", "model"):
+            assert getattr(made, name) == getattr(config, name)
 
 
 def test_all_algorithms_and_partitions_start_from_the_same():

@@ -172,7 +172,8 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     lr = config.local.last_lr(simulation.round, config.rounds)
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
-    observed = Round(setup.algorithm, setup.trainer, simulation.mesh, False, {"trained": _Trained()})
+    trainer = dataclasses.replace(setup.trainer, gradients=False)  # which no meter is here to look at
+    observed = Round(setup.algorithm, trainer, simulation.mesh, False, {"trained": _Trained()})
 
     def models(state, inputs, shard, watched):
         return observed(state, inputs, shard, watched)[1].observed["trained"]
