@@ -10,8 +10,6 @@ import typing
 import warnings
 from collections.abc import Iterator, Sequence
 
-import yaml
-
 from fedjax_sim.errors import UserError
 
 USAGE = """usage: fedjax-sim COMMAND …
@@ -236,6 +234,7 @@ runs are taken.
 
 def _landscape(words: list[str]) -> int:
     from fedjax_sim import fields
+    from fedjax_sim.flags import meant
     from fedjax_sim.landscape import report
     from fedjax_sim.landscape.measurement import Settings
 
@@ -245,7 +244,7 @@ def _landscape(words: list[str]) -> int:
     given, flags = _given(words, usage, about, "--out", *(f"--{name}" for name in names))
     hints = typing.get_type_hints(Settings)
     chosen = {
-        name: fields.coerce(yaml.safe_load(flags[f"--{name}"]), hints[name], name, text=True)
+        name: fields.coerce(meant(flags[f"--{name}"], hints[name], name), hints[name], name, text=True)
         for name in names
         if f"--{name}" in flags
     }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_sim.config import CohortConfig
+from fedjax_sim.documents import parse_json
 from fedjax_sim.errors import UserError
 from fedjax_sim.paths import local
 from fedjax_sim.streams import COHORTS
@@ -97,11 +98,14 @@ class Schedule:
         """
         file = local(path, "cohort.schedule")
         try:
-            read = json.loads(file.read_text())
-            clients, cohorts = read["clients"], [_ids(cohort) for cohort in read["cohorts"]]
+            read = parse_json(file.read_text())
         except OSError as error:
             raise _bad(path, f"it cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except ValueError as error:
+            raise _bad(path, f"it cannot be read as JSON: {error}") from None
+        try:
+            clients, cohorts = read["clients"], [_ids(cohort) for cohort in read["cohorts"]]
+        except (KeyError, TypeError):
             raise _bad(path, "it is no schedule of cohorts") from None
         if type(clients) is not int or clients < 1:
             raise _bad(path, f"its number of clients is {clients!r}")

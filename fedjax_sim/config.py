@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from fedjax_sim import algorithms, data, paths
 from fedjax_sim.algorithms.base import AlgorithmConfig
 from fedjax_sim.data import Dataset, PartitionConfig, sources
+from fedjax_sim.documents import dump_yaml, parse_yaml
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import at_least, check, coerce, nearest, positive, within
 
@@ -587,22 +586,23 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-      UserError: the file is missing or is not a YAML mapping.
+      UserError: the file is missing, is not a YAML mapping, or has a key twice.
     """
+    file = paths.local(path, "config")
     try:
-        loaded = yaml.safe_load(paths.local(path, "config").read_text())
+        loaded = parse_yaml(file.read_text())
     except FileNotFoundError:
         raise UserError("config", str(path), "no such file", "Check the path.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError("config", str(path), f"cannot be read: {error}", "Mend the file.") from None
+    except (ValueError, OSError) as error:
+        raise UserError("config", str(path), f"it cannot be read: {error}", "Correct the file.") from None
     if not isinstance(loaded, Mapping):
-        raise UserError("config", str(path), "holds no mapping", "Write `field: value` lines.")
+        raise UserError("config", str(path), "it holds no mapping", "Write `field: value` lines.")
     return loaded
 
 
 def dump(config: RunConfig) -> str:
     """A RunConfig as YAML, every field written out."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False)
+    return dump_yaml(to_dict(config))
 
 
 def check_given(config: RunConfig, **given: Any) -> None:

@@ -44,7 +44,8 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
       value: what was given.
       hint: a type annotation.
       path: dotted name, for messages.
-      text: whether a number may come as text, as YAML reads `1e-2`.
+      text: whether a number may come as text, as some YAML readers give `1e-2` or `1_000`; and true and false
+        as yes, no, on and off, as YAML 1.1 has them.
 
     Raises:
       UserError: the two do not mean the same.
@@ -71,13 +72,24 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
         return tuple(coerce(item, inner or args[i], path, text=text) for i, item in enumerate(value))
     if origin in (dict, Mapping) or hint is dict:
         if isinstance(value, Mapping):
+            for key in value:
+                if text and isinstance(key, str) and ":" in key and value[key] is None:
+                    name, _, rest = key.partition(":")
+                    raise UserError(
+                        path, dict(value), f"there is no space after {name}:", f"Write {name}: {rest}."
+                    )
             return dict(value)
     elif hint is bool or hint is str:
         if isinstance(value, hint):
             return value
+        if hint is bool and text and isinstance(value, str) and value.lower() in _SWITCHES:
+            return _SWITCHES[value.lower()]
     elif hint is int:
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return int(value)
+        if text and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return int(value)
     elif hint is float and not isinstance(value, bool):
         if isinstance(value, numbers.Real):
             return float(value)
@@ -90,10 +102,28 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
         raise UserError(path, value.__name__, "this is a class, not one of it", f"Write {value.__name__}().")
     elif isinstance(value, typing.cast(type, hint)):
         return value
-    wanted = getattr(hint, "__name__", str(hint))
-    raise UserError(
-        path, value, f"a {wanted} is wanted, and this is a {type(value).__name__}", "Mend the value."
-    )
+    kind = getattr(hint, "__name__", str(hint))
+    wanted, fix = _WANTED.get(origin or hint, (f"a {kind}", f"Give a {kind}."))
+    if hint is str and value is not None:
+        fix = "Put it in quotes."
+    if hint is int and isinstance(value, float) and value.is_integer():
+        fix = f"Write {value:.0f}."
+    given = _WANTED.get(type(value), (f"a {type(value).__name__}",))[0]
+    raise UserError(path, value, f"{wanted} is wanted, and this is {given}", fix)
+
+
+_SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
+_WANTED: dict[Any, tuple[str, str]] = {
+    bool: ("true or false (bool)", "Write true or false."),
+    int: ("a whole number (int)", "Write a whole number, such as 10."),
+    float: ("a number (float)", "Write a number, such as 0.1."),
+    str: ("text (str)", "Write some text."),
+    dict: ("a mapping (dict)", "Write {key: value}."),
+    Mapping: ("a mapping (dict)", "Write {key: value}."),
+    list: ("a list", "Write [value]."),
+    type(None): ("null (None)", "Leave it out."),
+}
+"""Type -> in words, and how to write one."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

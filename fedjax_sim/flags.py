@@ -19,6 +19,7 @@ from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
 from fedjax_sim.algorithms.base import AlgorithmConfig
 from fedjax_sim.config import RunConfig
+from fedjax_sim.documents import parse_yaml
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
 
@@ -183,24 +184,35 @@ def _field_texts(cls: type) -> dict[str, str]:
 # --- and back -----------------------------------------------------------------------------------------
 
 
-def _given(filled: Any, base: Any) -> dict[str, Any]:
+def _given(filled: Any, base: Any, path: str = "") -> dict[str, Any]:
     """The fields that were typed, as the mapping that YAML would have given."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(base):
         value, default = getattr(filled, field.name), getattr(base, field.name)
         if dataclasses.is_dataclass(value):
-            inner = _given(value, default)
+            inner = _given(value, default, f"{path}{field.name}.")
             if inner:
                 out[field.name] = inner
         elif isinstance(value, _Typed):
-            out[field.name] = _meant(str(value), typing.get_type_hints(type(base))[field.name])
+            out[field.name] = meant(
+                str(value), typing.get_type_hints(type(base))[field.name], path + field.name
+            )
         elif value != default:
             out[field.name] = value
     return out
 
 
-def _meant(text: str, hint: Any) -> Any:
-    """A word as its field takes it: as text where text is wanted, as YAML everywhere else."""
+def meant(text: str, hint: Any, path: str) -> Any:
+    """A word as its field takes it: as text where text is wanted, as YAML everywhere else.
+
+    Args:
+      text: what was typed.
+      hint: the field's annotation.
+      path: its dotted name, for messages.
+
+    Raises:
+      UserError: it is not valid YAML, or names a key twice.
+    """
     args = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     literals = [
         choice for arg in args if typing.get_origin(arg) is Literal for choice in typing.get_args(arg)
@@ -212,9 +224,10 @@ def _meant(text: str, hint: Any) -> Any:
     if str in args:
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+        return parse_yaml(text)
+    except ValueError as error:
+        why = f"it cannot be read: {error}"
+        raise UserError(path, text, why, f"Write it as in YAML: {_metavar(hint)}.") from None
 
 
 def _check_known(words: Sequence[str], form: type) -> None:

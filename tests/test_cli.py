@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import sys
 
 import pytest
@@ -103,11 +104,24 @@ def test_help_lists_flags_with_what_they_mean(capsys):
         (["--local.lr"], "value"),
         (["lonely.yaml"], "no such file"),
         (["--seed", "1", "stray"], "stray"),
+        (["--seed", "1:30"], "seed = '1:30'"),
+        (["--seed", "yes"], "seed = 'yes'"),
+        (["--rounds", "1e3"], "Write 1000"),
+        (["--model.options", "{hidden: [3], hidden: [4]}"], "the key 'hidden' is there twice"),
+        (["--model.options", "{hidden: [3"], "model.options = '{hidden: [3': it cannot be read"),
+        (["--local.optimizer", "adam", "--local.options", "{b1:0.9}"], "Write b1: 0.9"),
     ],
 )
 def test_a_wrong_flag_names_itself_and_the_way_out(words, told):
-    with pytest.raises(UserError, match=told.replace(".", r"\.")):
+    with pytest.raises(UserError, match=re.escape(told)):
         parsed(*words)
+
+
+@pytest.mark.parametrize(
+    ("typed", "seed"), [("010", 10), ("0x10", 16), ("0o10", 8), ("1_000", 1000), ("08", 8)]
+)
+def test_whole_numbers_in_other_spellings(typed, seed):
+    assert parsed("--seed", typed).seed == seed
 
 
 def test_list_names_everything(capsys):

@@ -76,7 +76,8 @@ def test_a_schedule_is_what_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("{", "no schedule"),
+        ("{", "cannot be read as JSON"),
+        ('{"clients": 6, "cohorts": [[0, 1]], "cohorts": [[2, 3]]}', "the key 'cohorts' twice"),
         ("[]", "no schedule"),
         ('{"clients": 6}', "no schedule"),
         ('{"clients": 6, "cohorts": [[0, "1"]]}', "no schedule"),

@@ -105,6 +105,12 @@ def test_numbers_that_mean_the_same_are_taken():
         ("rounds: 0", "rounds", "at least 1"),
         ("rounds: 2.5", "rounds", "int"),
         ("rounds: true", "rounds", "int"),
+        ("rounds: 1.0e+3", "rounds", "Write 1000"),
+        ("rounds: '1:30'", "rounds", "int"),
+        ("rounds: '0x10'", "rounds", "int"),
+        ("output: {dir: 10}", "output.dir", "in quotes"),
+        ("output: {figures: maybe}", "output.figures", "true or false"),
+        ("local: {optimizer: adam, options: {b1:0.9}}", "local.options", "Write b1: 0.9"),
         ("seed: -1", "seed", "outside"),
         ("local: 3", "local", "mapping"),
         ("local:", "local", "mapping"),
@@ -157,6 +163,31 @@ def test_files_that_are_no_configuration(content, tmp_path):
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         config.load(tmp_path / "bad.yaml")
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    (tmp_path / "run.yaml").write_text("local: {lr: 0.5}\nrounds: 3\nlocal: {momentum: 0.9}\n")
+    with pytest.raises(
+        UserError, match=r"run\.yaml.*line 3.*the key 'local' is there twice, first in line 1"
+    ):
+        config.load(tmp_path / "run.yaml")
+
+
+def test_words_of_other_yaml_versions_in_a_file(tmp_path):
+    """Numbers in every way of writing them, nested ones too; switches as YAML 1.1 has them."""
+    (tmp_path / "run.yaml").write_text(
+        "seed: 010\nrounds: 1_000\nlocal: {optimizer: adamw, lr: 1e-2, options: {weight_decay: 1e-4}}\n"
+        "algorithm: {name: fedopt, optimizer: adam, lr: 1e-1, options: {eps: 1e-3}}\n"
+        "model: {options: {hidden: [010]}}\n"
+        "evaluation: {per_class: yes, per_client: off}\noutput: {dir: 2026-01-01}\n"
+    )
+    read = config.load(tmp_path / "run.yaml")
+    assert (read.seed, read.rounds, read.local.lr, read.output.dir) == (10, 1000, 0.01, "2026-01-01")
+    assert (read.evaluation.per_class, read.evaluation.per_client) == (True, False)
+    assert read.local.options == {"weight_decay": 1e-4} and read.model.options == {"hidden": [10]}
+    assert read.algorithm == FedOpt("adam", 0.1, {"eps": 1e-3})
+    (tmp_path / "again.yaml").write_text(config.dump(read))
+    assert config.load(tmp_path / "again.yaml") == read
 
 
 def test_a_file_that_is_not_there(tmp_path):

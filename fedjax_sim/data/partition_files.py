@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.documents import parse_json
 from fedjax_sim.errors import UserError
 from fedjax_sim.paths import local
 
@@ -168,15 +169,15 @@ def load_partition(path: str | Path, dataset: Dataset | None = None) -> Partitio
       dataset: what the indices are checked against, if given.
 
     Raises:
-      UserError: unreadable, empty clients, duplicates inside a client (allowed where the recipe
-        draws with replacement), indices that are negative or out of range.
+      UserError: unreadable, a client or another key that is there twice, empty clients, duplicates inside a
+        client (allowed where the recipe draws with replacement), indices that are negative or out of range.
     """
     path = local(path, "partition.path")
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text())
     except FileNotFoundError as e:
         raise UserError("partition.path", str(path), "no such file", _FIX) from e
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, ValueError) as e:
         raise UserError("partition.path", str(path), f"cannot be read as JSON ({e})", _FIX) from e
     if isinstance(content, dict) and "train_data" in content:
         loaded = _read_fedmr(content, path)

@@ -111,6 +111,8 @@ OWN = {
             OWN | {"train": [[0, 1], [2, 3]], "test": [[4], [0, 1]], "test_from": "train"},
             r"partition\.test = 0: client 1 tests on this training image, and client 0 trains on it.* 2 of 3",
         ),
+        ('{"train_data": {"0": [1], "1": [2], "0": [3]}}', "the key '0' twice"),
+        (json.dumps(OWN)[:-1] + ', "train": [[2]]}', "the key 'train' twice"),
         ({"train_data": [[1]]}, "does not map"),
         ({"train_data": {"a": [1]}}, "does not map"),
         ({"train_data": {"1": [1]}}, "without gaps"),

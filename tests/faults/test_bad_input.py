@@ -131,7 +131,7 @@ def test_a_folder_below_a_file(complaint, tmp_path):
         ("local: {lrr: 1}\n", ("local.lrr = 1", "lr")),
         ("local: 3\n", ("local", "mapping")),
         ("algorithm: {name: fedmr, first_stag: 1}\n", ("algorithm.first_stag", "first_stage")),
-        ("rounds: [1\n", ("cannot be read", "Mend")),
+        ("rounds: [1\n", ("cannot be read: line 2", "Correct the file")),
         ("- 1\n", ("mapping", "field: value")),
     ],
 )
