@@ -1,6 +1,8 @@
 """An image classification set in memory: 8-bit images, integer labels, and where they come from."""
 
 import dataclasses
+import itertools
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +10,9 @@ import numpy as np
 from fedjax_sim.data.images import resize, with_channels
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
+
+_ANY_COUNT = 1000
+"""So many classes or domains may be numbered and not named, however few the images are."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +31,8 @@ class Dataset:
       domain_names: one for each domain id.
       origin: where the images come from, in words.
       licence: what is known of the terms, in words.
+
+    Classes without a training sample are told in a warning: the model gets an output for each of them.
 
     Raises:
       UserError: naming the field (`data.train_images`), for anything that does not fit together.
@@ -64,6 +71,10 @@ class Dataset:
                 "data.num_classes", self.num_classes, "nothing to tell apart", "Use 2 classes or more."
             )
         object.__setattr__(self, "num_classes", int(self.num_classes))
+        for part in ("train", "test"):
+            self._check_ids(part, "labels", self.num_classes)
+        if not self.class_names:
+            self._check_count("num_classes", self.num_classes, "classes")
         names = tuple(str(c) for c in self.class_names) or tuple(str(c) for c in range(self.num_classes))
         if len(names) != self.num_classes:
             why = f"{len(names)} names for {self.num_classes} classes"
@@ -71,7 +82,6 @@ class Dataset:
         object.__setattr__(self, "class_names", names)
         object.__setattr__(self, "domain_names", tuple(str(d) for d in self.domain_names))
         for part in ("train", "test"):
-            self._check_ids(part, "labels", self.num_classes)
             self._check_ids(part, "domains", len(self.domain_names) or None)
             self._check_ids(part, "writers", None)
         for ids in ("domains", "writers"):
@@ -81,8 +91,10 @@ class Dataset:
                 )
         if self.train_domains is not None and not self.domain_names:
             count = 1 + int(max(self.train_domains.max(), self.test_domains.max()))  # type: ignore[union-attr]
+            self._check_count("train_domains", count, "domains")
             object.__setattr__(self, "domain_names", tuple(f"domain {d}" for d in range(count)))
         self.preprocessing.check_channels(self.image_shape[-1])
+        self._warn_of_empty_classes()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -97,6 +109,26 @@ class Dataset:
             f"Dataset({self.name}: {len(self.train_labels):,} train, {len(self.test_labels):,} test, "
             f"{self.image_shape}, {self.num_classes} classes{extra}{writers})"
         )
+
+    def _check_count(self, field: str, count: int, what: str) -> None:
+        """Refuses ids that cannot be meant, before anything is made for each number up to the largest."""
+        images = len(self.train_labels) + len(self.test_labels)
+        if count > max(images, _ANY_COUNT):
+            why = f"more {what} than there are images ({images})"
+            fix = (
+                f"Number the {what} 0, 1, 2 …, as numpy.unique(ids, return_inverse=True) does, or name each."
+            )
+            raise UserError(f"data.{field}", count, why, fix)
+
+    def _warn_of_empty_classes(self) -> None:
+        empty = np.flatnonzero(np.bincount(self.train_labels, minlength=self.num_classes) == 0)
+        if len(empty):
+            warnings.warn(
+                f"{self.name}: {len(empty)} of {self.num_classes} classes have no training sample "
+                f"({in_ranges(empty.tolist())}), and the model gets an output for each. If they are not "
+                "meant: number the classes 0, 1, 2 … without gaps (a -1 that is stored as uint8 is 255)",
+                stacklevel=4,
+            )
 
     def _check_ids(self, part: str, kind: str, bound: int | None) -> None:
         """Checks one id for each image in 0..bound-1, and stores the ids as i32."""
@@ -118,6 +150,35 @@ class Dataset:
             why = f"at position {bad[0]}, outside 0..{(bound or 2**31) - 1} ({len(bad)} such entries)"
             raise UserError(f"data.{name}", int(ids[bad[0]]), why, f"Number the {kind} from 0.")
         object.__setattr__(self, name, np.ascontiguousarray(ids, np.int32))
+
+
+def count_classes(*labels: np.ndarray) -> int:
+    """1 + the largest of these labels.
+
+    Raises:
+      UserError: where they are no integers from 0 up, or none at all.
+    """
+    for given in labels:
+        if given.dtype.kind not in "iu" or given.size == 0:
+            why = "not integers" if given.size else "empty"
+            raise UserError("data.train_labels", str(given.dtype), why, "Give integers from 0 up.")
+        if given.min() < 0:
+            raise UserError("data.train_labels", int(given.min()), "negative", "Number the classes from 0.")
+    return 1 + max(int(given.max()) for given in labels)
+
+
+def in_ranges(ids: Sequence[int], most: int = 5) -> str:
+    """Sorted numbers for a person.
+
+    >>> in_ranges([0, 3, 4, 5, 9])
+    '0, 3 to 5, 9'
+    """
+    runs = [
+        [i for _, i in run]
+        for _, run in itertools.groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0])
+    ]
+    told = [str(r[0]) if len(r) == 1 else f"{r[0]} to {r[-1]}" for r in runs[:most]]
+    return ", ".join(told) + (" …" if len(runs) > most else "")
 
 
 def union(
@@ -206,6 +267,8 @@ def _check_images(name: str, images: object) -> None:
             else "not uint8"
         )
         fix = "Give 8-bit pixels from 0 to 255; normalisation belongs in `preprocessing`."
+        if images.dtype == np.uint16:
+            fix = "Give 8-bit pixels: (images >> 8).astype(numpy.uint8), if they go from 0 to 65535."
         raise UserError(field, str(images.dtype), why, fix)
     if images.ndim != 4:
         raise UserError(
@@ -213,3 +276,8 @@ def _check_images(name: str, images: object) -> None:
         )
     if images.size == 0:
         raise UserError(field, images.shape, "empty", "Both train and test need images.")
+    height, width, channels = images.shape[1:]
+    square = width == channels
+    if min(width, channels) >= 8 and (height in (3, 4) or (height in (1, 2) and square)):
+        why = f"channels first, it seems: {height} pixels high, {width} wide, with {channels} channels"
+        raise UserError(field, images.shape, why, "Put the channels last: images.transpose(0, 2, 3, 1).")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.dataset import Dataset, count_classes
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
 from fedjax_sim.paths import local
@@ -68,9 +68,7 @@ def read_npz(
     names = tuple(str(c) for c in found) if found is not None else class_names
     label_arrays = [arrays[f"{p}{infix}_labels"] for p in ("train", "test")]
     if not names and num_classes is None:
-        if any(a.dtype.kind not in "iu" or a.size == 0 for a in label_arrays):
-            raise UserError("data.train_labels", str(label_arrays[0].dtype), "not integers, or empty", FIX)
-        num_classes = 1 + int(max(a.max() for a in label_arrays))
+        num_classes = count_classes(*label_arrays)
     return Dataset(
         name=name or path.stem + infix.replace("_", "-"),
         train_images=_with_channel_axis(arrays["train_images"]),

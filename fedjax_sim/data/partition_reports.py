@@ -1,5 +1,6 @@
 """What a partition looks like: counts, a few lines of text, a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,17 @@ def effective_classes(counts: np.ndarray) -> np.ndarray:
     return np.exp(-(shares * logs).sum(1))
 
 
+def held_by_nobody(partition: Partition, dataset: Dataset) -> tuple[int, list[str]]:
+    """Training samples that neither a client nor the server holds, and the classes that no client trains on.
+
+    Of the classes only those of which the set has training samples.
+    """
+    aside = () if partition.server is None else partition.server
+    count = len(dataset.train_labels) - len(partition.held()) - len(aside)
+    trained = np.unique(dataset.train_labels[np.concatenate(partition.train)])
+    return count, [dataset.class_names[c] for c in np.setdiff1d(dataset.train_labels, trained)]
+
+
 def summary(partition: Partition, dataset: Dataset) -> str:
     """A few lines for a person: sizes, heterogeneity, overlap, local tests."""
     sizes = partition.sizes()
@@ -46,11 +58,13 @@ def summary(partition: Partition, dataset: Dataset) -> str:
     spread = f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,}"
     mixes = f"{classes.min():.2f} / {np.median(classes):.2f} / {classes.max():.2f} of {dataset.num_classes}"
     used, shared = int((held > 0).sum()), int((held > 1).sum())
+    left, lost = held_by_nobody(partition, dataset)
+    nobody = f"; {left:,} by nobody" + (f", all of {named(lost)} among them" if lost else "")
     lines = [
         f"{partition.num_clients:,} clients of {dataset.name}, {how}",
         f"  samples a client   {spread} (min / median / max)",
         f"  effective classes  {mixes} (exp of the label entropy)",
-        f"  samples used       {used:,} of {len(held):,}; {shared:,} by more than one client",
+        f"  samples used       {used:,} of {len(held):,}; {shared:,} by more than one client{nobody}",
         f"  local tests        {tests}",
     ]
     if partition.server is not None:
@@ -58,6 +72,15 @@ def summary(partition: Partition, dataset: Dataset) -> str:
     if partition.streams is not None:
         lines.append(f"  randomness         {len(np.unique(partition.streams)):,} streams for all clients")
     return "\n".join(lines)
+
+
+def named(classes: Sequence[str], most: int = 5) -> str:
+    """`class 3`, or `classes a, b, c, d, e …`."""
+    return (
+        ("class " if len(classes) == 1 else "classes ")
+        + ", ".join(classes[:most])
+        + (" …" if len(classes) > most else "")
+    )
 
 
 _FACTS = {

@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib.metadata
+import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from fedjax_sim.data import partition_files, splits
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
+from fedjax_sim.data.partition_reports import held_by_nobody, named
 from fedjax_sim.errors import UserError
 
 
@@ -27,9 +30,18 @@ def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0, put_asid
     draws between its versions, and libm the last bit of a logarithm: `save` the partition where
     exactly these clients are needed elsewhere. The recipe keeps the versions.)
 
+    Where it leaves samples to nobody that no setting says to leave (`samples_per_client` does,
+    `dirichlet-classes` by nature), or a class that nobody trains on, it warns.
+
     Raises:
       UserError: naming the setting that cannot be met with this set.
     """
+    made = _partition(dataset, config, seed, put_aside)
+    _warn_of_unheld(made, dataset, config)
+    return made
+
+
+def _partition(dataset: Dataset, config: PartitionConfig, seed: int, put_aside: float) -> Partition:
     seed = config.seed if config.seed is not None else seed
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise wrong("seed", seed, "not a whole number >= 0", "Use 0.")
@@ -51,6 +63,34 @@ def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0, put_asid
     _check_smallest(parts, max(config.min_size, 1), "min_size", config.min_size)
     made = _finish(dataset, config, int(seed), parts, recipe, mixes, groups)
     return made if server is None else _with_server(made, server, put_aside)
+
+
+def _warn_of_unheld(made: Partition, dataset: Dataset, config: PartitionConfig) -> None:
+    count, classes = held_by_nobody(made, dataset)
+    asked = _leaves_samples(made.recipe) or (config.kind == "natural" and config.clients is not None)
+    if not classes and (asked or not count):
+        return
+    why = f"{count:,} of {len(dataset.train_labels):,} training samples are held by nobody"
+    if classes:
+        why += f", and nobody trains on {named(classes)}, which the model is tested on all the same"
+    if config.kind == "pathological":
+        why += ". Use more partition.clients, or more partition.classes_per_client"
+    elif config.kind == "natural" and config.clients is None:
+        why += f": {made.recipe['writers_too_small']} writers have fewer than partition.min_size"
+        why += f" = {config.min_size} samples. Lower it to keep them"
+    elif config.kind == "file":
+        why += f" in {config.path}"
+    warnings.warn(f"partition.kind = {config.kind!r}: {why}", stacklevel=3)
+
+
+def _leaves_samples(recipe: Mapping[str, Any]) -> bool:
+    """Whether a recipe says itself that samples are left: by their number, or by drawing with replacement."""
+    before = recipe.get("from")
+    return (
+        recipe.get("kind") == "dirichlet-classes"
+        or recipe.get("samples_per_client") is not None
+        or (isinstance(before, dict) and _leaves_samples(before))
+    )
 
 
 def for_server(given: Partition, dataset: Dataset, fraction: float, seed: int) -> Partition:

@@ -90,6 +90,10 @@ def read_tfds(
             raise UserError(
                 "data.source", source, why, "Use an image classification set, or name the label: #KEY."
             )
+    num_classes = getattr(features[label], "num_classes", None)
+    if num_classes is None:
+        why = f"its feature {label!r} holds no classes ({type(features[label]).__name__})"
+        raise UserError("data.source", source, why, "Name a feature that is a ClassLabel: #KEY.")
     file_format = getattr(builder.info.file_format, "value", str(builder.info.file_format))
     if file_format != "array_record":
         why = f"prepared as {file_format}, which only TensorFlow reads"
@@ -107,7 +111,7 @@ def read_tfds(
         train_labels=train_labels,
         test_images=test_images,
         test_labels=test_labels,
-        num_classes=features[label].num_classes,
+        num_classes=num_classes,
         preprocessing=preprocessing or Preprocessing(),
         class_names=tuple(features[label].names or ()),
         origin=(origin + "; " if origin else "")

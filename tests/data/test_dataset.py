@@ -41,6 +41,16 @@ def test_labels_become_i32_and_classes_get_names():
         ("test_labels", {"test_labels": np.arange(8) - 1}, "outside 0..3"),
         ("train_labels", {"train_labels": np.zeros(19, int)}, "20 images need"),
         ("train_labels", {"train_labels": np.full(20, np.nan)}, "not integers"),
+        ("train_images", {"train_images": np.zeros((20, 6, 6, 1), np.uint16)}, "images >> 8"),
+        ("train_images", {"train_images": np.zeros((20, 3, 32, 32), np.uint8)}, "channels first.*transpose"),
+        ("train_images", {"train_images": np.zeros((20, 3, 48, 64), np.uint8)}, "channels first"),
+        ("test_images", {"test_images": np.zeros((8, 1, 28, 28), np.uint8)}, "channels first"),
+        ("num_classes", {"num_classes": 2**31}, r"more classes than there are images \(28\)"),
+        (
+            "train_domains",
+            {"train_domains": np.full(20, 2**31 - 1), "test_domains": np.zeros(8, int)},
+            "more domains than",
+        ),
         ("num_classes", {"num_classes": 1}, "tell apart"),
         ("num_classes", {"num_classes": 4.0}, "whole number"),
         ("class_names", {"class_names": ("a", "b")}, "2 names for 4"),
@@ -57,6 +67,25 @@ def test_mistakes_name_the_field(field, change, says):
     with pytest.raises(UserError, match=says) as caught:
         make(**change)
     assert caught.value.field == f"data.{field}"
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "says"),
+    [
+        (1 + np.arange(20) % 4, 5, r"1 of 5 classes have no training sample \(0\)"),
+        (((np.arange(20) % 4) - 1).astype(np.uint8), 256, r"252 of 256 .*\(3 to 254\).*uint8 is 255"),
+        (np.array([0, 2, 5] * 6 + [9, 9]), 11, r"7 of 11 .*\(1, 3 to 4, 6 to 8, 10\)"),
+    ],
+)
+def test_classes_that_no_sample_has_are_told(labels, classes, says):
+    with pytest.warns(UserWarning, match=says):
+        d = make(train_labels=labels, num_classes=classes)
+    assert d.num_classes == classes
+
+
+def test_shapes_that_may_be_meant_are_taken():
+    for shape in ((3, 3, 8), (1, 128, 9), (3, 32, 3), (4, 4, 1), (5, 16, 16)):
+        assert make(shape=shape).image_shape == shape
 
 
 def test_channels_of_the_preprocessing_must_fit():

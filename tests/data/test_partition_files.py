@@ -30,6 +30,7 @@ def test_json_round_trip(tmp_path_factory, kind, local_test, seed):
     assert p.test_from == again.test_from and p.recipe == again.recipe
 
 
+@pytest.mark.filterwarnings("ignore:partition.kind = .*held by nobody")
 def test_repeats_drawn_with_replacement_survive_the_round_trip(tmp_path):
     config = PartitionConfig("dirichlet-classes", clients=3, alpha=0.05, samples_per_client=400)
     p = partition(DIGITS, config)

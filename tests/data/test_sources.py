@@ -87,6 +87,14 @@ def test_npz_without_channels_or_names(tmp_path):
         ({"train_labels": np.zeros(12)}, "not integers"),
         ({"train_labels": np.array([{}] * 12)}, "cannot be read"),
         ({"class_names": np.array(["a", "b"])}, "outside 0..1"),
+        ({"train_labels": np.full(12, -1)}, "data.train_labels = -1: negative"),
+        ({"train_labels": np.full(12, -1).astype(np.uint32)}, r"num_classes = 4294967296: more classes than"),
+        ({"train_labels": np.zeros(0, int)}, "empty"),
+        (
+            {"train_images": np.zeros((12, 3, 32, 32), np.uint8)}
+            | {"test_images": np.zeros((6, 3, 32, 32), np.uint8)},
+            "channels first",
+        ),
     ],
 )
 def test_damaged_npz_says_what_is_wrong(change, says, tmp_path):
@@ -94,6 +102,14 @@ def test_damaged_npz_says_what_is_wrong(change, says, tmp_path):
     np.savez(tmp_path / "bad.npz", **given)
     with pytest.raises(UserError, match=says):
         load(f"npz:{tmp_path}/bad.npz")
+
+
+def test_labels_that_start_at_one_are_told(tmp_path):
+    np.savez(
+        tmp_path / "one.npz", **arrays(train_labels=1 + np.arange(12) % 3, test_labels=1 + np.arange(6) % 3)
+    )
+    with pytest.warns(UserWarning, match=r"one: 1 of 4 classes have no training sample \(0\)"):
+        assert load(f"npz:{tmp_path}/one.npz").num_classes == 4
 
 
 def test_npz_that_is_cut_off_or_no_npz_at_all(tmp_path):
@@ -236,6 +252,8 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path, monkeypatch):
     assert coarse.num_classes == 3 and coarse.image_shape == (8, 8, 3)
     with pytest.raises(UserError, match="no feature 'fine'"):
         load("tfds:fs_small_set#fine", data_dir=tmp_path / "data")
+    with pytest.raises(UserError, match="'image' holds no classes"):
+        load("tfds:fs_small_set#image", data_dir=tmp_path / "data")
 
 
 def test_a_set_that_is_not_prepared_says_how(tmp_path):
