@@ -74,6 +74,7 @@ from fedjax_sim.errors import UserError  # noqa: E402
 from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
 from fedjax_sim.runs import Run, load, resume, run  # noqa: E402
 from fedjax_sim.simulation import Simulation  # noqa: E402
+from fedjax_sim.tables import compare  # noqa: E402
 from fedjax_sim.training import batch_order  # noqa: E402
 
 __version__ = "0.1.0"
@@ -136,6 +137,7 @@ __all__ = [
     "UserError",
     "algorithms",
     "batch_order",
+    "compare",
     "data",
     "from_flax",
     "load",

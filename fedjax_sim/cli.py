@@ -20,6 +20,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
+  compare RUN|SWEEP.yaml …     the table of finished runs: mean and deviation over seeds (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
@@ -67,6 +68,7 @@ def _dispatch(words: list[str]) -> int:
         "peel": _peel,
         "inertia": _inertia,
         "landscape": _landscape,
+        "compare": _compare,
         "plan": _plan,
         "list": _list,
     }
@@ -166,6 +168,46 @@ the sweep's folder. What is finished is not run again, what was cut goes on; a f
   --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
                    machine, with one folder for all on a file system that they share, or each with its own,
                    and copy the runs together. Another start, without --part, writes the whole table"""
+
+
+def _compare(words: list[str]) -> int:
+    from fedjax_sim import reports, tables
+
+    usage = (
+        "fedjax-sim compare RUN|SWEEP.yaml … [--out DIR] [--metric NAME] [--reference ROW] [--last-k K] "
+        "[--rounds R,R]"
+    )
+    known = ("--metric", "--reference", "--last-k", "--rounds")
+    given, flags = _given(words, usage, _COMPARE, "--out", *known)
+    numbers = [flags.get("--last-k", "1"), *filter(None, flags.get("--rounds", "").split(","))]
+    for number in numbers:
+        if not number.isdecimal() or not int(number):
+            raise UserError(
+                "--last-k" if number is numbers[0] else "--rounds", number, "no number", "From 1."
+            )
+    table = tables.compare(
+        given,
+        metric=flags.get("--metric", "accuracy"),
+        reference=flags.get("--reference"),
+        last_k=int(numbers[0]),
+        rounds_of_interest=tuple(map(int, numbers[1:])),
+    )
+    print(table.markdown())
+    if "--out" in flags:
+        for path in tables.write(reports.writable(flags["--out"]), table):
+            print(f"wrote {path}")
+    return 0
+
+
+_COMPARE = """Prints the table of finished runs, as a sweep's: a row for each group of runs that differ in
+nothing but the seed, mean and deviation over seeds, the best in bold. Of a sweep's file the finished runs are
+taken, named as in its table.
+
+  --out DIR          writes table.md, table.csv, table.tex, curves.png and curves.pdf there
+  --metric NAME      of the table; default: accuracy
+  --reference ROW    differences to that row as well, seed by seed
+  --last-k K         mean of the newest K values; default: 1
+  --rounds R,R       further tables, of the newest values up to these rounds"""
 
 
 def _peel(words: list[str]) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from fedjax_sim import comparison, data, hosts, initial, plots, progress, provenance, runs
+from fedjax_sim import comparison, data, hosts, initial, progress, provenance, runs, tables
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
@@ -225,12 +225,7 @@ def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
     sweep, table = outcome.sweep, outcome.comparison
     cpu = [seconds for seconds in outcome.cpu_seconds.values() if seconds is not None]
     if table is not None:
-        place.write("table.md", table.markdown())
-        place.write("table.csv", table.csv())
-        place.write("table.tex", table.latex())
-        figure = plots.compared_curves(table.curves, sweep.metric, table.title)
-        for suffix in ("png", "pdf"):
-            plots.save(figure, place.path / f"curves.{suffix}")
+        tables.write(place, table)
     about = {
         "jobs": [
             {

@@ -150,7 +150,7 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
                 "sweep", job.name, f"it has the same folder as {other.name}", "Rename one of them."
             )
     metric = str(mapping.get("metric", "accuracy"))
-    goal = mapping.get("goal", "min" if re.search("loss|waste|time", metric) else "max")
+    goal = mapping.get("goal", goal_of(metric))
     rounds = tuple(mapping.get("rounds_of_interest") or ())
     longest = max(job.config.rounds for job in jobs)
     if rounds and max(rounds) > longest:
@@ -161,6 +161,11 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
             why, fix = f"no run records it without evaluation.{field}", f"Set evaluation.{field} in base."
             raise UserError("sweep.metric", metric, why, fix)
     return Sweep(tuple(jobs), mapping.get("reference"), metric, goal, mapping.get("last_k", 1), rounds, out)
+
+
+def goal_of(metric: str) -> str:
+    """`max` or `min`: which is better of a metric, by its name."""
+    return "min" if re.search("loss|waste|time", metric) else "max"
 
 
 def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> None:

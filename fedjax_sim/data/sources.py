@@ -60,6 +60,7 @@ def load(
     if not isinstance(source, str) or not source.strip():
         raise UserError("data.source", source, "not the name of a set", f"Try one of: {', '.join(names())}.")
     source = source.strip()
+    check_path(source)
     if imports.is_own(source) and source.partition(":")[0] not in SCHEMES:
         for field, value in {"data.preprocessing": preprocessing, "data.size": size}.items():
             if value is not None:
@@ -74,7 +75,6 @@ def load(
             "data.preprocessing", preprocessing, "not a Preprocessing", "Build one, or leave it out."
         )
     shape = _size(size)
-    check_path(source)
     place = default_data_dir(data_dir)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SCHEMES:
