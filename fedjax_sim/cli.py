@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -110,11 +111,11 @@ def _joined(words: list[str]) -> list[str]:
         from fedjax_sim import hosts
 
         if words and words[0] not in ("run", "resume", "sweep"):
-            raise UserError("command", words[0], "it is for one process", "Leave --join out.")
+            raise UserError("command", words[0], "this command runs in one process", "Leave --join out.")
         counts = {}
         for name in ("--processes", "--process"):
             if name in given and not given[name].isdecimal():
-                raise UserError(name, given[name], "it is no number", "Give one.")
+                raise UserError(name, given[name], "it must be a whole number", "Give one, such as 2.")
             counts[name[2:]] = int(given[name]) if name in given else None
         hosts.join(given.get("--join", ""), **counts)
     return words
@@ -141,7 +142,7 @@ def _resume(words: list[str]) -> int:
 
 
 def _sweep(words: list[str]) -> int:
-    from fedjax_sim import hosts, sweep
+    from fedjax_sim import hosts, runs, sweep
 
     usage = "fedjax-sim sweep FILE.yaml [--part I/N]"
     given, flags = _given(words, usage, _SWEEP, "--part")
@@ -149,14 +150,23 @@ def _sweep(words: list[str]) -> int:
         raise UserError("sweep", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
     part = re.fullmatch(r"(\d+)/(\d+)", flags.get("--part", "1/1"))
     if part is None:
-        raise UserError("--part", flags["--part"], "it is no part", "Of four they are 1/4 to 4/4.")
-    asked = sweep.load(given)
-    with _without_loader_noise():
-        outcome = sweep.run(
-            asked,
-            tell=lambda line: print(line, flush=True) if hosts.first() else None,
-            part=(int(part[1]), int(part[2])),
+        raise UserError(
+            "--part", flags["--part"], "this is not I/N", "Write 1/4 for the first of four parts."
         )
+    asked = sweep.load(given)
+    again = f"continue with: {shlex.join(['fedjax-sim', 'sweep', *words])}"
+    try:
+        with _without_loader_noise():
+            outcome = sweep.run(
+                asked,
+                tell=lambda line: print(line, flush=True) if hosts.first() else None,
+                part=(int(part[1]), int(part[2])),
+            )
+    except (runs.Interrupted, runs.Terminated) as stop:
+        stop.advice = again
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {again}") from None
     if hosts.first():
         print(outcome.report())
     return 1 if outcome.failures else 0
@@ -221,13 +231,13 @@ def _peel(words: list[str]) -> int:
     given, flags = _given(words, usage, _PEEL, "--out", *known)
     number, accuracy, only, reference = (flags.get(flag) for flag in known)
     if only not in (None, "overview"):
-        raise UserError("--only", only, "nothing of that name can be written alone", "Write overview.")
+        raise UserError("--only", only, "only the overview can be written alone", "Write --only overview.")
     if number is not None and not number.isdecimal():
-        raise UserError("--round", number, "it is no round", "Give a number, from 1.")
+        raise UserError("--round", number, "a round is a whole number, from 1", "Give one, such as 10.")
     try:
         level = None if accuracy is None else float(accuracy)
     except ValueError:
-        raise UserError("--at-accuracy", accuracy, "it is no number", "0.6, for example.") from None
+        raise UserError("--at-accuracy", accuracy, "it must be a number", "Give one, such as 0.6.") from None
     report.draw(
         given,
         flags.get("--out"),
@@ -355,7 +365,7 @@ def _list(words: list[str]) -> int:
         print("usage: fedjax-sim list\n\nPrints the names of all algorithms, models, data and partitions.")
         return 0
     if words:
-        raise UserError("list", " ".join(words), "nothing is to follow", "Write fedjax-sim list.")
+        raise UserError("list", " ".join(words), "this command takes no arguments", "Write fedjax-sim list.")
     print("algorithms (--algorithm NAME)")
     for name, cls in algorithms.CONFIGS.items():
         print(f"  {name:18} {catalogue.summary(cls)}.")

@@ -24,6 +24,9 @@ VERSION = 2
 GIVEN = ("dataset", "partition", "model", "algorithm")
 """What `run` takes from Python."""
 
+NAMED_BY = {"data": "source", "partition": "kind", "model": "name"}
+"""Sections for which a bare name may stand, and the field that it is; an algorithm's name is `name`."""
+
 
 def _check_paths(config: Any, section: str, *names: str) -> None:
     """Raises UserError if one of the fields is set to an address."""
@@ -542,10 +545,15 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
 
     Raises:
       UserError: an unknown field, or a value of the wrong type; names the field by its dotted path.
+
+    In the place of a section that `NAMED_BY` lists a bare name may stand: `model: lenet`.
     """
+    section = path.rstrip(".")
+    if isinstance(mapping, str) and section in NAMED_BY:
+        mapping = {NAMED_BY[section]: mapping}
     if not isinstance(mapping, Mapping):
         raise UserError(
-            path.rstrip(".") or "config", mapping, "a mapping is wanted here", "Write `field: value` lines."
+            section or "config", mapping, "a mapping is wanted here", "Write `field: value` lines."
         )
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -579,7 +587,12 @@ def load(path: str | Path) -> RunConfig:
     Raises:
       UserError: the file is missing, is not YAML, or holds a wrong field or value.
     """
-    return from_dict(read_yaml(path))
+    mapping = read_yaml(path)
+    for key in ("methods", "grid", "seeds"):
+        if key in mapping:
+            why = f"this is the file of a sweep (it has {key}), and the configuration of one run is wanted"
+            raise UserError("config", str(path), why, f"Start it with: fedjax-sim sweep {path}.")
+    return from_dict(mapping)
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:

@@ -1,5 +1,8 @@
 """The one kind of error that a user's mistake raises."""
 
+_MOST = 120
+"""Letters of a mapping or a list that a message shows."""
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: says which field, what it held, why not, and the way out.
@@ -17,7 +20,10 @@ class UserError(ValueError):
         self.field = field
         self.value = value
         self.why, self.fix = why.rstrip("."), fix
-        super().__init__(f"{field} = {value!r}: {self.why}. {fix}")
+        shown = repr(value)
+        if not isinstance(value, str) and len(shown) > _MOST:  # of a path or a command every letter counts
+            shown = shown[: _MOST - 1] + "…"
+        super().__init__(f"{field} = {shown}: {self.why}. {fix}")
 
     def moved(self, old: str, new: str) -> "UserError":
         """The same of a field below `new`, if it was below `old`, as both end in a dot."""

@@ -48,14 +48,17 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
       run: what there is so far.
+      advice: how to go on, where that is not to resume this run.
     """
+
+    advice: str | None = None
 
     def __init__(self, run: "Run"):
         super().__init__()
         self.run = run
 
     def __str__(self):
-        return f"interrupted after round {self.run.rounds}{_way_on(self.run.folder)}"
+        return f"interrupted after round {self.run.rounds}; {self.advice or _way_on(self.run.folder)}"
 
 
 class Terminated(SystemExit):
@@ -63,14 +66,17 @@ class Terminated(SystemExit):
 
     Attributes:
       run: what there is so far.
+      advice: how to go on, where that is not to resume this run.
     """
+
+    advice: str | None = None
 
     def __init__(self, run: "Run"):
         super().__init__(128 + signal.SIGTERM)
         self.run = run
 
     def __str__(self):
-        return f"terminated after round {self.run.rounds}{_way_on(self.run.folder)}"
+        return f"terminated after round {self.run.rounds}; {self.advice or _way_on(self.run.folder)}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -555,7 +561,9 @@ def _figures(run: Run, setup: Setup) -> None:
 
 
 def _way_on(folder: Path | None) -> str:
-    return "" if folder is None else f"; continue with: fedjax-sim resume {folder}"
+    if folder is None:
+        return "output.dir is not set, so no file of it was written"
+    return f"continue with: fedjax-sim resume {folder}"
 
 
 def differing(folder: str | Path, config: RunConfig) -> tuple[str, ...]:

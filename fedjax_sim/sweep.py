@@ -91,7 +91,9 @@ def run(
     """
     this, parts = part
     if not 1 <= this <= parts:
-        raise UserError("part", f"{this}/{parts}", "there is no such part", "Of four they are 1/4 to 4/4.")
+        raise UserError(
+            "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
+        )
     place = Folder(sweep.out)
     hosts.agreed(lambda: _check_writable(place))
     failures: dict[str, str] = {}
@@ -106,6 +108,9 @@ def run(
             try:
                 with progress.part_of(head):
                     how, result = _one(job, shared, mine=number % parts == this % parts)
+            except (runs.Interrupted, runs.Terminated) as stop:
+                stop.advice = f"it was {head}; start the sweep again to go on"
+                raise
             except Exception as error:
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise  # perhaps this process alone failed, and the others wait for it

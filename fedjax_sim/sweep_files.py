@@ -6,7 +6,7 @@
       FedMR: {algorithm: {name: fedmr, first_stage: 10}}
     grid:                             # columns: all combinations
       partition.alpha: [0.1, 0.5]     # or named: {mild: 0.5, IID: …}, of whole sections too
-    seeds: [0, 1, 2]
+    seeds: [0, 1, 2]                  # of all methods and columns; neither of these may set a seed itself
     reference: FedAvg                 # paired differences against it
     metric: accuracy                  # what the table shows
     goal: max                         # or min; the default goes by the metric's name
@@ -16,7 +16,8 @@
 
 Each combination has a folder named after it, so that a second start skips what is finished and resumes what
 was cut. All methods of one column and seed get the same seed, hence the same partition and the same cohorts
-(but for those that choose their clients themselves).
+(but for those that choose their clients themselves). A value that is twice in a list of the grid, in two
+spellings perhaps, is one column.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ import yaml
 
 from fedjax_sim import algorithms, paths
 from fedjax_sim import config as config_lib
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import OutputConfig, RunConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.fields import nearest
 
@@ -46,6 +47,7 @@ _FIELDS = (
     "rounds_of_interest",
     "out",
 )
+_OF_A_RUN = {field.name for field in dataclasses.fields(RunConfig)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +103,16 @@ def load(path: str | Path) -> Sweep:
     Raises:
       UserError: the file is missing, or anything in it is wrong.
     """
-    return from_mapping(config_lib.read_yaml(path), Path(path).parent, Path(path).stem)
+    mapping = config_lib.read_yaml(path)
+    of_a_run = [str(key) for key in mapping if key in _OF_A_RUN]
+    if of_a_run and not any(key in _FIELDS for key in mapping):
+        raise UserError(
+            "sweep",
+            str(path),
+            f"this is the configuration of one run (it has {of_a_run[0]}), and a sweep is wanted",
+            f"Start it with: fedjax-sim run {path}. Or name it as `base: {path}` in the file of a sweep.",
+        )
+    return from_mapping(mapping, Path(path).parent, Path(path).stem)
 
 
 def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str = "sweep") -> Sweep:
@@ -113,11 +124,13 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
       name: of the sweep; gives the default of `out`.
 
     Raises:
-      UserError: an unknown field, a configuration that is not valid, two runs of one name.
+      UserError: an unknown field, a configuration that is not valid, two runs of one name, or one run
+        under two names.
     """
     for key in mapping:
         if key not in _FIELDS:
-            raise UserError(f"sweep.{key}", mapping[key], "no such field", nearest(str(key), _FIELDS))
+            fix = f"Put {key} under `base`." if key in _OF_A_RUN else nearest(str(key), _FIELDS)
+            raise UserError(f"sweep.{key}", mapping[key], "no such field", fix)
     base = mapping.get("base", {})
     if isinstance(base, str):
         base = config_lib.read_yaml(home / paths.local(base, "sweep.base"))
@@ -127,8 +140,10 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
     grid = mapping.get("grid") or {}
     seeds = mapping.get("seeds", [config.seed])
     _check(methods, grid, seeds, mapping)
+    _check_fields(methods, grid)
     out = paths.local(str(mapping.get("out", f"runs/{name}")), "sweep.out").absolute()
-    jobs = []
+    jobs: list[Job] = []
+    known: dict[tuple[int, str], Job] = {}
     for seed in seeds:
         for chosen in itertools.product(*(_choices(values) for values in grid.values())):
             setting = tuple((key, name) for key, (name, _) in zip(grid, chosen, strict=True))
@@ -138,10 +153,17 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
                 for key, name in setting
             )
             for label, changes in methods.items():
-                made = _apply(config, {**_flat(changes), **values, "seed": seed}, label)
+                made = _apply(config, {**_flat(changes), **_flat(values), "seed": seed}, label)
                 where = out / "runs" / _slug(label) / _slug(_path_part(setting)) / f"seed{seed}"
                 output = dataclasses.replace(made.output, dir=str(where))
-                jobs.append(Job(label, setting, column, seed, dataclasses.replace(made, output=output)))
+                job = Job(label, setting, column, seed, dataclasses.replace(made, output=output))
+                same = known.setdefault((seed, _meaning(made)), job)
+                if same is job:
+                    jobs.append(job)
+                elif same.method != label or any(isinstance(values, Mapping) for values in grid.values()):
+                    why = f"it is the same run as {same.name}: no setting differs"
+                    raise UserError("sweep", job.name, why, "Remove one of them, or correct its settings.")
+                # Else a list has a value in two spellings (0.01 and 1e-2), and the column is there already.
     taken: dict[str | None, Job] = {}
     for job in jobs:
         other = taken.setdefault(job.config.output.dir, job)
@@ -176,15 +198,22 @@ def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> N
         raise wrong(
             "methods", "a mapping of label to changes is wanted", "Write `FedAvg: {algorithm: fedavg}`."
         )
+    _check_text("methods", "a method's label", methods)
     for label, changes in methods.items():
         if not isinstance(changes, Mapping):
-            raise UserError(f"sweep.methods.{label}", changes, "a mapping is wanted", "Write {algorithm: …}.")
+            example = changes if isinstance(changes, str) else "…"
+            fix = f"Write {{algorithm: {example}}}."
+            raise UserError(f"sweep.methods.{label}", changes, "a mapping is wanted", fix)
     if not isinstance(grid, Mapping) or not all(isinstance(v, list | Mapping) and v for v in grid.values()):
         raise wrong(
             "grid",
             "a mapping of dotted field to a list, or to named values, is wanted",
             "Write `partition.alpha: [0.1, 1]`, or `partition.alpha: {strong: 0.1, weak: 1}`.",
         )
+    _check_text("grid", "a field", grid)
+    for field, values in grid.items():
+        if isinstance(values, Mapping):
+            _check_text(f"grid.{field}", "a column's name", values)
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds):
         raise wrong("seeds", "a list of whole numbers is wanted", "Write `seeds: [0, 1, 2]`.")
     if len(set(seeds)) < len(seeds):
@@ -202,6 +231,70 @@ def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> N
         raise wrong("rounds_of_interest", "a list of rounds is wanted", "Write `[50, 100]`.")
 
 
+def _check_text(field: str, what: str, names: Mapping[Any, Any]) -> None:
+    """Raises UserError for a name that YAML takes for something else than text."""
+    for name in names:
+        if not isinstance(name, str):
+            why = f"{what} is text, and YAML reads this as a value of type {type(name).__name__}"
+            raise UserError(f"sweep.{field}", name, why, "Put it in quotes.")
+
+
+_ITS_OWN = {
+    "seed": (
+        "a sweep takes its seeds from `seeds`, so that all methods share them",
+        "Write `seeds: [0, 1]` beside `methods` and `grid`.",
+    ),
+    "output.dir": ("a sweep gives each run a folder of its own below `out`", "Set `out` instead."),
+}
+"""Fields that a sweep sets itself: why, and the way out."""
+
+
+def _check_fields(methods: Mapping[str, Mapping[str, Any]], grid: Mapping[str, Any]) -> None:
+    """Raises UserError for a field that is set twice, or that the sweep sets itself."""
+
+    def free(where: str, value: Any, name: str) -> None:
+        if name in _ITS_OWN:
+            raise UserError(where, value, *_ITS_OWN[name])
+
+    varied: dict[str, str] = {}
+    for field, values in grid.items():
+        where = f"sweep.grid.{field}"
+        for name in {name for _, value in _choices(values) for name in _names({field: value})}:
+            free(where, values, name)
+            other = varied.setdefault(name, field)
+            if other != field:
+                raise UserError(where, values, f"{other} sets {name} too", "Set it in one of them.")
+    for label, changes in methods.items():
+        where, names = f"sweep.methods.{label}", _names(changes)
+        for name in names:
+            free(where, changes, name)
+            if names.count(name) > 1:
+                raise UserError(where, changes, f"it sets {name} twice", "Keep one of them.")
+            if name in varied:
+                why = f"the grid sets {name} too, and would take the place of the method's"
+                raise UserError(where, changes, why, "Set it in one of them.")
+
+
+def _names(changes: Mapping[str, Any], path: str = "") -> list[str]:
+    """The dotted name of everything that is set; one that is set twice is there twice."""
+    out: list[str] = []
+    for key, value in changes.items():
+        dotted = f"{path}{key}"
+        if isinstance(value, Mapping) and value:
+            out += _names(value, f"{dotted}.")
+        elif isinstance(value, str) and dotted in _NAMED_BY:
+            out.append(f"{dotted}.{_NAMED_BY[dotted]}")
+        else:
+            out.append(dotted)
+    return out
+
+
+def _meaning(config: RunConfig) -> str:
+    """The same text for configurations of the same run, however their numbers were written."""
+    fields = config_lib.flat(dataclasses.replace(config, output=OutputConfig()))
+    return repr(sorted((name, float(v) if type(v) is int else v) for name, v in fields.items()))
+
+
 def _choices(values: Sequence[Any] | Mapping[str, Any]) -> list[tuple[Any, Any]]:
     """(name, value) of each; a value without a name is its own."""
     if isinstance(values, Mapping):
@@ -216,6 +309,8 @@ def _flat(changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         dotted = f"{path}{key}"
         if isinstance(value, Mapping) and dotted in _SECTIONS:
             out |= _flat(value, f"{dotted}.")
+        elif isinstance(value, str) and dotted in config_lib.NAMED_BY:
+            out[f"{dotted}.{config_lib.NAMED_BY[dotted]}"] = value
         else:
             out[dotted] = value
     return out
@@ -226,6 +321,7 @@ _SECTIONS = {
     for field in dataclasses.fields(RunConfig)
     if field.name != "algorithm" and dataclasses.is_dataclass(getattr(RunConfig(), field.name))
 }
+_NAMED_BY = {**config_lib.NAMED_BY, "algorithm": "name"}
 
 
 def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConfig:

@@ -190,6 +190,15 @@ def test_words_of_other_yaml_versions_in_a_file(tmp_path):
     assert config.load(tmp_path / "again.yaml") == read
 
 
+def test_a_bare_name_stands_for_a_section():
+    read = config.from_dict({"model": "lenet", "data": "cifar10", "partition": "iid"}, base=UNUSUAL)
+    assert read.model == dataclasses.replace(UNUSUAL.model, name="lenet")
+    assert (read.data.source, read.partition.kind, read.partition.alpha) == ("cifar10", "iid", 0.1)
+    for section in ("local", "cohort", "peel"):
+        with pytest.raises(UserError, match=f"^{section} = 'adam': a mapping is wanted"):
+            config.from_dict({section: "adam"})
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         config.load(tmp_path / "none.yaml")

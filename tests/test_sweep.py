@@ -2,6 +2,8 @@ import csv
 import io
 import json
 import shutil
+import signal
+import types
 from pathlib import Path
 
 import jax
@@ -71,6 +73,78 @@ def test_columns_may_have_names_and_change_a_whole_section(tmp_path):
     assert made.jobs[0].name == "FedAvg, skewed, seed 0"
 
 
+def test_a_value_that_is_twice_in_a_list_is_one_column(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "methods: {no: {algorithm: fedavg}, '1': {algorithm: fedmr}}\n"
+        "grid: {local.lr: [0.01, 1e-2, 1.0e-2], rounds: [3, 3, 4], local.clip_norm: [1, 1.0]}\n"
+        "reference: no\n"
+    )
+    made = sweep.load(file)
+    assert [(job.method, job.config.rounds) for job in made.jobs] == [
+        ("no", 3),
+        ("1", 3),
+        ("no", 4),
+        ("1", 4),
+    ]
+    assert [job.column for job in made.jobs[::2]] == [
+        "lr 0.01, rounds 3, clip_norm 1",
+        "lr 0.01, rounds 4, clip_norm 1",
+    ]
+    texts = sweep.from_mapping(asked(tmp_path, grid={"local.lr": [0.01, "1e-2", "0.010"]}))
+    assert {job.column for job in texts.jobs} == {"lr 0.01"}
+
+
+def test_a_bare_name_stands_for_a_section(tmp_path):
+    made = sweep.from_mapping(
+        {
+            "base": {"data": "digits-domains", "partition": "domain"},
+            "methods": {"A": {"model.norm": "group"}},
+            "grid": {"model": ["resnet8", "cnn8"], "partition": {"even": "iid", "own": {"kind": "domain"}}},
+        }
+    )
+    assert [(job.column, job.config.model.name, job.config.partition.kind) for job in made.jobs] == [
+        ("model resnet8, even", "resnet8", "iid"),
+        ("model resnet8, own", "resnet8", "domain"),
+        ("model cnn8, even", "cnn8", "iid"),
+        ("model cnn8, own", "cnn8", "domain"),
+    ]
+    assert {(job.config.data.source, job.config.model.norm) for job in made.jobs} == {
+        ("digits-domains", "group")
+    }
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_cut_sweep_is_continued_by_starting_it_again(tmp_path, monkeypatch, capsys, number, status):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out")))
+    kind = runs.Interrupted if number == signal.SIGINT else runs.Terminated
+
+    def cut(*args):
+        raise kind(types.SimpleNamespace(rounds=1, folder=tmp_path / "run"))
+
+    monkeypatch.setattr(runs, "start", cut)
+    assert cli.main(["sweep", str(path), "--part", "1/2"]) == status
+    told = capsys.readouterr().err
+    assert (
+        f"after round 1; continue with: fedjax-sim sweep {path} --part 1/2" in told and "resume" not in told
+    )
+    with pytest.raises(kind, match=r"after round 1; .*FedAvg, seed 0.*start the sweep again"):
+        sweep.run(sweep.load(path))
+
+
+def test_a_sweep_that_is_interrupted_between_runs(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(tmp_path / "out")))
+
+    def cut(*args, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", cut)
+    assert cli.main(["sweep", str(path)]) == 130
+    assert f"interrupted; continue with: fedjax-sim sweep {path}" in capsys.readouterr().err
+
+
 def test_changes_may_be_nested_or_dotted_and_the_algorithm_s_fields_follow_its_name(tmp_path):
     methods = {
         "a": {"local": {"lr": 0.5}, "cohort.size": 2},
@@ -81,7 +155,7 @@ def test_changes_may_be_nested_or_dotted_and_the_algorithm_s_fields_follow_its_n
     assert other.config.algorithm.first_stage == 7 and other.config.local.lr == 0.1
     grid = {"algorithm.first_stage": [1, 2]}
     made = sweep.from_mapping(
-        asked(tmp_path, methods={"m": METHODS["FedMR"]}, grid=grid, seeds=[0], reference="m")
+        asked(tmp_path, methods={"m": {"algorithm": "fedmr"}}, grid=grid, seeds=[0], reference="m")
     )
     assert [job.config.algorithm.first_stage for job in made.jobs] == [1, 2]
 
@@ -184,7 +258,7 @@ def test_methods_see_the_same_partition(done):
 
 
 def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path, monkeypatch, capsys):
-    methods = {"good": {}, "bad": {"local.lr": 1e30}, "cut": {}}
+    methods = {"good": {}, "bad": {"local.lr": 1e30}, "cut": {"execution.donate": False}}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(asked(tmp_path / "out", methods=methods, seeds=[0], reference="good")))
     step = Simulation.step

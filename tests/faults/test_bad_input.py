@@ -76,6 +76,13 @@ def test_a_mistake_on_the_command_line(complaint, words, told):
     assert all(part in said for part in told), said
 
 
+def test_long_values_are_cut(complaint, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"roundz: {list(range(1000))}\n")
+    said = complaint("run", str(path))
+    assert said.startswith("error: roundz = [0, 1, 2, ") and len(said) < 300
+
+
 def arrays(**changes):
     """What an npz file of 8 × 8 grey images holds."""
     images = np.zeros((40, 8, 8, 1), np.uint8)
@@ -131,6 +138,7 @@ def test_a_folder_below_a_file(complaint, tmp_path):
         ("local: {lrr: 1}\n", ("local.lrr = 1", "lr")),
         ("local: 3\n", ("local", "mapping")),
         ("algorithm: {name: fedmr, first_stag: 1}\n", ("algorithm.first_stag", "first_stage")),
+        ("methods: {A: {rounds: 3}}\nseeds: [0]\n", ("methods", "fedjax-sim sweep ", "run.yaml")),
         ("rounds: [1\n", ("cannot be read: line 2", "Correct the file")),
         ("- 1\n", ("mapping", "field: value")),
     ],
@@ -145,7 +153,7 @@ def test_a_file_with_a_mistake(complaint, tmp_path, text, told):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("seed: [1]\n", ("sweep.seed", "seeds")),
+        ("seed: [1]\nout: a\n", ("sweep.seed", "`base`")),
         ("seeds: []\n", ("sweep.seeds", "[0, 1, 2]")),
         ("seeds: [1, 1]\n", ("sweep.seeds", "twice")),
         ("grid: {partition.alpha: 3}\n", ("sweep.grid", "list")),
@@ -153,7 +161,41 @@ def test_a_file_with_a_mistake(complaint, tmp_path, text, told):
         ("methods: {A: {algorithm: fedavgg}}\n", ("algorithm.name = 'fedavgg'", "'A'")),
         ("grid: {partition.alfa: [1]}\n", ("partition.alfa", "alpha")),
         ("goal: up\n", ("sweep.goal", "max or min")),
-        ("methods: {a/b: {}, a b: {}}\n", ("same folder", "Rename")),
+        ("methods: {a/b: {}, a b: {rounds: 3}}\n", ("same folder", "Rename")),
+        # what would change nothing, or get lost
+        ("grid: {seed: [1, 2]}\n", ("sweep.grid.seed", "`seeds`")),
+        ("grid: {x: {a: {seed: 1}}}\n", ("no such field",)),
+        ("methods: {A: {}, B: {seed: 3}}\n", ("sweep.methods.B", "`seeds`")),
+        ("methods: {A: {output: {dir: there}}}\n", ("sweep.methods.A", "`out`")),
+        ("grid: {output.dir: [a, b]}\n", ("sweep.grid.output.dir", "`out`")),
+        ("methods: {A: {local.lr: 1, local: {lr: 2}}}\n", ("sweep.methods.A", "local.lr twice")),
+        (
+            "methods: {A: {local: {lr: 1}}}\ngrid: {local.lr: [1, 2]}\n",
+            ("sweep.methods.A", "grid sets local.lr"),
+        ),
+        (
+            "methods: {A: {algorithm: fedmr}}\ngrid: {algorithm: [moon]}\n",
+            ("sweep.methods.A", "algorithm.name"),
+        ),
+        ("methods: {A: {model: mlp}}\ngrid: {model.name: [lenet]}\n", ("sweep.methods.A", "model.name")),
+        ("grid: {partition: {a: {alpha: 1}}, partition.alpha: [2]}\n", ("sweep.grid", "partition.alpha too")),
+        ("methods: {A: {}, A: {algorithm: fedmr}}\n", ("line 1", "'A' is there twice")),
+        # the same run under two names
+        (
+            "methods: {A: {algorithm: fedavg}, B: {algorithm: {name: fedavg}}}\n",
+            ("B, seed 0", "same run as A"),
+        ),
+        ("grid: {local.lr: {a: 0.5, b: 5e-1}}\n", ("b, seed 0", "same run")),
+        # names that are no text
+        ("methods: {1.0: {}}\n", ("sweep.methods = 1.0", "quotes")),
+        ("methods: {null: {}}\n", ("sweep.methods = None", "quotes")),
+        ("methods: {true: {}}\n", ("sweep.methods = True", "quotes")),
+        ("grid: {1: [2]}\n", ("sweep.grid = 1", "quotes")),
+        ("grid: {local.lr: {1: 0.1}}\n", ("sweep.grid.local.lr = 1", "quotes")),
+        ("methods: {A: fedmr}\n", ("sweep.methods.A = 'fedmr'", "Write {algorithm: fedmr}.")),
+        # a run's settings
+        ("rounds: 3\nlocal: {lr: 0.1}\n", ("one run (it has rounds)", "fedjax-sim run ", "sweep.yaml")),
+        ("rounds: 3\nmethods: {A: {}}\n", ("sweep.rounds = 3", "Put rounds under `base`.")),
     ],
 )
 def test_a_sweep_with_a_mistake(complaint, tmp_path, text, told):
