@@ -92,7 +92,8 @@ class LocalConfig:
       epochs: passes over the client's samples (reshuffled each); exclusive with `steps`.
       steps: optimiser steps, whatever the client's size; exclusive with `epochs`.
       batch_size: samples in a step; a last partial batch is used and counts as what it holds.
-      optimizer: `sgd`, or any optax optimiser by name (`adam`, `adamw`, `lion` …).
+      optimizer: `sgd`, or any optax optimiser by name (`adam`, `adamw`, `lion` …) that steps by gradient and
+        weights alone; not `polyak_sgd` or a line search (`lbfgs`), which look at the loss's value.
       lr: learning rate in round 0.
       momentum: of `sgd`.
       nesterov: of `sgd`.

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from fedjax_sim import stacked
+from fedjax_sim import optimizers, stacked
 from fedjax_sim.algorithms.base import Batch, LocalRule, Training
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import Preprocessing, augment, normalise
@@ -70,21 +70,29 @@ def batch_order(seed: int, round_index: int, client: int, epoch: int, count: int
 # --- the optimiser ------------------------------------------------------------------------------------
 
 
-def make_optimizer(local: LocalConfig) -> optax.GradientTransformation:
-    """The client optimiser at learning rate 1; the round's rate scales its updates.
+def make_optimizer(local: LocalConfig, lr: float | jax.Array | None = None) -> optax.GradientTransformation:
+    """The client optimiser.
+
+    Args:
+      local: names it, with its options.
+      lr: the rate to make it at; None: 1 if the round's rate scales its updates (`is_scaled`), else that of
+        round 0.
 
     Raises:
-      UserError: optax has no such optimiser, or it refuses the options.
+      UserError: optax has no such optimiser, it refuses the options, or it wants more than a gradient.
     """
+    if lr is None:
+        lr = 1.0 if is_scaled(local) else local.lr
     parts = [] if local.clip_norm is None else [optax.clip_by_global_norm(local.clip_norm)]
     if local.optimizer == "sgd":
         if local.weight_decay:
             parts.append(optax.add_decayed_weights(local.weight_decay))
-        parts.append(optax.sgd(1.0, momentum=local.momentum or None, nesterov=local.nesterov))
+        parts.append(optax.sgd(lr, momentum=local.momentum or None, nesterov=local.nesterov))
         return optax.chain(*parts)
+    optimizers.check_named(local.optimizer, "local.optimizer")
     make = getattr(optax, local.optimizer, None)
     try:
-        made = make(learning_rate=1.0, **local.options)  # type: ignore[misc]
+        made = make(learning_rate=lr, **local.options)  # type: ignore[misc]
         if not isinstance(made, optax.GradientTransformation):
             raise TypeError("it is no optimiser")
     except Exception as error:
@@ -94,7 +102,16 @@ def make_optimizer(local: LocalConfig) -> optax.GradientTransformation:
             f"optax cannot make it with {local.options}: {error}",
             "Name one of optax's optimisers (sgd, adam, adamw, lion …) and its own arguments.",
         ) from None
+    optimizers.check_steps(made, local.optimizer, "local.optimizer")
     return optax.chain(*parts, made)
+
+
+def is_scaled(local: LocalConfig) -> bool:
+    """Whether the optimiser is made once, at rate 1, and the round's rate scales its updates.
+
+    Else it is made at each round's rate.
+    """
+    return optimizers.proportional(local.optimizer, local.options)
 
 
 # --- what a wave reads --------------------------------------------------------------------------------
@@ -165,6 +182,7 @@ class Trainer:
       stochastic: the model has dropout, or the rule draws, and so needs a key each step.
       gradients: every round's clients hand over the gradient of their last step, for diagnostics; else only
         those of rounds in which the rule asks for it.
+      optimizer: of the clients, as `make_optimizer` has it.
     """
 
     model: Model
@@ -256,9 +274,10 @@ class Trainer:
         rule, kept = self.rule, lanes.kept
         extra = over(rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
         params = start["params"]
-        memory = kept["optimizer"] if self.local.keep_optimizer else over(self.optimizer.init, (0,))(params)
+        optimizer = self.optimizer if is_scaled(self.local) else make_optimizer(self.local, lr)
+        memory = kept["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
         zeros = jnp.zeros(counts.shape, jnp.float32)
-        step = over(self._step, (0, 0, 0, 0, 0, None))
+        step = over(partial(self._step, optimizer), (0, 0, 0, 0, 0, None))
         gathers = rule.gather is not None
         wanted = self._wants_gradient(broadcast)
         last_gradient = None if wanted is None else jax.tree.map(jnp.zeros_like, params)
@@ -325,7 +344,7 @@ class Trainer:
             pixels = jax.vmap(partial(augment, preprocessing=self.preprocessing))(keys, pixels)
         return Batch(pixels, shard.labels[index], mask if self._masked() else None, None, epoch)
 
-    def _step(self, variables, memory, batch, extra, rng, lr):
+    def _step(self, optimizer, variables, memory, batch, extra, rng, lr):
         """One optimiser step of one client: (model, optimiser's state, loss, gradient, what it gathered)."""
         if self.stochastic:
             batch = batch.replace(rng=jax.random.fold_in(rng, 1))
@@ -346,8 +365,11 @@ class Trainer:
             gradient = _where(moves["params"], gradient, still)
             # Nor is there weight decay for the optimiser's memory to take in.
             seen = _where(moves["params"], seen, still)
-        updates, memory = self.optimizer.update(gradient, memory, seen)
-        params = jax.tree.map(lambda p, u: p + lr * u, variables["params"], updates)
+        with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: a float and an int32
+            updates, memory = optimizer.update(gradient, memory, seen)
+        if is_scaled(self.local):
+            updates = jax.tree.map(lambda u: lr * u, updates)
+        params = jax.tree.map(jnp.add, variables["params"], updates)
         new = {**moved, "params": params}
         new = new if moves is None else _where(moves, new, dict(variables))
         gathered = self.rule.gather(loss_and_grad, batch, extra) if self.rule.gather else None

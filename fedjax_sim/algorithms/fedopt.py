@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedjax_sim import optimizers
 from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.errors import UserError
@@ -87,8 +88,8 @@ class FedOpt:
         """The record of pure functions.
 
         Raises:
-          UserError: optax has no such optimiser, or it takes no such option; the server inside does more
-            than to average.
+          UserError: optax has no such optimiser, or it takes no such option; it wants more than a gradient;
+            the server inside does more than to average.
         """
         return _on(self.inner, _optimizer(self.optimizer, self.lr or 1.0, self.options), context)
 
@@ -222,6 +223,7 @@ def _on(
 
 def _optimizer(name: str, lr: float, options: Mapping[str, Any]) -> optax.GradientTransformation:
     field = "algorithm.optimizer"
+    optimizers.check_named(name, field)
     make = getattr(optax, name, None)
     if not callable(make):
         raise UserError(field, name, "optax has no such optimiser", nearest(name, OPTIMIZERS))
@@ -236,4 +238,5 @@ def _optimizer(name: str, lr: float, options: Mapping[str, Any]) -> optax.Gradie
         ) from None
     if not isinstance(made, optax.GradientTransformation):
         raise UserError(field, name, "is no optimiser of optax", nearest(name, OPTIMIZERS))
+    optimizers.check_steps(made, name, field)
     return made
