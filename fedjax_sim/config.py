@@ -187,8 +187,9 @@ class CohortConfig:
       fraction: of the population; K = max(floor(fraction * N), 1).
       size: K itself; takes the place of `fraction`.
       sampling: `uniform`; `by_size`, drawn one after another with chances proportional to the samples of
-        those that remain; `cyclic`, K after K of a shuffled list; or `schedule`. An algorithm that chooses
-        its clients itself (CluSamp) wants `uniform` here, and does not look at it.
+        those that remain; `cyclic`, K after K of a shuffled list; or `schedule`. With `by_size` set an
+        algorithm's weights to uniform: by samples, as FedAvg's are, size counts twice. An algorithm that
+        chooses its clients itself (CluSamp) wants `uniform` here, and does not look at it.
       schedule: file of the cohorts, see `fedjax_sim.cohorts`.
     """
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -184,6 +185,13 @@ def prepare(
             config.cohort.sampling,
             "the algorithm chooses its clients itself",
             "Leave cohort.sampling out, or take another algorithm.",
+        )
+    if config.cohort.sampling == "by_size" and record.weighs_by_samples:
+        warnings.warn(
+            "cohort.sampling = 'by_size' draws large clients more often, and the algorithm weighs those that "
+            "it got by their samples: a client's size enters the mean model twice. Unless that is meant, set "
+            "the algorithm's weights to uniform, or leave cohort.sampling at uniform.",
+            stacklevel=2,
         )
     if config.initial.run is not None and not initial.begun(config):
         first = initial.of_run(config.initial.run, model, dataset)

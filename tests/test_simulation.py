@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import warnings
 
 import jax
 import numpy as np
@@ -212,6 +213,28 @@ def test_mistakes_are_named_before_anything_is_compiled(field, parts, nothing_co
         _prepare(**parts)
     assert caught.value.field == field
     assert str(caught.value).startswith(field)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "twice"),
+    [
+        (FedAvg(), True),
+        (FedAvg("uniform"), False),
+        (FedNova(), True),
+        (FedNova("uniform"), False),
+        (FedProx(FedAdam(inner=FedAvg())), True),
+        (FedProx(FedAdam(inner=FedAvg("uniform"))), False),
+        (FedMR(), False),
+        (Local(), False),
+    ],
+)
+def test_a_size_that_counts_twice_is_warned_of(algorithm, twice):
+    for sampling in ("by_size", "uniform", "cyclic"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            _prepare(algorithm, cohort=CohortConfig(size=3, sampling=sampling))
+        told = [str(one.message) for one in caught if "enters the mean model twice" in str(one.message)]
+        assert len(told) == (twice and sampling == "by_size")
 
 
 def test_more_devices_than_there_are():

@@ -270,6 +270,15 @@ class Algorithm:
             return self.personal(state, ids)
         return stacked.broadcast(self.deploy(state), len(ids))
 
+    @property
+    def weighs_by_samples(self) -> bool:
+        """Whether `weights` gives more to a client that has more samples and takes as many steps."""
+        if self.weights is None:
+            return False
+        ids, counts, steps = (jnp.asarray(pair, jnp.int32) for pair in ((0, 1), (1, 3), (1, 1)))
+        less, more = np.asarray(self.weights(Cohort(ids, counts, jnp.int32(0), steps)))
+        return bool(more > less)
+
     def is_stacked(self, state: State) -> Any:
         """Which leaves of a state lead with K or N: a tree of bool like `state`."""
 

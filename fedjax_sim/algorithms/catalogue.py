@@ -249,6 +249,8 @@ with the reason, before anything is compiled.
 
 FedAvg weighs clients by their samples (`weights: samples`). FedMR, FedIndep, SCAFFOLD, FedDyn, FedExP (as in
 its paper) and FedMut weigh them equally by definition: compare these with `--algorithm.weights uniform`.
+Weights by samples and `--cohort.sampling by-size` together count a client's size twice, once in how often it
+is drawn and once in the mean; either alone makes what a client counts, over the rounds, grow with its size.
 
 What a personalised algorithm is for is its clients' own accuracy, which `--evaluation.per-client` records, on
 test samples that `--partition.local-test holdout` (or `matching`) gives them; `accuracy` is of the deployed
