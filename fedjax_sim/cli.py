@@ -16,7 +16,7 @@ from fedjax_sim.errors import UserError
 USAGE = """usage: fedjax-sim COMMAND …
 
   run [FILE.yaml] [--flags]    run a configuration (--help lists every flag; --print-config prints the YAML)
-  resume FOLDER                continue a run that was cut
+  resume FOLDER                continue a run that was cut, or give a finished one more rounds (--help)
   sweep FILE.yaml              run a grid of configurations and compare them (--help)
   peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
@@ -137,8 +137,22 @@ def _run(words: list[str]) -> int:
 def _resume(words: list[str]) -> int:
     from fedjax_sim import runs
 
-    _told(runs.resume(_one(words, "resume", "FOLDER")))
+    usage = "fedjax-sim resume FOLDER [--rounds N]"
+    given, flags = _given(words, usage, _RESUME, "--rounds")
+    if not isinstance(given, str):
+        raise UserError("resume", " ".join(given), "it takes one FOLDER", f"Write {usage}.")
+    rounds = flags.get("--rounds")
+    if rounds is not None and not rounds.isdecimal():
+        raise UserError("--rounds", rounds, "it is no number", "Give how many the run is to have in all.")
+    _told(runs.resume(given, rounds=None if rounds is None else int(rounds)))
     return 0
+
+
+_RESUME = """Continues a run that was cut, to the numbers that it would have had uncut. A finished run is only
+shown, unless more rounds are asked of it.
+
+  --rounds N    how many the run is to have in all. Its config.yaml will say so, and its numbers will be those
+                of a run of so many from the start; where they cannot be, as under a cosine, it is refused"""
 
 
 def _sweep(words: list[str]) -> int:
@@ -401,18 +415,6 @@ _PARTITIONS = {
     "identical": "the same samples in the same order for all: a control",
     "file": "as a JSON file says (path)",
 }
-
-
-def _one(words: list[str], command: str, what: str) -> str:
-    """The single argument of a command."""
-    if words in (["-h"], ["--help"]):
-        print(f"usage: fedjax-sim {command} {what}")
-        raise SystemExit(0)
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError(
-            command, " ".join(words), f"it takes one {what}", f"Write fedjax-sim {command} {what}."
-        )
-    return words[0]
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 The journal (`journal.jsonl`) gets one line a round, flushed at once, so that a kill costs at most the round
 under way; a line is whole or it does not count. `metrics.parquet` is written from it at checkpoints, and at
 the end when all else is in place: a run is finished when that table reaches its last round, and the journal
-is then needed no more.
+is then needed no more, unless the run is to get more rounds. For these a line says which metrics are there
+only because its round was the last: a run of more rounds does not have them, and they count no more.
 
 Time is never the same twice, so it has a file of its own (`timing.csv`), and the metrics of a run that was
 cut and resumed are bit for bit those of one that was not. Its columns:
@@ -26,7 +27,7 @@ import math
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -244,7 +245,7 @@ def read(folder: str | Path, rounds: int) -> tuple[Table, int]:
     last = reached(folder)
     if last < rounds:
         table, number = Table(), 0
-        for number, rows, _ in read_journal(folder / JOURNAL):  # noqa: B007
+        for number, rows, _ in read_journal(folder / JOURNAL, rounds):  # noqa: B007
             table.extend(rows)
         if number >= last:
             return table, number
@@ -279,7 +280,8 @@ def total(laps: Sequence[Lap], rounds: int) -> tuple[float, float | None]:
 class Journal:
     """The rows and times of a run in progress, on disk; `table` holds the rows.
 
-    Opening it keeps rounds 1 … `upto` of what is there and cuts off the rest, torn lines included.
+    Opening it keeps rounds 1 … `upto` of what is there and cuts off the rest, torn lines included. `rounds`:
+    of the run, see `read_journal`.
 
     Attributes:
       table: all rows so far.
@@ -287,12 +289,12 @@ class Journal:
       laps: what each round cost, those of earlier starts included.
     """
 
-    def __init__(self, folder: str | Path, upto: int | None = 0):
+    def __init__(self, folder: str | Path, upto: int | None = 0, rounds: int | None = None):
         folder = Path(folder)
         self._path = folder / METRICS
         self.table, self.last = Table(), 0
         end = 0
-        for number, rows, offset in read_journal(folder / JOURNAL):
+        for number, rows, offset in read_journal(folder / JOURNAL, rounds):
             if upto is not None and number > upto:
                 break
             self.table.extend(rows)
@@ -304,11 +306,16 @@ class Journal:
         os.replace(unfinished, folder / TIMING)
         self._times = (folder / TIMING).open("ab")
 
-    def append(self, rows: Iterable[Row], lap: Lap) -> list[Row]:
-        """Writes a round's rows and what it cost. Returns the rows as they were written."""
+    def append(self, rows: Iterable[Row], lap: Lap, ending: Collection[str] = ()) -> list[Row]:
+        """Writes a round's rows and what it cost. Returns the rows as they were written.
+
+        `ending`: the metrics that are there only because the round is the run's last.
+        """
         rows = finite(rows)
         self.table.extend(rows)
-        entry = {"round": lap.round, "rows": rows}
+        entry: dict[str, Any] = {"round": lap.round, "rows": rows}
+        if ending:
+            entry["ending"] = sorted(ending)
         self._rows.write((json.dumps(entry, separators=(",", ":")) + "\n").encode())
         self._rows.flush()
         self._times.write(_line(lap).encode())
@@ -333,8 +340,11 @@ class Journal:
         self._times.close()
 
 
-def read_journal(path: str | Path) -> Iterator[tuple[int, list[Row], int]]:
-    """Whole lines of a journal, in order and without a gap: (round, rows, offset of the line's end)."""
+def read_journal(path: str | Path, rounds: int | None = None) -> Iterator[tuple[int, list[Row], int]]:
+    """Whole lines of a journal, in order and without a gap: (round, rows, offset of the line's end).
+
+    `rounds`: of the run; what a round before recorded only because it was the last then is left out.
+    """
     try:
         content = Path(path).read_bytes()
     except FileNotFoundError:
@@ -344,12 +354,14 @@ def read_journal(path: str | Path) -> Iterator[tuple[int, list[Row], int]]:
         try:
             entry = json.loads(line)
             rows = [Row(*values) for values in entry["rows"]]
-            number = entry["round"]
+            number, ending = entry["round"], entry.get("ending", ())
         except (ValueError, TypeError, KeyError):
             return
         if number != expected or not line.endswith(b"\n"):
             return
         offset, expected = offset + len(line), expected + 1
+        if rounds is not None and number < rounds:
+            rows = [row for row in rows if row.metric.removeprefix("nonfinite/") not in ending]
         yield number, rows, offset
 
 

@@ -27,9 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from matplotlib.figure import Figure
 
-from fedjax_sim import algorithms, data, hosts, imports, initial, models, plots, provenance, records
+from fedjax_sim import (
+    algorithms,
+    cohorts,
+    data,
+    hosts,
+    imports,
+    initial,
+    models,
+    plots,
+    provenance,
+    records,
+)
 from fedjax_sim import config as config_lib
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import RunConfig
@@ -188,34 +200,62 @@ def _started(config: RunConfig, **given: Any) -> Run:
 
 
 def resume(
-    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    dataset: Dataset | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
 ) -> Run:
     """Continues a run that was cut, to the same metrics and the same model, bit for bit.
 
-    A finished run is only loaded. The keywords are those that `run` was given.
+    A finished run is only loaded, unless more rounds are asked of it: then it goes on, its config.yaml says
+    so, and its numbers are those of a run that had as many from the start. Where they would not be, because
+    the rounds that are done went by the number of all (a cosine, LIPS's density), it is refused.
+
+    Args:
+      folder: of the run.
+      rounds: how many it is to have in all; None: those of its config.yaml.
+      dataset: what `run` was given, as the next two.
+      model: likewise.
+      algorithm: likewise.
 
     Raises:
       UserError: no run is there, its configuration is of another version or not the one that it was started
-        with, or the data are not the same.
+        with, or the data are not the same; or it cannot get that number of rounds.
     """
     place = Folder(folder)
     given = {"dataset": dataset, "model": model, "algorithm": algorithm}
-    _resumable(place, given)
-    if not hosts.agreed(lambda: place.finished):
+    config, _ = _resumable(place, given, rounds)
+    if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
         with hosts.held(place.claimed):
             # Read again: another process may have had the folder in the meantime.
-            config, about = _resumable(place, given)
-            if not hosts.agreed(lambda: place.finished):
+            config, about = _resumable(place, given, rounds)
+            if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
                 provenance.check_jax_settings(about.get("jax", {}))
-                setup = _alike(lambda: _setup(place, config, about, **given))
-                return _drive(Simulation(setup), place)
+                began, kept = hosts.agreed(lambda: _before(place, config, about))
+                setup = _alike(lambda: _setup(place, config, about, **given, began=began if kept else None))
+                return _drive(Simulation(setup), place, began)
     return load(folder, **given)
 
 
-def _resumable(place: Folder, given: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
-    """What a run says of itself. Raises UserError if it cannot be resumed with what is given."""
-    config, about = hosts.together(lambda: _read(place))
-    hosts.together(lambda: _check_unchanged(place, config, about))
+def _resumable(
+    place: Folder, given: Mapping[str, Any], rounds: int | None
+) -> tuple[RunConfig, dict[str, Any]]:
+    """What a run says of itself, with that many rounds. Raises UserError if it cannot be resumed so."""
+
+    def read() -> tuple[RunConfig, dict[str, Any]]:
+        config, about = _read(place)
+        asked = config if rounds is None else dataclasses.replace(config, rounds=rounds)
+        _check_unchanged(place, asked, about)
+        began = about.get("config", {}).get("rounds", config.rounds)
+        if asked.rounds != config.rounds or asked.rounds < began:
+            done = records.read(place.path, config.rounds)[1]
+            if done >= asked.rounds:
+                raise UserError("rounds", asked.rounds, f"the run has done {done}", "Ask for more.")
+        return asked, about
+
+    config, about = hosts.together(read)
     for name, value in given.items():
         if name in config.given and value is None:
             raise UserError(
@@ -287,8 +327,8 @@ def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:
 # --- the loop -----------------------------------------------------------------------------------------
 
 
-def _drive(simulation: Simulation, folder: Folder | None) -> Run:
-    """Brings a run to its end, from wherever its folder says that it is."""
+def _drive(simulation: Simulation, folder: Folder | None, began: int | None = None) -> Run:
+    """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`."""
     setup = simulation.setup
     config = setup.config
     checkpoints = journal = events = None
@@ -296,8 +336,10 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
         start = _restored(simulation, checkpoints, folder)
+        if began is not None:
+            _prolong(folder, simulation, began)
         if hosts.first():
-            journal = Journal(folder.path, start)
+            journal = Journal(folder.path, start, config.rounds)
             table, laps = journal.table, journal.laps
             if config.output.tensorboard:
                 events = Events(folder.path / "tensorboard", start)
@@ -320,7 +362,7 @@ def _drive(simulation: Simulation, folder: Folder | None) -> Run:
             table.extend(rows)
             laps.append(lap)
         else:
-            rows = journal.append(rows, lap)
+            rows = journal.append(rows, lap, simulation.ending)
         if events is not None:
             events.write(rows)
         bar.advance(rows, lap.seconds)
@@ -386,6 +428,64 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
     if found is not None:
         simulation.restore(*found)
     return simulation.round
+
+
+def _before(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """(how many rounds a run was to have until now, None if it is the same number; whether some are kept).
+
+    Raises:
+      UserError: it was finished, and what more rounds start from was not kept.
+    """
+    began = about.get("config", {}).get("rounds", config_lib.load(folder.config).rounds)
+    kept = bool(Checkpoints(folder.checkpoints).rounds())
+    if records.reached(folder.path) >= began and not (kept and (folder.path / records.JOURNAL).is_file()):
+        why = "the run was finished, and only its records were kept"
+        fix = "Run its config.yaml with as many in another folder."
+        raise UserError("rounds", config.rounds, why, fix)
+    return None if began == config.rounds else began, kept
+
+
+def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
+    """Writes down that a run has another number of rounds than the `began` that it began with.
+
+    Raises:
+      UserError: a run of that number would not have come to where this one is.
+    """
+    setup, done = simulation.setup, range(simulation.round)
+    config = setup.config
+
+    def differs(of: Callable[[int], Callable[[int], Any]]) -> bool:
+        return any(not np.array_equal(of(began)(r), of(config.rounds)(r)) for r in done)
+
+    def drawn(rounds: int) -> Callable[[int], Any]:
+        return cohorts.sampler(config.cohort, setup.population.counts, rounds, config.seed)
+
+    what = None
+    if differs(lambda rounds: lambda r: config.local.lr_at(r, rounds)):
+        what = f"learning rates of its {config.local.schedule} schedule"
+    elif differs(drawn):
+        what = "cohorts"
+    if what is not None:
+        raise UserError(
+            "rounds",
+            config.rounds,
+            f"the run began with {began}, and of so many the {len(done)} that are done would have had other "
+            f"{what}",
+            f"Leave it at {began}, or start another run from this one's model, in a folder of its own "
+            "(initial.run).",
+        )
+    if done:
+        simulation.trace()  # an algorithm that goes by the number of rounds raises
+
+    def write() -> None:
+        now = dataclasses.replace(config_lib.load(folder.config), rounds=config.rounds)
+        folder.write("config.yaml", config_lib.dump(now))
+        about = json.loads((folder.path / "provenance.json").read_text())
+        if "config" in about:  # last: until then the run is asked again whether it may
+            about["config"]["rounds"] = config.rounds
+            folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
+
+    hosts.agreed(write)
 
 
 def _alike(make: Callable[[], Setup]) -> Setup:
@@ -459,7 +559,8 @@ def _writable(config: RunConfig) -> RunConfig:
 def _check_unchanged(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> None:
     """Raises UserError if config.yaml says what the run was not started with. Older records cannot tell.
 
-    More rounds may be asked for, and the data may have been moved: they are known by their checksums.
+    Another number of rounds may be asked for (see `_prolong`), and the data may have been moved: they are
+    known by their checksums.
     """
     if "config" not in about:
         return
@@ -493,7 +594,13 @@ def _read(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def _setup(
-    folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Any, model: Any, algorithm: Any
+    folder: Folder,
+    config: RunConfig,
+    about: dict[str, Any],
+    dataset: Any,
+    model: Any,
+    algorithm: Any,
+    began: int | None = None,
 ) -> Setup:
     said = _saying(config, model=model, algorithm=algorithm)
     changed = _differences(config, _writable(said))
@@ -502,10 +609,12 @@ def _setup(
         raise UserError("folder", str(folder.path), why, "Give the same again.")
     dataset = _dataset(config, about, dataset)
     partition = _partition(folder, config, about, dataset)
-    setup = prepare(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
-    began = about.get("own", {})
-    for name, checksum in imports.checksums(began).items():
-        if checksum != began[name]:
+    setup = prepare(
+        config, dataset=dataset, partition=partition, model=model, algorithm=algorithm, began=began
+    )
+    own = about.get("own", {})
+    for name, checksum in imports.checksums(own).items():
+        if checksum != own[name]:
             told = f"the module of {name} is not what it was when the run in {folder.path} began"
             warnings.warn(f"{told}; what comes now may be another run's", stacklevel=2)
     return setup

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim import cohorts, evaluation, finetuning, initial, models, placement, waves
-from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context
+from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context, Prolonged
 from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.errors import UserError
@@ -119,11 +119,21 @@ def prepare(
     partition: Partition | None = None,
     model: Model | None = None,
     algorithm: AlgorithmConfig | None = None,
+    began: int | None = None,
 ) -> Setup:
     """Resolves a RunConfig; the keywords take the place of what it would load or build.
 
+    Args:
+      config: what to run.
+      dataset: in the place of what `config` names, as the next three.
+      partition: likewise.
+      model: likewise.
+      algorithm: likewise.
+      began: rounds that the run was to have when its first ones were done, if it has others now.
+
     Raises:
-      UserError: anything that cannot work, before anything is compiled.
+      UserError: anything that cannot work, before anything is compiled; with `began`, perhaps later, see
+        `fedjax_sim.algorithms.base.Prolonged`.
     """
     check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
     if algorithm is not None:
@@ -161,7 +171,8 @@ def prepare(
     devices = placement.make_mesh(config.execution.devices).size
     wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
     model, first = model.spelled(conv), None
-    context = Context(
+    makes = Context if began is None else partial(Prolonged, began=began)
+    context = makes(
         model=model,
         num_clients=partition.num_clients,
         cohort_size=cohort_size,
@@ -209,8 +220,8 @@ class Instrument(Protocol):
 
     observers: dict[str, Any]
 
-    def due(self, number: int) -> bool:
-        """Whether round `number`, from 1, is measured."""
+    def due(self, number: int, rounds: int) -> bool:
+        """Whether round `number`, from 1, of a run of `rounds` is measured."""
         ...
 
     def slots(self, cohort: np.ndarray) -> np.ndarray:
@@ -257,6 +268,7 @@ class Simulation:
       mesh: the devices.
       program: the compiled round, `(state, inputs(r)[0], shard) -> (state, outputs)`.
       shard: the training set, on the devices.
+      ending: metrics that the last round has only because it is the last.
     """
 
     def __init__(self, config: RunConfig | Setup, **replacements: Any):
@@ -265,6 +277,7 @@ class Simulation:
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
+        self.ending: set[str] = set()
         put = partial(placement.put_replicated, mesh=self.mesh)
         key = root(setup.config.seed)
         self._key = jax.random.wrap_key_data(
@@ -383,6 +396,15 @@ class Simulation:
         drawn = cohorts.generator(self.setup.config.seed, round_index)
         return chooser.choose(measured, self.setup.population.counts, self.setup.cohort_size, drawn)
 
+    def trace(self) -> None:
+        """Traces the next round, and what the algorithm deploys, without compiling either."""
+        inputs, state = self.inputs(self.round)[0], self.abstract_state()
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(self._function, state, inputs, self.shard)
+            jax.eval_shape(self.setup.algorithm.deploy, state.algorithm)
+            if self.setup.personalised:
+                jax.eval_shape(self._function.personal, state, inputs.cohort.ids)
+
     def step(self) -> Callable[[], list[Row]]:
         """Starts the next round, and its evaluation if one is due, without waiting for them.
 
@@ -432,12 +454,16 @@ class Simulation:
         if watched is not None:
             them = ids[np.asarray(watched.slots)]
             for instrument in self._due(number):
-                rows += instrument.rows(number, them, watched.given, fetched.observed)
+                made = instrument.rows(number, them, watched.given, fetched.observed)
+                if not instrument.due(number, number + 1):
+                    self.ending.update(row.metric for row in made)
+                rows += made
         return rows
 
     def _due(self, number: int) -> list[Instrument]:
         """The instruments that measure round `number`, from 1."""
-        return [instrument for instrument in self._instruments if instrument.due(number)]
+        rounds = self.setup.config.rounds
+        return [instrument for instrument in self._instruments if instrument.due(number, rounds)]
 
     def due(self) -> bool:
         """Whether the model as it now is should be evaluated."""
@@ -481,8 +507,12 @@ class Simulation:
             out = _global_rows(number, outcome, self.setup.dataset, config.per_class)
             if personal is not None:
                 out += client_rows(number, personal(), "client_accuracy")
+            if config.every and number % config.every:
+                self.ending.update(row.metric for row in out)
             if kept is not None:
-                out += finetuning.rows(self.setup, self._function, kept)
+                tuned = finetuning.rows(self.setup, self._function, kept)
+                self.ending.update(row.metric for row in tuned)
+                out += tuned
             return out
 
         return rows

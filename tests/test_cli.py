@@ -140,6 +140,11 @@ def test_run_then_resume_then_refuse(tmp_path, capsys):
     assert folder in capsys.readouterr().out
     assert runs.load(folder).finished
     assert cli.main(["resume", folder]) == 0
+    assert cli.main(["resume", folder, "--rounds", "many"]) == 2
+    assert "--rounds" in capsys.readouterr().err
+    more = runs.load(folder).rounds + 1
+    assert cli.main(["resume", folder, f"--rounds={more}"]) == 0
+    assert runs.load(folder).finished and runs.load(folder).rounds == more
     capsys.readouterr()
     assert cli.main(["run", *TINY, "--output.dir", folder]) == 2
     assert capsys.readouterr().err.startswith("error: output.dir")

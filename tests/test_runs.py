@@ -17,6 +17,7 @@ from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
+    InertiaConfig,
     LocalConfig,
     ModelConfig,
     OutputConfig,
@@ -219,12 +220,90 @@ def test_a_given_partition_is_not_made_up_when_its_file_is_lost(tmp_path):
         _ = kept.partition
 
 
-def test_more_rounds_may_be_asked_of_a_finished_run(tmp_path):
-    runs.run(tiny(tmp_path / "run", rounds=3))
+def rounds_in(folder):
+    """(of config.yaml, of the record)."""
+    about = json.loads((folder / "provenance.json").read_text())
+    return config_lib.load(folder / "config.yaml").rounds, about["config"]["rounds"]
+
+
+@pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_with_more_rounds_is_that_of_so_many_from_the_start(tmp_path, everything):
+    # The last round is measured by all, so after 3; a run of 5 is evaluated after 2, 4 and 5.
+    config = tiny(tmp_path / "run", rounds=3, evaluation=EvaluationConfig(every=2))
+    last = {"accuracy", "loss"}
+    if everything:
+        tuned = EvaluationConfig(every=2, per_client=True, finetune=1)
+        config = dataclasses.replace(config, evaluation=tuned, inertia=InertiaConfig(every=7, clients=2))
+        last |= {"client_accuracy", "finetuned", "finetuned_mean", "merge_own_loss", "effectiveness_global"}
+    first = runs.run(config)
+    output = dataclasses.replace(config.output, dir=str(tmp_path / "whole"))
+    whole = runs.run(dataclasses.replace(config, rounds=5, output=output))
+    done = runs.resume(tmp_path / "run", rounds=5)
+    assert done.finished and rounds_in(done.folder) == (5, 5)
+    assert list(done.metrics) == list(whole.metrics) and same(done.variables, whole.variables)
+    opened = runs.load(done.folder)
+    assert list(opened.metrics) == list(whole.metrics) and opened.config.rounds == 5
+    assert {r.metric for r in at(first, 3)} - {r.metric for r in at(opened, 3)} >= last
+    # As asked, and from what was asked before; by hand too.
+    before = contents(done.folder)
+    assert list(runs.resume(done.folder, rounds=5).metrics) == list(whole.metrics)
+    with pytest.raises(UserError, match=r"^rounds = 4: the run has done 5"):
+        runs.resume(done.folder, rounds=4)
+    assert contents(done.folder) == before
+    path = done.folder / "config.yaml"
+    path.write_text(path.read_text().replace("\nrounds: 5\n", "\nrounds: 6\n"))
+    assert runs.resume(done.folder).rounds == 6 and rounds_in(done.folder) == (6, 6)
+
+
+def at(run, number):
+    return [row for row in run.metrics if row.round == number]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_run_whose_rates_go_by_the_number_of_rounds_gets_no_more(tmp_path, monkeypatch, cut):
+    local = dataclasses.replace(tiny().local, schedule="cosine", decay=0.0)
+    config = tiny(tmp_path / "run", rounds=4 if cut else 2, local=local)
+    if cut:
+        with monkeypatch.context() as patch:
+            stop_at(patch, 3, crash)
+            with pytest.raises(Crash):
+                runs.run(config)
+    else:
+        runs.run(config)
+    before = contents(tmp_path / "run")
+    told = rf"rounds = 8: the run began with {config.rounds}.*the 2 that are done.*cosine.*initial\.run"
+    with pytest.raises(UserError, match=told):
+        runs.resume(tmp_path / "run", rounds=8)
+    assert contents(tmp_path / "run") == before
     path = tmp_path / "run" / "config.yaml"
-    path.write_text(path.read_text().replace("\nrounds: 3\n", "\nrounds: 5\n"))
-    done, whole = runs.resume(tmp_path / "run"), runs.run(tiny())
-    assert done.rounds == 5 and done.metrics.last("accuracy") == whole.metrics.last("accuracy")
+    path.write_text(path.read_text().replace(f"\nrounds: {config.rounds}\n", "\nrounds: 8\n"))
+    with pytest.raises(UserError, match=told):
+        runs.resume(tmp_path / "run")
+
+
+def test_more_rounds_than_a_run_has_records_of_need_its_checkpoint_and_journal(tmp_path):
+    done = runs.run(tiny(tmp_path / "run", rounds=1))
+    kept = records_of(done.folder, tmp_path / "kept")
+    before = contents(kept)
+    with pytest.raises(UserError, match=r"rounds = 3: .*only its records.*another folder"):
+        runs.resume(kept, rounds=3)
+    assert {path: text for path, text in contents(kept).items() if path.name != ".lock"} == before
+    (done.folder / records.JOURNAL).unlink()
+    with pytest.raises(UserError, match=r"rounds = 3: .*only its records"):
+        runs.resume(done.folder, rounds=3)
+
+
+def test_cut_before_its_first_checkpoint_a_run_begins_again_with_another_number(tmp_path, monkeypatch):
+    local = dataclasses.replace(tiny().local, schedule="cosine", decay=0.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, crash)
+        with pytest.raises(Crash):
+            runs.run(tiny(tmp_path / "run", rounds=2, local=local))
+    done = runs.resume(tmp_path / "run", rounds=3)
+    assert done.metrics.series("lr")[1] == pytest.approx([0.1, 0.05, 0.0]) and rounds_in(done.folder) == (
+        3,
+        3,
+    )
 
 
 def test_the_folder_is_written_without_what_is_above_it(tmp_path, monkeypatch):

@@ -297,7 +297,8 @@ class Context:
       model: the network.
       num_clients: N.
       cohort_size: K.
-      rounds: of the run.
+      rounds: of the run. An algorithm that asks for it makes runs that get no more rounds later, see
+        `Prolonged`.
       epochs: passes over a client's samples in a round; None if the run counts steps instead.
       optimizer: name of the clients' optimiser.
       momentum: its momentum, if it is sgd.
@@ -312,6 +313,33 @@ class Context:
     optimizer: str = "sgd"
     momentum: float = 0.0
     nesterov: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prolonged(Context):
+    """The context of a run some of whose rounds were done when it was to have another number of them.
+
+    An algorithm that asks for that number is refused, at whatever time it does: its rounds so far may not be
+    those of a run of so many.
+
+    Attributes:
+      began: the number then.
+    """
+
+    began: int = 0
+
+    def __getattribute__(self, name: str) -> Any:
+        """Raises UserError for `rounds`."""
+        value = super().__getattribute__(name)
+        if name == "rounds":
+            raise UserError(
+                "rounds",
+                value,
+                f"the run began with {self.began}, and its algorithm goes by their number",
+                f"Leave it at {self.began}, or start another run from this one's model, in a folder of its "
+                "own (initial.run).",
+            )
+        return value
 
 
 @runtime_checkable

@@ -52,7 +52,7 @@ class Effectiveness:
         put: Callable[[np.ndarray], jax.Array],
     ):
         """`put`: places an array on all devices."""
-        self._config, self._seed, self._rounds = config.inertia, config.seed, config.rounds
+        self._config, self._seed = config.inertia, config.seed
         self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
         self._batch = placement.forward_batch(config.evaluation, model)
         self._tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
@@ -60,9 +60,9 @@ class Effectiveness:
 
     # --- on the host, before ------------------------------------------------------------------------
 
-    def due(self, number: int) -> bool:
-        """Whether round `number`, from 1, is measured."""
-        return number in (1, self._rounds) or number % self._config.every == 0
+    def due(self, number: int, rounds: int) -> bool:
+        """Whether round `number`, from 1, of `rounds` is measured."""
+        return number in (1, rounds) or number % self._config.every == 0
 
     def slots(self, cohort: np.ndarray) -> np.ndarray:
         """Whom to watch. i32[K] client ids -> i32[m] slots."""

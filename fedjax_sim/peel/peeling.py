@@ -59,7 +59,7 @@ class Peeling:
                 f"{model.name} declares no peel points",
                 "Mark the input of each weight layer with fedjax_sim.models.peel, or set peel.every to 0.",
             )
-        self._every, self._rounds = peel.every, config.rounds
+        self._every = peel.every
         batch, width = placement.forward_batch(config.evaluation, model), trainer.width
         if jax.default_backend() == "cpu":
             batch = min(batch, 50)  # whose features stay in a core's cache
@@ -82,9 +82,9 @@ class Peeling:
             tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
         self._pools = {"test": tests if self._samples.of_test else None, "global": tests}
 
-    def due(self, number: int) -> bool:
-        """Whether round `number`, from 1, is measured: the first, the last and every so many."""
-        return number in (1, self._rounds) or number % self._every == 0
+    def due(self, number: int, rounds: int) -> bool:
+        """Whether round `number`, from 1, of `rounds` is measured: the first, the last and every so many."""
+        return number in (1, rounds) or number % self._every == 0
 
     def slots(self, cohort: np.ndarray) -> np.ndarray:
         """Whom to watch. i32[K] client ids -> i32[m] slots."""
