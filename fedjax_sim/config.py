@@ -82,6 +82,18 @@ class ModelConfig:
 
     def __post_init__(self):
         check(self, "model.")
+        for option, value in self.options.items():
+            field = f"model.options.{option}"
+            if not isinstance(option, str):
+                raise UserError(field, value, "an option's name is text", "Name a field of the model.")
+            if option in ("input_shape", "num_classes"):
+                raise UserError(field, value, "the data set says it", "Leave it out.")
+            if option == "name":
+                raise UserError(field, value, "model.name is the model's name", "Set model.name.")
+            if (option == "norm" and self.norm is not None) or (
+                option == "dtype" and self.dtype != "float32"
+            ):
+                raise UserError(field, value, f"model.{option} is set too", "Keep one of them.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which of optax's optimisers a client or the server can step with, and which mind their learning rate."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from fedjax_sim.errors import UserError
+from fedjax_sim.fields import coerce, nearest
 
 PROPORTIONAL = frozenset(
     (
@@ -18,6 +20,9 @@ PROPORTIONAL = frozenset(
 )  # fmt: skip
 """Those whose updates are the learning rate times what they are at 1, and whose state does not depend on it.
 Not among them: fromage, rprop, optimistic_adam; lars, whose momentum holds updates and not gradients."""
+
+_OF_THEIR_OWN = frozenset(("fromage", "lars", "lbfgs", "rprop"))
+"""Others that messages offer."""
 
 _UNLESS = {"adafactor": ("momentum", "weight_decay_rate"), "rmsprop": ("momentum",)}
 
@@ -34,6 +39,68 @@ _UNUSABLE = {
     "polyak_sgd": _VALUE,
     "noisy_sgd": "its noise has a seed of its own, and would be the same in every client, round and run",
 }
+
+
+def make(
+    name: str, lr: float | jax.Array, options: Mapping[str, Any], section: str
+) -> optax.GradientTransformation:
+    """The optimiser of optax that has this name, at rate `lr`.
+
+    Args:
+      name: as in `optax.NAME`.
+      lr: its learning rate.
+      options: its further arguments.
+      section: dotted name of the settings `optimizer`, `lr` and `options`, for messages.
+
+    Raises:
+      UserError: optax has no such optimiser, it takes no such option or not this value, or it wants more than
+        a gradient.
+    """
+    field = f"{section}.optimizer"
+    check_named(name, field)
+    factory: Any = getattr(optax, name, None)
+    takes = inspect.signature(factory).parameters if callable(factory) else {}
+    if "learning_rate" not in takes:
+        known = sorted(one for one in PROPORTIONAL | _OF_THEIR_OWN if hasattr(optax, one))
+        raise UserError(field, name, "optax has no such optimiser", nearest(name, known))
+    for option, value in options.items():
+        _check_option(section, name, takes, option, value)
+    try:
+        made = factory(learning_rate=lr, **options)
+        if not isinstance(made, optax.GradientTransformation):
+            raise TypeError("what it gives is no optimiser")
+    except Exception as error:
+        raise UserError(
+            f"{section}.options",
+            dict(options),
+            f"optax.{name} refuses these: {error}",
+            f"See optax.{name} for its arguments.",
+        ) from None
+    check_steps(made, name, field)
+    return made
+
+
+def _check_option(
+    section: str, name: str, takes: Mapping[str, inspect.Parameter], option: Any, value: Any
+) -> None:
+    """Raises UserError unless `value` is of the kind of the argument `option` of optax's `name`.
+
+    Arrays and functions of the step, which Python may give for a number, are left to optax.
+    """
+    field, known = f"{section}.options.{option}", [one for one in takes if one != "learning_rate"]
+    if option == "learning_rate":
+        raise UserError(field, value, f"the rate is {section}.lr", f"Set {section}.lr.")
+    if option not in known:
+        raise UserError(field, value, f"optax.{name} takes no such option", nearest(str(option), known))
+    default, nullable = takes[option].default, "None" in str(takes[option].annotation)
+    if isinstance(default, bool):
+        coerce(value, bool, field)
+    elif isinstance(default, int | float):
+        refused = isinstance(value, bool | str | list | tuple | Mapping) or (value is None and not nullable)
+        if refused:
+            coerce(value, float, field)
+    elif default is None and isinstance(value, str) and "dtype" not in option:
+        coerce(value, float, field)
 
 
 def check_named(name: str, field: str) -> None:

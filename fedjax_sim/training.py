@@ -24,7 +24,6 @@ from fedjax_sim import optimizers, stacked
 from fedjax_sim.algorithms.base import Batch, LocalRule, Training
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import Preprocessing, augment, normalise
-from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.streams import CLIENTS, root, settled, stream
 
@@ -89,21 +88,7 @@ def make_optimizer(local: LocalConfig, lr: float | jax.Array | None = None) -> o
             parts.append(optax.add_decayed_weights(local.weight_decay))
         parts.append(optax.sgd(lr, momentum=local.momentum or None, nesterov=local.nesterov))
         return optax.chain(*parts)
-    optimizers.check_named(local.optimizer, "local.optimizer")
-    make = getattr(optax, local.optimizer, None)
-    try:
-        made = make(learning_rate=lr, **local.options)  # type: ignore[misc]
-        if not isinstance(made, optax.GradientTransformation):
-            raise TypeError("it is no optimiser")
-    except Exception as error:
-        raise UserError(
-            "local.optimizer",
-            local.optimizer,
-            f"optax cannot make it with {local.options}: {error}",
-            "Name one of optax's optimisers (sgd, adam, adamw, lion …) and its own arguments.",
-        ) from None
-    optimizers.check_steps(made, local.optimizer, "local.optimizer")
-    return optax.chain(*parts, made)
+    return optax.chain(*parts, optimizers.make(local.optimizer, lr, local.options, "local"))
 
 
 def is_scaled(local: LocalConfig) -> bool:

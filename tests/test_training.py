@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,13 +104,43 @@ def test_the_optimiser_is_pytorchs_sgd():
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("adamm", {}), ("adam", {"beta1": 0.9}), ("apply_updates", {}), ("tree", {}), ("__doc__", {})],
+    [
+        *((name, {}) for name in ("adamm", "apply_updates", "tree", "__doc__", "chain", "l2_loss", "optax")),
+        ("adam", {"beta1": 0.9}),
+    ],
 )
 def test_what_optax_cannot_make_is_a_users_error(name, options):
-    with pytest.raises(UserError, match="optax") as caught:
+    with pytest.raises(UserError, match=r"optax.*no such (optimiser|option)") as caught:
         make_optimizer(LocalConfig(optimizer=name, options=options))
-    assert caught.value.field == "local.optimizer"
-    assert caught.value.value == name
+    field = f"local.options.{next(iter(options))}" if options else "local.optimizer"
+    assert caught.value.field == field
+    assert ("Did you mean" in str(caught.value)) or name != "adamm"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"b1": "0.9"}, r"local\.options\.b1 = '0\.9': a number \(float\) is wanted, and this is text"),
+        ({"b1": None}, r"local\.options\.b1 = None: a number"),
+        ({"b1": [0.9]}, r"local\.options\.b1 = \[0\.9\]: a number"),
+        ({"b1": True}, r"local\.options\.b1 = True: a number"),
+        ({"nesterov": "yes"}, r"local\.options\.nesterov = 'yes': true or false"),
+        ({"learning_rate": 0.1}, r"local\.options\.learning_rate = 0\.1: the rate is local\.lr"),
+        ({"mu_dtype": "float23"}, r"local\.options = .*float23"),
+        ({"b_1": 0.9}, r"local\.options\.b_1 = 0\.9: .*no such option.*b1"),
+        ({1: 0.9}, r"local\.options\.1 = 0\.9: .*no such option"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_named_before_anything_is_traced(options, told):
+    with pytest.raises(UserError, match=f"^{told}"):
+        make_optimizer(LocalConfig(optimizer="adam", options=options))
+
+
+def test_options_that_are_no_number_by_right_are_taken():
+    make_optimizer(LocalConfig(optimizer="adam", options={"mu_dtype": "bfloat16", "nesterov": True, "b1": 1}))
+    make_optimizer(LocalConfig(optimizer="adafactor", options={"clipping_threshold": None, "momentum": None}))
+    decay = optax.linear_schedule(0.1, 0.0, 10)
+    make_optimizer(LocalConfig(optimizer="adamw", options={"weight_decay": decay, "mask": None}))
 
 
 def test_options_which_sgd_does_not_read_are_refused():

@@ -27,7 +27,6 @@ model than x (LIPS), of which the optimiser would take the difference for progre
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,13 +38,7 @@ from fedjax_sim import optimizers
 from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check, nearest, positive, within
-
-OPTIMIZERS = (
-    "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamw", "amsgrad", "lamb", "lars", "lion",
-    "nadam", "radam", "rmsprop", "sgd", "yogi",
-)  # fmt: skip
-"""Names of optax's optimisers that messages offer; another name of optax's does as well."""
+from fedjax_sim.fields import check, positive, within
 
 
 @struct.dataclass
@@ -91,7 +84,11 @@ class FedOpt:
           UserError: optax has no such optimiser, or it takes no such option; it wants more than a gradient;
             the server inside does more than to average.
         """
-        return _on(self.inner, _optimizer(self.optimizer, self.lr or 1.0, self.options), context)
+        return _on(
+            self.inner,
+            optimizers.make(self.optimizer, self.lr or 1.0, self.options, "algorithm"),
+            context,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,24 +216,3 @@ def _on(
         return inner.dispatch(state.inner, cohort, key)
 
     return base.around(inner, init=init, dispatch=dispatch, merge=merge, replaced=None, extrapolates=True)
-
-
-def _optimizer(name: str, lr: float, options: Mapping[str, Any]) -> optax.GradientTransformation:
-    field = "algorithm.optimizer"
-    optimizers.check_named(name, field)
-    make = getattr(optax, name, None)
-    if not callable(make):
-        raise UserError(field, name, "optax has no such optimiser", nearest(name, OPTIMIZERS))
-    try:
-        made = make(lr, **options)
-    except Exception as error:
-        raise UserError(
-            "algorithm.options" if options else field,
-            dict(options) if options else name,
-            f"optax cannot make {name} with it and lr {lr}: {error}",
-            f"See optax.{name} for its arguments.",
-        ) from None
-    if not isinstance(made, optax.GradientTransformation):
-        raise UserError(field, name, "is no optimiser of optax", nearest(name, OPTIMIZERS))
-    optimizers.check_steps(made, name, field)
-    return made

@@ -182,7 +182,8 @@ def test_control_variates_do_not_feel_the_server():
     [
         ("adamm", {}, "optimizer", "Did you mean adam"),
         ("Adam", {}, "optimizer", "Did you mean adam"),
-        ("sgd", {"beta": 1}, "options", "beta"),
+        ("sgd", {"beta": 1}, "options.beta", "no such option"),
+        ("adam", {"eps": "1e-3"}, "options.eps", "a number"),
         ("apply_updates", {}, "optimizer", "optax"),
         ("__doc__", {}, "optimizer", "no such optimiser"),
         ("l2_loss", {}, "optimizer", "optax"),
