@@ -121,15 +121,17 @@ def _on_own_slots(run, devices: int):
 
 
 def take_rows(tree: Any, ids: jax.Array) -> Any:
-    """Some clients' rows of a stack over all N: tree[ids]. [N, …], i32[K] -> [K, …].
+    """Some clients' rows of a stack over all N: tree[ids]. [N, …], i32[K] -> [K, …]; leaves of any dtype.
 
     Where the stack is sharded, a request for K/D rows travels round the ring of devices and each fills in
-    what it holds: memory a device stays its share of both, traffic is that of K rows.
+    what it holds: memory a device stays its share of both, traffic is that of K rows. A K that D does not
+    divide is filled up, and the rows end whole on every device.
     """
     devices = _devices()
     count, wanted = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
     if devices == 1 or count % devices:
         return jax.tree.map(lambda leaf: leaf[ids], tree)
+    share, even = -(-wanted // devices), wanted % devices == 0
 
     def owned(leaf, own_ids, rows):
         """`rows`, with those filled in that this device holds."""
@@ -140,34 +142,24 @@ def take_rows(tree: Any, ids: jax.Array) -> Any:
     def ring(tree, ids):
         def hop(number, rows):
             home = (jax.lax.axis_index(AXIS) - number) % devices
-            chunk = jax.lax.dynamic_slice_in_dim(ids, home * (wanted // devices), wanted // devices)
+            chunk = jax.lax.dynamic_slice_in_dim(ids, home * share, share)
             rows = jax.tree.map(lambda leaf, part: owned(leaf, chunk, part), tree, rows)
             return jax.lax.ppermute(rows, AXIS, _around(devices))
 
-        empty = jax.tree.map(lambda x: jnp.zeros((wanted // devices, *x.shape[1:]), x.dtype), tree)
-        return jax.lax.fori_loop(0, devices, hop, empty)
+        empty = jax.tree.map(lambda x: jnp.zeros((share, *x.shape[1:]), x.dtype), tree)
+        rows = jax.lax.fori_loop(0, devices, hop, empty)
+        return rows if even else jax.lax.all_gather(rows, AXIS, tiled=True)
 
-    def everywhere(tree, ids):
-        def one(leaf):
-            rows = owned(leaf, ids, jnp.zeros((wanted, *leaf.shape[1:]), leaf.dtype))
-            return jax.lax.psum(rows, AXIS)
-
-        return jax.tree.map(one, tree)
-
-    even = wanted % devices == 0
-    run = jax.shard_map(
-        ring if even else everywhere,
-        in_specs=(P(AXIS), P()),
-        out_specs=P(AXIS) if even else P(),
-        check_vma=False,
-    )
-    return run(tree, ids)
+    run = jax.shard_map(ring, in_specs=(P(AXIS), P()), out_specs=P(AXIS) if even else P(), check_vma=False)
+    ids = jnp.pad(ids, (0, share * devices - wanted))
+    rows = _like(tree, run(_raw(tree), ids))
+    return rows if even else jax.tree.map(lambda leaf: leaf[:wanted], rows)
 
 
 def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
     """The stack over all N with some clients' rows replaced. [N, …], i32[K] distinct, [K, …] -> [N, …].
 
-    Sharded, the rows travel round the ring as in `take_rows`.
+    Leaves of any dtype, the same in both. Sharded, the rows travel round the ring as in `take_rows`.
     """
     devices = _devices()
     count, given = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
@@ -199,7 +191,7 @@ def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
         out_specs=P(AXIS),
         check_vma=False,
     )
-    return run(tree, ids, rows)
+    return _like(tree, run(_raw(tree), ids, _raw(rows)))
 
 
 def squared_norms(tree: Any) -> jax.Array:
@@ -252,6 +244,24 @@ def _movable(leaf: jax.Array, devices: int) -> bool:
 def _by_parameter(leaf: jax.Array) -> jax.Array:
     """[K, …] as [K, P], sharded over P: every device has all slots of its share of the parameters."""
     return jax.lax.with_sharding_constraint(leaf.reshape(leaf.shape[0], -1), P(None, AXIS))
+
+
+def _raw(tree: Any) -> Any:
+    """A tree whose random keys are the integers that they are made of, as collectives want them."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _like(tree: Any, raw: Any) -> Any:
+    """The keys again, where `tree` has them."""
+
+    def one(leaf, raw):
+        return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else raw
+
+    return jax.tree.map(one, tree, raw)
+
+
+def _is_key(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _around(devices: int) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from fedjax_sim.errors import UserError
 from tests import oracles
 from tests.algorithms import personal
 
-SIZES = (12, 7, 20, 3, 31)
+SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
 EAGER = {
     "lips": {"period": 2, "layers": "inner"},
     "fedrep": {"head_epochs": 1},
@@ -30,7 +30,7 @@ def config_of(name):
 
 
 def simulated(name, **keywords):
-    """Three rounds of three in five clients on an MLP of three layers."""
+    """Three rounds of three in six clients on an MLP of three layers."""
     settings = {"cohort": 3, "rounds": 3, "momentum": 0.5, **keywords}
     model = personal.normed() if name == "fedbn" else personal.deep()
     return oracles.simulate(SIZES, algorithm=config_of(name), model=model, **settings)
