@@ -124,7 +124,7 @@ class Meter(Protocol):
         ...
 
     def share(self, start: Any, trained: Any, gradient: Any) -> Any:
-        """Of one client: what is wanted as a mean over clients, a pytree of the size of a model or so."""
+        """Of one client: what is wanted as a mean over clients, in float32; of the size of a model or so."""
         ...
 
     def read(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
@@ -306,7 +306,7 @@ class Round:
         if shared and self.algorithm.needs_models:
             places = lanes.ids.shape[0]
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
-        total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), one) if wants_mean else None
+        total = stacked.nothing(one) if wants_mean else None
         lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
         # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
@@ -340,7 +340,7 @@ class Round:
                 # A slot that has a model of its own keeps it; a shared start has nothing to add.
                 share = jnp.where(finite, own.weights, 0) if shared else own.weights
                 part = stacked.weighted_sum(trained, share)
-                total, weight = jax.tree.map(jnp.add, total, part), weight + share.sum()
+                total, weight = stacked.add(total, part), weight + share.sum()
             if models is not None:
                 models = jax.tree.map(
                     lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, w * width, 0),
@@ -362,11 +362,11 @@ class Round:
         rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
         mean = None
         if wants_mean:
-            total, weight = jax.lax.psum((total, weight), AXIS)
-            mean = jax.tree.map(lambda leaf, like: (leaf / weight).astype(like.dtype), total, one)
+            total, weight = stacked.over_devices(total, weight)
+            mean = stacked.divided(total, weight, one)
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
-        seen = jax.tree.map(lambda leaf: jax.lax.psum(leaf[:watched], AXIS), seen)
+        seen = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], seen))
         read, sums = jax.lax.psum(metered, AXIS)
         means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
         return models if self.algorithm.needs_models else None, mean, rest, seen, means
@@ -391,6 +391,7 @@ class Round:
                 jax.tree.map(lambda leaf: stacked.select(counted, leaf, jnp.zeros_like(leaf)), part)
                 for part in (each[name], share)
             )
+            share = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), share)
             part = stacked.weighted_sum(share, counted.astype(jnp.float32))
             added[name] = jax.tree.map(jnp.add, sums[name], part)
         return (read + counted.sum().astype(jnp.float32), added), each

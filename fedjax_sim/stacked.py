@@ -2,6 +2,13 @@
 
 Reductions over the slot axis are written as contractions: as multiply-then-sum XLA's CPU backend takes up
 to a hundred times longer on some versions.
+
+What a mean over clients does with a leaf that is no float, such as a layer's count of batches or a flag: the
+result is the largest value among the clients that count (those included, with a weight above 0), and keeps
+its dtype. OUR CHOICE: it is exact in any dtype and the same in any layout; a counter goes on from the client
+that is furthest, and a flag is set once it is for anyone. Floats are averaged in float32, wider ones in their
+own dtype, and keep their dtype too. Whatever averages models does it by `mean`, or by its parts `nothing`,
+`weighted_sum`, `add`, `over_devices` and `divided`; arithmetic beyond a mean asks `averages` first.
 """
 
 from typing import Any
@@ -19,24 +26,76 @@ def broadcast(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
 
 
+def averages(leaf: Any) -> bool:
+    """Whether numbers of this leaf's dtype can be averaged, or added to: floats and complex ones."""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def weighted_sum(tree: Any, weights: jax.Array) -> Any:
-    """Sum over slots of weights[k] * leaf[k]. [K, …] leaves, f32[K] -> […] leaves, float32."""
-    if weights.shape[0] == 1:  # a product that fuses with what is around it
-        return jax.tree.map(lambda leaf: weights[0] * leaf[0].astype(jnp.float32), tree)
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf.astype(jnp.float32), axes=1), tree)
+    """Sum over slots of weights[k] * leaf[k]. [K, …] leaves, f32[K] -> […] leaves, float32 or wider.
+
+    Of a leaf that is no float: the largest value in slots whose weight is not 0, see above; the least that
+    its dtype has if there are none.
+    """
+
+    def one(leaf):
+        if not averages(leaf):
+            return jnp.where(_column(weights != 0, leaf), leaf, _least(leaf.dtype)).max(0)
+        leaf, factors = leaf.astype(_wide(leaf.dtype)), weights.astype(_wide(leaf.dtype))
+        # Of one slot, a product that fuses with what is around it.
+        return factors[0] * leaf[0] if len(factors) == 1 else jnp.tensordot(factors, leaf, axes=1)
+
+    return jax.tree.map(one, tree)
 
 
-def mean(tree: Any) -> Any:
-    """Uniform mean over slots. [K, …] -> […]."""
-    count = jax.tree.leaves(tree)[0].shape[0]
-    return weighted_sum(tree, jnp.full((count,), 1.0 / count, jnp.float32))
+def nothing(tree: Any) -> Any:
+    """The `weighted_sum` of no slots, for models like `tree`. […] -> […]."""
+
+    def one(leaf):
+        return jnp.zeros(leaf.shape, _wide(leaf.dtype)) if averages(leaf) else _least(leaf.dtype, leaf.shape)
+
+    return jax.tree.map(one, tree)
+
+
+def add(total: Any, part: Any) -> Any:
+    """Two `weighted_sum`s as one."""
+    return jax.tree.map(lambda a, b: a + b if averages(a) else jnp.maximum(a, b), total, part)
+
+
+def over_devices(total: Any, weight: jax.Array) -> tuple[Any, jax.Array]:
+    """Every device's `weighted_sum` and sum of weights f32[] -> those of all devices; inside `shard_map`."""
+    leaves, structure = jax.tree.flatten(total)
+    floats, weight = jax.lax.psum(([leaf for leaf in leaves if averages(leaf)], weight), AXIS)
+    summed = iter(floats)
+
+    def largest(leaf):
+        # That it waits for the weight keeps the two exchanges in one order on all devices.
+        return jax.lax.pmax(jnp.where(weight > 0, leaf, _least(leaf.dtype)), AXIS)
+
+    leaves = [next(summed) if averages(leaf) else largest(leaf) for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves), weight
+
+
+def divided(total: Any, weight: jax.Array, like: Any) -> Any:
+    """The mean, of a `weighted_sum` and the sum of its weights f32[]; dtypes as in `like`."""
+
+    def one(leaf, like):
+        return (leaf / weight.astype(leaf.dtype)).astype(like.dtype) if averages(leaf) else leaf
+
+    return jax.tree.map(one, total, like)
+
+
+def mean(tree: Any, weights: jax.Array | None = None) -> Any:
+    """Mean over slots. [K, …], f32[K] that add up to 1 (None: uniform) -> […], dtypes as they are."""
+    if weights is None:
+        count = jax.tree.leaves(tree)[0].shape[0]
+        weights = jnp.full((count,), 1.0 / count, jnp.float32)
+    return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), weighted_sum(tree, weights), tree)
 
 
 def select(flags: jax.Array, yes: Any, no: Any) -> Any:
     """Slot by slot: yes[k] where flags[k], else no[k]. bool[K], [K, …], [K, …] -> [K, …]."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(flags.reshape(flags.shape + (1,) * (a.ndim - flags.ndim)), a, b), yes, no
-    )
+    return jax.tree.map(lambda a, b: jnp.where(_column(flags, a), a, b), yes, no)
 
 
 def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
@@ -194,9 +253,20 @@ def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
     return _like(tree, run(_raw(tree), ids, _raw(rows)))
 
 
+def collected(tree: Any) -> Any:
+    """What one device has, and all others have zeros for, on all of them; inside `shard_map`."""
+
+    def one(leaf):
+        flags = leaf.dtype == bool  # of which a sum would be an integer
+        found = jax.lax.psum(leaf.astype(jnp.uint8) if flags else leaf, AXIS)
+        return found.astype(bool) if flags else found
+
+    return jax.tree.map(one, tree)
+
+
 def squared_norms(tree: Any) -> jax.Array:
-    """Squared L2 norm of each slot's model over all leaves. [K, …] -> f32[K]."""
-    return jnp.stack([_dots(leaf, leaf) for leaf in jax.tree.leaves(tree)]).sum(0)
+    """Squared L2 norm of each slot's model over all leaves of floats. [K, …] -> f32[K]."""
+    return jnp.stack([_dots(leaf, leaf) for leaf in jax.tree.leaves(tree) if averages(leaf)]).sum(0)
 
 
 def gram(leaves: list[jax.Array]) -> jax.Array:
@@ -226,14 +296,30 @@ def pairwise_cosine(leaves: list[jax.Array]) -> jax.Array:
 
 
 def dispersion(tree: Any) -> jax.Array:
-    """D = sum over slots of ‖w_k − w̄‖², all leaves. [K, …] -> f32[]."""
-    center = mean(tree)
-    return squared_norms(jax.tree.map(lambda leaf, c: leaf - c[None], tree, center)).sum()
+    """D = sum over slots of ‖w_k − w̄‖², all leaves of floats. [K, …] -> f32[]."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if averages(leaf)]
+    return squared_norms(jax.tree.map(lambda leaf, c: leaf - c[None], leaves, mean(leaves))).sum()
 
 
 def _dots(a: jax.Array, b: jax.Array) -> jax.Array:
     a, b = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (a, b))
     return jnp.einsum("kp,kp->k", a, b)
+
+
+def _column(flags: jax.Array, leaf: jax.Array) -> jax.Array:
+    """A number a slot, against a leaf [K, …] of any rank. -> [K, 1, …]."""
+    return flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim))
+
+
+def _wide(dtype: Any) -> Any:
+    """In what a mean of this dtype is added up: float32 at least."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.float32 if narrow else dtype
+
+
+def _least(dtype: Any, shape: tuple[int, ...] = ()) -> jax.Array:
+    """The least value of integers or flags."""
+    return jnp.full(shape, False if jnp.issubdtype(dtype, jnp.bool_) else jnp.iinfo(dtype).min, dtype)
 
 
 def _movable(leaf: jax.Array, devices: int) -> bool:

@@ -409,13 +409,15 @@ def _laned(tree):
 
 
 def _all_finite(tree) -> jax.Array:
-    """bool[L]: whether every number of a slot is finite.
+    """bool[L]: whether every number of a slot is finite, as integers are.
 
     A sum of tiny multiples, which overflows for no finite number. Written as products, row by row, because
     XLA's CPU backend makes a plain sum a slow windowed reduction.
     """
     total = jnp.float32(0)
-    for leaf in jax.tree.leaves(tree):
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if stacked.averages(leaf)]
+    split = [(leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,) for leaf in leaves]
+    for leaf in (leaf for parts in split for leaf in parts):
         rows = leaf.reshape(leaf.shape[0], -1, leaf.shape[-1] if leaf.ndim > 1 else 1).astype(jnp.float32)
         sums = rows @ jnp.full((rows.shape[2],), 1e-30, jnp.float32)
         total = total + sums @ jnp.ones((rows.shape[1],), jnp.float32)

@@ -108,3 +108,24 @@ def test_a_large_leaf_is_permuted_in_strips(monkeypatch):
         leaf, index = rng.normal(size=(3, size)).astype(np.float32), rng.permutation(3)
         got = jax.jit(lambda x, i: stacked.permute(x, i))(leaf, index)
         np.testing.assert_array_equal(got, leaf[index])
+
+
+def test_the_mean_keeps_dtypes_and_takes_the_largest_of_what_has_none():
+    """A slot without weight does not count; norms are of floats alone."""
+    tree = {
+        "w": jnp.asarray([[1.0, 2.0], [5.0, 4.0], [9.0, 9.0]]),
+        "half": jnp.asarray([1.0, 3.0, 9.0], jnp.bfloat16),
+        "pair": jnp.asarray([2j, 4.0, 9.0], jnp.complex64),
+        "count": jnp.asarray([2**24 + 1, -3, 2**30], jnp.int32),
+        "flag": jnp.asarray([[False, True], [False, False], [True, True]]),
+    }
+    mean = stacked.mean(tree, jnp.asarray([0.5, 0.5, 0.0]))
+    wanted = {"w": [3.0, 3.0], "half": 2.0, "pair": 2 + 1j, "count": 2**24 + 1, "flag": [False, True]}
+    for name, leaf in mean.items():
+        assert leaf.dtype == tree[name].dtype
+        np.testing.assert_array_equal(leaf, wanted[name])
+    assert stacked.mean(tree)["count"] == 2**30
+    del tree["pair"], tree["half"]
+    floats = {"w": tree["w"]}
+    np.testing.assert_array_equal(stacked.squared_norms(tree), stacked.squared_norms(floats))
+    np.testing.assert_array_equal(stacked.dispersion(tree), stacked.dispersion(floats))

@@ -155,3 +155,13 @@ def test_one_bad_number_anywhere_marks_its_slot(bad):
     assert np.asarray(_all_finite(tree)).all()
     tree["b"][1, 2] = bad
     np.testing.assert_array_equal(_all_finite(jax.tree.map(jnp.asarray, tree)), [True, False, True])
+
+
+def test_of_state_that_is_no_float_nothing_can_be_infinite():
+    """And of complex numbers either part can."""
+    tree = {
+        "count": jnp.full((4, 2), jnp.iinfo(jnp.int32).max),
+        "flag": jnp.ones(4, bool),
+        "pair": jnp.asarray([1 + 2j, jnp.inf, 1j * jnp.nan, 0], jnp.complex64),
+    }
+    np.testing.assert_array_equal(_all_finite(tree), [True, False, False, True])

@@ -68,7 +68,8 @@ class Results:
 
     Attributes:
       models: trained models [K, …]; None if the algorithm said that it does not need them.
-      mean: their mean with the algorithm's `weights`; None if it has none.
+      mean: their mean with the algorithm's `weights`; None if it has none. Dtypes are the models'; of a leaf
+        that is no float it is the largest, see `fedjax_sim.stacked`.
       uploads: what `LocalRule.end` sent, [K, …].
       included: bool[K], False where an update was not finite and has been left out; such a slot of
         `models` holds its start.
@@ -419,16 +420,16 @@ def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables)
     Args:
       results: with `models` [K, …] and `mean`.
       weights: f32[K], unnormalised.
-      otherwise: the mean if all were left out.
+      otherwise: the mean if all were left out, or had no weight.
     """
     included, weights = _everywhere(results.included), _everywhere(weights)
 
     def again():
         share = jnp.where(included, weights, 0)
-        mean = stacked.weighted_sum(results.models, share / jnp.maximum(share.sum(), 1e-30))
-        return jax.tree.map(lambda new, old: jnp.where(included.any(), new, old), mean, otherwise)
+        mean = stacked.mean(results.models, share / jnp.maximum(share.sum(), 1e-30))
+        return jax.tree.map(lambda new, old: jnp.where(share.sum() > 0, new, old), mean, otherwise)
 
-    return jax.lax.cond(included.all(), lambda: results.mean, again)
+    return jax.lax.cond(included.all() & (weights.sum() > 0), lambda: results.mean, again)
 
 
 def _everywhere(leaf: jax.Array) -> jax.Array:

@@ -71,7 +71,11 @@ class FedExP:
             share = jnp.where(results.included, weights(cohort), 0)
             spread = (results.uploads * share).sum() / jnp.maximum(share.sum(), 1e-30)
             rate = jnp.maximum(1, spread / (2 * (squared(mean["params"], x["params"]) + epsilon)))
-            new = jax.tree.map(lambda x, w: x + rate * (w - x), x, mean)
+
+            def beyond(x, w):
+                return x + rate.astype(w.dtype) * (w - x) if stacked.averages(w) else w
+
+            new = jax.tree.map(beyond, x, mean)
             new = {**mean, "params": new["params"]} if paper else new
             previous = jax.tree.map(lambda old, new: jnp.where(cohort.round > 0, old, new), x, new)
             return FedExPState(new, previous), {"server_lr": rate}
@@ -79,7 +83,11 @@ class FedExP:
         def deploy(state):
             if not self.averages:
                 return state.model
-            return jax.tree.map(lambda a, b: (a + b) / 2, state.model, state.previous)
+            return jax.tree.map(
+                lambda a, b: (a + b) / 2 if stacked.averages(a) else jnp.maximum(a, b),
+                state.model,
+                state.previous,
+            )
 
         return base.Algorithm(
             init=lambda key, variables: FedExPState(variables, variables),

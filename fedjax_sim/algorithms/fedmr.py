@@ -185,10 +185,11 @@ def similarity(models: Any, order: Sequence[Path], group: int = 5) -> jax.Array:
     """Mean over slot pairs of the cosine, averaged over runs of `group` consecutive tensors. -> f32[].
 
     After the authors' similarity probe (FOUND in the code, there for K = 10), which counts the last run
-    twice, and among a model's tensors batch normalisation's counter of batches as well.
+    twice, and among a model's tensors batch normalisation's counter of batches as well. Here tensors of
+    floats count.
     """
     flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
-    leaves = [flat[path] for path in _network_order(order)]
+    leaves = [flat[path] for path in _network_order(order) if stacked.averages(flat[path])]
     parts = [leaves[start : start + group] for start in range(0, len(leaves), group)]
     return jnp.stack([stacked.pairwise_cosine(part) for part in parts]).mean()
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from fedjax_sim.stacked import averages
 from fedjax_sim.streams import settled, stream
 
 
@@ -70,5 +71,9 @@ def stack(*trees: Any) -> Any:
 
 
 def difference(to: Any, origin: Any) -> Any:
-    """The direction from one model to another, batch statistics included."""
-    return jax.tree.map(lambda a, b: jnp.asarray(a) - jnp.asarray(b), to, origin)
+    """The direction from one model to another, batch statistics included; 0 of leaves that are no floats."""
+
+    def one(a, b):
+        return jnp.asarray(a) - jnp.asarray(b) if averages(b) else jnp.zeros_like(b)
+
+    return jax.tree.map(one, to, origin)

@@ -26,7 +26,7 @@ from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.placement import make_mesh, replicated, sharded
-from fedjax_sim.stacked import AXIS
+from fedjax_sim.stacked import AXIS, averages
 
 Function = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """(variables, inputs [B, …], labels [B]) -> (losses f32[B], whether right bool[B]).
@@ -130,6 +130,8 @@ class Objective:
     def values(self, variables: Any, directions: Any, coefficients: np.ndarray) -> Values:
         """Loss and accuracy at variables + Σ_j c_j · direction j, for n lists of coefficients.
 
+        Leaves that are no floats stay as they are.
+
         Args:
           variables: one model.
           directions: like `variables`, leaves [d, …].
@@ -200,7 +202,11 @@ def _values(function, mesh, variables, directions, coefficients, images, labels)
 
     def share(variables, directions, coefficients, images, labels):
         def point(own):
-            add = lambda leaf, moves: leaf + jnp.tensordot(own, moves, axes=1)  # noqa: E731
+            def add(leaf, moves):
+                return (
+                    leaf + jnp.tensordot(own.astype(moves.dtype), moves, axes=1) if averages(leaf) else leaf
+                )
+
             return function(jax.tree.map(add, variables, directions), images, labels)
 
         with jax.default_matmul_precision(_EXACT):

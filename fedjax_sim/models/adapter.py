@@ -43,6 +43,9 @@ def from_flax(
     need have neither. If it has no `mask`, its `flax.linen.BatchNorm` layers are given one behind its back,
     so that padding stays out of their statistics. Parameter paths stay as the module has them.
 
+    Variables beside `params` may have any dtype. Where clients' models are averaged, what is no float, such
+    as a counter or a flag, becomes the largest of their values (`fedjax_sim.stacked`).
+
     Args:
       module: the network, not yet bound to variables.
       input_shape: (H, W, C) of one image.
@@ -55,7 +58,8 @@ def from_flax(
 
     Raises:
       UserError: a bad shape or number of classes, a module that cannot be called so, an output which is not
-        f[1, num_classes], parameters other than float32, a peel point that is not there.
+        f[1, num_classes], parameters other than float32, a random key among the variables, a peel point that
+        is not there.
 
     Warns:
       UserWarning: batch statistics that padding can reach; convolutions with slow gradients.
@@ -244,6 +248,11 @@ def _check_output(seen: tracing.Trace, name: str, num_classes: int) -> None:
                 "model", name, f"parameter {'/'.join(path)} is {leaf.dtype}",
                 "Keep parameters float32 (`param_dtype`); `dtype` alone sets the precision of the work.",
             )  # fmt: skip
+    if seen.keys:
+        raise UserError(
+            "model", name, f"{'/'.join(seen.keys[0])} is a random key, and of clients' keys there is no mean",
+            "Draw from `self.make_rng(\"dropout\")`, which is new in every step.",
+        )  # fmt: skip
 
 
 def _points(seen: tracing.Trace, wanted: Sequence[PeelPoint | str]) -> tuple[PeelPoint, ...]:

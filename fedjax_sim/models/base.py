@@ -62,7 +62,7 @@ class Model:
     conv: str = "canonical"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh variables, every leaf float32. key: a typed PRNG key."""
+        """Fresh variables, `params` in float32. key: a typed PRNG key."""
         images = jnp.zeros((1, *self.input_shape), jnp.float32)
         variables = dict(self._call(key, images, init=True))
         variables.pop("peel", None)

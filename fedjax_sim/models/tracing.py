@@ -26,6 +26,7 @@ class Trace:
       output: what the module returned, abstract.
       params: path of each parameter, in the order of making -> its shape and dtype.
       batch_stats: paths of the leaves of that collection.
+      keys: paths of random keys in any collection.
       peeled: names marked by `peel`, in order, as paths.
       plain_convs: paths of convolutions that do not use `fedjax_sim.models.conv`.
       batch_norms: paths of Flax's own batch norms.
@@ -34,6 +35,7 @@ class Trace:
     output: Any
     params: dict[Path, jax.ShapeDtypeStruct]
     batch_stats: tuple[Path, ...]
+    keys: tuple[Path, ...]
     peeled: tuple[Path, ...]
     plain_convs: tuple[str, ...]
     batch_norms: tuple[Path, ...]
@@ -65,11 +67,13 @@ def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Tra
 
     with nn.intercept_methods(watch):
         output, variables = jax.eval_shape(init, jax.random.key(0))
+    every: Any = traverse_util.flatten_dict(dict(variables))
     params: Any = traverse_util.flatten_dict(dict(variables.get("params", {})))
     return Trace(
         output=output,
         params={path: params[path] for path in order["params"]},
         batch_stats=tuple(order["batch_stats"]),
+        keys=tuple(path for path, leaf in every.items() if _is_key(leaf)),
         peeled=tuple((*path[:-1], path[-1].removeprefix(base._PREFIX)) for path in order["peel"]),
         plain_convs=tuple(dict.fromkeys(plain_convs)),
         batch_norms=tuple(dict.fromkeys(batch_norms)),
@@ -93,6 +97,10 @@ def peel_points(seen: Trace) -> tuple[base.PeelPoint, ...]:
             )  # fmt: skip
         points.append(base.PeelPoint("/".join(path), kernel))
     return tuple(points)
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _is_plain_conv(layer: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from fedjax_sim.config import PeelConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.models.base import Model
 from fedjax_sim.peel.forward import Forward
+from fedjax_sim.stacked import averages
 
 STATISTICS = "batch_stats"
 
@@ -76,7 +77,7 @@ def reestimated(forward: Forward, model: Any, chosen: Any, pool: Any, key: jax.A
 
     A layer moves its running statistics to (1 - rate) · old + rate · batch. From old = 0 that is
     rate · batch; how far old = 1 moves on the same batch says the rate, so nothing has to be known of the
-    layer.
+    layer. What is no float, such as a count of batches, stays as it is.
     """
 
     def moved(level, images, mask):
@@ -87,18 +88,27 @@ def reestimated(forward: Forward, model: Any, chosen: Any, pool: Any, key: jax.A
     def measure(images, labels, mask):
         del labels
         count = mask.sum().astype(jnp.float32)
-        return count, jax.tree.map(lambda leaf: count * leaf, moved(0.0, images, mask))
+        return count, jax.tree.map(
+            lambda leaf: count * leaf.astype(jnp.float32) if averages(leaf) else leaf,
+            moved(0.0, images, mask),
+        )
 
     count, total = forward.over(chosen, pool, measure, lambda a, b: jax.tree.map(jnp.add, a, b))
     images = jnp.zeros((2, *forward.model.input_shape), jnp.float32)
     both = jnp.ones((2,), bool)
-    keeps = jax.tree.map(jnp.subtract, moved(1.0, images, both), moved(0.0, images, both))
+    keeps = jax.tree.map(
+        lambda one, none: one - none if averages(one) else none,
+        moved(1.0, images, both),
+        moved(0.0, images, both),
+    )
+
+    def new(total, keep, old):
+        if not averages(old):
+            return old
+        found = total / (jnp.maximum(count, 1) * (1 - keep.astype(jnp.float32)))
+        return jnp.where(count > 0, found.astype(old.dtype), old)
+
     return {
         **model,
-        STATISTICS: jax.tree.map(
-            lambda sum_, keep, old: jnp.where(count > 0, sum_ / (jnp.maximum(count, 1) * (1 - keep)), old),
-            total,
-            keeps,
-            model[STATISTICS],
-        ),
+        STATISTICS: jax.tree.map(new, total, keeps, model[STATISTICS]),
     }

@@ -8,7 +8,15 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import algorithms
 from fedjax_sim.algorithms import CONFIGS, Batch, Cohort, FedAvg, FedMR, name_of
-from fedjax_sim.algorithms.base import LocalRule, by_samples, cross_entropy, masked_mean, uniform
+from fedjax_sim.algorithms.base import (
+    LocalRule,
+    Results,
+    by_samples,
+    cross_entropy,
+    masked_mean,
+    mean_of_included,
+    uniform,
+)
 from fedjax_sim.errors import UserError
 from tests import oracles
 
@@ -77,3 +85,20 @@ def test_an_error_inside_names_the_whole_way(inside, field):
     with pytest.raises(UserError) as told:
         fs.Simulation(config)
     assert told.value.field == field
+
+
+def test_a_mean_of_clients_without_weight_is_what_it_was():
+    """Left out, or without samples: 0 / 0 is no model. The one without weight counts in no maximum either."""
+    models = {"w": jnp.asarray([1.0, 3.0]), "count": jnp.asarray([7, 2**24 + 1])}
+    before = {"w": jnp.float32(-1), "count": jnp.int32(5)}
+    nan = {"w": jnp.float32(jnp.nan), "count": jnp.int32(-(2**31))}
+
+    def mean(included, weights):
+        results = Results(models, nan, None, jnp.asarray(included), jnp.zeros(2))
+        found = mean_of_included(results, jnp.asarray(weights, jnp.float32), before)
+        assert found["count"].dtype == jnp.int32
+        return float(found["w"]), int(found["count"])
+
+    assert mean([True, True], [0, 0]) == mean([False, False], [1, 1]) == (-1, 5)
+    assert mean([False, True], [1, 1]) == (3, 2**24 + 1)
+    assert mean([True, False], [0.5, 1]) == (1, 7)

@@ -5,16 +5,18 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import fedjax_sim
-from fedjax_sim import algorithms, memory
+from fedjax_sim import algorithms, memory, models
 from fedjax_sim import config as config_lib
 from fedjax_sim.algorithms import CONFIGS, catalogue
 from fedjax_sim.errors import UserError
+from fedjax_sim.models import norms, peel
 from tests import oracles
-from tests.algorithms import personal
 
 SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
 EAGER = {
@@ -25,14 +27,44 @@ EAGER = {
 }
 
 
+FIRST = 2**24 + 1
+"""Of a counter: as a float32 it would be one less."""
+
+
+class Counting(nn.Module):
+    """Three dense layers, and state of many kinds: a count of batches, flags, a mean in half precision."""
+
+    normalises: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, train=False, mask=None):
+        batches = self.variable("told", "batches", lambda: jnp.int32(FIRST))
+        bright = self.variable("told", "bright", lambda: jnp.zeros(9, bool))
+        grey = self.variable("told", "grey", lambda: jnp.float16(0))
+        x = x.reshape(x.shape[0], -1)
+        if train and not self.is_initializing():
+            rows = jnp.ones(len(x), bool) if mask is None else mask
+            batches.value = batches.value + rows.any().astype(jnp.int32)
+            bright.value = bright.value | ((x > 0.85) & rows[:, None]).any(0)
+            now = jnp.where(rows[:, None], x, 0).sum() / (9 * jnp.maximum(rows.sum(), 1).astype(jnp.float32))
+            grey.value = (0.9 * grey.value.astype(jnp.float32) + 0.1 * now).astype(jnp.float16)
+        for depth, width in enumerate((5, 4, 3), 1):
+            peel(self, f"fc{depth}", x)
+            x = nn.Dense(width, name=f"fc{depth}")(x)
+            if depth < 3:
+                x = norms.BatchNorm(name=f"bn{depth}")(x, train=train, mask=mask) if self.normalises else x
+                x = nn.relu(x)
+        return x
+
+
 def config_of(name):
     return CONFIGS[name](**EAGER.get(name, {}))
 
 
 def simulated(name, **keywords):
-    """Three rounds of three in six clients on an MLP of three layers."""
+    """Three rounds of three in six clients on a model of three layers and state that is no float."""
     settings = {"cohort": 3, "rounds": 3, "momentum": 0.5, **keywords}
-    model = personal.normed() if name == "fedbn" else personal.deep()
+    model = models.from_flax(Counting(name == "fedbn"), (3, 3, 1), 3, name="counting")
     return oracles.simulate(SIZES, algorithm=config_of(name), model=model, **settings)
 
 
@@ -48,11 +80,44 @@ def leaves(tree):
     return jax.tree.leaves(jax.device_get(tree))
 
 
+OWN = {"local", "fedcac", "partial", "lg_fedavg"}
+"""Whose clients go on from a count of their own; in the other cases from the server's."""
+
+
+def told(simulation):
+    """What the deployed model says beside its parameters."""
+    return jax.device_get(simulation.variables["told"])
+
+
+def counted(name, simulation, cohorts):
+    """The deployed model's count of batches, and whose images it has been trained on."""
+    steps, server = simulation.setup.steps, FIRST
+    if name == "fedrep":  # the count is part of the body, which trains in one of two epochs
+        steps = steps // 2
+    own = dict.fromkeys(range(len(SIZES)), FIRST)
+    for ids in cohorts:
+        for client in ids:
+            own[client] = int(steps[client]) + (own[client] if name in OWN else server)
+        server = max(own[client] for client in ids)
+    return max(own.values()) if name == "local" else server
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_devices_waves_and_resuming_are_invisible(name):
+    """Nor do counts and flags suffer from an average."""
     plain = simulated(name)
-    start = plain.variables
-    oracles.run(plain)
+    start, first, cohorts = plain.variables, told(plain), []
+    for number in range(3):
+        cohorts.append(plain.inputs(number)[0].cohort.ids.tolist())
+        oracles.run(plain, 1)
+    last = told(plain)
+    assert {key: leaf.dtype for key, leaf in last.items()} == {key: leaf.dtype for key, leaf in first.items()}
+    if name in ("fedmr", "fedindep"):  # where a slot's model goes next is a matter of chance
+        assert 0 < last["batches"] - FIRST <= 3 * max(plain.setup.steps)
+    else:
+        assert last["batches"] == counted(name, plain, cohorts)
+    assert 0 < last["bright"].sum() < 9
+    assert last["grey"] != 0
     wide = simulated(name, devices=2, wave=2)
     oracles.run(wide, 2)
     saved = jax.device_get(wide.state)
@@ -63,8 +128,11 @@ def test_devices_waves_and_resuming_are_invisible(name):
     for got, wanted in zip(leaves(again.state), leaves(wide.state), strict=True):
         np.testing.assert_array_equal(got, wanted)
     if name != "local":
-        assert oracles.far_apart(plain.variables, start) > 1e-3
-    oracles.assert_trees_close(wide.variables, plain.variables, atol=2e-5)
+        assert oracles.far_apart(plain.variables["params"], start["params"]) > 1e-3
+    oracles.assert_trees_close(wide.variables["params"], plain.variables["params"], atol=2e-5)
+    for key in ("batches", "bright"):
+        np.testing.assert_array_equal(told(wide)[key], last[key])
+    np.testing.assert_allclose(told(wide)["grey"], last["grey"], rtol=2e-3)
     for got, wanted in zip(leaves(wide.state.clients), leaves(plain.state.clients), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
     # Here and not in a test of its own, as the round is compiled.

@@ -349,3 +349,29 @@ def test_mistakes_are_told_before_anything_is_compiled(net):
     broken = {**variables, "params": jax.tree.map(lambda leaf: leaf * jnp.nan, variables["params"])}
     with pytest.raises(UserError, match="not finite"):
         landscape.spectrum(objective, broken, KEY)
+
+
+def test_counts_and_flags_of_a_model_stay_on_every_line(rng):
+    """They have no direction: all points have those of the model from which the line starts."""
+
+    def function(variables, images, labels):
+        told = variables["told"]
+        assert told["count"].dtype == jnp.int32 and told["flag"].dtype == bool
+        wrong = (told["count"] != 2**24 + 1) | ~told["flag"]
+        return images @ variables["params"]["w"] + jnp.where(wrong, 1e3, 0.0), labels == 1
+
+    images = rng.normal(size=(7, 3)).astype(np.float32)
+    objective = landscape.Objective(function, images, np.zeros(7, np.int32))
+    models = [
+        {
+            "params": {"w": rng.normal(size=3).astype(np.float32)},
+            "told": {"count": np.int32(n), "flag": np.bool_(f)},
+        }
+        for n, f in ((2**24 + 1, True), (5, False), (7, True))
+    ]
+    found = landscape.barrier(objective, models[0], models[1], points=3)
+    ends = [float((images @ model["params"]["w"]).mean()) for model in models[:2]]
+    np.testing.assert_allclose(found.curve.loss, [ends[0], sum(ends) / 2, ends[1]], atol=1e-5)
+    assert landscape.plane(objective, models, points=3).loss.max() < 100
+    direction = landscape.filter_normalised(KEY, models[0])
+    assert landscape.line(objective, models[0], direction, np.linspace(-1, 1, 3)).loss.max() < 100

@@ -135,6 +135,12 @@ def test_mistakes_in_a_module():
         def __call__(self, x):
             return nn.Dense(3, param_dtype=jnp.bfloat16, dtype=jnp.float32)(x.reshape(x.shape[0], -1))
 
+    class Keyed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.variable("random", "state", lambda: jax.random.key(0))
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
     class Misnamed(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -148,6 +154,7 @@ def test_mistakes_in_a_module():
         (Plain(), {"input_shape": (6, 6)}, "positive integers"),
         (Pair(), {}, "a tuple"),
         (Half(), {}, "bfloat16"),
+        (Keyed(), {}, "random/state is a random key"),
         (Misnamed(), {}, "no layer of that name"),
         (jnp.sin, {}, "flax.linen.Module"),
     ]:

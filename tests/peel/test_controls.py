@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from fedjax_sim import models
@@ -90,3 +91,32 @@ def test_controls_are_measured_like_the_merged_model():
 def test_statistics_need_a_model_that_has_them():
     with pytest.raises(UserError, match=r"peel\.controls.*no batch statistics"):
         Simulation(settings_of(peel={"every": 1, "controls": ["reestimated"]}))
+
+
+def test_a_count_among_the_statistics_stays(rng):
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False, mask=None):
+            mean = self.variable("batch_stats", "mean", lambda: jnp.float32(0))
+            count = self.variable("batch_stats", "count", lambda: jnp.int32(2**24 + 1))
+            ready = self.variable("batch_stats", "ready", lambda: jnp.asarray(False))
+            if train:
+                share = jnp.where(mask[:, None, None, None], x, 0).mean((1, 2, 3)).sum() / mask.sum().astype(
+                    jnp.float32
+                )
+                mean.value = 0.75 * mean.value + 0.25 * share
+                count.value, ready.value = count.value + 1, jnp.asarray(True)
+            x = x.reshape(len(x), -1)
+            models.peel(self, "fc", x)
+            return nn.Dense(4, name="fc")(x)
+
+    model = models.from_flax(Counting(), (2, 2, 1), 4, name="counting")
+    forward = Forward(model, Preprocessing(mean=(0.0,), std=(1.0,)), PeelConfig(every=1), 4, 10)
+    images = rng.integers(0, 256, (25, 2, 2, 1)).astype(np.uint8)
+    pool = {"images": jnp.asarray(images), "labels": jnp.zeros(25, jnp.int32)}
+    chosen = {"index": jnp.arange(30, dtype=jnp.int32) % 25, "count": jnp.int32(25)}
+    variables = model.init(jax.random.key(0))
+    got = controls.reestimated(forward, variables, chosen, pool, jax.random.key(1))["batch_stats"]
+    assert got["count"].dtype == jnp.int32 and got["count"] == 2**24 + 1
+    assert got["ready"].dtype == bool and not got["ready"]
+    np.testing.assert_allclose(got["mean"], images.mean() / 255, rtol=1e-5)
