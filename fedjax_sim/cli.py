@@ -122,7 +122,7 @@ def _joined(words: list[str]) -> list[str]:
 
 
 def _run(words: list[str]) -> int:
-    from fedjax_sim import flags, runs
+    from fedjax_sim import flags, hosts, runs
     from fedjax_sim.config import dump
 
     switches = {"print-config": "print the configuration as YAML, and stop"}
@@ -130,6 +130,12 @@ def _run(words: list[str]) -> int:
     if chosen:
         print(dump(config), end="")
         return 0
+    hosts.check_backend()
+    if config.output.dir is None and hosts.first():
+        print(
+            "output.dir is not set: nothing of this run is kept. Set --output.dir FOLDER to keep it.",
+            flush=True,
+        )
     _told(runs.run(config))
     return 0
 

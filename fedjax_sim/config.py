@@ -577,7 +577,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
     for key, value in mapping.items():
         dotted = f"{path}{key}"
         if key not in names:
-            raise UserError(dotted, value, "no such field", nearest(str(key), names))
+            raise UserError(dotted, value, "no such field", _nearest(str(key), names))
         inner = values.get(key)
         if hints[key] is AlgorithmConfig:
             values[key] = _algorithm(value, dotted, inner)
@@ -593,6 +593,16 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
         return cls(**values)
     except UserError as error:  # an algorithm does not know that it is inside another
         raise error.moved("algorithm.", path) if path.startswith("algorithm.") else error from None
+
+
+def _nearest(key: str, names: list[str]) -> str:
+    """What was meant by a field that there is not; perhaps one of another section."""
+    known = [name for name in flat(RunConfig()) if "." in name and not name.startswith("given.")]
+    meant = [name for name in known if name == key or name.rpartition(".")[2] == key]
+    if key != "name" and meant:
+        section, _, field = meant[0].partition(".")
+        return f"Did you mean {' or '.join(meant)}? Write {section}: {{{field}: …}}."
+    return nearest(key, names)
 
 
 def load(path: str | Path) -> RunConfig:

@@ -5,6 +5,7 @@ goes through `config.from_dict`, so that a mistake on the command line gives the
 """
 
 import dataclasses
+import difflib
 import inspect
 import re
 import types
@@ -21,7 +22,6 @@ from fedjax_sim.algorithms.base import AlgorithmConfig
 from fedjax_sim.config import RunConfig
 from fedjax_sim.documents import parse_yaml
 from fedjax_sim.errors import UserError
-from fedjax_sim.fields import nearest
 
 
 def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str] | None = None) -> tuple:
@@ -248,10 +248,28 @@ def _check_known(words: Sequence[str], form: type) -> None:
             raise UserError("command line", word, "this flag takes no value", _switch(flag, switches))
         if flag.replace("_", "-") not in readable:
             value = word.partition("=")[2] if equals else (words[place + 1] if place + 1 < len(words) else "")
-            close = nearest(flag, sorted(readable - {"-h"}))
-            fix = close if close.startswith("Did") else "See --help for all of them."
-            raise UserError(flag, value, "no such flag", fix)
+            raise UserError(flag, value, "no such flag", _nearest(flag.replace("_", "-"), readable))
         skip = not equals and flag.replace("_", "-") in _valued(form)
+
+
+def _nearest(flag: str, known: Set[str]) -> str:
+    """What was meant by a flag that there is not: `--local.lr` by `--lr`, `--model.name` by `--model`."""
+    names = {one.removeprefix("--"): one for one in sorted(known) if one.startswith("--")}
+    wanted = flag.lstrip("-")
+    inside = [one for name, one in names.items() if name.rpartition(".")[2] == wanted]
+    section = config_lib.NAMED_BY.get(wanted)
+    if section is not None:
+        inside = [names[f"{wanted}.{section}"], *inside]
+    if inside:
+        return f"Did you mean {' or '.join(inside[:3])}?"
+    for place in (lambda name: name, lambda name: name.rpartition(".")[2]):
+        by_word: dict[str, list[str]] = {}
+        for name, one in names.items():
+            by_word.setdefault(place(name), []).append(one)
+        close = difflib.get_close_matches(wanted.lower(), by_word, n=1, cutoff=0.7)
+        if close:
+            return f"Did you mean {' or '.join(by_word[close[0]][:3])}?"
+    return "See --help for all of them."
 
 
 def _switch(flag: str, switches: Set[str]) -> str:

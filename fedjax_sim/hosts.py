@@ -84,6 +84,33 @@ def first() -> bool:
     return jax.process_index() == 0
 
 
+def check_backend() -> None:
+    """Starts JAX where it has not started yet.
+
+    Raises:
+      UserError: it finds no device of the kind that JAX_PLATFORMS asks for, or jit is switched off.
+    """
+    if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
+        raise UserError(
+            "JAX_DISABLE_JIT",
+            True,
+            "a round is one compiled program, and nothing here runs without compiling",
+            "Unset it. To look into a round use jax.debug.print or jax.debug.callback.",
+        )
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # jax gives an empty AssertionError for cuda
+        wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
+        told = " ".join(str(error).split())
+        raise UserError(
+            "JAX_PLATFORMS",
+            wanted,
+            f"JAX cannot start on it{': ' * bool(told)}{told}",
+            "Install jax for that hardware (jax[cuda12], jax[tpu]) and see that its driver is there, or "
+            "unset JAX_PLATFORMS to take what there is.",
+        ) from None
+
+
 def agreed(action: Callable[[], T]) -> T:
     """What `action` gives, or raises, in the first process: known to all, done there alone.
 
@@ -91,7 +118,9 @@ def agreed(action: Callable[[], T]) -> T:
 
     Raises:
       Elsewhere: one of the others has failed on its way here, in an action of `together`.
+      UserError: JAX cannot start (`check_backend`).
     """
+    check_backend()
     if jax.process_count() == 1:
         return action()
     _meet()
@@ -116,7 +145,9 @@ def together(action: Callable[[], T]) -> T:
 
     Raises:
       Elsewhere: another process has failed.
+      UserError: JAX cannot start (`check_backend`).
     """
+    check_backend()
     if jax.process_count() == 1:
         return action()
     error = value = None

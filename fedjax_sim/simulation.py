@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import cohorts, evaluation, finetuning, initial, models, placement, waves
+from fedjax_sim import cohorts, evaluation, finetuning, hosts, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context, Prolonged
 from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
@@ -135,6 +135,7 @@ def prepare(
       UserError: anything that cannot work, before anything is compiled; with `began`, perhaps later, see
         `fedjax_sim.algorithms.base.Prolonged`.
     """
+    hosts.check_backend()
     check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)

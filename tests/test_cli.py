@@ -102,6 +102,14 @@ def test_help_lists_flags_with_what_they_mean(capsys):
         (["--local.lr", "fast"], "local.lr"),
         (["--rounds", "1.5"], "rounds"),
         (["--local.lr"], "value"),
+        (["--lr", "0.1"], "Did you mean --local.lr?"),
+        (["--momentun=0.9"], "Did you mean --local.momentum?"),
+        (["--model", "lenet"], "Did you mean --model.name?"),
+        (["--data=digits"], "Did you mean --data.source?"),
+        (["--partition", "iid"], "Did you mean --partition.kind?"),
+        (["--batch_size", "3"], "--local.batch-size"),
+        (["--helpp"], "Did you mean --help?"),
+        (["--zzz"], "See --help"),
         (["lonely.yaml"], "no such file"),
         (["--seed", "1", "stray"], "stray"),
         (["--seed", "1:30"], "seed = '1:30'"),
@@ -132,6 +140,14 @@ def test_list_names_everything(capsys):
     from fedjax_sim import data
 
     assert set(cli._PARTITIONS) == set(data.KINDS)
+
+
+def test_a_run_that_keeps_nothing_says_so_before_it_starts(monkeypatch, capsys):
+    begun = []
+    monkeypatch.setattr(runs, "run", lambda config: begun.append(capsys.readouterr().out))
+    monkeypatch.setattr(cli, "_told", lambda run: None)
+    assert cli.main(["run", *TINY]) == 0 and cli.main(["run", *TINY, "--output.dir", "there"]) == 0
+    assert "nothing of this run is kept. Set --output.dir" in begun[0] and begun[1] == ""
 
 
 def test_run_then_resume_then_refuse(tmp_path, capsys):

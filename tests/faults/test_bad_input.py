@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -215,3 +216,26 @@ def test_as_a_user_types_it(tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: local.lr = -1.0: must be a positive, finite number. Give a value above 0.\n"
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["run", "--output.dir", "here"]])
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no\nsuch backend")])
+def test_hardware_that_is_not_there(complaint, monkeypatch, tmp_path, command, error):
+    """JAX_PLATFORMS=cuda gives an AssertionError without a word, other names a RuntimeError."""
+
+    def devices():
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jax.devices", devices)
+    said = complaint(*command)
+    assert "JAX_PLATFORMS" in said and "JAX cannot start on it" in said and "unset JAX_PLATFORMS" in said
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize("command", [["run"], ["plan"], ["run", "--output.dir", "here"]])
+def test_jit_switched_off(complaint, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    with jax.disable_jit():
+        said = complaint(*command)
+    assert "JAX_DISABLE_JIT = True" in said and "Unset it" in said and not (tmp_path / "here").exists()
