@@ -388,7 +388,9 @@ class ExecutionConfig:
     Attributes:
       devices: how many to use; None uses all.
       wave: clients trained side by side on one device (`vmap`); None takes the backend's measured default.
-      conv: spelling of the convolution, see `fedjax_sim.models.conv`; `auto` takes the measured default.
+      conv: spelling of the convolution, see `fedjax_sim.models.conv`; `auto` takes the measured default, of
+        those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and rounds ten
+        times as coarsely: a loss may move in its fourth digit.
       donate: let a round overwrite the state that it came from.
     """
 

@@ -12,9 +12,15 @@ four ways, with equal results up to float rounding:
 - `patches`: a matrix product over the patches that tiles of outputs read. Stacked kernels under `vmap`
   become a batched product.
 - `winograd`: a fraction of the multiplications (a quarter, for 3×3 and tiles of 4×4), for square kernels of
-  3 and 5, stride 1 and float32; others are spelled canonically. Rounds ten times as coarsely. Layers of few
-  features take it along the width only, and patches along the height.
-- `auto`: for each layer the fastest of the last three, by what was measured on a CPU.
+  3 and 5, stride 1 and float32; others are spelled canonically. Layers of few features take it along the
+  width only, and patches along the height. Rounds ten times as coarsely: a forward pass is off by up to 3e-6
+  of its size (root mean squares) where the others are by 2e-7. That is enough for some maxima of pooling and
+  some ReLUs to be taken elsewhere, and such a one moves a gradient by a hundredth: two rounds of the McMahan
+  CNN end at a loss that is off in the fourth digit. So it is taken only where it is asked for, and never by
+  default. Without it a round takes 1.18 (McMahan CNN), 1.56 (FEMNIST CNN), 1.12 (LIPS's ResNet-8), 1.04
+  (LeNet), 1.03 (ResNet-20) and 0.94 (VGG-16-BN) of the time; medians of 7 to 9 rounds in turn on two cores,
+  the machine not quite idle.
+- `auto`: for each layer the faster of `canonical` and `patches`, by what was measured on a CPU.
 
 `conv_relu_pool` fuses convolution, bias, ReLU and 2×2 max pooling, so that over tiles neither the
 unpooled outputs nor their gradients are ever brought back into image layout.
@@ -297,8 +303,8 @@ def _way(spelling: str, x, kernel, g: Geometry, pooled: bool = False) -> tiles.W
     if g.groups != 1 or g.dilation != (1, 1) or min(min(p) for p in g.padding) < 0:
         return None
     shapes = x.shape, kernel.shape
-    tile = winograd_tile(*shapes, g) if x.dtype == jnp.float32 else None
-    if spelling == "winograd" or (spelling == "auto" and tile and _winograd_pays(*shapes, g)):
+    if spelling == "winograd":
+        tile = winograd_tile(*shapes, g) if x.dtype == jnp.float32 else None
         narrow = min(kernel.shape[2:]) < _WIDE
         return (tiles.Strips if narrow else tiles.Winograd)(g, tile) if tile else None
     if spelling == "patches" or _patches_pay(*shapes, g):
@@ -322,12 +328,6 @@ def winograd_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry
 
 _WIDE = 16
 """Features from which on both sides Winograd's products are wide enough in two dimensions; else in one."""
-
-
-def _winograd_pays(shape, kernel_shape, g: Geometry) -> bool:
-    """As measured by scripts/benchmark/conv.py on a CPU; in one dimension it is for large kernels only."""
-    side, _, channels, features = kernel_shape
-    return min(channels, features) >= _WIDE or (side == 5 and 3 <= channels <= 8)
 
 
 def best_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry, even: bool = False) -> Tile:

@@ -7,10 +7,16 @@ import os
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fedjax_sim import models, placement
+from fedjax_sim.config import ExecutionConfig
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("common", "measure", "machine", "envs", "peak", "plan", "report", "run")
@@ -120,6 +126,52 @@ def test_channels_first_weights_are_the_same_function(name):
                 features.reshape(-1) @ ours, theirs @ features.transpose(2, 0, 1).reshape(-1), rtol=1e-9
             )
             depth = 1
+
+
+def _plain_cnn(params, x):
+    """The McMahan CNN by JAX's and Flax's own functions, in the type of its arguments."""
+    for name in ("conv1", "conv2"):
+        kernel, bias = params[name]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        x = nn.max_pool(nn.relu(x + bias[None, None, None]), (2, 2), (2, 2))
+    hidden = nn.relu(x.reshape(len(x), -1) @ params["fc1"][0] + params["fc1"][1][None])
+    return hidden @ params["fc2"][0] + params["fc2"][1][None]
+
+
+def _losses(apply, params, workload, steps=4):
+    """The loss before each of some full-batch steps of one client, and on held-out samples at the end."""
+    images, labels = common.client_data(workload, 0)
+    dtype = jax.tree.leaves(params)[0].dtype
+    x, held = (jnp.asarray(a, dtype) for a in (common.decode(images), common.held_out(workload)[0][:64]))
+
+    def loss(params, x, labels):
+        picked = jnp.take_along_axis(jax.nn.log_softmax(apply(params, x)), jnp.asarray(labels)[:, None], 1)
+        return -picked.mean()
+
+    step, rate, out = jax.jit(jax.value_and_grad(loss)), np.asarray(workload.learning_rate, dtype), []
+    for _ in range(steps):
+        value, gradient = step(params, x, labels)
+        params = jax.tree.map(lambda a, g: a - rate * g, params, gradient)
+        out.append(float(value))
+    return [*out, float(step(params, held, common.held_out(workload)[1][:64])[0])]
+
+
+def test_our_default_ends_the_check_of_the_cnn_where_float64_does():
+    """To 1e-5. Winograd's rounding let pooling take other maxima, and moved the loss in the fourth digit."""
+    workload = common.CHECKS["check-mcmahan"]
+    weights, zoo = common.initial_weights(workload), models.create("mcmahan", workload.shape, 10)
+    model = zoo.spelled(placement.speed_defaults(ExecutionConfig(), zoo, workload.cohort, 2)[1])
+
+    def ours(params, x):
+        named = {name: {"kernel": w, "bias": b} for name, (w, b) in params.items()}
+        return model.apply({"params": named}, x)[0]
+
+    found = _losses(ours, jax.tree.map(jnp.asarray, weights), workload)
+    with jax.enable_x64(True):
+        exact = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), weights)
+        wanted = _losses(_plain_cnn, exact, workload)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_checks_leave_nothing_to_chance():
