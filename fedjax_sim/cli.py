@@ -399,6 +399,8 @@ def _list(words: list[str]) -> int:
     for name in data.names():
         about = data.PRESETS[name].origin if name in data.PRESETS else _SOURCES.get(name, "")
         print(f"  {name:18} {about}")
+    for scheme, about in data.SCHEMES.items():
+        print(f"  {scheme + ':PATH' if scheme != 'tfds' else 'tfds:NAME':18} {about}")
     print("\npartitions (--partition.kind NAME)")
     for name in data.KINDS:
         print(f"  {name:18} {_PARTITIONS.get(name, '')}")

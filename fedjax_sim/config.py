@@ -44,7 +44,7 @@ class DataConfig:
 
     Attributes:
       source: `digits`, `digits-domains`, a preset (`fedjax-sim list`), `tfds:NAME`, `npz:PATH`,
-        `folder:PATH`, or `module:function` of one's own, whose value is a `Dataset`.
+        `folder:PATH`, `idx:PATH`, or `module:function` of one's own, whose value is a `Dataset`.
       data_dir: where presets look for their files; default $FEDJAX_SIM_DATA, then ~/fedjax_sim_data.
       options: arguments of one's own function (`{side: 28}`).
     """

@@ -1,7 +1,7 @@
 """Prepares a tensorflow-datasets set so that fedjax_sim reads it without TensorFlow.
 
-    pip install 'fedjax-sim[prepare]'
-    python scripts/prepare_tfds.py cifar10 --data-dir ~/fedjax_sim_data
+    .venv/bin/pip install -e '.[prepare]'
+    .venv/bin/python scripts/prepare_tfds.py cifar10 --data-dir ~/fedjax_sim_data
 
 Downloads, and writes array_record files. TensorFlow is needed here and nowhere else: the folder can
 be carried to machines that have none. `NAME/CONFIG` picks one configuration (`emnist/byclass`).
@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         import tensorflow  # noqa: F401  # pyright: ignore[reportMissingImports, reportMissingModuleSource]
         import tensorflow_datasets as tfds
     except ImportError as e:
-        print(f"{e.name} is missing. pip install 'fedjax-sim[prepare]'", file=sys.stderr)
+        fix = "In the clone of the repository: .venv/bin/pip install -e '.[prepare]'"
+        print(f"{e.name} is missing. {fix}", file=sys.stderr)
         return 2
     from pathlib import Path
 

@@ -135,7 +135,15 @@ def test_whole_numbers_in_other_spellings(typed, seed):
 def test_list_names_everything(capsys):
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
-    for told in (*algorithms.CONFIGS, "first-stage 0", "resnet20", "cifar10", "digits", "dirichlet-classes"):
+    for told in (
+        *algorithms.CONFIGS,
+        "first-stage 0",
+        "resnet20",
+        "cifar10",
+        "digits",
+        "dirichlet-classes",
+        "idx:PATH",
+    ):
         assert told in text
     from fedjax_sim import data
 

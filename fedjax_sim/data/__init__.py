@@ -9,11 +9,12 @@ from fedjax_sim.data.partitions import partition
 from fedjax_sim.data.population import Population
 from fedjax_sim.data.preprocessing import Preprocessing, augment, normalise
 from fedjax_sim.data.presets import PRESETS
-from fedjax_sim.data.sources import default_data_dir, load, names
+from fedjax_sim.data.sources import SCHEMES, default_data_dir, load, names
 
 __all__ = [
     "KINDS",
     "PRESETS",
+    "SCHEMES",
     "Dataset",
     "Partition",
     "PartitionConfig",

@@ -1,4 +1,4 @@
-"""Image sets as folders of image files, read with Pillow.
+"""Image sets as folders of image files; `fedjax_sim.data.pictures` reads those.
 
 Layouts, where `class` (and `domain`) are folder names in alphabetical order:
 
@@ -6,20 +6,35 @@ Layouts, where `class` (and `domain`) are folder names in alphabetical order:
 - `train/class/file` with `test/…` or `val/…`, also with a domain between: split as it lies;
 - `domain/class/file` beside `DOMAIN_train.txt` and `DOMAIN_test.txt` (DomainNet's own lists);
 - Tiny-ImageNet as it is published (`val/val_annotations.txt`; a level `images` is skipped).
+
+Links are followed, to files and to folders. What is hidden (`.ipynb_checkpoints`, `._0.png`) and what
+systems leave behind (`__MACOSX`) is passed over.
 """
 
+import functools
+import os
+import warnings
 import zlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
 from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.pictures import EXTENSIONS, decode
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
 from fedjax_sim.paths import local
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 _PARTS = ("train", "test", "val", "validation")
+_LEFT_BEHIND = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
 _Item = tuple[Path, str, str]  # file, domain ("" where there is none), class
 
 
@@ -28,7 +43,7 @@ def read_folder(
     *,
     name: str = "",
     size: tuple[int, int] | None = None,
-    classes: tuple[str, ...] = (),
+    classes: tuple[str, ...] | str = (),
     test_share: float = 0.2,
     preprocessing: Preprocessing | None = None,
     origin: str = "",
@@ -40,7 +55,8 @@ def read_folder(
       path: the folder.
       name: for records; the folder's name if empty.
       size: (H, W) to resize to; None where all images have one size already.
-      classes: which classes to keep, and their order; all if empty.
+      classes: which classes to keep, and their order; all if empty. As a text, with + between them: cut so
+        that names of classes come out, which may hold a + themselves (`c++`).
       test_share: of each class and domain, where the folder is not split.
       preprocessing: mean and std 0.5 if None.
       origin: see `Dataset`.
@@ -56,7 +72,10 @@ def read_folder(
     if not 0 < test_share < 1:
         raise UserError("data.test_share", test_share, "not between 0 and 1", "0.2 is usual.")
     train, test = _split_lists(root, test_share)
-    names = classes or tuple(sorted({c for _, _, c in train}))
+    known = {c for _, _, c in train}
+    if isinstance(classes, str):
+        classes = _cut(classes, known)
+    names = classes or tuple(sorted(known))
     missing = [c for c in names if not any(c == item[2] for item in train)]
     if missing:
         why = f"no training images of {', '.join(missing[:5])}"
@@ -68,7 +87,7 @@ def read_folder(
         why = f"test classes that are not in train: {', '.join(unknown[:5])}" if unknown else "no test images"
         raise UserError("data.source", f"folder:{root}", why, "Train and test need the same class folders.")
     domains = sorted({d for _, d, _ in train + test} - {""})
-    images = _decode([file for file, _, _ in train + test], size, root)
+    images = decode([file for file, _, _ in train + test], size, root)
     labels = np.array([names.index(c) for _, _, c in train + test], np.int32)
     ids = np.array([domains.index(d) for _, d, _ in train + test], np.int32) if domains else None
     cut = len(train)
@@ -90,11 +109,14 @@ def read_folder(
 
 
 def _split_lists(root: Path, test_share: float) -> tuple[list[_Item], list[_Item]]:
-    folders = {p.name for p in root.iterdir() if p.is_dir()}
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not _passed_over(p.name)}
     annotations = root / "val" / "val_annotations.txt"
     held_out = next((p for p in ("test", "val", "validation") if p in folders), None)
     if annotations.is_file():
         rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+        if any(len(row) < 2 for row in rows):
+            why = f"{annotations.relative_to(root)} has a line without a file, a tab and a class"
+            raise UserError("data.source", f"folder:{root}", why, "Unpack the set again.")
         return _items(root / "train"), [(root / "val" / "images" / row[0], "", row[1]) for row in rows]
     if "train" in folders and held_out:
         return _items(root / "train"), _items(root / held_out)
@@ -112,16 +134,21 @@ def _split_lists(root: Path, test_share: float) -> tuple[list[_Item], list[_Item
 def _items(root: Path) -> list[_Item]:
     """All images below `root`, in alphabetical order of their paths."""
     items: list[_Item] = []
-    for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).as_posix()):
+    files, bare = _walk(root, root, ())
+    for file in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
         parts = [p for p in file.relative_to(root).parts[:-1] if p != "images"]
-        if file.suffix.lower() not in EXTENSIONS or not file.is_file() or file.name.startswith("."):
-            continue
         if len(parts) not in (1, 2):
             why = f"{file.relative_to(root)} lies neither at class/file nor at domain/class/file"
             raise UserError(
                 "data.source", f"folder:{root}", why, "Sort the images into one folder for each class."
             )
         items.append((file, parts[0] if len(parts) == 2 else "", parts[-1]))
+    if items and bare:
+        told = ", ".join(str(p.relative_to(root)) for p in bare[:5]) + (" …" if len(bare) > 5 else "")
+        warnings.warn(
+            f"folder:{root}: no images ({', '.join(EXTENSIONS)}) in {told}: no class is made of it",
+            stacklevel=5,
+        )
     if not items:
         why = f"no images ({', '.join(EXTENSIONS)}) in it"
         raise UserError(
@@ -131,6 +158,63 @@ def _items(root: Path) -> list[_Item]:
         why = "some images lie at class/file and some at domain/class/file"
         raise UserError("data.source", f"folder:{root}", why, "Use one layout throughout.")
     return items
+
+
+def _walk(folder: Path, root: Path, above: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
+    """Image files below `folder`, through links as well, and the folders that hold none.
+
+    Args:
+      folder: where to look.
+      root: for messages.
+      above: the real paths of the folders that were come through.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        why = f"{folder.relative_to(root)} is a link to a folder in which it lies"
+        raise UserError("data.source", f"folder:{root}", why, "Remove that link.")
+    try:
+        entries = sorted(os.scandir(folder), key=lambda e: e.name)
+    except OSError as e:
+        why = f"{folder.relative_to(root)} cannot be read ({e.strerror or e})"
+        raise UserError("data.source", f"folder:{root}", why, "Look at its permissions.") from e
+    files: list[Path] = []
+    bare: list[Path] = []
+    for entry in entries:
+        path = folder / entry.name
+        if _passed_over(entry.name):
+            continue
+        if path.is_dir():
+            inner, empty = _walk(path, root, (*above, real))
+            files += inner
+            bare += empty if inner else [path]
+        elif path.suffix.lower() in EXTENSIONS and path.is_file():
+            files.append(path)
+        elif entry.is_symlink() and not path.exists() and path.suffix.lower() in (*EXTENSIONS, ""):
+            why = f"{path.relative_to(root)} is a link to nothing ({os.readlink(path)})"
+            raise UserError("data.source", f"folder:{root}", why, "Mend or remove that link.")
+    return files, bare
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name in _LEFT_BEHIND
+
+
+def _cut(text: str, known: Collection[str]) -> tuple[str, ...]:
+    """`cat+c+++dog` -> ("cat", "c++", "dog"), if these are known; else cut at every +."""
+    pieces = text.split("+")
+
+    @functools.cache
+    def rest(start: int) -> tuple[str, ...] | None:
+        if start == len(pieces):
+            return ()
+        for end in range(len(pieces), start, -1):
+            name = "+".join(pieces[start:end])
+            others = rest(end) if name in known else None
+            if others is not None:
+                return (name, *others)
+        return None
+
+    return rest(0) or tuple(p for p in pieces if p)
 
 
 def _listed(root: Path, name: str) -> list[_Item]:
@@ -160,32 +244,3 @@ def _split_by_seed(items: list[_Item], root: Path, share: float) -> tuple[list[_
         test += [item for i, item in enumerate(group) if i in chosen]
         train += [item for i, item in enumerate(group) if i not in chosen]
     return train, test
-
-
-def _decode(files: list[Path], size: tuple[int, int] | None, root: Path) -> np.ndarray:
-    """u8[n, H, W, 1 or 3]: grey if every file is grey."""
-    try:
-        from PIL import Image
-    except ImportError as e:
-        raise UserError(
-            "data.source", f"folder:{root}", "reading images needs Pillow", "pip install pillow"
-        ) from e
-    arrays, shape = [], None
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-                if size:
-                    image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-                pixels = np.asarray(image, np.uint8)
-        except (OSError, ValueError, SyntaxError) as e:
-            why = f"{file.relative_to(root)} cannot be read as an image ({e})"
-            raise UserError("data.source", f"folder:{root}", why, "Replace or remove that file.") from e
-        if shape is not None and pixels.shape[:2] != shape:
-            why = f"{file.relative_to(root)} has the size {pixels.shape[:2]}, those before it {shape}"
-            raise UserError("data.source", f"folder:{root}", why, f"Say a size: folder:{root}#size=64")
-        shape = pixels.shape[:2]
-        arrays.append(pixels)
-    if any(a.ndim == 3 for a in arrays):
-        return np.stack([a if a.ndim == 3 else np.repeat(a[..., None], 3, -1) for a in arrays])
-    return np.stack(arrays)[..., None]

@@ -34,6 +34,12 @@ def resize(images: np.ndarray, size: tuple[int, int], *, chunk: int = 4096) -> n
     return out
 
 
+def on_white(images: np.ndarray) -> np.ndarray:
+    """u8[..., C + 1], alpha in the last channel -> u8[..., C]: what is seen of it on white paper."""
+    colour, alpha = images[..., :-1].astype(np.uint32), images[..., -1:].astype(np.uint32)
+    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
     """u8[n, H, W, 1 or channels] -> u8[n, H, W, channels]; grey images are repeated.
 

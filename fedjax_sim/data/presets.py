@@ -28,6 +28,7 @@ class Preset:
       tfds: its name in tensorflow-datasets, or "".
       tfds_label: the feature with the labels there.
       npz_labels: which labels of the file: "" or "coarse".
+      idx: whether it is published as idx files as well, which `idx:FOLDER` reads.
       transpose: whether tensorflow-datasets stores it with height and width swapped.
       folder: names of image folders that are looked for.
       size: (H, W) to resize to, where images differ or the papers do so.
@@ -45,6 +46,7 @@ class Preset:
     tfds: str = ""
     tfds_label: str = "label"
     npz_labels: str = ""
+    idx: bool = False
     transpose: bool = False
     folder: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
@@ -131,15 +133,29 @@ PRESETS = MappingProxyType(
             "EMNIST by class (Cohen et al., 2017); black background, no writer ids",
             "NIST SD 19 is a work of the United States government",
             tfds="emnist/byclass",
+            idx=True,
             transpose=True,
             class_names=_BYCLASS,
             why="our choice; what FedMR's FEMNIST becomes after its inversion",
         ),
         "fashion_mnist": Preset(
-            ("fashion_mnist",), 10, _HALF, "Fashion-MNIST (Xiao et al., 2017)", "MIT", tfds="fashion_mnist"
+            ("fashion_mnist",),
+            10,
+            _HALF,
+            "Fashion-MNIST (Xiao et al., 2017)",
+            "MIT",
+            tfds="fashion_mnist",
+            idx=True,
         ),
         "mnist": Preset(
-            ("mnist",), 10, _HALF, "MNIST (LeCun et al., 1998)", _UNKNOWN, tfds="mnist", class_names=_DIGITS
+            ("mnist",),
+            10,
+            _HALF,
+            "MNIST (LeCun et al., 1998)",
+            _UNKNOWN,
+            tfds="mnist",
+            class_names=_DIGITS,
+            idx=True,
         ),
         "svhn_cropped": Preset(
             ("svhn_cropped", "svhn"),

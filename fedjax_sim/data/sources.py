@@ -2,7 +2,8 @@
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from fedjax_sim import imports
 from fedjax_sim.data import digits
 from fedjax_sim.data.dataset import Dataset, union
 from fedjax_sim.data.folders import read_folder
+from fedjax_sim.data.idx import read_idx
 from fedjax_sim.data.npz import read_npz
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.data.presets import PRESETS, Preset
@@ -19,7 +21,13 @@ from fedjax_sim.paths import local
 
 ENVIRONMENT = "FEDJAX_SIM_DATA"
 EMBEDDED = ("digits", "digits-domains")
-SCHEMES = ("npz", "folder", "tfds")
+SCHEMES = {
+    "npz": "NumPy arrays in one file; npz:PATH#coarse for other labels",
+    "folder": "folders of pictures, one for each class; #size=64, #classes=cat+dog, #test=0.25",
+    "idx": "a folder with the four idx files of MNIST, Fashion-MNIST, EMNIST …; idx:PATH#letters",
+    "tfds": "a prepared tensorflow-datasets set; #coarse_label, #size=64",
+}
+"""The words before a colon, and what follows them."""
 
 
 def load(
@@ -42,9 +50,13 @@ def load(
         - `npz:PATH` or `npz:PATH#coarse` (the labels `train_coarse_labels`);
         - `folder:PATH`, with `#size=64` or `#size=48x64` (height x width), `#classes=cat+dog`, `#test=0.25`,
           several joined by commas;
+        - `idx:PATH`, a folder with the four files of MNIST and its kin, or `idx:PATH#letters` (which of
+          several sets in it; see `fedjax_sim.data.idx`);
         - `tfds:NAME`, `tfds:NAME/CONFIG`, with `#coarse_label` and `#size=64`;
         - `module:function`, one's own, whose value is a `Dataset`; the module lies in the working directory
           or is installed.
+
+        A path may hold a # (`folder:c#/set#size=64`): the longest one that exists as it stands is taken.
       data_dir: where presets and prepared sets lie; the environment variable FEDJAX_SIM_DATA if
         None, and `~/fedjax_sim_data` where that is not set.
       preprocessing: instead of the preset's, or of mean and std 0.5.
@@ -78,26 +90,7 @@ def load(
     place = default_data_dir(data_dir)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SCHEMES:
-        path, _, fragment = rest.partition("#")
-        if not path:
-            raise UserError("data.source", source, "nothing after the colon", f"Write {scheme}:PATH.")
-        word, options = _options(fragment, source)
-        shape = _size(options.pop("size")) if "size" in options else shape
-        if scheme == "folder" and not word:
-            classes = tuple(c for c in options.pop("classes", "").split("+") if c)
-            share = _share(options.pop("test", "0.2"), source)
-            if not options:
-                return read_folder(
-                    path, size=shape, classes=classes, test_share=share, preprocessing=preprocessing
-                )
-        if scheme == "tfds" and not options:
-            return read_tfds(path, place, label=word or "label", size=shape, preprocessing=preprocessing)
-        if scheme == "npz" and not options and shape is None:
-            return read_npz(path, labels=word, preprocessing=preprocessing)
-        why = f"{fragment or 'size'!r} is not an option of {scheme}"
-        raise UserError(
-            "data.source", source, why, "npz:PATH#coarse, folder:PATH#size=64, tfds:NAME#coarse_label."
-        )
+        return _of_scheme(scheme, rest, source, place, shape, preprocessing)
     if source in EMBEDDED:
         if shape is not None:
             raise UserError("data.size", size, f"{source} has one size only", "Leave `size` out.")
@@ -106,8 +99,57 @@ def load(
         return load_preset(source, place, preprocessing, shape)
     near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
     why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
-    ways = "npz:PATH, folder:PATH, tfds:NAME, module:function"
+    ways = "npz:PATH, folder:PATH, idx:PATH, tfds:NAME, module:function"
     raise UserError("data.source", source, why, f"Known: {', '.join(names())}; or {ways}.")
+
+
+def _of_scheme(
+    scheme: str,
+    rest: str,
+    source: str,
+    place: Path,
+    shape: tuple[int, int] | None,
+    preprocessing: Preprocessing | None,
+) -> Dataset:
+    """What `scheme:rest` names."""
+    path, fragment = rest.split("#", 1) if scheme == "tfds" and "#" in rest else _path_first(rest)
+    if not path:
+        raise UserError("data.source", source, "nothing after the colon", f"Write {scheme}:PATH.")
+    # A comma inside a class's name is none between options.
+    parts = re.split(r",(?=(?:size|classes|test)=)" if scheme == "folder" else ",", fragment)
+    word, options = _options(parts, source)
+    if "size" in options:
+        shape = _size(options.pop("size"))
+    if scheme == "folder" and not word:
+        classes = options.pop("classes", "")
+        share = _share(options.pop("test", "0.2"), source)
+        if not options:
+            return read_folder(
+                path, size=shape, classes=classes, test_share=share, preprocessing=preprocessing
+            )
+    if scheme == "tfds" and not options:
+        return read_tfds(path, place, label=word or "label", size=shape, preprocessing=preprocessing)
+    if scheme == "npz" and not options and shape is None:
+        return read_npz(path, labels=word, preprocessing=preprocessing)
+    if scheme == "idx" and not options and shape is None:
+        return read_idx(path, member=word, preprocessing=preprocessing)
+    why = f"{fragment or 'size'!r} is not an option of {scheme}"
+    fix = "npz:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label."
+    raise UserError("data.source", source, why, fix)
+
+
+def _path_first(rest: str) -> tuple[str, str]:
+    """`c#/set#size=4` -> ("c#/set", "size=4"): the longest path that exists goes first.
+
+    Where none exists, what follows the last # is options unless it goes on like a path.
+    """
+    places = [i for i, letter in enumerate(rest) if letter == "#"]
+    for end in (len(rest), *reversed(places)):
+        if end and os.path.exists(os.path.expanduser(rest[:end])):
+            return rest[:end], rest[end + 1 :]
+    if not places or "/" in rest[places[-1] :]:
+        return rest, ""
+    return rest[: places[-1]], rest[places[-1] + 1 :]
 
 
 def _own(source: str, options: Mapping[str, Any]) -> Dataset:
@@ -178,6 +220,8 @@ def how_to_get(name: str, data_dir: Path) -> str:
     ways = [f"put the arrays into {data_dir / (preset.npz[0] + '.npz')} (train_images, train_labels, test_…)"]
     if preset.folder:
         ways.append(f"unpack its image folders into {data_dir / preset.folder[0]}")
+    if preset.idx:
+        ways.append(f"name the folder with its idx files instead of {name}: idx:FOLDER")
     if preset.tfds:
         ways.append(how_to_prepare(preset.tfds, data_dir))
     return "Either " + "; or ".join(ways) + ". Another place: data_dir=, or the variable FEDJAX_SIM_DATA."
@@ -208,10 +252,10 @@ def default_data_dir(data_dir: str | Path | None = None) -> Path:
     return local(os.environ.get(ENVIRONMENT) or "~/fedjax_sim_data", ENVIRONMENT)
 
 
-def _options(fragment: str, source: str) -> tuple[str, dict[str, str]]:
-    """`coarse` -> ("coarse", {}); `size=64,classes=a+b` -> ("", {...})."""
+def _options(parts: Iterable[str], source: str) -> tuple[str, dict[str, str]]:
+    """`coarse` -> ("coarse", {}); `size=64`, `classes=a+b` -> ("", {...})."""
     word, options = "", {}
-    for part in filter(None, fragment.split(",")):
+    for part in filter(None, parts):
         key, equals, value = part.partition("=")
         if equals and key not in options:
             options[key] = value

@@ -10,16 +10,20 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.images import on_white
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.errors import UserError
 from fedjax_sim.paths import local
+
+PREPARE = ".venv/bin/pip install -e '.[prepare]'"
+"""What installs TensorFlow, in the folder of a clone: the package is on no index."""
 
 
 def how_to_prepare(name: str, data_dir: str | Path) -> str:
     """The commands that prepare a set; the first one needs a machine where TensorFlow installs."""
     return (
-        "Preparing needs TensorFlow once (reading does not): pip install 'fedjax-sim[prepare]', then "
-        f"python scripts/prepare_tfds.py {name} --data-dir {data_dir}"
+        "Preparing needs TensorFlow once (reading does not), in a clone of this repository: "
+        f"{PREPARE}, then .venv/bin/python scripts/prepare_tfds.py {name} --data-dir {data_dir}"
     )
 
 
@@ -128,7 +132,7 @@ def _decode(
     labels = np.empty(len(rows), np.int32)
     images = None
     for i, row in enumerate(rows):
-        pixels = np.asarray(row["image"], np.uint8)
+        pixels = _eight_bits(np.asarray(row["image"]), source)
         if size and pixels.shape[:2] != tuple(size):
             pixels = _resize(pixels, size)
         pixels = pixels.swapaxes(0, 1) if transpose else pixels
@@ -141,6 +145,16 @@ def _decode(
     if images is None:
         raise UserError("data.source", source, f"{split} is empty", "Prepare the set again.")
     return images, labels
+
+
+def _eight_bits(pixels: np.ndarray, source: str) -> np.ndarray:
+    """u8[H, W, C] by the rules of `fedjax_sim.data.pictures`: v >> 8 of 16 bits, alpha on white."""
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        why = f"its images are {pixels.dtype}, and nothing says what is white"
+        raise UserError("data.source", source, why, "Use a set of 8-bit or 16-bit pictures.")
+    return on_white(pixels) if pixels.ndim == 3 and pixels.shape[-1] in (2, 4) else pixels
 
 
 def _resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

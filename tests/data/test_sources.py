@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedjax_sim.data import PRESETS, PartitionConfig, Preprocessing, load, names, partition
+from fedjax_sim.data import PRESETS, PartitionConfig, Preprocessing, load, names, partition, tfds_sets
 from fedjax_sim.data.digits import DOMAINS
 from fedjax_sim.errors import UserError
 
@@ -179,6 +179,147 @@ def test_folder_as_tiny_imagenet_is_published(tmp_path):
     assert d.class_names == ("n01", "n02") and d.test_labels.tolist() == [1, 0] and len(d.train_labels) == 6
 
 
+def one_picture(folder, image, suffix="png", **options):
+    """What a set of copies of this picture holds: u8[H, W, C]."""
+    for i in range(4):
+        path = folder / f"{'ab'[i % 2]}" / f"{i}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    return load(f"folder:{folder}").train_images[0]
+
+
+def test_sixteen_bits_lose_the_low_byte(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    ramp = (np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)  # 0 .. 65,520
+    for suffix in ("png", "tif", "ppm"):
+        got = one_picture(tmp_path / suffix, image.fromarray(ramp), suffix)
+        np.testing.assert_array_equal(got, (ramp >> 8)[..., None])
+    big_endian = image.frombytes("I;16B", (8, 8), ramp.astype(">u2").tobytes())
+    np.testing.assert_array_equal(one_picture(tmp_path / "b", big_endian, "tif"), (ramp >> 8)[..., None])
+    seen = one_picture(tmp_path / "t", image.fromarray(ramp), transparency=1040)
+    assert seen[0, 1, 0] == 255 and seen[0, 2, 0] == 2080 >> 8
+    for name, dtype in (("i", np.int32), ("f", np.float32)):
+        with pytest.raises(UserError, match=r"\.tif has 32 bits a pixel \(mode '[IF]'\)"):
+            one_picture(tmp_path / name, image.fromarray(ramp.astype(dtype)), "tif")
+    np.testing.assert_array_equal(
+        tfds_sets._eight_bits(ramp[..., None], "tfds:x"), (ramp >> 8).astype(np.uint8)[..., None]
+    )
+    with pytest.raises(UserError, match="its images are float32"):
+        tfds_sets._eight_bits(ramp.astype(np.float32), "tfds:x")
+
+
+def test_transparent_pictures_lie_on_white(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    alpha = np.array([[0, 51], [204, 255]], np.uint8)
+    red = np.stack([np.full_like(alpha, 200), np.zeros_like(alpha), np.zeros_like(alpha), alpha], -1)
+    share = alpha[..., None] / 255
+    wanted = np.floor(np.array([200, 0, 0]) * share + 255 * (1 - share) + 0.5)
+    np.testing.assert_array_equal(one_picture(tmp_path / "rgba", image.fromarray(red)), wanted)
+    np.testing.assert_array_equal(tfds_sets._eight_bits(red, "tfds:x"), wanted)
+    grey = image.fromarray(np.ascontiguousarray(red[..., [1, 3]]))
+    np.testing.assert_array_equal(one_picture(tmp_path / "la", grey)[..., 0], 255 - alpha)
+    palette = image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((0, 0), 0)
+    seen = one_picture(tmp_path / "p", palette, transparency=0)
+    assert seen[0, 0].tolist() == [255] * 3 and seen[1, 1].tolist() == [10, 20, 30]
+    dark = image.new("L", (2, 2), 7)
+    dark.putpixel((0, 0), 9)
+    assert one_picture(tmp_path / "l", dark, transparency=9)[..., 0].tolist() == [[255, 7], [7, 7]]
+
+
+def test_pictures_of_other_kinds_become_grey_or_rgb(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    assert set(one_picture(tmp_path / "1", image.new("1", (2, 2), 1)).ravel()) == {255}
+    cmyk = one_picture(tmp_path / "cmyk", image.new("CMYK", (2, 2), (0, 255, 255, 0)), "tif")
+    assert cmyk[0, 0].tolist() == [255, 0, 0]
+
+
+def test_hidden_folders_and_what_systems_leave_make_no_class(tmp_path):
+    for base in (tmp_path / "one", tmp_path / "two" / "art"):
+        for c in ("cat", "dog", ".ipynb_checkpoints", "__MACOSX"):
+            for i in range(2):
+                paint(base / c / f"{i}.png")
+        paint(base / "cat" / "._0.png")
+        (base / "cat" / "Thumbs.db").write_bytes(b"no picture")
+    for i in range(2):
+        paint(tmp_path / "two" / ".ipynb_checkpoints" / "cat" / f"{i}.png")
+        paint(tmp_path / "two" / "__MACOSX" / "art" / "cat" / f"{i}.png")
+    one, two = load(f"folder:{tmp_path}/one"), load(f"folder:{tmp_path}/two")
+    assert (one.class_names, one.domain_names) == (("cat", "dog"), ())
+    assert (two.class_names, two.domain_names) == (("cat", "dog"), ("art",))
+    assert len(one.train_labels) + len(one.test_labels) == 4
+    (tmp_path / "one" / "notes").mkdir()
+    with pytest.warns(UserWarning, match="no images .* in notes: no class is made of it"):
+        assert load(f"folder:{tmp_path}/one").class_names == ("cat", "dog")
+    # DomainNet's lists: a hidden folder beside the domains has none, and needs none.
+    for part, i in (("train", 0), ("test", 1)):
+        lines = "".join(f"art/{c}/{i}.png {n}\n" for n, c in enumerate(("cat", "dog")))
+        (tmp_path / "two" / f"art_{part}.txt").write_text(lines)
+    assert len(load(f"folder:{tmp_path}/two").train_labels) == 2
+
+
+def test_links_are_followed_and_broken_ones_told(tmp_path):
+    for c in ("bird", "fox"):
+        for i in range(2):
+            paint(tmp_path / "store" / c / f"{i}.png")
+    (tmp_path / "set").mkdir()
+    for c in ("bird", "fox"):
+        (tmp_path / "set" / c).symlink_to(tmp_path / "store" / c)
+    paint(tmp_path / "set" / "ant" / "0.png")
+    (tmp_path / "set" / "ant" / "1.png").symlink_to(tmp_path / "store" / "fox" / "1.png")
+    assert load(f"folder:{tmp_path}/set").class_names == ("ant", "bird", "fox")
+    (tmp_path / "domains").mkdir()
+    for domain in ("art", "photo"):
+        (tmp_path / "domains" / domain).symlink_to("../store")
+    assert load(f"folder:{tmp_path}/domains").domain_names == ("art", "photo")
+    (tmp_path / "set" / "gone").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"gone is a link to nothing \(nowhere\)"):
+        load(f"folder:{tmp_path}/set")
+    (tmp_path / "set" / "gone").unlink()
+    (tmp_path / "set" / "self").symlink_to("self")
+    with pytest.raises(UserError, match="self is a link to nothing"):
+        load(f"folder:{tmp_path}/set")
+    (tmp_path / "set" / "self").unlink()
+    for ring in (("store", "fox", "round", ".."), ("store", "fox", "round", "../../set")):
+        link = tmp_path.joinpath(*ring[:-1])
+        link.symlink_to(ring[-1])
+        with pytest.raises(UserError, match="is a link to a folder in which it lies"):
+            load(f"folder:{tmp_path}/{'set' if 'set' in ring[-1] else 'store'}")
+        link.unlink()
+
+
+def test_a_path_that_exists_goes_first(tmp_path):
+    for c in ("c#", "c++", "a, b", "cat"):
+        for i in range(2):
+            paint(tmp_path / "c#" / "set#1" / c / f"{i}.png", size=(4, 4))
+    d = load(f"folder:{tmp_path}/c#/set#1")
+    assert d.class_names == ("a, b", "c#", "c++", "cat") and d.name == "set#1"
+    d = load(f"folder:{tmp_path}/c#/set#1#size=2x3,classes=cat+c+++c#+a, b,test=0.5")
+    assert d.class_names == ("cat", "c++", "c#", "a, b") and d.image_shape == (2, 3, 3)
+    more = {f"{part}_x_labels": np.arange(n) % 2 for part, n in (("train", 12), ("test", 6))}
+    np.savez(tmp_path / "c#" / "my#set.npz", **arrays(**more))
+    assert load(f"npz:{tmp_path}/c#/my#set.npz").num_classes == 3
+    assert load(f"npz:{tmp_path}/c#/my#set.npz#x").num_classes == 2
+    with pytest.raises(UserError, match=r"c#/none\.npz': no such file"):
+        load(f"npz:{tmp_path}/c#/none.npz#x")
+    with pytest.raises(UserError, match="no training images of c, zebra"):
+        load(f"folder:{tmp_path}/c#/set#1#classes=cat+c+zebra")
+    with pytest.raises(UserError, match="no such folder"):
+        load("folder:none#classes=" + "+".join(f"class {i}" for i in range(345)))
+
+
+def test_very_large_pictures_are_told(tmp_path, monkeypatch):
+    image = pytest.importorskip("PIL.Image")
+    for i in range(4):
+        paint(tmp_path / "ab"[i % 2] / f"{i}.png", size=(4, 4))
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 10)  # 16 are warned of by Pillow, 20 are too many
+    assert load(f"folder:{tmp_path}#size=2").image_shape == (2, 2, 3)
+    monkeypatch.setattr(image, "MAX_IMAGE_PIXELS", 7)
+    with pytest.raises(UserError, match=r"\.png is too large for Pillow"):
+        load(f"folder:{tmp_path}#size=2")
+
+
 def test_folders_that_cannot_be_read_say_why(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load(f"folder:{tmp_path}/none")
@@ -259,7 +400,11 @@ def test_a_prepared_set_is_read_without_tensorflow(tmp_path, monkeypatch):
 def test_a_set_that_is_not_prepared_says_how(tmp_path):
     with pytest.raises(UserError) as caught:
         load("tfds:mnist", data_dir=tmp_path)
-    for part in ("needs TensorFlow", "fedjax-sim[prepare]", "scripts/prepare_tfds.py mnist --data-dir"):
+    for part in (
+        "needs TensorFlow",
+        "pip install -e '.[prepare]'",
+        "scripts/prepare_tfds.py mnist --data-dir",
+    ):
         assert part in str(caught.value)
 
 
@@ -267,7 +412,7 @@ def test_the_script_that_prepares_says_what_is_missing(monkeypatch, capsys):
     script = Path(__file__).parents[2] / "scripts" / "prepare_tfds.py"
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     assert runpy.run_path(str(script))["main"](["mnist"]) == 2
-    assert "fedjax-sim[prepare]" in capsys.readouterr().err
+    assert ".venv/bin/pip install -e '.[prepare]'" in capsys.readouterr().err
 
 
 def test_presets_are_found_as_npz_and_checked(tmp_path, monkeypatch):
