@@ -4,6 +4,8 @@ A checkpoint is a folder named by its round. Orbax writes it under a temporary n
 end, so one that a kill cut short is recognised by its name. Damage after that is recognised by a checksum of
 every leaf, which we keep beside the state: Orbax's own files do not all carry one.
 
+The deployed model lies beside the state, so that who has neither data nor algorithm can read it.
+
 The next round overwrites the state in place (its buffers are donated), while Orbax may still be reading: on a
 CPU its copy to the host is none. So the state is copied here before `save` returns.
 """
@@ -20,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_sim import hosts
 from fedjax_sim.errors import UserError
@@ -39,17 +43,22 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def save(self, round_index: int, state: Any) -> None:
-        """Starts writing `state` as it is after `round_index` rounds; returns once it has been copied."""
+    def save(self, round_index: int, state: Any, model: Any = None) -> None:
+        """Starts writing `state` as it is after `round_index` rounds; returns once it has been copied.
+
+        `model`: the deployed one, to be read by itself; one that is not made of nested dicts is left out.
+        """
         host = jax.tree.map(_to_host, state)
-        about = {"round": round_index, "leaves": _leaves(host)}
+        about: dict[str, Any] = {"round": round_index, "leaves": _leaves(host)}
+        items: dict[str, Any] = {"state": ocp.args.StandardSave(_numbered(host))}
+        paths = _paths(model)
+        if paths:
+            deployed = jax.tree.map(_to_host, model)
+            told = zip(paths, _leaves(deployed).values(), strict=True)
+            about["model"] = [{"path": list(path), **entry} for path, entry in told]
+            items["model"] = ocp.args.StandardSave(_numbered(deployed))
         manager = self._manager()
-        manager.save(
-            round_index,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_numbered(host)), about=ocp.args.JsonSave(about)
-            ),
-        )
+        manager.save(round_index, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
         if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(host)):
             manager.wait_until_finished()
 
@@ -123,10 +132,36 @@ class Checkpoints:
             return jax.tree.map(_from_host, state, abstract), number
         return None
 
-    def _read(self, number: int, wanted: Any) -> Any:
-        path = self.folder / str(number)
+    def model(self, number: int) -> Any:
+        """The deployed model of a round, nested dicts of NumPy leaves; None if it was not kept by itself.
+
+        Raises:
+          Exception: whatever damage to it leads to.
+        """
+        entries = self._about(number).get("model")
+        if entries is None:
+            return None
+        wanted = [jax.ShapeDtypeStruct(tuple(e["shape"]), jnp.dtype(e["dtype"])) for e in entries]
+        if jax.process_count() > 1:
+            everywhere = NamedSharding(Mesh(np.asarray(jax.devices()), ("all",)), PartitionSpec())
+            wanted = [jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=everywhere) for w in wanted]
+        targets = _numbered([_target(leaf) for leaf in wanted])
+        with ocp.StandardCheckpointer() as reader:
+            read = reader.restore(self.folder / str(number) / "model", targets)
+        leaves: dict[Any, np.ndarray] = {}
+        for place, (entry, leaf) in enumerate(zip(entries, wanted, strict=True)):
+            found = jax.device_get(read[_key(place)]) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+            if entry["crc32"] not in (None, _crc(found)):
+                raise ValueError(f"{entry['path']} does not have the checksum that was written")
+            leaves[tuple(entry["path"])] = found
+        return traverse_util.unflatten_dict(leaves)
+
+    def _about(self, number: int) -> dict[str, Any]:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            about = reader.restore(path / "about", args=ocp.args.JsonRestore())
+            return reader.restore(self.folder / str(number) / "about", args=ocp.args.JsonRestore())
+
+    def _read(self, number: int, wanted: Any) -> Any:
+        path, about = self.folder / str(number), self._about(number)
         _check_same(about["leaves"], wanted, number)
         with ocp.StandardCheckpointer() as reader:
             read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)))
@@ -207,9 +242,23 @@ def _leaves(tree: Any) -> dict[str, dict[str, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         crc = None
         if isinstance(leaf, np.ndarray):
-            crc = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+            crc = _crc(leaf)
         out[jax.tree_util.keystr(path)] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc}
     return out
+
+
+def _crc(leaf: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+
+
+def _paths(model: Any) -> list[tuple[Any, ...]] | None:
+    """Paths of the leaves, in order, if they are all that is needed to make the tree again."""
+    found = jax.tree_util.tree_leaves_with_path(model)
+    keys = [tuple(getattr(key, "key", None) for key in path) for path, _ in found]
+    if not keys or not all(path and all(isinstance(key, str) for key in path) for path in keys):
+        return None
+    again = traverse_util.unflatten_dict({path: leaf for path, (_, leaf) in zip(keys, found, strict=True)})
+    return keys if jax.tree.structure(again) == jax.tree.structure(model) else None
 
 
 def _check_same(recorded: dict[str, Any], wanted: Any, number: int) -> None:

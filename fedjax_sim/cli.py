@@ -22,6 +22,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
   compare RUN|SWEEP.yaml …     the table of finished runs: mean and deviation over seeds (--help)
+  export FOLDER FILE           a run's weights as .npz or .safetensors (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
   list                         algorithms, models, data sets, partitions
 
@@ -70,6 +71,7 @@ def _dispatch(words: list[str]) -> int:
         "inertia": _inertia,
         "landscape": _landscape,
         "compare": _compare,
+        "export": _export,
         "plan": _plan,
         "list": _list,
     }
@@ -365,6 +367,25 @@ def _given(words: list[str], usage: str, about: str, *known: str) -> tuple[str |
                 usage.split()[1], word, "no such flag, or its value is missing", f"Write {usage}."
             )
     return given[0] if len(given) == 1 else given, flags
+
+
+def _export(words: list[str]) -> int:
+    from fedjax_sim import export, runs
+
+    usage = "fedjax-sim export FOLDER FILE"
+    given, _ = _given(words, usage, _EXPORT)
+    if isinstance(given, str) or len(given) != 2:
+        raise UserError("export", " ".join(words), "it takes a FOLDER and a FILE", f"Write {usage}.")
+    export.check(given[1])
+    print(f"wrote {runs.load(given[0]).export(given[1])}")
+    return 0
+
+
+_EXPORT = """Writes the weights of a run's deployed model at its newest checkpoint into one file, each under
+its path: params/fc1/kernel and so on. The data need not be there.
+
+  FOLDER    of the run
+  FILE      ends in .npz, or in .safetensors, for which that package has to be installed"""
 
 
 def _plan(words: list[str]) -> int:

@@ -69,7 +69,7 @@ def variables(setup: "Setup") -> Any:
 
 
 def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
-    """The deployed model of the run in `folder` at its newest sound checkpoint. NumPy leaves.
+    """The deployed model of the run in `folder` at the newest checkpoint that holds it sound. NumPy leaves.
 
     Args:
       folder: of the run, relative to the working directory.

@@ -34,6 +34,7 @@ from fedjax_sim import (
     algorithms,
     cohorts,
     data,
+    export,
     hosts,
     imports,
     initial,
@@ -69,6 +70,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__()
         self.run = run
 
+    def __reduce__(self):
+        return type(self), (self.run,)
+
     def __str__(self):
         return f"interrupted after round {self.run.rounds}; {self.advice or _way_on(self.run.folder)}"
 
@@ -87,13 +91,16 @@ class Terminated(SystemExit):
         super().__init__(128 + signal.SIGTERM)
         self.run = run
 
+    def __reduce__(self):
+        return type(self), (self.run,)
+
     def __str__(self):
         return f"terminated after round {self.run.rounds}; {self.advice or _way_on(self.run.folder)}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A run, finished or not.
+    """A run, finished or not. It can be pickled, and so come from a process pool.
 
     Attributes:
       config: what it is.
@@ -128,7 +135,10 @@ class Run:
 
     @functools.cached_property
     def variables(self) -> Any:
-        """The deployed model, NumPy leaves; of a loaded run it is read from the newest checkpoint."""
+        """The deployed model, NumPy leaves; of a loaded run it is read from the newest checkpoint.
+
+        The data set need not be there, nor what Python gave; for checkpoints of 0.1.0 both have to be.
+        """
         return self._model()
 
     @property
@@ -139,6 +149,18 @@ class Run:
     def plot(self, *names: str) -> Figure:
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
         return plots.run_curves(self.metrics, self.title, names or None)
+
+    def export(self, path: str | Path) -> Path:
+        """Writes the deployed model's weights into one file, see `fedjax_sim.export`. -> its path.
+
+        Args:
+          path: ends in `.npz`, or in `.safetensors`, for which that package has to be installed.
+
+        Raises:
+          UserError: it ends otherwise, cannot be written, or the run has no model.
+        """
+        export.check(path)
+        return export.write(self.variables, path)
 
     def __repr__(self):
         state = "finished" if self.finished else f"{self.rounds} of {self.config.rounds} rounds"
@@ -279,15 +301,32 @@ def load(
     config, about = _read(place)
     table, rounds = records.read(place.path, config.rounds)
 
-    def partition():
-        return _partition(place, config, about, dataset)
-
-    def variables():
-        return jax.device_get(restored(folder, dataset=dataset, model=model, algorithm=algorithm).variables)
-
+    # Not closures: a Run can be pickled, and one that was loaded reads these wherever it is by then.
+    partition = functools.partial(_partition, place, config, about, dataset)
+    variables = functools.partial(_deployed, place, dataset, model, algorithm)
     seconds, cpu = records.total(records.read_timing(place.path), rounds)
     recipe = _recipe(place, config, about, partition)
     return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
+
+
+def _known(thing: Any) -> Any:
+    return thing
+
+
+def _deployed(place: Folder, dataset: Dataset | None, model: Model | None, algorithm: Any) -> Any:
+    """The deployed model of the newest checkpoint: as it lies there by itself, else of the state."""
+    config, _ = _read(place)
+    checkpoints = Checkpoints(place.checkpoints)
+    numbers = checkpoints.rounds()
+    if numbers and (numbers[-1] == config.rounds or not place.finished):
+        try:
+            found = checkpoints.model(numbers[-1])
+        except Exception:  # damaged, of which `restored` will say more
+            found = None
+        if found is not None:
+            return found
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    return jax.device_get(restored(place.path, **given).variables)
 
 
 def restored(
@@ -348,12 +387,13 @@ def _drive(simulation: Simulation, folder: Folder | None, began: int | None = No
     saved = simulation.round
 
     def outcome() -> Run:
-        model = jax.device_get(simulation.variables)
+        things = setup.partition, jax.device_get(simulation.variables)
+        known = (functools.partial(_known, thing) for thing in things)
         path = None if folder is None else folder.path
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        return Run(config, path, table, recipe, seconds, cpu, done, lambda: setup.partition, lambda: model)
+        return Run(config, path, table, recipe, seconds, cpu, done, *known)
 
     def write(number: int, rows: list[records.Row]) -> None:
         lap = Lap(number, *clock.lap(), setup.cohort_size)
@@ -375,7 +415,7 @@ def _drive(simulation: Simulation, folder: Folder | None, began: int | None = No
         if journal is not None:
             journal.sync()
         if saved < simulation.round:
-            checkpoints.save(simulation.round, simulation.state)
+            checkpoints.save(simulation.round, simulation.state, simulation.variables)
             saved = simulation.round
         if journal is not None and simulation.round < config.rounds:  # the whole table comes last
             journal.tabulate()
