@@ -1,10 +1,14 @@
-"""The comparison of finished runs: mean ± deviation over seeds, paired differences, three formats."""
+"""The comparison of finished runs: mean ± deviation over seeds, paired differences, three formats.
+
+Only like is set against like. A method that trained on another partition than the reference is marked, and
+neither ranked nor paired. Means over different seeds are not ranked: every seed of the table must be there.
+"""
 
 import csv
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +24,18 @@ class Cell:
       values: seed -> the metric.
       seconds: mean wall-clock seconds of the seeds' whole runs.
       cpu_seconds: mean CPU seconds of them; None unless all recorded it.
-      differences: value minus the reference's with the same seed, for the seeds that both have; empty without
-        a reference, and for the reference itself.
+      differences: value minus the reference's with the same seed; empty without a reference, for the
+        reference itself, while a seed of either is missing, and where the partitions differ.
+      whole: every seed of the table is there.
+      like: under each seed the partition is that of the reference, or of the first method without one.
     """
 
     values: dict[int, float]
     seconds: float
     cpu_seconds: float | None
     differences: tuple[float, ...] = ()
+    whole: bool = True
+    like: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +74,11 @@ class Comparison:
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
 
     def best(self, grid: Grid, column: str) -> set[str]:
-        """Methods of the best mean in a column, as far as the printed digits tell."""
-        means = {
-            m: mean(list(grid.cells[m, column].values.values()))
-            for m in self.methods
-            if (m, column) in grid.cells
-        }
-        if not means:
+        """Methods of the best mean in a column to the printed digits; none while a run is missing."""
+        cells = {method: grid.cells.get((method, column)) for method in self.methods}
+        if not all(cell is not None and cell.whole for cell in cells.values()):
             return set()
+        means = {m: mean(list(cell.values.values())) for m, cell in cells.items() if cell and cell.like}
         pick: Callable[..., float] = max if self.goal == "max" else min
         top = f"{pick(means.values()):.4f}"
         return {method for method, value in means.items() if f"{value:.4f}" == top}
@@ -82,17 +87,40 @@ class Comparison:
         """All tables; the best of a column in bold, paired differences below."""
         blocks = [f"{self.title}\n"]
         for grid in self.grids:
-            blocks.append(self._block(grid, _markdown, lambda text: f"**{text}**", "±"))
-        return "\n".join(blocks)
+            blocks.append(self._block(grid, _markdown, lambda text: f"**{text}**", "±", "†"))
+        return "\n".join(blocks + [f"{note}\n" for note in self.notes("†")])
 
     def latex(self) -> str:
         """All tables, for the booktabs package."""
         blocks = [f"% {self.title}; needs \\usepackage{{booktabs}}"]
         for grid in self.grids:
-            blocks.append(self._block(grid, _latex, lambda text: f"\\textbf{{{text}}}", "$\\pm$"))
-        return "\n".join(blocks)
+            blocks.append(
+                self._block(grid, _latex, lambda text: f"\\textbf{{{text}}}", "$\\pm$", "$\\dagger$")
+            )
+        return "\n".join(blocks + [f"% {note}\n" for note in self.notes("dagger")])
 
-    def _block(self, grid: Grid, layout: Callable, bold: Callable[[str], str], plus_minus: str) -> str:
+    def notes(self, mark: str) -> list[str]:
+        """What a reader of the tables must know: what `mark` means, and that runs are missing."""
+        cells = self.grids[0].cells
+        against = self.methods[0] if self.reference is None else self.reference
+        told = []
+        if not all(cell.like for grid in self.grids for cell in grid.cells.values()):
+            told.append(
+                f"{mark} Trained on another partition than {against} under the same seed, because a setting of "
+                "its own changes who holds which samples: neither ranked nor paired. Put that setting into "
+                "base, so that all methods share it."
+            )
+        some = any(not cell.whole for cell in cells.values())
+        if some or len(cells) < len(self.methods) * len(self.columns):
+            told.append(
+                "Runs are missing. Until all are there, nothing is ranked, and only methods with every seed "
+                "are paired."
+            )
+        return told
+
+    def _block(
+        self, grid: Grid, layout: Callable, bold: Callable[[str], str], plus_minus: str, mark: str
+    ) -> str:
         heads = [column or self.metric for column in self.columns]
         rows = []
         for method in self.methods:
@@ -100,6 +128,7 @@ class Comparison:
             for column in self.columns:
                 cell = grid.cells.get((method, column))
                 text = "–" if cell is None else spread(list(cell.values.values()), plus_minus)
+                text += f" {mark}" if cell is not None and not cell.like else ""
                 row.append(bold(text) if method in self.best(grid, column) else text)
             rows.append(row)
         out = layout(grid.caption, ["method", *heads], rows, bold)
@@ -117,8 +146,8 @@ class Comparison:
                     )
                 rows.append(row)
             caption = (
-                f"{grid.caption}: paired differences to {self.reference} (same seed, partition and, unless a "
-                "method chooses its own, cohorts)"
+                f"{grid.caption}: paired differences to {self.reference} (same seed, same partition and, "
+                "unless a method chooses its own, same cohorts)"
             )
             out += "\n" + layout(caption, ["method", *heads], rows, bold)
         return out
@@ -148,6 +177,8 @@ class Comparison:
                         "difference_std": deviation(differences) if differences else None,
                         "seconds": cell.seconds,
                         "cpu_seconds": cell.cpu_seconds,
+                        "all_seeds": cell.whole,
+                        "same_partition": cell.like,
                         "values": ";".join(f"{seed}:{value!r}" for seed, value in cell.values.items()),
                     }
                 )
@@ -164,7 +195,7 @@ class Comparison:
 
 
 def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
-    """Tables and curves of (Job, Run) pairs.
+    """Tables and curves of (Job, Run) pairs. The seeds of the table are those of all jobs.
 
     Raises:
       UserError: no run has recorded the metric.
@@ -179,6 +210,14 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     about = f"{sweep.metric}, {_of_last(sweep.last_k)}"
     captions = [(about, None)]
     captions += [(f"{about} up to round {number}", number) for number in sweep.rounds_of_interest]
+    seeds = {job.seed for job in sweep.jobs}
+    against = methods[0] if sweep.reference is None else sweep.reference
+    recipes = {(job.method, job.column, job.seed): run.recipe for job, run in finished}
+
+    def like(method: str, column: str, own: Iterable[int]) -> bool:
+        pairs = ([recipes.get((m, column, seed), {}) for m in (method, against)] for seed in own)
+        return all(_same_partition(*pair) for pair in pairs)
+
     grids = []
     for caption, upto in captions:
         values: dict[tuple[str, str], dict[int, float]] = {}
@@ -186,19 +225,14 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
             kept = numbers if upto is None else numbers[rounds <= upto]
             if len(kept):
                 values.setdefault((method, column), {})[seed] = float(np.mean(kept[-sweep.last_k :]))
-        grids.append(
-            Grid(
-                caption,
-                {
-                    key: Cell(
-                        own,
-                        *_cost([costs[*key, seed] for seed in own]),
-                        _paired(own, values, key, sweep.reference),
-                    )
-                    for key, own in values.items()
-                },
-            )
-        )
+        cells = {}
+        for key, own in values.items():
+            cost = _cost([costs[*key, seed] for seed in own])
+            cell = Cell(own, *cost, whole=own.keys() == seeds, like=like(*key, own))
+            if cell.like and cell.whole:
+                cell = dataclasses.replace(cell, differences=_paired(own, values, key, sweep.reference))
+            cells[key] = cell
+        grids.append(Grid(caption, cells))
     curves = {
         column: {
             method: _stacked([s for (m, c, _), s in series.items() if (m, c) == (method, column)])
@@ -250,13 +284,21 @@ def _cost(runs: Sequence[tuple[float, float | None]]) -> tuple[float, float | No
     return whole, round(mean(cpu), 3) if len(cpu) == len(runs) else None
 
 
+def _same_partition(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs trained on the same samples of the same clients, as far as `Run.recipe` tells."""
+    for name in ("crc32_train", "crc32"):  # the first is not in older records
+        if name in one and name in other:
+            return one[name] == other[name]
+    return True
+
+
 def _paired(
     own: dict[int, float], values: dict, key: tuple[str, str], reference: str | None
 ) -> tuple[float, ...]:
     if reference is None or key[0] == reference:
         return ()
     other = values.get((reference, key[1]), {})
-    return tuple(value - other[seed] for seed, value in own.items() if seed in other)
+    return tuple(value - other[seed] for seed, value in own.items()) if own.keys() == other.keys() else ()
 
 
 def _stacked(series: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,21 @@ def describe(dataset: Dataset, partition: Partition) -> dict[str, Any]:
 
 
 def describe_partition(partition: Partition) -> dict[str, Any]:
-    """A partition in short: of its recipe what a title says, the number of clients, a checksum."""
+    """A partition in short: of its recipe what a title says, the number of clients, and two checksums.
+
+    `crc32_train` is of the training samples that each client holds, `crc32` of all that the partition says.
+    """
     told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
-    crc = 0
     asides = (part for part in (partition.server, partition.streams) if part is not None)
-    for indices in (*partition.train, *(partition.test or ()), *asides):
+    train = _crc(partition.train, 0)
+    whole = _crc((*(partition.test or ()), *asides), train)
+    return {**told, "clients": partition.num_clients, "crc32": whole, "crc32_train": train}
+
+
+def _crc(lists: Iterable[np.ndarray], crc: int) -> int:
+    for indices in lists:
         crc = zlib.crc32(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes(), crc)
-    return {**told, "clients": partition.num_clients, "crc32": crc}
+    return crc
 
 
 def describe_versions() -> dict[str, str | None]:

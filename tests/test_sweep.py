@@ -359,17 +359,18 @@ def test_what_no_run_can_record_is_found_at_once(tmp_path, changes, told):
 class Fake:
     """A run with a given course of accuracy."""
 
-    def __init__(self, values, config):
+    def __init__(self, values, config, recipe=()):
         self.metrics = Table(Row(i + 1, "accuracy", float(v)) for i, v in enumerate(values))
-        self.config, self.recipe = config, {"clients": 8}
+        self.config, self.recipe = config, {"clients": 8, **dict(recipe)}
         self.seconds, self.cpu_seconds = 3.0, None if config.seed else 2.0
 
 
-def compared(tmp_path, table, **changes):
+def compared(tmp_path, table, recipes=None, **changes):
     made = sweep.from_mapping(asked(tmp_path, **changes))
-    return comparison.compare(
-        made, [(j, Fake(table[j.method, j.seed], j.config)) for j in made.jobs if (j.method, j.seed) in table]
-    )
+    jobs = [job for job in made.jobs if (job.method, job.seed) in table]
+    recipes = recipes or {}
+    fakes = [Fake(table[job.method, job.seed], job.config, recipes.get(job.method, {})) for job in jobs]
+    return comparison.compare(made, list(zip(jobs, fakes, strict=True)))
 
 
 def test_last_k_rounds_of_interest_and_pairs(tmp_path):
@@ -390,12 +391,49 @@ def test_last_k_rounds_of_interest_and_pairs(tmp_path):
     assert rounds.tolist() == [1, 2, 3] and values.shape == (2, 3)
 
 
-def test_pairs_need_both_seeds_and_missing_cells_are_dashes(tmp_path):
+def test_nothing_is_ranked_or_paired_before_all_seeds_are_there(tmp_path):
+    """As after `--part 1/2`, where one method's first seed stood against the other's second."""
     table = {("FedAvg", 0): [0.5], ("FedMR", 0): [0.7], ("FedMR", 1): [0.1]}
     got = compared(tmp_path, table)
-    assert got.grids[0].cells["FedMR", ""].differences == pytest.approx((0.2,))
+    assert got.grids[0].cells["FedMR", ""].differences == () and got.best(got.grids[0], "") == set()
+    assert "**" not in got.markdown() and "textbf" not in got.latex() and "Runs are missing" in got.markdown()
+    whole = compared(tmp_path, {**table, ("FedAvg", 1): [0.2]})
+    assert whole.grids[0].cells["FedMR", ""].differences == pytest.approx((0.2, -0.1))
+    assert "**0.4000" in whole.markdown() and "missing" not in whole.markdown()
     none = compared(tmp_path, {("FedMR", 0): [0.7]})
-    assert "| FedAvg | – |" in none.markdown() and "--" in none.latex()
+    assert "| FedAvg | – |" in none.markdown() and "--" in none.latex() and "missing" in none.markdown()
+
+
+def test_a_row_of_another_partition_is_marked_and_neither_best_nor_paired(tmp_path):
+    table = {
+        (method, seed): [value] for method, value in (("FedAvg", 0.5), ("FedMR", 0.7)) for seed in (0, 1)
+    }
+
+    def told(one, other):
+        got = compared(tmp_path, table, {"FedAvg": one, "FedMR": other})
+        return got, got.grids[0].cells["FedMR", ""].differences != ()
+
+    other, paired = told({"crc32": 1, "crc32_train": 1}, {"crc32": 2, "crc32_train": 2})
+    assert not paired and other.best(other.grids[0], "") == {"FedAvg"}
+    assert (
+        "| FedMR | 0.7000 ± 0.0000 (2) † |" in other.markdown() and "† Trained on another" in other.markdown()
+    )
+    assert "$\\dagger$" in other.latex() and "| FedMR | – |" in other.markdown()
+    assert [row["same_partition"] for row in other.records()] == [True, False]
+    # Test samples of their own that one method alone has change nobody's training; old records cannot tell.
+    for pair in (({"crc32": 1, "crc32_train": 1}, {"crc32": 2, "crc32_train": 1}), ({}, {"crc32": 2})):
+        same, paired = told(*pair)
+        assert paired and "†" not in same.markdown() and same.best(same.grids[0], "") == {"FedMR"}
+    assert not told({"crc32": 1}, {"crc32": 2, "crc32_train": 1})[1]
+
+
+def test_a_method_with_a_setting_of_its_own_for_the_partition_is_marked(tmp_path):
+    """Real runs: holdout takes training samples away."""
+    methods = {"FedAvg": {"algorithm": "fedavg"}, "Local": {"algorithm": "local"}}
+    methods["Local"]["partition"] = {"local_test": "holdout"}
+    got = sweep.run(sweep.from_mapping(asked(tmp_path, methods=methods, seeds=[0]))).comparison
+    assert got is not None
+    assert "†" in got.markdown() and got.best(got.grids[0], "") == {"FedAvg"}
 
 
 def test_the_best_is_bold_by_goal_and_ties_share_it(tmp_path):

@@ -98,6 +98,9 @@ def chance(d: int, r: int, draws: int = 64) -> float:
 
 
 def corrected(pabs: float, d: int, r: int) -> float:
-    """(PABS - chance) / (1 - chance): 0 for random subspaces, 1 for equal ones; 0 where r = d."""
-    level = chance(d, r)
-    return (pabs - level) / (1 - level) if level < 1 else 0.0
+    """(PABS - chance) / (1 - chance): 0 for random subspaces, 1 for equal ones.
+
+    NaN where it is undefined: r = d, where both subspaces are the whole space and PABS is 1 whatever they
+    hold, and r = 0, where there is no subspace.
+    """
+    return (pabs - chance(d, r)) / (1 - chance(d, r)) if 0 < r < d else np.nan

@@ -173,8 +173,8 @@ class Association:
     """How two quantities go together over measurements; no test, as one client's rounds are not independent.
 
     Attributes:
-      pearson, spearman: correlations; NaN of fewer than three measurements.
-      partial: Pearson's given a third quantity; NaN of fewer than four.
+      pearson, spearman: correlations; NaN of fewer than `FEWEST` measurements.
+      partial: Pearson's given a third quantity; NaN likewise.
       measurements: in which all three are defined.
     """
 
@@ -184,16 +184,16 @@ class Association:
     measurements: int
 
 
+FEWEST = 5
+"""Measurements below which no correlation is given: any three points lie near a line. OUR CHOICE."""
+
+
 def association(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> Association:
     """Correlations of `a` and `b`, and what is left of them given a third. f64[n] each."""
     a, b, given = np.stack([a, b, given])[:, np.isfinite(a) & np.isfinite(b) & np.isfinite(given)]
-    count = len(a)
-    return Association(
-        pearson=pearson(a, b) if count > 2 else np.nan,
-        spearman=spearman(a, b) if count > 2 else np.nan,
-        partial=partial_correlation(a, b, given) if count > 3 else np.nan,
-        measurements=count,
-    )
+    if len(a) < FEWEST:
+        return Association(np.nan, np.nan, np.nan, len(a))
+    return Association(pearson(a, b), spearman(a, b), partial_correlation(a, b, given), len(a))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -266,20 +266,17 @@ def report(outlines: Sequence[Outline], about: str, reference: Outline | None = 
     if len(outlines) > 2:
         heads = [
             "change at the classifier's input",
-            "groups: r",
-            "ρ",
-            "partial r",
-            "measurements: r",
-            "ρ",
-            "partial r",
+            *("groups: n", "r", "ρ", "partial r"),
+            *("measurements: n", "r", "ρ", "partial r"),
         ]
         cells = [
-            [called, *(_plain(value) for a in both for value in (a.pearson, a.spearman, a.partial))]
+            [called, *(text for one in both for text in _associated(one))]
             for called, *both in correlations(outlines)
         ]
         lines += [
             "",
-            "Accuracy lost by the merge against changes of features; partial r is given the accuracy before:",
+            "Accuracy lost by the merge against changes of features; partial r is given the accuracy before. "
+            f"A correlation of fewer than {cfd.FEWEST} is not shown:",
             "",
         ]
         lines += markdown(heads, cells)
@@ -352,6 +349,10 @@ def _lost(measured: Measurements) -> np.ndarray:
 
 def _slope(verdict: cfd.Verdict) -> np.ndarray:
     return np.asarray([verdict.slope, verdict.low, verdict.high])
+
+
+def _associated(one: cfd.Association) -> list[str]:
+    return [str(one.measurements), *map(_plain, (one.pearson, one.spearman, one.partial))]
 
 
 def _plain(value: float) -> str:

@@ -25,7 +25,8 @@ One row a (client, layer, state, metric), layer being the name of the weight lay
 
 and, without a layer, `peel_accuracy` and `peel_loss` of start, before, after and controls, and
 `peel_samples`. Controls are further states, see `fedjax_sim.peel.controls`. A number that its client's
-samples do not define (log_c of a single class, say) has no row; in its place stands one with the metric
+samples do not define (log_c of a single class; pabs_corrected where the class means fill the whole space, as
+they do at the one channel of a grey image) has no row; in its place stands one with the metric
 `undefined/<metric>` and value 1.
 
 A convolution's feature is flattened for variances (as in the code of Rangamani et al., ICML 2023), averaged
@@ -308,11 +309,7 @@ class Probe:
                     for metric in EACH + RANKS * self.forward.config.ranks:
                         add(metric, out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
-                    add(
-                        "pabs_corrected",
-                        alignment.corrected(float(pabs), widths[layer], r) if r else np.nan,
-                        **where,
-                    )
+                    add("pabs_corrected", alignment.corrected(float(pabs), widths[layer], r), **where)
                     if self.forward.config.angles:
                         for angle in range(r):
                             add(

@@ -68,7 +68,8 @@ def test_a_wide_kernel_has_the_rank_of_what_it_is_made_of():
 def test_chance_is_what_the_method_sheet_simulated():
     for (d, r), wanted in {(32, 7): 0.40, (64, 10): 0.34, (512, 10): 0.12}.items():
         assert alignment.chance(d, r) == pytest.approx(wanted, abs=0.015)
-    assert alignment.chance(4, 4) == 1.0 and alignment.corrected(1.0, 4, 4) == 0.0
+    assert alignment.chance(4, 4) == 1.0 and np.isnan(alignment.corrected(1.0, 4, 4))
+    assert np.isnan(alignment.corrected(0.0, 4, 0))
     assert (
         alignment.corrected(alignment.chance(64, 10), 64, 10) == 0.0
         and alignment.corrected(1.0, 64, 10) == 1.0

@@ -129,8 +129,9 @@ def test_associations_and_their_least_numbers():
     assert found.measurements == 50 and found.pearson == pytest.approx(np.corrcoef(a, b)[0, 1])
     rest = [v - np.polyval(np.polyfit(given, v, 1), given) for v in (a, b)]
     assert found.partial == pytest.approx(np.corrcoef(*rest)[0, 1])
-    two = cfd.association(a[:2], b[:2], given[:2])
-    assert np.isnan([two.pearson, two.spearman, two.partial]).all() and two.measurements == 2
+    four, five = (cfd.association(a[:n], b[:n], given[:n]) for n in (4, 5))
+    assert np.isnan([four.pearson, four.spearman, four.partial]).all() and four.measurements == 4
+    assert np.isfinite([five.pearson, five.spearman, five.partial]).all()
     assert cfd.pearson(np.full(3, 0.1), np.full(3, 0.7)) == 0
 
 

@@ -73,12 +73,12 @@ def test_groups_are_compared_where_they_are_equally_accurate(tmp_path):
 
 
 def test_correlations_over_groups_and_over_measurements():
-    outlines = [overview.outline(group_of(str(slope), 0.3, slope)) for slope in (0.1, 0.2, 0.4, 0.8)]
+    outlines = [overview.outline(group_of(str(slope), 0.3, slope)) for slope in (0.1, 0.2, 0.4, 0.6, 0.8)]
     called, between, within = overview.correlations(outlines)[0]
     assert called == overview.CHANGES["log_c"]
     drops = [one.drop[0] for one in outlines]
     assert between.pearson == pytest.approx(np.corrcoef(drops, [one.final[0] for one in outlines])[0, 1])
-    assert between.measurements == 4 and within.measurements == 24
+    assert between.measurements == 5 and within.measurements == 30
     assert between.pearson > 0.95 and within.pearson > 0.8
 
 
@@ -92,6 +92,15 @@ def test_report_and_picture_show_every_group(tmp_path):
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["a", "b", "c"]
     shown = axes[1].containers[0].lines[0].get_xdata()
     np.testing.assert_allclose(shown, [one.final[0] for one in outlines])
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_correlation_has_its_number_beside_it_and_a_dash_where_that_is_below_five(count):
+    outlines = [overview.outline(group_of(f"{n}", 0.3, 0.1 + 0.2 * n)) for n in range(count)]
+    row = next(line for line in overview.report(outlines, "").splitlines() if line.startswith("| log C"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == str(count) and cells[5] == str(6 * count)
+    assert (cells[2:5] == ["–"] * 3) == (count < 5) and "–" not in cells[6:]
 
 
 def test_what_was_not_measured_is_empty_and_not_nan(tmp_path):
