@@ -106,7 +106,7 @@ class Comparison:
         told = []
         if not all(cell.like for grid in self.grids for cell in grid.cells.values()):
             told.append(
-                f"{mark} Trained on another partition than {against} under the same seed, because a setting of "
+                f"{mark} Trained on another partition than {against} under the same seed, as a setting of "
                 "its own changes who holds which samples: neither ranked nor paired. Put that setting into "
                 "base, so that all methods share it."
             )
