@@ -3,8 +3,9 @@
 All are drawn with Matplotlib's Agg canvas directly, so that no window system and no pyplot state is touched.
 """
 
+import base64
+import html
 import io
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from fedjax_sim.records import Table
 
@@ -40,12 +41,24 @@ def label_of(metric: str) -> str:
 
 
 class Picture(Figure):
-    """A figure that notebooks show by themselves, whether or not pyplot was ever imported."""
+    """A figure that notebooks show by themselves, whether or not pyplot was ever imported.
+
+    Its caption, if it has one, is text below the image, and no part of it.
+    """
+
+    caption: str = ""
 
     def _repr_png_(self) -> bytes:
         drawn = io.BytesIO()
         self.savefig(drawn, format="png", dpi=110)
         return drawn.getvalue()
+
+    def _repr_html_(self) -> str | None:
+        if not self.caption:
+            return None
+        image = f'<img src="data:image/png;base64,{base64.b64encode(self._repr_png_()).decode()}">'
+        text = f'<figcaption style="max-width: 60em">{html.escape(self.caption)}</figcaption>'
+        return f"<figure>{image}{text}</figure>"
 
 
 def new_figure(
@@ -175,13 +188,26 @@ def _line(axis: Axes, rounds: np.ndarray, values: np.ndarray, colour: str, dash:
 
 
 def dress(axis: Axes, label: str, along: str = "round") -> None:
-    """Labels, grid and spines; `along` is the horizontal axis, and rounds are whole numbers."""
+    """Labels, grid and spines, of an axis with all its lines; `along` is the horizontal axis.
+
+    Rounds are whole numbers, and have their ticks where something was measured, if that is in few of them.
+    """
     axis.set_xlabel(along)
     axis.set_ylabel(label)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
     if along == "round":
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        lines = [line for line in axis.get_lines() if line.get_transform() == axis.transData]
+        points = [np.asarray(line.get_xdata(), np.float64) for line in lines]
+        ticks_at(axis, np.concatenate(points) if points else np.empty(0))
+
+
+def ticks_at(axis: Axes, rounds: np.ndarray) -> None:
+    """Ticks at the rounds that were measured; at round numbers where these are many, or crowded. f64[n]."""
+    rounds = np.unique(rounds)
+    crowded = len(rounds) > 12 or (len(rounds) > 1 and np.diff(rounds).min() < np.ptp(rounds) / 15)
+    known = len(rounds) > 0 and not crowded
+    axis.xaxis.set_major_locator(FixedLocator(rounds.tolist()) if known else MaxNLocator(integer=True))
 
 
 # --- what the figures of reports share ----------------------------------------------------------------
@@ -236,13 +262,12 @@ def legend(figure: Figure, axes: np.ndarray, *, below: bool = False) -> None:
 
 
 def captioned(figure: Figure, text: str) -> Figure:
-    """Writes a caption below, in room of its own."""
-    text = textwrap.fill(text, int(figure.get_figwidth() * 16.5))
-    figure.supxlabel(text, fontsize=7.5, x=0.01, ha="left")
-    figure.set_figheight(figure.get_figheight() + 0.13 * (text.count("\n") + 1))
+    """The same figure with a caption, on one line: notebooks and reports set it beside the image."""
+    assert isinstance(figure, Picture)
+    figure.caption = " ".join(text.split())
     return figure
 
 
 def caption_of(figure: Figure) -> str:
-    """What stands below a figure, on one line."""
-    return " ".join(figure.get_supxlabel().split())
+    """What `captioned` gave it; "" for nothing."""
+    return getattr(figure, "caption", "")

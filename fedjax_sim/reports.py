@@ -253,7 +253,7 @@ def draw(home: Folder, figures: Mapping[str, Callable[[], Figure]], tell: Callab
 
 
 def captioned(figure: Figure, about: str, found: Sequence[Group]) -> Figure:
-    """Writes below a figure what it shows, and of which runs."""
+    """Gives a figure its caption: what it shows, and of which runs."""
     titles = "; ".join(dict.fromkeys(group.title for group in found))
     return plots.captioned(figure, f"{about} Runs: {titles}.")
 

@@ -1,7 +1,7 @@
 """The figures of layer-wise inertia: of one run, of seeds, or of methods.
 
 Each takes groups of runs that differ in their seed only (`Group`, which `fedjax_sim.reports.groups`
-makes of folders) and the metric that says how far a layer moves, and carries its caption below itself.
+makes of folders) and the metric that says how far a layer moves, and has its caption beside it.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from fedjax_sim import plots, reports
 from fedjax_sim.algorithms.lips import LIPS, densities
@@ -134,7 +133,7 @@ def heat_map(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
         size = 8 if len(group.layers) <= 12 else 6
         axis.set_yticks(np.arange(len(group.layers)), group.layers, fontsize=size)
         axis.set_xlabel("round")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        plots.ticks_at(axis, rounds)
         axis.set_title(group.name, fontsize=9)
     plots.blank(axes, len(shown))
     assert image is not None

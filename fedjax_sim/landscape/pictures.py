@@ -1,7 +1,7 @@
 """The figures of a landscape: curves of several runs in one panel, surfaces side by side on one scale.
 
-Each takes the groups of runs, what was measured of every run, and the settings, and carries its caption below
-itself.
+Each takes the groups of runs, what was measured of every run, and the settings, and has its caption beside
+it.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@
     pictures.by_layer(run)
 
 Every figure takes a `Run`, the folder of one, or a sequence of them. Runs that differ only in their seed are
-pooled; others are compared. Each carries its caption below itself. Means and bands are those of
+pooled; others are compared. Each has its caption beside it. Means and bands are those of
 `fedjax_sim.peel.analysis.means`, so they are the numbers of layers.csv.
 """
 
@@ -297,6 +297,7 @@ def accuracy(given: Given) -> Figure:
                 axis.plot(x, values[:, 0], lw=0 if state == "start" else 1.2, ms=3.5, label=state, **style)
                 axis.fill_between(x, values[:, 1], values[:, 2], color=style["color"], alpha=0.15, lw=0)
             _dress(axis, "accuracy" if axis is row[0] else "")
+            plots.ticks_at(axis, rounds)
             _title(axis, found, group, f"on {_SAMPLES[metric]}")
     _same_limits(axes, axes.size)
     plots.legend(figure, axes)
