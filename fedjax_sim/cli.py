@@ -151,7 +151,9 @@ def _resume(words: list[str]) -> int:
         raise UserError("resume", " ".join(given), "it takes one FOLDER", f"Write {usage}.")
     rounds = flags.get("--rounds")
     if rounds is not None and not rounds.isdecimal():
-        raise UserError("--rounds", rounds, "it is no number", "Give how many the run is to have in all.")
+        raise UserError(
+            "--rounds", rounds, "it must be a whole number", "Give how many rounds the run is to have in all."
+        )
     _told(runs.resume(given, rounds=None if rounds is None else int(rounds)))
     return 0
 

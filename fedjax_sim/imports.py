@@ -97,7 +97,7 @@ def called(
         raise
     except Exception as error:
         why = f"it fails: {type(error).__name__}: {error}{place_of(error)}"
-        raise UserError(field, name, why, "Mend that line.") from error
+        raise UserError(field, name, why, "Correct that line.") from error
 
 
 def takes(signature: inspect.Signature, keyword: str) -> bool:

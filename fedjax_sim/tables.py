@@ -46,7 +46,7 @@ def compare(
         raise UserError("reference", reference, "no row is called so", nearest(reference, names))
     for field, value in [("last_k", last_k), *(("rounds_of_interest", one) for one in rounds_of_interest)]:
         if type(value) is not int or value < 1:
-            raise UserError(field, value, "it is no number from 1", "Give one.")
+            raise UserError(field, value, "it must be a whole number from 1", "Give one, such as 1.")
     if goal not in (None, "max", "min"):
         raise UserError("goal", goal, "not one of the choices", "Choose max or min.")
     finished = [
