@@ -252,8 +252,14 @@ def _from_file(dataset: Dataset, config: PartitionConfig, seed: int) -> Partitio
 
 def _check_enough(count: int, config: PartitionConfig) -> None:
     clients = config.clients or 0
+    if config.kind == "dirichlet-classes" and config.samples_per_client is not None:
+        return  # drawn for each client by itself, as many clients as there may be
     if clients > count:
-        raise wrong("clients", clients, f"more than the {count} training samples", f"Use {count} or fewer.")
+        least = max(config.min_size, 1)
+        fix = f"Use {count // least} or fewer"
+        if config.min_size > 1:
+            fix += f", as partition.min_size gives each {config.min_size}, or lower that too"
+        raise wrong("clients", clients, f"more than the {count} training samples", f"{fix}.")
     if config.kind != "dirichlet-classes" and clients * config.min_size > count:
         why = (
             f"{clients} clients with so many each need {clients * config.min_size} samples, there are {count}"
@@ -267,7 +273,8 @@ def _check_smallest(parts: splits.Parts, least: int, field: str, value: object) 
     if sizes[k] < least:
         few = sum(s < least for s in sizes)
         why = f"client {k} has {sizes[k]} samples, and {few} of {len(sizes)} clients have too few"
-        raise wrong(field, value, why, f"Use {sizes[k]} or less, or fewer clients.")
+        fix = f"Use {sizes[k]} or less, or fewer clients." if sizes[k] else "Use fewer clients."
+        raise wrong(field, value, why, fix)
 
 
 def _rng(seed: int, tag: str) -> np.random.Generator:

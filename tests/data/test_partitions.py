@@ -612,6 +612,20 @@ def test_what_this_set_cannot_give_names_its_field(field, kwargs, says):
     assert caught.value.field == f"partition.{field}"
 
 
+def test_the_way_out_of_too_many_clients_is_one():
+    for given_too, most in (({}, 143), ({"min_size": 0}, 1438), ({"min_size": 7}, 205)):
+        with pytest.raises(UserError, match=f"Use {most} or fewer") as caught:
+            partition(DIGITS, PartitionConfig("iid", clients=5000, **given_too))
+        assert ("min_size" in str(caught.value)) == (most != 1438)
+        assert partition(DIGITS, PartitionConfig("iid", clients=most, **given_too)).num_clients == most
+    many = PartitionConfig("dirichlet-classes", clients=1500, samples_per_client=10)
+    assert partition(DIGITS, many).sizes().tolist() == [10] * 1500  # each drawn by itself
+    labels = make(np.arange(40) % 2, 2, train_domains=np.arange(40) % 2, test_domains=np.zeros(10, int))
+    with pytest.raises(UserError, match=r"0 samples.*too few\. Use fewer clients\.$"):
+        config = PartitionConfig("domain", clients=40, min_size=0)
+        partition(dataclasses.replace(labels, train_domains=np.arange(40) // 39), config)
+
+
 def test_other_impossible_wishes():
     with pytest.raises(UserError, match="fewer than the 5 domains"):
         partition(DOMAINS, PartitionConfig("domain", clients=3))
