@@ -5,6 +5,7 @@ evaluation batch need in between is an estimate: the peak of live values in the 
 program, which fusion lowers and padding raises. `exact=True` compiles the round and asks XLA instead.
 """
 
+import contextlib
 import dataclasses
 import os
 from functools import partial
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 from fedjax_sim import placement
 from fedjax_sim.algorithms.base import Batch, Cohort, Training
 from fedjax_sim.config import RunConfig
+from fedjax_sim.errors import UserError
 from fedjax_sim.liveness import bytes_of, leaf_bytes, peak_bytes
+from fedjax_sim.provenance import total_memory
 from fedjax_sim.rounds import Witness
 from fedjax_sim.simulation import Setup, Simulation, instruments, prepare, watch
 from fedjax_sim.streams import root
@@ -134,7 +137,7 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
         *_probe_parts(setup, platform),
     ]
     parts.append(_checkpoint_part(setup, platform))
-    parts = [part for part in parts if part.total]
+    parts = [_advised(setup, platform, part) for part in parts if part.total]
     order = {"always": 0, "round": 1, "probe": 2, "evaluation": 3}
     parts.sort(key=lambda part: (order[part.when], -part.total))
     compiled = compiled_round(Simulation(setup)) if exact else None
@@ -153,6 +156,67 @@ def compiled_round(simulation: Simulation) -> dict[str, int]:
         "of which in place": int(found.alias_size_in_bytes),
         "temporaries": int(found.temp_size_in_bytes),
     }
+
+
+def check(setup: Setup) -> None:
+    """Refuses a run whose data and states alone are more than the memory that there is; quick.
+
+    Counts only what is exact and held all the time, and all of the machine's memory, so that nothing is
+    refused that could work. `plan` also estimates what a round takes in between.
+
+    Raises:
+      UserError: names the largest part, and what makes it smaller.
+    """
+    platform = jax.default_backend()
+    there = total(platform)
+    if not there:
+        return
+    # A data set in host memory may be the very buffer that the devices read.
+    held = (part for part in _data_parts(setup, platform) if part.name != _ON_HOST)
+    parts = [*held, *_state_parts(setup)]
+    size = lambda part: part.total if platform == "cpu" else part.device  # noqa: E731
+    needed = sum(map(size, parts))
+    if needed > there:
+        worst = _advised(setup, platform, max(parts, key=size))
+        raise UserError(
+            "memory",
+            human(needed),
+            f"so much is held all the time ({worst.name}: {human(size(worst))}), and "
+            f"{'this machine' if platform == 'cpu' else 'a device'} has {human(there)}",
+            f"What helps: {worst.remedy or 'a smaller model'}. `fedjax-sim plan` shows every part.",
+        )
+
+
+def total(platform: str) -> int | None:
+    """Bytes of one accelerator, or of the machine for a CPU, swap included; None where it cannot be told."""
+    if platform != "cpu":
+        return available(platform)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+        limit = sizes["MemTotal"] + sizes.get("SwapTotal", 0)
+    except (OSError, KeyError, ValueError, IndexError):
+        return total_memory() or None
+    with contextlib.suppress(OSError, ValueError):  # where there is no such limit
+        limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()) + sizes.get("SwapTotal", 0))
+    return limit
+
+
+def _advised(setup: Setup, platform: str, part: Part) -> Part:
+    """The part, of whose remedies those are left that would change something."""
+    config = setup.config
+    moot = {
+        "more devices": platform == "cpu",  # which share one memory
+        "local.keep_optimizer = false": not config.local.keep_optimizer,
+        "a smaller execution.wave": setup.wave == 1,
+        "a smaller local.batch_size": config.local.batch_size == 1,
+        "a smaller cohort.size": setup.cohort_size == 1,
+        "fewer clients": setup.num_clients == 1,
+        "peel.split = train": config.peel.split == "train",
+    }
+    options = [option.strip().removeprefix("or ") for option in part.remedy.split(",")]
+    options = [option for option in options if option and not moot.get(option, False)]
+    return dataclasses.replace(part, remedy=", or ".join(options))
 
 
 def available(platform: str) -> int | None:
@@ -174,6 +238,8 @@ def available(platform: str) -> int | None:
         pass  # no such limit
     return max(min(limits), 0)
 
+
+_ON_HOST = "data set in host memory"
 
 # --- parts --------------------------------------------------------------------------------------------
 
@@ -198,7 +264,7 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
     ]
     if platform == "cpu":
         held = images + tests
-        parts.append(Part("data set in host memory", held, held, "always", "smaller images, or fewer"))
+        parts.append(Part(_ON_HOST, held, held, "always", "smaller images, or fewer"))
     return parts
 
 

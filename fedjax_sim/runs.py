@@ -38,6 +38,7 @@ from fedjax_sim import (
     hosts,
     imports,
     initial,
+    memory,
     models,
     plots,
     provenance,
@@ -530,11 +531,17 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
 
 def _alike(make: Callable[[], Setup]) -> Setup:
     """The setup; raises UserError unless all processes are about to run the same."""
-    setup = hosts.together(make)
+
+    def made() -> Setup:
+        setup = make()
+        memory.check(setup)
+        return setup
+
+    setup = hosts.together(made)
     if jax.process_count() > 1:
-        made = {"data": provenance.fingerprint(setup.dataset)}
-        made["partition"] = provenance.describe_partition(setup.partition)
-        hosts.check_same({**config_lib.flat(_writable(setup.config)), **made})
+        told = {"data": provenance.fingerprint(setup.dataset)}
+        told["partition"] = provenance.describe_partition(setup.partition)
+        hosts.check_same({**config_lib.flat(_writable(setup.config)), **told})
     return setup
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_sim import data, liveness, memory
+from fedjax_sim import data, liveness, memory, runs
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.config import (
     CohortConfig,
@@ -16,6 +16,7 @@ from fedjax_sim.config import (
     PeelConfig,
     RunConfig,
 )
+from fedjax_sim.errors import UserError
 from fedjax_sim.memory import MemoryPlan, Part
 from fedjax_sim.simulation import Simulation, prepare
 
@@ -143,3 +144,39 @@ def test_measured_rounds_are_counted_and_do_not_grow_with_samples():
     everything = of(clients=2, chimeras=True, others=True, finetune=1)
     assert everything.peak >= two.peak > plain.peak
     assert part(everything, "test images that observers").device > 0
+
+
+def test_a_run_that_cannot_be_held_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    """Control variates of many clients; by `run`, and by what a sweep asks of its runs first."""
+    partition = data.PartitionConfig(kind="iid", clients=1000, samples_per_client=1, min_size=1)
+    local = LocalConfig(epochs=1, batch_size=16)
+    output = OutputConfig(dir=str(tmp_path / "run"))
+    made = config(algorithm=CONFIGS["scaffold"](), partition=partition, local=local, output=output)
+    monkeypatch.setattr(memory, "total", lambda platform: 50 * 2**20)
+    monkeypatch.setattr(Simulation, "__init__", lambda *_: pytest.fail("nothing is made"))
+    with pytest.raises(UserError, match=r"clients' own state \(1000 clients\).* has 50\.0 MiB") as caught:
+        runs.run(made)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert "keep_optimizer" not in str(caught.value) and "fewer clients" in str(caught.value)
+    setup = prepare(made)
+    with pytest.raises(UserError, match="memory = "):
+        runs.check(made, setup.dataset, setup.partition)
+    monkeypatch.setattr(memory, "total", lambda platform: 500 * 2**20)
+    runs.check(made, setup.dataset, setup.partition)
+
+
+def test_advice_is_only_what_would_change_something():
+    def told(**changes):
+        plan = memory.plan(config(algorithm=CONFIGS["scaffold"](), **changes))
+        return " ".join(dataclasses.replace(plan, available=0).advice())
+
+    narrow = told(execution=ExecutionConfig(devices=2, wave=1), cohort=CohortConfig(size=1))
+    for moot in ("keep_optimizer", "more devices", "execution.wave", "cohort.size"):
+        assert moot not in narrow
+    kept = LocalConfig(epochs=1, batch_size=16, momentum=0.9, keep_optimizer=True)
+    assert "local.keep_optimizer = false" in told(local=kept)
+
+
+def test_all_memory_is_at_least_what_is_free():
+    there = memory.total("cpu")
+    assert there is not None and there >= (memory.available("cpu") or 0)
