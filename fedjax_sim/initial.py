@@ -142,7 +142,11 @@ def pretrained(setup: "Setup") -> Any:
     Raises:
       UserError: it is not finite.
     """
-    from fedjax_sim.simulation import NonFiniteUpdate, Simulation  # which imports this module
+    from fedjax_sim.simulation import (  # which imports this module
+        NonFiniteServer,
+        NonFiniteUpdate,
+        Simulation,
+    )
 
     config, mine = setup.config, setup.partition.server
     assert mine is not None
@@ -161,7 +165,7 @@ def pretrained(setup: "Setup") -> Any:
     try:
         for _ in simulation.advance():
             pass
-    except NonFiniteUpdate:
+    except (NonFiniteUpdate, NonFiniteServer):
         why = "the model is not finite after it"
         raise UserError("initial.pretrain", epochs, why, "Lower local.lr, or set local.clip_norm.") from None
     return jax.device_get(simulation.variables)

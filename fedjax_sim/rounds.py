@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -23,7 +24,7 @@ from fedjax_sim import stacked
 from fedjax_sim.algorithms.base import Algorithm, Cohort, Results, Starts
 from fedjax_sim.stacked import AXIS
 from fedjax_sim.streams import CLIENTS, SERVER, stream
-from fedjax_sim.training import Lanes, Shard, Trainer
+from fedjax_sim.training import Lanes, Shard, Trainer, all_finite
 from fedjax_sim.waves import Plan
 
 _DISPATCH, _MERGE = 0, 1  # below the server's key of a round
@@ -141,6 +142,27 @@ class Meter(Protocol):
         ...
 
 
+FINE, INFINITE, NAN = 0, 1, 2
+"""What is worst among the numbers of a leaf."""
+
+
+@struct.dataclass
+class Soundness:
+    """What the server holds after a merge.
+
+    Leaves with a row a client or slot are not looked at: their faults show when they are handed out.
+
+    Attributes:
+      state: i32[m], `FINE`, `INFINITE` or `NAN` of each leaf of the algorithm's state.
+      deployed: i32[n], likewise of the deployed model; empty where that is made of stacks.
+      names: of the leaves, first of the state, then of the model.
+    """
+
+    state: jax.Array
+    deployed: jax.Array
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+
 @struct.dataclass
 class RoundOutputs:
     """What a round says of itself.
@@ -148,12 +170,17 @@ class RoundOutputs:
     Attributes:
       loss: f32[K], mean training loss of each client.
       included: bool[K], False where an update was not finite.
+      handed: bool[K], False where it was not because what the server sent was not: an infinity or NaN in the
+        model, or a NaN in what goes with it.
+      server: what the merge left.
       metrics: the algorithm's own scalars.
       observed: name -> what an observer or a meter measured.
     """
 
     loss: jax.Array
     included: jax.Array
+    handed: jax.Array
+    server: Soundness
     metrics: dict[str, jax.Array]
     observed: dict[str, Any]
 
@@ -196,7 +223,7 @@ class Round:
         cohort = inputs.cohort
         starts = self._dispatched(state.algorithm, cohort, inputs)
         kept = stacked.take_rows(state.clients, cohort.ids)
-        results, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
+        results, handed, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
         key = stream(stream(inputs.key, SERVER, cohort.round), _MERGE)
         merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
@@ -221,7 +248,8 @@ class Round:
                 meters[name], observed[name] = self.meters[name].read(
                     state.meters[name], cohort, old, new, each, mean
                 )
-        outputs = RoundOutputs(results.loss, results.included, metrics, observed)
+        server = self._soundness(merged)
+        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, observed)
         return ServerState(merged, clients, meters), outputs
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
@@ -242,8 +270,10 @@ class Round:
 
     def _train(
         self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard, watched: Watched | None
-    ) -> tuple[Results, Any, Any, dict[str, Any]]:
-        """What came back, what clients keep, (start, trained) of the watched slots, meters' (each, mean)."""
+    ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
+        """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
+        watched slots, meters' (each, mean).
+        """
         cohort, plan = inputs.cohort, inputs.plan
         own, same = P(AXIS), P()
         weigh = self.algorithm.weights
@@ -288,11 +318,12 @@ class Round:
         )
         if watched is not None and seen[0] is None:
             seen = (stacked.broadcast(starts.models, count), seen[1])
-        kept, uploads, loss, included, each = rest
-        loss, included = _take(loss, plan.places), _take(included, plan.places)
+        kept, uploads, loss, faults, each = rest
+        loss, faults = _take(loss, plan.places), _take(faults, plan.places)
         each = jax.tree.map(lambda leaf: _take(leaf, plan.places), each)
         readings = {name: (each[name], means[name]) for name in self.meters}
-        return Results(back(models), mean, back(uploads), included, loss), back(kept), seen, readings
+        results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
+        return results, faults != _SERVERS, back(kept), seen, readings
 
     def _on_device(self, shared, watched, start, broadcast, lanes, bounds, lr, key, shard, rank):
         """One device's waves. Leaves of `lanes` and `rank` lead with S places; bounds: i32[W]."""
@@ -327,11 +358,11 @@ class Round:
             received, trained = trainer.send(received), trainer.send(trained)
             metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
             # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
-            # for which XLA then copies all slots, as it also reads them.
-            trained, kept = jax.lax.cond(
+            # for which XLA then copies all slots, as it also reads them. Who is at fault is asked there too.
+            trained, kept, faults = jax.lax.cond(
                 finite.all(),
-                lambda new, old: new,
-                lambda new, old: stacked.select(finite, new, old),
+                lambda new, old: (*new, jnp.full(width, _NONE)),
+                lambda new, old: (*stacked.select(finite, new, old), _faults(finite, old[0], broadcast)),
                 (trained, kept),
                 (begin, own.kept),
             )
@@ -353,7 +384,7 @@ class Round:
                     None if same else _written(seen[0], where, received),
                     _written(seen[1], where, trained),
                 )
-            return (models, total, weight, seen, metered), (kept, uploads, loss, finite, each)
+            return (models, total, weight, seen, metered), (kept, uploads, loss, faults, each)
 
         numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
         (models, total, weight, seen, metered), rest = jax.lax.scan(
@@ -370,6 +401,14 @@ class Round:
         read, sums = jax.lax.psum(metered, AXIS)
         means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
         return models if self.algorithm.needs_models else None, mean, rest, seen, means
+
+    def _soundness(self, state: Any) -> Soundness:
+        """Of the algorithm's state after a merge."""
+        stacks = jax.tree.leaves(self.algorithm.is_stacked(state))
+        of_state = [leaf for leaf, stack in zip(_named(state), stacks, strict=True) if not stack]
+        of_model = [] if any(stacks) else _named(self.algorithm.deploy(state))
+        names = [f"state{name}" for name, _ in of_state] + [f"deploy(state){name}" for name, _ in of_model]
+        return Soundness(_kinds(of_state), _kinds(of_model), tuple(names))
 
     def _nothing_read(self, model) -> Any:
         """(clients read f32[], name -> sum of what a meter shares), before the first wave."""
@@ -412,6 +451,35 @@ def _written(rows, where, models):
         )
 
     return jax.lax.fori_loop(0, len(where), write, rows)
+
+
+_NONE, _CLIENTS, _SERVERS = (np.int32(fault) for fault in range(3))  # whose fault an update is
+
+
+def _faults(finite, sent, broadcast) -> jax.Array:
+    """Whose fault it is that updates are not finite. bool[L], [L, …], no lane axis -> i32[L]."""
+    sound = jnp.stack([jnp.bool_(True), *(_worst(leaf) != NAN for leaf in jax.tree.leaves(broadcast))]).all()
+    return jnp.where(finite, _NONE, jnp.where(all_finite(sent) & sound, _CLIENTS, _SERVERS))
+
+
+def _worst(leaf) -> jax.Array:
+    """`FINE`, `INFINITE` or `NAN`, i32[]; what cannot be either is fine."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.int32(FINE)
+    return jnp.where(
+        jnp.isfinite(leaf).all(), jnp.int32(FINE), jnp.where(jnp.isnan(leaf).any(), NAN, jnp.int32(INFINITE))
+    )
+
+
+def _kinds(named) -> jax.Array:
+    """Of (path, leaf) the worst of each leaf, i32[m]."""
+    return jnp.stack([jnp.int32(FINE), *(_worst(leaf) for _, leaf in named)])[1:]
+
+
+def _named(tree) -> list[tuple[str, Any]]:
+    """(path, leaf), as in `jax.tree.leaves`."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
 
 
 def _take(leaf, index):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import cohorts, evaluation, finetuning, hosts, initial, models, placement, waves
+from fedjax_sim import algorithms, cohorts, evaluation, finetuning, hosts, initial, models, placement, waves
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context, Prolonged
 from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
@@ -23,13 +23,20 @@ from fedjax_sim.models.base import Model
 from fedjax_sim.peel import Peeling
 from fedjax_sim.programs import Program
 from fedjax_sim.records import Row
-from fedjax_sim.rounds import Round, RoundInputs, RoundOutputs, ServerState, Watched
+from fedjax_sim.rounds import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.streams import INIT, root, stream
 from fedjax_sim.training import Shard, Trainer, make_optimizer
 
 
 class NonFiniteUpdate(UserError):
     """A client's update held an infinity or NaN, and the run was told to stop at that."""
+
+
+_ALL = " As it was all of the round's: a learning rate of the server (algorithm.lr) may be too high as well."
+
+
+class NonFiniteServer(UserError):
+    """What the server made of finite updates, or handed out, held an infinity or NaN."""
 
 
 @dataclass(frozen=True)
@@ -410,7 +417,8 @@ class Simulation:
         """Starts the next round, and its evaluation if one is due, without waiting for them.
 
         Call the result for the round's rows. It raises NonFiniteUpdate if a client's update was not finite
-        and `local.non_finite` is stop; the state has moved on by then, without that update.
+        and `local.non_finite` is stop; the state has moved on by then, without that update. It raises
+        NonFiniteServer if what the algorithm's own functions made is not finite, whatever that setting.
         """
         inputs, waste = self.inputs(self.round)
         watched = watch(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
@@ -435,13 +443,16 @@ class Simulation:
         fetched: RoundOutputs = jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
         bad = np.unique(ids[~included]).tolist()
-        if bad and self.setup.config.local.non_finite == "stop":
+        stops = bad and self.setup.config.local.non_finite == "stop"
+        if not stops or not fetched.handed.all():
+            self._check_server(number, ids, fetched)
+        if stops:
             raise NonFiniteUpdate(
                 "local.non_finite",
                 "stop",
                 f"in round {number} the update of client(s) {bad} was not finite",
                 "Lower local.lr, set local.clip_norm, or leave such clients out with "
-                "local.non_finite = skip.",
+                "local.non_finite = skip." + (_ALL if not included.any() else ""),
             )
         weights = np.where(included, np.asarray(inputs.cohort.counts), 0).astype(np.float64)
         rows = [Row(number, "padding_waste", waste), Row(number, "lr", float(inputs.lr))]
@@ -460,6 +471,42 @@ class Simulation:
                     self.ending.update(row.metric for row in made)
                 rows += made
         return rows
+
+    def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
+        """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
+        server, misled = fetched.server, np.unique(ids[~fetched.handed]).tolist()
+        of_state, of_model = np.asarray(server.state), np.asarray(server.deployed)
+        if misled:
+            found = self._not_finite()
+            before = f", of what merge made in round {number - 1} or before" if number > 1 else ""
+            why = f"in round {number} what its dispatch sent to client(s) {misled} was not finite{before}"
+        elif (of_state == NAN).any() or (of_model != FINE).any():
+            kinds = np.concatenate([of_state, of_model])
+            found = [name for name, kind in zip(server.names, kinds, strict=True) if kind != FINE]
+            maker = "merge" if of_state.any() else "deploy"
+            why = f"in round {number} its {maker} made numbers that are not finite, of finite updates"
+        else:
+            return
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            why += f": {', '.join(found[:3])}{more}"
+        raise NonFiniteServer(
+            "algorithm",
+            algorithms.label(self.setup.config.algorithm),
+            why,
+            "Lower the server's learning rate if it has one (algorithm.lr, algorithm.server_lr) or local.lr; "
+            "in an algorithm of your own look for a division by 0, or a root of what is below it.",
+        )
+
+    def _not_finite(self) -> list[str]:
+        """Leaves of the algorithm's state as it now is that are not, as far as this process has them."""
+        return [
+            f"state{jax.tree_util.keystr(path)}"
+            for path, leaf in jax.tree_util.tree_flatten_with_path(self.state.algorithm)[0]
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+            and leaf.is_fully_addressable
+            and not np.isfinite(np.asarray(leaf, np.complex64)).all()
+        ]
 
     def _due(self, number: int) -> list[Instrument]:
         """The instruments that measure round `number`, from 1."""

@@ -306,7 +306,7 @@ class Trainer:
         _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (lanes.samples, zeros, zeros, carried))
         trained, memory, last_gradient, gathered = laned(carried)
         extra = gathered if gathers else extra
-        finite = jnp.isfinite(loss_sum) & _all_finite(trained)
+        finite = jnp.isfinite(loss_sum) & all_finite(trained)
         rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None, 0))(
             start, trained, kept["rule"], extra, total, lr, last_gradient
         )
@@ -408,7 +408,7 @@ def _laned(tree):
     return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-def _all_finite(tree) -> jax.Array:
+def all_finite(tree) -> jax.Array:
     """bool[L]: whether every number of a slot is finite, as integers are.
 
     A sum of tiny multiples, which overflows for no finite number. Written as products, row by row, because

@@ -5,6 +5,7 @@ import logging
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -24,8 +25,9 @@ from fedjax_sim.algorithms import (
 )
 from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import NonFiniteUpdate, Simulation, prepare
+from fedjax_sim.simulation import NonFiniteServer, NonFiniteUpdate, Simulation, prepare
 from tests import oracles
+from tests.algorithms.personal import By
 
 SIZES = (12, 7, 20, 3, 31)
 
@@ -160,6 +162,69 @@ def test_a_round_says_which_client_was_not_finite():
     with pytest.raises(NonFiniteUpdate, match=rf"round 1 .*client\(s\) \[{client}\]") as caught:
         oracles.run(simulation, 1)
     assert caught.value.field == "local.non_finite"
+
+
+def _from_round_2(value, otherwise, number):
+    """`otherwise`, and from round 2 on `value` in its first leaf's place."""
+    leaves, tree = jax.tree.flatten(otherwise)
+    leaves[0] = jnp.where(number > 0, leaves[0] * value, leaves[0])
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _merging(record, value):
+    def merge(state, cohort, starts, results, key):
+        new, metrics = record.merge(state, cohort, starts, results, key)
+        return _from_round_2(value, new, cohort.round), metrics
+
+    return dataclasses.replace(record, merge=merge)
+
+
+def _deploying(record, value):
+    def deploy(state):
+        return {"params": jax.tree.map(lambda leaf: leaf * value, state.model["params"])}
+
+    return dataclasses.replace(record, deploy=deploy)
+
+
+def _dispatching(record, value):
+    def dispatch(state, cohort, key):
+        starts = record.dispatch(state, cohort, key)
+        return dataclasses.replace(starts, models=_from_round_2(value, starts.models, cohort.round))
+
+    return dataclasses.replace(record, dispatch=dispatch)
+
+
+@pytest.mark.parametrize(
+    ("inner", "spoil", "value", "number", "told"),
+    [
+        (FedAvg(), _merging, np.nan, 2, r"merge made.*: state\.model\['params'\]\['fc1'\]\['bias'\], deploy"),
+        (FedAvg(), _merging, np.inf, 2, r"merge made.*: state\.model\['params'\]\['fc1'\]\['bias'\], deploy"),
+        (FedAvg(), _deploying, np.nan, 1, r"deploy made.*: deploy\(state\)\['params'\].* and 1 more"),
+        (FedAvg(), _dispatching, np.nan, 2, r"dispatch sent to client\(s\) \[0, 1\]"),
+        (
+            Local(),
+            _merging,
+            np.nan,
+            3,
+            r"dispatch sent to client\(s\) \[0, 1\].*round 2.*: state\.models\['p",
+        ),
+    ],
+    ids=["merge", "merge-inf", "deploy", "dispatch", "stacked"],
+)
+def test_what_the_server_makes_is_not_blamed_on_clients(inner, spoil, value, number, told):
+    """Not even where clients whose updates are not finite may be left out."""
+    algorithm = By(lambda context: spoil(inner.build(context), value))
+    simulation = oracles.simulate((5, 8), algorithm=algorithm, steps=1, rounds=3, non_finite="skip")
+    oracles.run(simulation, number - 1)
+    with pytest.raises(NonFiniteServer, match=rf"in round {number} (its|what its) {told}") as caught:
+        oracles.run(simulation, 1)
+    assert caught.value.field == "algorithm"
+
+
+def test_a_server_optimiser_that_diverges_is_named():
+    simulation = oracles.simulate((5, 8), algorithm=FedOpt("sgd", 3e38), steps=1, lr=1e4)
+    with pytest.raises(NonFiniteServer, match=r"'fedopt'.*merge made.*state\.inner\.model.*algorithm\.lr"):
+        oracles.run(simulation)
 
 
 def test_evaluation_is_due_every_so_often_and_at_the_end(small):

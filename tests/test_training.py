@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.streams import INIT, SERVER, root, stream
-from fedjax_sim.training import _all_finite, batch_order, client_key, make_optimizer, shuffled
+from fedjax_sim.training import all_finite, batch_order, client_key, make_optimizer, shuffled
 
 _shuffled = jax.jit(shuffled, static_argnums=3)
 
@@ -152,9 +152,9 @@ def test_options_which_sgd_does_not_read_are_refused():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_number_anywhere_marks_its_slot(bad):
     tree = {"a": np.full((3, 2, 2), 1e38, np.float32), "b": np.zeros((3, 4), np.float32)}
-    assert np.asarray(_all_finite(tree)).all()
+    assert np.asarray(all_finite(tree)).all()
     tree["b"][1, 2] = bad
-    np.testing.assert_array_equal(_all_finite(jax.tree.map(jnp.asarray, tree)), [True, False, True])
+    np.testing.assert_array_equal(all_finite(jax.tree.map(jnp.asarray, tree)), [True, False, True])
 
 
 def test_of_state_that_is_no_float_nothing_can_be_infinite():
@@ -164,4 +164,4 @@ def test_of_state_that_is_no_float_nothing_can_be_infinite():
         "flag": jnp.ones(4, bool),
         "pair": jnp.asarray([1 + 2j, jnp.inf, 1j * jnp.nan, 0], jnp.complex64),
     }
-    np.testing.assert_array_equal(_all_finite(tree), [True, False, False, True])
+    np.testing.assert_array_equal(all_finite(tree), [True, False, False, True])
