@@ -265,7 +265,7 @@ def _prepare(algorithm=None, model=None, given=None, **parts):
         ("algorithm.optimizer", {"algorithm": FedOpt("adamm", 0.1)}),
         ("algorithm.optimizer", {"algorithm": FedOpt("lbfgs", 0.1)}),
         ("algorithm.optimizer", {"algorithm": FedOpt("polyak_sgd", 0.1)}),
-        ("algorithm.options", {"algorithm": FedOpt("sgd", 0.1, {"beta": 1})}),
+        ("algorithm.options.beta", {"algorithm": FedOpt("sgd", 0.1, {"beta": 1})}),
         ("algorithm.inner", {"algorithm": FedAdam(inner=FedMR())}),
         ("algorithm.inner", {"algorithm": FedProx(FedNova())}),
         ("algorithm.inner", {"algorithm": MOON(Local())}),
