@@ -22,6 +22,7 @@ No NaN and no infinity gets into the metrics. A value that is not finite is writ
 """
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -193,7 +194,14 @@ class Table:
         return pa.table(columns)
 
     def to_pandas(self) -> Any:
-        """The columns as a pandas DataFrame; needs pandas, which fedjax_sim does not."""
+        """The columns as a pandas DataFrame; texts are categories.
+
+        Raises:
+          UserError: pandas is not installed; nothing else of fedjax_sim needs it.
+        """
+        if importlib.util.find_spec("pandas") is None:
+            fix = "Install it (pip install pandas), or take to_arrow(), column(name) or series(metric)."
+            raise UserError("to_pandas", "pandas", "this package is not installed", fix)
         return self.to_arrow().to_pandas()
 
 

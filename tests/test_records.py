@@ -56,6 +56,15 @@ def test_series_picks_one_number_over_time():
     assert clients.tolist() == [7, 3] and values.tolist() == [0.5, 0.25]
 
 
+def test_a_table_as_a_data_frame_has_its_rows(monkeypatch):
+    frame = Table(ROWS).to_pandas()
+    assert [Row(*values) for values in frame[list(Row._fields)].itertuples(index=False)] == ROWS
+    assert frame[frame.metric == "accuracy"].value.tolist() == [0.1, 0.2]
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"to_pandas.*pip install pandas\), or take to_arrow"):
+        Table(ROWS).to_pandas()
+
+
 def test_what_is_not_there_is_named():
     with pytest.raises(UserError, match="such column"):
         Table(ROWS).column("epoch")
