@@ -39,6 +39,15 @@ def test_work_is_balanced_as_longest_processing_time_first_promises(steps, devic
     assert bounds.sum(1).max() >= steps.sum() / devices
 
 
+def test_the_next_client_goes_where_the_least_work_is():
+    """Dealing in turn would give one device 13 of these steps, filling one device after the other as well."""
+    plan = make_plan(np.array([4, 9, 1, 4]), 2, 1)
+    np.testing.assert_array_equal(plan.layout, [1, 2, 0, 3])
+    np.testing.assert_array_equal(plan.bounds, [9, 1, 4, 4])
+    plan = make_plan(np.array([2, 9, 1, 2, 3, 2]), 3, 1)
+    np.testing.assert_array_equal(np.asarray(plan.bounds).reshape(3, 2).sum(1), [10, 5, 4])
+
+
 @settings(max_examples=100, deadline=None)
 @given(steps=SIZES, devices=st.integers(1, 4), width=st.integers(1, 6))
 def test_waves_hold_clients_of_like_length(steps, devices, width):

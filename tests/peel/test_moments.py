@@ -91,3 +91,21 @@ def test_merging_with_nothing_changes_nothing():
     m = streamed(z, y, 4, 60)
     for pair in ((m, moments.empty(4, 7)), (moments.empty(4, 7), m)):
         jax.tree.map(np.testing.assert_array_equal, moments.merge(*pair), m)
+
+
+def test_the_nearest_of_means_of_unequal_length():
+    m = moments.of_batch(jnp.asarray([[0.0, 0.0], [4.0, 0.0]]), jnp.asarray([0, 1]), np.ones(2, bool), 2)
+    z = jnp.asarray([[1.5, 3.0], [1.9, -9.0], [2.1, 9.0], [9.0, 0.0]])
+    np.testing.assert_array_equal(moments.nearest_mean(m, z), [0, 0, 1, 1])
+    far = moments.of_batch(jnp.asarray([[1.0], [-1.0], [9.0]]), jnp.asarray([0, 0, 1]), np.ones(3, bool), 2)
+    np.testing.assert_array_equal(moments.nearest_mean(far, jnp.asarray([[4.4], [4.6]])), [0, 1])
+    three = jnp.asarray([[0.0], [1.0], [9.0]])
+    m = moments.of_batch(three, jnp.asarray([0, 1, 2]), np.ones(3, bool), 3)
+    np.testing.assert_array_equal(
+        moments.nearest_mean(m, jnp.asarray([[4.9], [5.1], [0.6], [0.4]])), [1, 2, 1, 0]
+    )
+
+
+def test_means_that_oppose_each_other_discriminate_beyond_one():
+    m = moments.of_batch(jnp.asarray([[1.0, 0.0], [-2.0, 0.0]]), jnp.asarray([0, 1]), np.ones(2, bool), 3)
+    assert moments.discrimination(m) == pytest.approx(2)

@@ -62,3 +62,20 @@ def test_ranks():
     numerical, stable = probing.ranks(jnp.asarray(covariance, jnp.float32))
     assert numerical == 3 and stable == pytest.approx(14 / 9, rel=1e-4)
     assert probing.ranks(jnp.zeros((3, 3))) == (0, 0)
+
+
+def test_the_ridge_probe_is_the_plain_systems_solution(rng):
+    """Standardised features and a column of ones, all penalised by n / 100, in float64."""
+    z, y = rng.normal(size=(40, 5)) * [1, 2, 3, 4, 5] + 6, np.eye(3)[rng.integers(0, 3, 40)]
+    probe = probing.ridge(streamed(z, y, 16))
+    columns = np.concatenate([(z - z.mean(0)) / z.std(0), np.ones((40, 1))], 1)
+    wanted = np.linalg.solve(columns.T @ columns + 0.01 * 40 * np.eye(6), columns.T @ y)
+    np.testing.assert_allclose(probe.weights, wanted[:-1], atol=1e-4)
+    np.testing.assert_allclose(probe.bias, wanted[-1], atol=1e-5)
+
+
+def test_the_numerical_rank_counts_singular_values_and_not_their_squares():
+    """Of 1, 0.01 and 0.0003 two are above a thousandth of the largest."""
+    numerical, stable = probing.ranks(jnp.diag(jnp.asarray([1e-4, 9e-8, 1.0])))
+    assert numerical == 2
+    assert stable == pytest.approx(1.0001, abs=1e-5)
