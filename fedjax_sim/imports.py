@@ -108,17 +108,24 @@ def takes(signature: inspect.Signature, keyword: str) -> bool:
 
 
 def place_of(error: BaseException) -> str:
-    """` (FILE, line N)` of the last line of the user's own code that an exception went through, or "".
+    """` (FILE, line N)` of the last of `own_lines`, or ""."""
+    lines = own_lines(error)
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
+
+
+def own_lines(error: BaseException) -> list[traceback.FrameSummary]:
+    """The lines of the user's own code that an exception went through, outermost first.
 
     That is code which is neither this package's nor installed nor Python's.
     """
     library = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     theirs = (str(Path(__file__).parent), *library)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    lines = []
+    for frame in traceback.extract_tb(error.__traceback__):
         typed = frame.filename.startswith(("<stdin", "<ipython")) or os.path.isabs(frame.filename)
         if typed and not frame.filename.startswith(theirs) and "site-packages" not in frame.filename:
-            return f" ({Path(frame.filename).name}, line {frame.lineno})"
-    return ""
+            lines.append(frame)
+    return lines
 
 
 def checksums(names: Iterable[Any]) -> dict[str, int | None]:

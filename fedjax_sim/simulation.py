@@ -13,7 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import algorithms, cohorts, evaluation, finetuning, hosts, initial, models, placement, waves
+from fedjax_sim import (
+    algorithms,
+    cohorts,
+    contract,
+    evaluation,
+    finetuning,
+    hosts,
+    initial,
+    models,
+    placement,
+    waves,
+)
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context, Prolonged
 from fedjax_sim.config import RunConfig, check_given
 from fedjax_sim.data import Dataset, Partition, Population
@@ -190,7 +201,7 @@ def prepare(
         momentum=config.local.momentum,
         nesterov=config.local.nesterov,
     )
-    record = config.algorithm.build(context)
+    record = contract.build(config.algorithm, context)
     if record.local.send is not None and config.local.keep_optimizer:
         raise UserError(
             "local.keep_optimizer",
@@ -216,6 +227,15 @@ def prepare(
         first = initial.of_run(config.initial.run, model, dataset)
     setup = Setup(config, dataset, partition, population, model, record, cohort_size, wave, devices, first)
     _ = setup.draw  # which may find fault with a schedule
+    if not algorithms.builtin(config.algorithm):  # those are held to it by a test
+        contract.check(
+            record,
+            setup.trainer,
+            name=algorithms.label(config.algorithm),
+            num_clients=setup.num_clients,
+            cohort_size=cohort_size,
+            mesh=placement.make_mesh(setup.devices),
+        )
     return setup
 
 

@@ -115,6 +115,12 @@ def name_of(config: Any) -> str | None:
     return next((name for name, cls in (CONFIGS | _OTHERS).items() if type(config) is cls), None)
 
 
+def builtin(config: Any) -> bool:
+    """Whether it is one of this package, and so is all that is inside it."""
+    known = set(CONFIGS.values())
+    return type(config) in known and all(type(one) in known for one in nested(config))
+
+
 def namable(config: Any) -> bool:
     """Whether a file can hold it: it has a name, and so has all that is inside it."""
     return name_of(config) is not None and all(name_of(one) is not None for one in nested(config))
