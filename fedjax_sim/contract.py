@@ -75,7 +75,9 @@ def check(
         start = rule.receive(sent, kept["rule"], starts.broadcast, key) if rule.receive else sent
         extra = rule.begin(start, kept["rule"], starts.broadcast)
         memory = kept["optimizer"] if local.keep_optimizer else trainer.optimizer.init(start["params"])
-        trained, _, _, gradient, gathered = trainer._step(start, memory, batch, extra, key, lr)
+        trained, _, _, gradient, gathered = trainer._step(
+            trainer.optimizer, start, memory, batch, extra, key, lr
+        )
         wanted = trainer._wants_gradient(starts.broadcast)
         _, upload = rule.end(
             start,
