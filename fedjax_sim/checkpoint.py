@@ -10,10 +10,17 @@ The next round overwrites the state in place (its buffers are donated), while Or
 CPU its copy to the host is none. So the state is copied here before `save` returns.
 """
 
+import contextlib
+import errno
+import logging
+import os
 import re
 import shutil
+import sys
+import traceback
 import warnings
 import zlib
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,28 +64,37 @@ class Checkpoints:
             told = zip(paths, _leaves(deployed).values(), strict=True)
             about["model"] = [{"path": list(path), **entry} for path, entry in told]
             items["model"] = ocp.args.StandardSave(_numbered(deployed))
-        manager = self._manager()
-        manager.save(round_index, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(host)):
-            manager.wait_until_finished()
+        with _plain_errors(self.folder):
+            manager = self._manager()
+            manager.save(round_index, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
+            if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(host)):
+                manager.wait_until_finished()
 
     def wait(self) -> None:
-        """Waits until everything is on disk. Raises what went wrong in the background."""
+        """Waits until everything is on disk.
+
+        Raises:
+          OSError: it cannot be written; from here, as from `save` and `close`, for what went wrong in the
+            background too.
+        """
         if self._writer is not None:
-            self._writer.wait_until_finished()
-            self._writer.check_for_errors()
+            with _plain_errors(self.folder):
+                self._writer.wait_until_finished()
+                self._writer.check_for_errors()
 
     def close(self) -> None:
         """Waits and lets go."""
         if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+            writer, self._writer = self._writer, None
+            with _plain_errors(self.folder):
+                writer.close()
 
     def _manager(self) -> ocp.CheckpointManager:
         if self._writer is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self.keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
             )
+            _without_tracebacks()
             self._writer = ocp.CheckpointManager(self.folder, options=options)
         return self._writer
 
@@ -191,6 +207,53 @@ class Checkpoints:
         while target.exists():
             target, copies = home / f"{number}-{copies}", copies + 1
         (self.folder / str(number)).rename(target)
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """Makes the system's own error of what TensorStore says of a file that it cannot write."""
+    try:
+        yield
+    except ValueError as error:
+        told = re.search(r"os_error_code='(\d+)'", str(error))
+        full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
+        if told is None and not full:
+            raise
+        code = errno.ENOSPC if told is None else int(told[1])
+        raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+class _NoOrbax(logging.Filter):
+    """Lets no traceback through that went by Orbax."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.exc_info or record.exc_info[2] is None:
+            return True
+        frames = traceback.walk_tb(record.exc_info[2])
+        return not any(frame.f_globals.get("__name__", "").startswith("orbax.") for frame, _ in frames)
+
+
+_NO_ORBAX = _NoOrbax()
+
+
+def _without_tracebacks() -> None:
+    """Orbax logs the traceback of an error in the background once in each thread that the error goes through,
+    and TensorStore that of every further write of the same checkpoint; we get the error itself.
+    """
+    logging.getLogger("absl").addFilter(_NO_ORBAX)  # once: a second time changes nothing
+    if getattr(sys.unraisablehook, "ours", False):
+        return
+    before = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if not (isinstance(event.exc_value, RuntimeError) and str(event.exc_value) == "Event loop is closed"):
+            before(event)
+
+    hook.ours = True  # pyright: ignore[reportFunctionMemberAccess]
+    sys.unraisablehook = hook
 
 
 # --- leaves -------------------------------------------------------------------------------------------

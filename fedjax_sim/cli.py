@@ -11,7 +11,7 @@ import typing
 import warnings
 from collections.abc import Iterator, Sequence
 
-from fedjax_sim.errors import UserError
+from fedjax_sim.errors import NotWritten, UserError
 
 USAGE = """usage: fedjax-sim COMMAND …
 
@@ -37,28 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit status: 0 done, 1 a sweep had failures or a plan does not fit, 2 the user's mistake,
+      The exit status: 0 done, 1 a sweep had failures, a plan does not fit, or something could not be
+      written (a full disk; where that is standard output, the work was done), 2 the user's mistake,
       130 and 143 cut short by SIGINT and SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_closed()
+    out = _Output(sys.stdout)
+    with contextlib.redirect_stdout(typing.cast(typing.TextIO, out)):
+        status = _status(words)
+        out.flush()
+    if out.lost is None or isinstance(out.lost, BrokenPipeError):  # of `fedjax-sim list | head`
+        return status
+    _complain(f"error: standard output cannot be written: {getattr(out.lost, 'strerror', None) or out.lost}")
+    return status or 1
+
+
+def _status(words: list[str]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            status = _dispatch(words)
-            sys.stdout.flush()
-            return status
+            return _dispatch(words)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # of `fedjax-sim list | head`; what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        _complain("error: " + " ".join(str(error).split()))
+        return 1 if isinstance(error, NotWritten) else 2
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        _complain(str(stop) or "interrupted")
         return 130
     except SystemExit as stop:
         if type(stop) is not SystemExit:
-            print(str(stop), file=sys.stderr)
+            _complain(str(stop))
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
 
 
@@ -501,7 +509,64 @@ def _told(run) -> None:
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
     """A warning as a user reads it: one line, without the place in the source."""
     del category, filename, lineno, line
-    print(f"warning: {message}", file=file or sys.stderr)
+    _complain(f"warning: {message}", file)
+
+
+def _complain(line: str, file: typing.TextIO | None = None) -> None:
+    """A line on standard error, if that can be written: where it cannot, there is nobody to tell."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=file or sys.stderr, flush=True)
+
+
+class _Output:
+    """Standard output whose loss does not end the work: of a full disk, or a pipe that nobody reads.
+
+    Attributes:
+      lost: what went wrong; from then on nothing is written.
+    """
+
+    def __init__(self, stream: typing.TextIO):
+        self._stream = stream
+        self.lost: Exception | None = None
+
+    def write(self, text: str) -> int:
+        """See TextIO."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """See TextIO."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: typing.Callable[[], object]) -> None:
+        if self.lost is not None:
+            return
+        try:
+            action()
+        except UnicodeError:
+            raise
+        except (OSError, ValueError) as error:  # the second: it is closed
+            self.lost = error
+            # What its buffer holds would fail again when Python ends.
+            with contextlib.suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
+
+    def __getattr__(self, name: str) -> typing.Any:
+        return getattr(self._stream, name)
+
+
+def _open_closed() -> None:
+    """Opens what a shell has closed (`>&-`): the next file would get its number, and others' messages."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 if __name__ == "__main__":

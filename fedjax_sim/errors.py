@@ -1,5 +1,7 @@
 """The one kind of error that a user's mistake raises."""
 
+import errno
+
 _MOST = 120
 """Letters of a mapping or a list that a message shows."""
 
@@ -33,3 +35,14 @@ class UserError(ValueError):
 
     def __reduce__(self):
         return type(self), (self.field, self.value, self.why, self.fix)
+
+
+class NotWritten(UserError):
+    """A file cannot be written: the disk or a quota is full, or the disk fails. What is there stays sound."""
+
+    @classmethod
+    def of(cls, field: str, value: object, error: OSError, then: str) -> "NotWritten":
+        """The one for an error of the system; `then` is what to do once it can be written again."""
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        why = f"it cannot be written: {error.strerror or ' '.join(str(error).split())}"
+        return cls(field, value, why, f"{'Make room' if full else 'Mend that'}, then {then}.")

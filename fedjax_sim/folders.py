@@ -1,6 +1,7 @@
 """A run's folder: its paths, its checks, and the lock that keeps a second process out."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from fedjax_sim import config as config_lib
 from fedjax_sim import paths, records
-from fedjax_sim.errors import UserError
+from fedjax_sim.errors import NotWritten, UserError
 
 
 class Folder:
@@ -72,6 +73,8 @@ class Folder:
             probe = self.path / ".lock"
             probe.touch()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NotWritten.of("output.dir", str(self.path), error, "start it again") from None
             raise UserError(
                 "output.dir",
                 str(self.path),
@@ -140,6 +143,24 @@ class Folder:
 
     def write(self, name: str, text: str) -> None:
         """Writes a file in one go, whoever else does."""
-        unfinished = self.path / f"{name}.{os.getpid()}.part"
-        unfinished.write_text(text)
-        os.replace(unfinished, self.path / name)
+        with paths.whole(self.path / name, f".{os.getpid()}") as unfinished:
+            unfinished.write_text(text)
+
+    @contextlib.contextmanager
+    def writing(self, field: str = "output.dir", then: str = "") -> Iterator[None]:
+        """Files of the folder are written inside.
+
+        Args:
+          field: to name in the message.
+          then: what to do once they can be written again; by default continue the run, or start it again.
+
+        Raises:
+          NotWritten: they cannot be.
+        """
+        try:
+            yield
+        except OSError as error:
+            way = then or (
+                f"continue with: fedjax-sim resume {self.path}" if self.started else "start it again"
+            )
+            raise NotWritten.of(field, str(self.path), error, way) from error

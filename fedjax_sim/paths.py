@@ -3,8 +3,10 @@
 A run appends to its journal, locks its folder and renames files in one go, which buckets do not offer.
 """
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedjax_sim.errors import UserError
@@ -12,6 +14,22 @@ from fedjax_sim.errors import UserError
 _BUCKETS = "gs|gcs|s3|s3a|s3n|r2|oci|abfs|abfss|az|adl|wasb|wasbs|hdfs"
 # `Path("gs://bucket")` has lost a slash. Any other word before `:/` may be a folder.
 _ADDRESS = re.compile(rf"([A-Za-z][A-Za-z0-9+.-]+)://|({_BUCKETS}):/", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def whole(path: Path, mark: str = "") -> Iterator[Path]:
+    """A name beside `path` to write a file under: it takes the place of `path` at the end, or is removed.
+
+    A reader sees the old file or the new one, never half of it. With `mark` several may write at once.
+    """
+    unfinished = path.with_name(f"{path.name}{mark}.part")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            unfinished.unlink()
+        raise
 
 
 def local(path: str | os.PathLike[str], field: str = "path") -> Path:

@@ -36,6 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedjax_sim import paths
 from fedjax_sim.errors import UserError
 
 JOURNAL, METRICS, TIMING = "journal.jsonl", "metrics.parquet", "timing.csv"
@@ -207,13 +208,10 @@ class Table:
 
 def write_parquet(table: Table, path: str | Path) -> None:
     """Writes the table in one go: a reader sees the old file or the new one, never half of it."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:
+    with paths.whole(Path(path)) as unfinished, unfinished.open("wb") as file:
         pq.write_table(table.to_arrow(), file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def read_parquet(path: str | Path) -> Table:
@@ -309,9 +307,8 @@ class Journal:
             self.last, end = number, offset
         self._rows = _opened_at(folder / JOURNAL, end)
         self.laps = [lap for lap in read_timing(folder) if lap.round <= self.last]
-        unfinished = folder / f"{TIMING}.part"
-        unfinished.write_text(",".join(Lap._fields) + "\n" + "".join(map(_line, self.laps)))
-        os.replace(unfinished, folder / TIMING)
+        with paths.whole(folder / TIMING) as unfinished:
+            unfinished.write_text(",".join(Lap._fields) + "\n" + "".join(map(_line, self.laps)))
         self._times = (folder / TIMING).open("ab")
 
     def append(self, rows: Iterable[Row], lap: Lap, ending: Collection[str] = ()) -> list[Row]:

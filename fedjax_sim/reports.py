@@ -146,6 +146,10 @@ def names_of(settings: list[dict[str, str]]) -> list[str]:
     return names
 
 
+AGAIN = "give the same command again"
+"""What to do once a report can be written."""
+
+
 # --- where to write -----------------------------------------------------------------------------------
 
 
@@ -197,7 +201,8 @@ def writable(path: str | Path) -> Folder:
 def write(home: Folder, contents: Mapping[str, str], tell: Callable[[str], None]) -> list[Path]:
     """Writes files by name."""
     for name, content in contents.items():
-        home.write(name, content)
+        with home.writing("out", AGAIN):
+            home.write(name, content)
         tell(f"wrote {home.path / name}")
     return [home.path / name for name in contents]
 
@@ -246,7 +251,8 @@ def draw(home: Folder, figures: Mapping[str, Callable[[], Figure]], tell: Callab
             continue
         out.shown[name] = plots.caption_of(figure)
         for path in paths:
-            plots.save(figure, path)
+            with home.writing("out", AGAIN):
+                plots.save(figure, path)
             out.paths.append(path)
             tell(f"wrote {path}")
     return out

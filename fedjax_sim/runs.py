@@ -16,6 +16,7 @@ Of a finished run config.yaml, provenance.json, metrics.parquet and timing.csv a
 need no more, in any place. Without checkpoints it has no model; its partition is drawn again when asked for.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -218,8 +219,9 @@ def _started(config: RunConfig, **given: Any) -> Run:
         hosts.agreed(folder.check_new)  # again: another start may have come and gone while this one prepared
         # Made first: a mistake that shows only here leaves no half-begun run behind.
         simulation = Simulation(setup)
-        hosts.agreed(lambda: _describe(folder, setup))
-        return _drive(simulation, folder)
+        with folder.writing():
+            hosts.agreed(lambda: _describe(folder, setup))
+            return _drive(simulation, folder)
 
 
 def resume(
@@ -258,7 +260,9 @@ def resume(
                 provenance.check_jax_settings(about.get("jax", {}))
                 began, kept = hosts.agreed(lambda: _before(place, config, about))
                 setup = _alike(lambda: _setup(place, config, about, **given, began=began if kept else None))
-                return _drive(Simulation(setup), place, began)
+                simulation = Simulation(setup)
+                with place.writing():
+                    return _drive(simulation, place, began)
     return load(folder, **given)
 
 
@@ -415,6 +419,8 @@ def _drive(simulation: Simulation, folder: Folder | None, began: int | None = No
         # Rows first: a checkpoint must never be ahead of the journal.
         if journal is not None:
             journal.sync()
+        if events is not None:
+            events.flush()
         if saved < simulation.round:
             checkpoints.save(simulation.round, simulation.state, simulation.variables)
             saved = simulation.round
@@ -423,6 +429,7 @@ def _drive(simulation: Simulation, folder: Folder | None, began: int | None = No
 
     bar = Bar(config, simulation.round, setup.cohort_size, table)
     waiting: list[Callable[[], list[records.Row]]] = []
+    ended = False
     try:
         with signals() as asked:
             stopping = hosts.Votes(lambda: bool(asked))
@@ -446,11 +453,13 @@ def _drive(simulation: Simulation, folder: Folder | None, began: int | None = No
             _figures(result, setup)
             journal.tabulate()
         hosts.agreed(lambda: None)  # nobody looks into the folder before all is in it
+        ended = True
     finally:
-        bar.close()
-        for thing in (events, journal, checkpoints):
-            if thing is not None:
-                thing.close()
+        for thing in (bar, events, journal, checkpoints):
+            # After an error closing may fail as well: the first error is the one to tell.
+            with contextlib.nullcontext() if ended else contextlib.suppress(Exception):
+                if thing is not None:
+                    thing.close()
     if not result.finished:
         raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
     return result

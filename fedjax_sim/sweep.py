@@ -30,11 +30,15 @@ from fedjax_sim import comparison, data, hosts, initial, progress, provenance, r
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
-from fedjax_sim.errors import UserError
+from fedjax_sim.errors import NotWritten, UserError
 from fedjax_sim.folders import Folder
 from fedjax_sim.sweep_files import Job, Sweep, from_mapping, load
 
 __all__ = ["Job", "Outcome", "Sweep", "compile_cache", "from_mapping", "load", "run"]
+
+
+AGAIN = "Make room, then start the sweep again: it goes on where it stopped."
+"""What to do when nothing more can be written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,8 @@ def run(
     Raises:
       UserError: there is no such part; the folder cannot be written; a run cannot work as it is configured,
         which is found before the first one starts.
-      Interrupted, Terminated: on SIGINT and SIGTERM; a later start continues.
+      NotWritten: the disk is full, or fails; a later start continues.
+      Interrupted, Terminated: on SIGINT and SIGTERM; likewise.
     """
     this, parts = part
     if not 1 <= this <= parts:
@@ -111,6 +116,8 @@ def run(
             except (runs.Interrupted, runs.Terminated) as stop:
                 stop.advice = f"it was {head}; start the sweep again to go on"
                 raise
+            except NotWritten as error:  # nor can the others be, nor the table
+                raise NotWritten(f"{job.name}: {error.field}", error.value, error.why, AGAIN) from error
             except Exception as error:
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise  # perhaps this process alone failed, and the others wait for it
@@ -130,7 +137,8 @@ def run(
     wall = {name: result.seconds for name, result in done.items()}
     cpu = {name: result.cpu_seconds for name, result in done.items()}
     outcome = Outcome(sweep, compared, failures, wall, cpu, tuple(left))
-    hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
+    with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
+        hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
     return outcome
 
 

@@ -4,7 +4,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] made on import
+from tensorboardX.summary import scalar
 
 from fedjax_sim.records import Row
 
@@ -17,11 +19,22 @@ def tag_of(row: Row) -> str | None:
 
 
 class Events:
-    """Writes rows as scalars to a folder; what an earlier, cut run wrote after `round_index` is masked."""
+    """Writes rows as scalars to a folder; what an earlier, cut run wrote after `round_index` is masked.
+
+    Not with tensorboardX's SummaryWriter, which writes in a thread: where that cannot write, it dies with a
+    traceback, and the next round waits for ever for room in its queue. Here whoever calls gets the error.
+    """
 
     def __init__(self, folder: str | Path, round_index: int = 0):
-        purge = round_index + 1 if round_index else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=30)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if round_index:
+            purge = {"wall_time": time.time(), "step": round_index + 1}
+            self._writer.write_event(Event(file_version="brain.Event:2", **purge))
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(session_log=start, **purge))
 
     def write(self, rows: Iterable[Row]) -> None:
         """Adds a round's rows."""
@@ -29,7 +42,15 @@ class Events:
         for row in rows:
             tag = tag_of(row)
             if tag is not None:
-                self._writer.add_scalar(tag, row.value, row.round, walltime=now)
+                event = Event(wall_time=now, step=row.round, summary=scalar(tag, row.value))
+                self._writer.write_event(event)
+        if time.monotonic() - self._flushed > 30:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes down what is still in memory."""
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Flushes and closes."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.documents import parse_json
 from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
+from fedjax_sim.paths import local, whole
 
 FORMAT = "fedjax_sim.partition"
 VERSION = 1
@@ -156,9 +155,8 @@ def save(partition: Partition, path: str | Path) -> None:
     for name in ("server", "streams"):
         if getattr(partition, name) is not None:
             content[name] = getattr(partition, name).tolist()
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, separators=(",", ":")))
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, separators=(",", ":")))
 
 
 def load_partition(path: str | Path, dataset: Dataset | None = None) -> Partition:

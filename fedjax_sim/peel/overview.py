@@ -20,7 +20,7 @@ from fedjax_sim.folders import Folder
 from fedjax_sim.peel import analysis, cfd
 from fedjax_sim.peel.analysis import Measurements
 from fedjax_sim.peel.groups import Group
-from fedjax_sim.reports import comma_separated, markdown
+from fedjax_sim.reports import AGAIN, comma_separated, markdown
 from fedjax_sim.reports import write as write_files
 
 STATES = ("start", "before", "after", "finetuned")
@@ -333,7 +333,8 @@ def write(
         raise UserError("reference", reference, "no group has this name", nearest(reference, list(named)))
     against = None if reference is None else named[reference]
     rows = table(outlines, against)
-    plots.save(picture(outlines), home.path / f"{name}.png")
+    with home.writing("out", AGAIN):
+        plots.save(picture(outlines), home.path / f"{name}.png")
     tell(f"wrote {home.path / name}.png")
     contents = {
         f"{name}.csv": comma_separated(list(rows[0]), [list(row.values()) for row in rows]),
