@@ -166,6 +166,7 @@ HARMLESS: dict[tuple[str, str], str] = {
         "stacked",
         "leaf, AXIS",
     ): "where nothing weighs, it is the least already; to wait for the weight is the point",
+    ("stacked", "or False:"): "an axis that the devices do not divide is filled up by XLA; only slower",
     ("waves", "rest * batch"): "fewer batches than an epoch has never reach a client's count",
     ("selection", ">= candidate) > count)"): "the threshold is one number lower, and none of that is missing",
     ("selection", "enough = _sum(level) < missing"): "of a level that is wanted whole, the search takes all",
