@@ -483,11 +483,13 @@ class RunConfig:
 
     def __post_init__(self):
         if not isinstance(self.algorithm, AlgorithmConfig):
+            known = algorithms.CONFIGS.get(self.algorithm) if isinstance(self.algorithm, str) else None
+            wanted = "FedAvg()" if known is None else f"{known.__name__}()"
             raise UserError(
                 "algorithm",
                 self.algorithm,
                 "is no algorithm's configuration",
-                "Give one with a `build(context)` method, such as FedAvg().",
+                f"Give one with a `build(context)` method, such as fs.{wanted}; names are for YAML.",
             )
         check(self)
         _check_version(self.version)
@@ -619,6 +621,22 @@ def load(path: str | Path) -> RunConfig:
             why = f"this is the file of a sweep (it has {key}), and the configuration of one run is wanted"
             raise UserError("config", str(path), why, f"Start it with: fedjax-sim sweep {path}.")
     return from_dict(mapping)
+
+
+def as_config(given: Any) -> RunConfig:
+    """A RunConfig as it is, or that of a YAML file whose path is given.
+
+    Raises:
+      UserError: as `load`; or it is neither.
+    """
+    if isinstance(given, RunConfig):
+        return given
+    if isinstance(given, str | Path):
+        return load(given)
+    fix = (
+        "Give fs.RunConfig(…), or the path of its YAML file. A mapping becomes one by fs.config.from_dict(…)."
+    )
+    raise UserError("config", type(given).__name__, "this is no configuration of a run", fix)
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:

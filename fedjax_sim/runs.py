@@ -23,7 +23,7 @@ import json
 import os
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,27 +172,33 @@ class Run:
 
 
 def run(
-    config: RunConfig,
+    config: RunConfig | str | Path,
     *,
     dataset: Dataset | None = None,
-    partition: Partition | None = None,
-    model: Model | None = None,
+    partition: Partition | Sequence[np.ndarray] | Mapping[int, np.ndarray] | None = None,
+    model: Any = None,
     algorithm: Any = None,
 ) -> Run:
     """Runs a configuration to its end.
 
     Args:
-      config: what to run; with `output.dir` None nothing is written.
+      config: what to run, or the path of its YAML file; with `output.dir` None nothing is written.
       dataset: takes the place of what `config` names, as do the next three. `resume` will want the same
         ones again, but for the partition, which is kept in the folder.
-      partition: likewise.
-      model: likewise.
+      partition: likewise; or each client's indices into the training images, i64[n_k], in a list or by
+        number.
+      model: likewise; or what `fedjax_sim.models.adapted` makes one of, such as a Flax linen module.
       algorithm: likewise.
 
     Raises:
       UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
     """
+    config, dataset, partition = (
+        config_lib.as_config(config),
+        data.as_dataset(dataset),
+        data.as_partition(partition),
+    )
     config = _saying(config, dataset, partition, model, algorithm)
     return _started(config, dataset=dataset, partition=partition, model=model)
 
@@ -677,7 +683,7 @@ def _setup(
 
 
 def _dataset(config: RunConfig, about: dict[str, Any], given: Dataset | None) -> Dataset:
-    dataset = given or config.data.load()
+    dataset = data.as_dataset(given) or config.data.load()
     provenance.check_fingerprint(dataset, about["data"])
     return dataset
 

@@ -26,8 +26,8 @@ from fedjax_sim import (
     waves,
 )
 from fedjax_sim.algorithms.base import Algorithm, AlgorithmConfig, Cohort, Context, Prolonged
-from fedjax_sim.config import RunConfig, check_given
-from fedjax_sim.data import Dataset, Partition, Population
+from fedjax_sim.config import RunConfig, as_config, check_given
+from fedjax_sim.data import Dataset, Partition, Population, as_dataset, as_partition
 from fedjax_sim.errors import UserError
 from fedjax_sim.inertia import Effectiveness, Movement
 from fedjax_sim.models.base import Model
@@ -154,6 +154,7 @@ def prepare(
         `fedjax_sim.algorithms.base.Prolonged`.
     """
     hosts.check_backend()
+    config, dataset, partition = as_config(config), as_dataset(dataset), as_partition(partition)
     check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)

@@ -1,9 +1,9 @@
 """The data room: image sets, their partition over clients, and the population on the device."""
 
 from fedjax_sim.data import presets
-from fedjax_sim.data.dataset import Dataset, union
+from fedjax_sim.data.dataset import Dataset, as_dataset, union
 from fedjax_sim.data.partition_config import KINDS, PartitionConfig
-from fedjax_sim.data.partition_files import Partition, load_partition, save
+from fedjax_sim.data.partition_files import Partition, as_partition, load_partition, save
 from fedjax_sim.data.partition_reports import effective_classes, label_counts, plot, summary
 from fedjax_sim.data.partitions import partition
 from fedjax_sim.data.population import Population
@@ -20,6 +20,8 @@ __all__ = [
     "PartitionConfig",
     "Population",
     "Preprocessing",
+    "as_dataset",
+    "as_partition",
     "augment",
     "default_data_dir",
     "effective_classes",

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -150,6 +151,17 @@ class Dataset:
             why = f"at position {bad[0]}, outside 0..{(bound or 2**31) - 1} ({len(bad)} such entries)"
             raise UserError(f"data.{name}", int(ids[bad[0]]), why, f"Number the {kind} from 0.")
         object.__setattr__(self, name, np.ascontiguousarray(ids, np.int32))
+
+
+def as_dataset(given: Any) -> Dataset | None:
+    """`given`, which is a Dataset or None. Raises UserError for anything else, with what to write."""
+    if given is None or isinstance(given, Dataset):
+        return given
+    fix = (
+        "Write fs.Dataset(name, train_images, train_labels, test_images, test_labels, num_classes), images "
+        "u8[n, H, W, C]."
+    )
+    raise UserError("dataset", type(given).__name__, "this is no Dataset", fix)
 
 
 def count_classes(*labels: np.ndarray) -> int:

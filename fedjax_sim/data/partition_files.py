@@ -108,6 +108,28 @@ class Partition:
         return f"Partition({kind}, {self.num_clients:,} clients of {held}, {tests}{server})"
 
 
+def as_partition(given: Any) -> Partition | None:
+    """A Partition or None as it is; of a sequence or mapping of index arrays, one a client, the Partition.
+
+    Args:
+      given: the clients of a mapping are numbered from 0; it must have every number up to the largest.
+
+    Raises:
+      UserError: it is none of these, or holds what no client can.
+    """
+    if given is None or isinstance(given, Partition):
+        return given
+    if isinstance(given, Mapping):
+        if set(given) != set(range(len(given))):
+            why = f"its keys are not the clients 0 to {len(given) - 1}"
+            raise UserError("partition", list(given)[:5], why, "Number the clients from 0, without a gap.")
+        given = [given[client] for client in range(len(given))]
+    if not isinstance(given, list | tuple):
+        fix = "Give a list of arrays, each client's indices into the training set, or fs.data.partition(…)."
+        raise UserError("partition", type(given).__name__, "this is no partition", fix)
+    return Partition(tuple(given))
+
+
 def describe(dataset: Dataset) -> dict[str, Any]:
     """What a recipe says of the set, so that indices are not used on another one by mistake."""
     return {
