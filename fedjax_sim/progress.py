@@ -115,7 +115,9 @@ class Bar:
 
 def _drawable() -> bool:
     """Whether a bar can be drawn: on a terminal, and in a notebook."""
-    return "ipykernel" in sys.modules or sys.stderr.isatty()
+    python = sys.modules.get("IPython")
+    shell = None if python is None else python.get_ipython()
+    return getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import sys
+import types
 
 import pytest
 
@@ -70,6 +72,18 @@ def test_a_terminal_has_a_bar(monkeypatch, clock):
     assert "\r" in drawn and "fedavg" in drawn and "3/3" in drawn
     with progress.part_of("[3/18] FedMR"):
         assert "[3/18] FedMR" in drive(monkeypatch, clock, Screen(), rounds=3)
+
+
+def test_a_notebook_has_a_bar_and_a_process_that_only_imported_its_kernel_has_none(monkeypatch, clock):
+    class Shell:
+        kernel = None
+
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda: Shell))
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert not progress._drawable()
+    monkeypatch.setattr(Shell, "kernel", object())
+    assert progress._drawable()
 
 
 def test_nothing_is_said_where_nothing_was_wanted_or_can_be(monkeypatch, clock):

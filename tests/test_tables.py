@@ -64,8 +64,8 @@ def test_the_title_is_what_all_have_in_common():
     [
         ({"reference": "fedagv"}, "reference", "Did you mean fedavg"),
         ({"metric": "acuracy"}, "metric", "no run has recorded it. They have accuracy, loss"),
-        ({"last_k": 0}, "last_k", "no number from 1"),
-        ({"rounds_of_interest": (0,)}, "rounds_of_interest", "no number from 1"),
+        ({"last_k": 0}, "last_k", "a whole number from 1"),
+        ({"rounds_of_interest": (0,)}, "rounds_of_interest", "a whole number from 1"),
         ({"goal": "best"}, "goal", "max or min"),
     ],
 )

@@ -22,6 +22,10 @@ def simulate(algorithm, **keywords):
     return oracles.simulate(settings.pop("sizes", SIZES), algorithm=algorithm, **settings)
 
 
+# Worlds with classes of which nobody has a sample are meant here.
+pytestmark = pytest.mark.filterwarnings("ignore:.* classes have no training sample:UserWarning")
+
+
 def one_class(sizes, label):
     """A world of 3 classes all of whose training samples are of one."""
     dataset, partition = oracles.world(sizes)
