@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 300
-"""Seconds of a mutant: beyond them it hangs, which a test would have noticed too."""
+LIMIT = 1200
+"""Seconds of a mutant: beyond them it hangs, or the machine is too busy. It then counts as neither."""
 
 PRIMITIVES = "tests/test_primitives.py"
 NEAREST = {
@@ -78,10 +78,10 @@ MUTANTS: list[tuple] = [
     ("rounds", "all_, new, w * width, 0)", "all_, new, w, 0)"),
     (
         "rounds",
-        "loss, included = _take(loss, plan.places), _take",
-        "loss, included = loss[: len(plan.places)], _take",
+        "loss, faults = _take(loss, plan.places), _take",
+        "loss, faults = loss[: len(plan.places)], _take",
     ),
-    ("rounds", "lambda new, old: stacked.select(finite, new, old),", "lambda new, old: new,"),
+    ("rounds", "(*stacked.select(finite, new, old), _faults(", "(*new, _faults("),
     ("rounds", "stacked.select(finite, u, jnp.zeros_like(u))", "stacked.select(finite, u, u)"),
     ("rounds", "finite & (own.counts > 0)", "own.counts >= 0", MOVEMENT),
     ("rounds", "leaf / jnp.maximum(read, 1), sums", "leaf / jnp.maximum(read, 4), sums", MOVEMENT),
@@ -111,8 +111,8 @@ MUTANTS: list[tuple] = [
     ("training", "(t == total - 1)", "(t == total - 2)", MOVEMENT),
     ("training", "jnp.where((within == 0)[:, None], _samples", "jnp.where((within >= 0)[:, None], _samples"),
     ("training", "loss_sum / jnp.maximum(seen, 1)", "loss_sum / jnp.maximum(seen, 1) / 2"),
-    ("training", "jnp.isfinite(loss_sum) & _all_finite(trained)", "jnp.isfinite(loss_sum)"),
-    ("training", "jnp.isfinite(loss_sum) & _all_finite(trained)", "_all_finite(trained)"),
+    ("training", "jnp.isfinite(loss_sum) & all_finite(trained)", "jnp.isfinite(loss_sum)"),
+    ("training", "jnp.isfinite(loss_sum) & all_finite(trained)", "all_finite(trained)"),
     (
         "training",
         "new = stacked.select(active, new, variables)",
@@ -189,9 +189,9 @@ def main() -> int:
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
         outcomes = [_outcome(copy, *mutant) for mutant in mutants]
-    told = {word: outcomes.count(word) for word in ("killed", "harmless", "SURVIVED")}
+    told = {word: outcomes.count(word) for word in ("killed", "harmless", "SURVIVED", "UNTOLD")}
     print(f"{len(mutants)} mutants:", ", ".join(f"{count} {word}" for word, count in told.items()))
-    return int(told["SURVIVED"] > 0)
+    return int(told["SURVIVED"] + told["UNTOLD"] > 0)
 
 
 def _outcome(copy: Path, module: str, old: str, new: str, tests: list[str] | None = None) -> str:
@@ -208,12 +208,12 @@ def _outcome(copy: Path, module: str, old: str, new: str, tests: list[str] | Non
         code = done.returncode
         lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     except subprocess.TimeoutExpired:
-        code, lines = 1, [f"after {LIMIT} s"]
+        code, lines = None, []
     path.write_text(text)
-    if code not in (0, 1, 2):
+    if code not in (0, 1, 2, None):
         raise SystemExit(f"{module}: {new}: pytest ended with {code}\n{done.stdout[-2000:]}")
     reason = HARMLESS.get((module, new))
-    word = "killed" if code else "harmless" if reason else "SURVIVED"
+    word = "UNTOLD" if code is None else "killed" if code else "harmless" if reason else "SURVIVED"
     why = reason if word == "harmless" else "".join(lines[:1])[:140]
     print(f"{word:9}{time.monotonic() - began:4.0f} s  {module}: {old}  ->  {new}  {why}", flush=True)
     return word
