@@ -1,5 +1,6 @@
 """A whole round against NumPy in float64, and what must not show in its result."""
 
+import dataclasses
 import math
 import re
 
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
+from fedjax_sim.algorithms.base import cross_entropy
 from fedjax_sim.models.norms import BatchNorm
 from fedjax_sim.models.spelling import SPELLINGS
 from tests import oracles
@@ -377,3 +379,25 @@ def test_a_round_in_which_all_clients_overflow_keeps_the_model(algorithm):
     oracles.assert_trees_equal(simulation.variables, before)
     assert sorted(row.client for row in rows if row.metric == "left_out") == [0, 1]
     assert not [row for row in rows if row.metric == "train_loss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOnly:
+    """FedAvg with a loss that is no number, though its gradient is one."""
+
+    def build(self, context):
+        record = FedAvg().build(context)
+
+        def loss(apply, variables, batch, extra):
+            value, variables = cross_entropy(apply, variables, batch, extra)
+            return value + jax.lax.stop_gradient(jnp.float32(jnp.nan)), variables
+
+        return dataclasses.replace(record, local=dataclasses.replace(record.local, loss=loss))
+
+
+def test_a_loss_that_is_not_finite_leaves_a_client_out_although_its_model_is():
+    simulation = oracles.simulate((5, 8), algorithm=LossOnly(), non_finite="skip", rounds=1)
+    before = jax.device_get(simulation.variables)
+    rows = oracles.run(simulation)
+    assert sorted(row.client for row in rows if row.metric == "left_out") == [0, 1]
+    oracles.assert_trees_equal(simulation.variables, before)
