@@ -401,3 +401,29 @@ def test_a_loss_that_is_not_finite_leaves_a_client_out_although_its_model_is():
     rows = oracles.run(simulation)
     assert sorted(row.client for row in rows if row.metric == "left_out") == [0, 1]
     oracles.assert_trees_equal(simulation.variables, before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uploading:
+    """FedAvg whose clients upload their trained model as well; the sum of these is recorded."""
+
+    def build(self, context):
+        record = FedAvg().build(context)
+
+        def end(start, trained, client_state, extra, steps, lr, gradient):
+            return client_state, trained["params"]["fc1"]["kernel"]
+
+        def merge(state, cohort, starts, results, key):
+            state, metrics = record.merge(state, cohort, starts, results, key)
+            return state, {**metrics, "uploaded": results.uploads.sum()}
+
+        return dataclasses.replace(record, merge=merge, local=dataclasses.replace(record.local, end=end))
+
+
+def test_the_upload_of_a_client_that_is_left_out_is_zero():
+    simulation = poisoned(Uploading(), non_finite="skip", rounds=1)
+    start = oracles.doubled(simulation.variables["params"])
+    rows = oracles.run(simulation)
+    ids, trained, _ = oracles.train_cohort([start] * 4, simulation, 0)
+    wanted = sum(trained[k]["fc1"]["kernel"].sum() for k, client in enumerate(ids) if client != 2)
+    assert oracles.value_of(rows, "uploaded", 1) == pytest.approx(wanted, rel=1e-4)
