@@ -423,7 +423,17 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             measured = jax.device_get(self._measure(self.state.algorithm))
         drawn = cohorts.generator(self.setup.config.seed, round_index)
-        return chooser.choose(measured, self.setup.population.counts, self.setup.cohort_size, drawn)
+        counts, wanted = self.setup.population.counts, self.setup.cohort_size
+        chosen = np.asarray(chooser.choose(measured, counts, wanted, drawn))
+        integers = np.issubdtype(chosen.dtype, np.integer)
+        if chosen.shape != (wanted,) or not integers or chosen.min() < 0 or chosen.max() >= len(counts):
+            raise UserError(
+                "algorithm.selection.choose",
+                chosen[:8].tolist() if chosen.ndim else chosen.tolist(),
+                f"in round {round_index + 1} it did not choose {wanted} of clients 0 to {len(counts) - 1}",
+                f"Return i32[{wanted}], their numbers.",
+            )
+        return chosen
 
     def trace(self) -> None:
         """Traces the next round, and what the algorithm deploys, without compiling either."""

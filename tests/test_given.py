@@ -1,11 +1,14 @@
 """What `run` takes in the place of a RunConfig, data, partition and model, and what it says of the rest."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import linen as nn
 
 import fedjax_sim as fs
 from fedjax_sim import config as config_lib
+from fedjax_sim.algorithms.base import Selection
 from fedjax_sim.errors import UserError
 
 CONFIG = fs.RunConfig(
@@ -63,3 +66,52 @@ def test_what_is_none_of_these_is_said_with_what_to_write(given, told):
     for start in (fs.run, fs.Simulation):
         with pytest.raises(UserError, match=told):
             start(**{"config": CONFIG, **given})
+
+
+class Counting(nn.Module):
+    """Counts its calls, in evaluation too."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Logits."""
+        calls = self.variable("counters", "calls", lambda: np.int32(0))
+        if not self.is_initializing():
+            calls.value = calls.value + 1
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class Bare(nn.Module):
+    """Nothing to train."""
+
+    @nn.compact
+    def __call__(self, x):
+        """Logits."""
+        return x.reshape(len(x), -1)[:, :10]
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (Counting(), "it changes a variable in evaluation too.*calls.*keyword `train`"),
+        (Bare(), "the module has no parameters to train"),
+    ],
+)
+def test_a_module_that_cannot_be_trained_or_evaluated_is_refused(module, told):
+    with pytest.raises(UserError, match=told):
+        fs.from_flax(module, (8, 8, 1), 10, name="net")
+
+
+@pytest.mark.parametrize("chosen", [[0, 99], [0], [0.0, 1.0], [-1, 0], 3])
+def test_an_algorithm_that_chooses_no_clients_is_named(chosen):
+    @dataclasses.dataclass(frozen=True)
+    class Choosing:
+        def build(self, context):
+            selection = Selection(
+                lambda state: (), lambda measured, counts, wanted, generator: np.asarray(chosen)
+            )
+            return dataclasses.replace(fs.FedAvg().build(context), selection=selection)
+
+    with pytest.raises(
+        UserError, match=r"algorithm\.selection\.choose = .*did not choose 2 of clients 0 to 3"
+    ):
+        fs.Simulation(CONFIG, algorithm=Choosing()).inputs(0)

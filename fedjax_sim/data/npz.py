@@ -58,7 +58,16 @@ def read_npz(
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {k: file[k] for k in file.files if k in (*wanted, *names_keys, "domain_names")}
             present = sorted(file.files)
-    except (OSError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        EOFError,
+        KeyError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
         raise UserError("data.source", f"npz:{path}", f"cannot be read ({e})", FIX) from e
     missing = [k for k in wanted[:4] if k not in arrays]
     if missing:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import errors as flax_errors
 from flax import linen as nn
 from flax import nnx
 
@@ -57,9 +58,9 @@ def from_flax(
       takes_mask: whether to pass `mask`; None: if the signature has it.
 
     Raises:
-      UserError: a bad shape or number of classes, a module that cannot be called so, an output which is not
-        f[1, num_classes], parameters other than float32, a random key among the variables, a peel point that
-        is not there.
+      UserError: a bad shape or number of classes, a module that cannot be called so, has no parameters or
+        changes variables in evaluation, an output which is not f[1, num_classes], parameters other than
+        float32, a random key among the variables, a peel point that is not there.
 
     Warns:
       UserWarning: batch statistics that padding can reach; convolutions with slow gradients.
@@ -90,9 +91,31 @@ def from_flax(
             "Check `input_shape` and the module's __call__.",
         ) from error  # fmt: skip
     _check_output(seen, name, num_classes)
+    if not seen.params:
+        raise UserError("model", name, "the module has no parameters to train", "Give it a layer that has.")
+    _check_evaluation(wrapped, shape, name)
     points = _points(seen, peel_points)
     _warn(seen, name, own_mask)
     return Model(name, wrapped, shape, num_classes, points, takes_mask=True)
+
+
+def _check_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Raises UserError if the module changes a variable while it is not trained. Traced only."""
+
+    def evaluate(key):
+        image, keywords = jnp.zeros((1, *shape), jnp.float32), {"train": False, "mask": None}
+        variables = module.init({"params": key, "dropout": key}, image, **keywords)
+        return module.apply(variables, image, **keywords)
+
+    try:
+        jax.eval_shape(evaluate, jax.random.key(0))
+    except flax_errors.ModifyScopeVariableError as error:
+        why = f"it changes a variable in evaluation too: {str(error).split(' (http')[0]}"
+        fix = (
+            "Give __call__ a keyword `train`, and change variables only where it is true "
+            "(nn.BatchNorm(use_running_average=not train))."
+        )
+        raise UserError("model", name, why, fix) from None
 
 
 def adapted(
