@@ -262,10 +262,12 @@ class _Contract:
             raise self._wrong("merge", why, "Metrics are a dict of scalars, {} for none.")
         for metric, value in out[1].items():
             number = jax.tree.structure(value) == jax.tree.structure(0) and np.shape(value) == ()
+            if not isinstance(metric, str):
+                raise self._wrong("merge", f"named a metric {metric!r}", "The name of a metric is text.")
             if (
                 not number
-                or not isinstance(metric, str)
                 or jnp.issubdtype(_dtype(value), jax.dtypes.extended)
+                or jnp.issubdtype(_dtype(value), jnp.complexfloating)
             ):
                 why = f"returned for the metric {metric!r} {_told(value)}"
                 raise self._wrong("merge", why, "A metric is one number: take a mean, or give each a name.")

@@ -155,6 +155,16 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         "merge",
         "for the metric 'a' a dict",
     ),
+    "a complex metric": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {"a": jnp.complex64(1)})),
+        "merge",
+        "for the metric 'a' complex64",
+    ),
+    "a metric by number": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {3: jnp.float32(1)})),
+        "merge",
+        "named a metric 3. The name of a metric is text",
+    ),
     "a string as metric": (
         own(merge=lambda state, cohort, starts, results, key: (results.mean, {"a": "b"})),
         "merge",
