@@ -71,9 +71,9 @@ from fedjax_sim.config import (  # noqa: E402
 )
 from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
 from fedjax_sim.errors import UserError  # noqa: E402
+from fedjax_sim.federation import Simulation  # noqa: E402
 from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
 from fedjax_sim.runs import Run, load, resume, run  # noqa: E402
-from fedjax_sim.simulation import Simulation  # noqa: E402
 from fedjax_sim.tables import compare  # noqa: E402
 from fedjax_sim.training import batch_order  # noqa: E402
 

@@ -358,7 +358,7 @@ class InitialConfig:
       run: folder of another run, relative to the working directory, whose deployed model at its newest
         sound checkpoint is taken; None: fresh random weights, which come from the seed.
       pretrain: epochs of central training of the fresh model with the run's local settings, on samples that
-        no client gets, see `fedjax_sim.initial`; 0 for none.
+        no client gets, see `fedjax_sim.start`; 0 for none.
       holdout: the fraction of the training images that are put aside for it before clients get theirs, every
         class in its share; without `pretrain` none are.
     """
@@ -379,6 +379,11 @@ class InitialConfig:
                 f"the model already comes from the run {self.run}",
                 "Set one of initial.run and initial.pretrain.",
             )
+
+    @property
+    def put_aside(self) -> float:
+        """The fraction of the training images that no client gets."""
+        return self.holdout if self.pretrain else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

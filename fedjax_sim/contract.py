@@ -16,20 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim import algorithms, stacked
+from fedjax_sim import stacked
 from fedjax_sim.algorithms.base import Algorithm, Batch, Cohort, Context, LocalRule, Results, Starts
 from fedjax_sim.errors import UserError
 from fedjax_sim.imports import own_lines, place_of
 from fedjax_sim.training import Trainer
 
 
-def build(config: Any, context: Context) -> Algorithm:
-    """The record of an algorithm.
+def build(config: Any, context: Context, name: str) -> Algorithm:
+    """The record of an algorithm; `name`: for messages.
 
     Raises:
       UserError: its `build` fails, or does not return a record.
     """
-    name = algorithms.label(config)
     try:
         made = config.build(context)
     except UserError:

@@ -17,12 +17,16 @@ import jax.numpy as jnp
 
 from fedjax_sim import placement
 from fedjax_sim.algorithms.base import Batch, Cohort, Training
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import RunConfig
 from fedjax_sim.errors import UserError
 from fedjax_sim.liveness import bytes_of, leaf_bytes, peak_bytes
+from fedjax_sim.observing import watch
 from fedjax_sim.provenance import total_memory
 from fedjax_sim.rounds import Witness
-from fedjax_sim.simulation import Setup, Simulation, instruments, prepare, watch
+from fedjax_sim.setup import Setup
+from fedjax_sim.simulation import Simulation
+from fedjax_sim.start import with_start
 from fedjax_sim.streams import root
 from fedjax_sim.training import Shard, make_optimizer
 
@@ -127,7 +131,7 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
     Raises:
       UserError: a configuration that cannot work.
     """
-    setup = config if isinstance(config, Setup) else prepare(config, **replacements)
+    setup = config if isinstance(config, Setup) else with_start(prepare(config, **replacements))
     platform = jax.default_backend()
     parts = [
         *_data_parts(setup, platform),
@@ -444,7 +448,7 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
         return _abstract(array.shape, array.dtype)
 
     mesh = placement.make_mesh(setup.devices)
-    due = instruments(setup, mesh, put)  # all of them are, in the first round
+    due = [make(setup, mesh, put) for make in setup.instruments]  # all of them are, in the first round
     ids = setup.draw(0)
     watched: Any = watch(due, ids)
     count = len(watched.slots)

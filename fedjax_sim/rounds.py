@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import stacked
 from fedjax_sim.algorithms.base import Algorithm, Cohort, Results, Starts
+from fedjax_sim.records import Row
 from fedjax_sim.stacked import AXIS
 from fedjax_sim.streams import CLIENTS, SERVER, stream
 from fedjax_sim.training import Lanes, Shard, Trainer, all_finite
@@ -139,6 +140,10 @@ class Meter(Protocol):
           each: [K, …], zero where an update was left out.
           mean: of `share` over the clients that were not left out; zero if there are none.
         """
+        ...
+
+    def rows(self, number: int, said: Any) -> list[Row]:
+        """The records of round `number`, from 1, of what `read` said of it. Not traced."""
         ...
 
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from fedjax_sim import comparison, data, hosts, initial, progress, provenance, runs, tables
+from fedjax_sim import comparison, data, hosts, progress, provenance, runs, tables
 from fedjax_sim import config as config_lib
 from fedjax_sim.comparison import Comparison
 from fedjax_sim.config import RunConfig
@@ -168,7 +168,9 @@ class _Shared:
     def partition(self, config: RunConfig) -> data.Partition:
         key = (repr(config.data), config.partition, config.seed, config.initial)
         if key not in self._partitions:
-            self._partitions[key] = initial.partition(config, self.dataset(config))
+            self._partitions[key] = data.partition(
+                self.dataset(config), config.partition, config.seed, config.initial.put_aside
+            )
         return self._partitions[key]
 
 
@@ -178,7 +180,7 @@ def _check(sweep: Sweep, shared: _Shared) -> None:
         if hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
             continue
         try:
-            runs.check(job.config, shared.dataset(job.config), shared.partition(job.config))
+            runs.validate(job.config, shared.dataset(job.config), shared.partition(job.config))
         except UserError as error:
             raise UserError(f"{job.name}: {error.field}", error.value, error.why, error.fix) from None
 
@@ -203,7 +205,7 @@ def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None
     if started:
         return "resumed", runs.resume(folder.path)
     # Not as `dataset=`: the run can load it again by itself, and resume must not ask for it.
-    return "run", runs.start(job.config, shared.dataset(job.config), shared.partition(job.config))
+    return "run", runs.run_prepared(job.config, shared.dataset(job.config), shared.partition(job.config))
 
 
 _CACHE = "jax_compilation_cache_dir"

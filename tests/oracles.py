@@ -20,7 +20,7 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.data import Dataset, Partition, Preprocessing
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.federation import Simulation
 from fedjax_sim.training import batch_order
 
 Tree = dict[str, Any]

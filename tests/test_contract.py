@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 import fedjax_sim as fs
-from fedjax_sim import algorithms, contract, data, placement, simulation, stacked
+from fedjax_sim import algorithms, assemble, contract, data, placement, stacked
 from fedjax_sim.algorithms.base import LocalRule, Starts, by_samples, cross_entropy, plain_gradient
 from fedjax_sim.errors import UserError
 
@@ -51,7 +51,7 @@ def rule(**changes):
 
 
 def prepared(algorithm, **others):
-    return simulation.prepare(dataclasses.replace(CONFIG, **others), dataset=DIGITS, algorithm=algorithm)
+    return assemble.prepare(dataclasses.replace(CONFIG, **others), dataset=DIGITS, algorithm=algorithm)
 
 
 @struct.dataclass
@@ -390,6 +390,6 @@ def test_those_of_the_package_keep_the_contract(name, cohort):
         cohort=fs.CohortConfig(size=cohort),
         local=fs.LocalConfig(epochs=5, batch_size=8),
     )
-    setup = simulation.prepare(config, dataset=DIGITS, model=model)
+    setup = assemble.prepare(config, dataset=DIGITS, model=model)
     mesh = placement.make_mesh(setup.devices)
     contract.check(setup.algorithm, setup.trainer, name=name, num_clients=12, cohort_size=cohort, mesh=mesh)

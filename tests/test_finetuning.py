@@ -11,7 +11,7 @@ import fedjax_sim as fs
 from fedjax_sim import memory, records
 from fedjax_sim.algorithms import CONFIGS, FedPer
 from fedjax_sim.config import EvaluationConfig, LocalConfig
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.federation import Simulation
 from tests import oracles
 from tests.algorithms import by_hand
 

@@ -10,8 +10,8 @@ import pytest
 
 from fedjax_sim import cli, paths, runs, sweep
 from fedjax_sim.errors import NotWritten, UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.records import Row
-from fedjax_sim.simulation import Simulation
 from fedjax_sim.tensorboard import Events
 from tests.test_runs import tiny
 
@@ -66,12 +66,12 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message_and_resume_loses_not
 @pytest.mark.parametrize(
     "target",
     [
-        "fedjax_sim.runs.data.save",
+        "fedjax_sim.describe.data.save",
         "fedjax_sim.folders.Folder.write",
         "fedjax_sim.records.Journal.append",
         "fedjax_sim.records.pq.write_table",
-        "fedjax_sim.runs.Events.write",
-        "fedjax_sim.runs.plots.save",
+        "fedjax_sim.drive.Events.write",
+        "fedjax_sim.drive.plots.save",
     ],
 )
 def test_whatever_of_a_run_cannot_be_written_is_the_same_message(target, tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_a_sweep_stops_at_the_first_run_that_cannot_be_written(tmp_path, monkeyp
         begun.append(config.seed)
         raise NotWritten("output.dir", "x", "it cannot be written: No space left on device", "Resume.")
 
-    monkeypatch.setattr(runs, "start", start)
+    monkeypatch.setattr(runs, "run_prepared", start)
     monkeypatch.setattr(sweep, "_check", lambda *given: None)
     with pytest.raises(NotWritten, match=r"^fedavg, seed 0: output\.dir .*start the sweep again"):
         sweep.run(asked(tmp_path / "out"))

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_sim import data, finetuning, flags, initial, memory, models, placement, runs
+from fedjax_sim import data, finetune, flags, memory, models, runs
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
@@ -23,7 +24,8 @@ from fedjax_sim.config import (
 )
 from fedjax_sim.data import PartitionConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import Simulation, instruments, prepare
+from fedjax_sim.federation import Simulation
+from fedjax_sim.start import STREAM, central, with_start
 from fedjax_sim.streams import INIT, root, stream
 from tests import oracles
 from tests.test_runs import RECORDS, Crash, crash, records_of, same, stop_at
@@ -57,7 +59,7 @@ def fresh(model, seed):
 
 def refused(config, **given):
     with pytest.raises(UserError) as caught:
-        prepare(config, **given)
+        with_start(prepare(config, **given))
     return caught.value
 
 
@@ -83,7 +85,7 @@ def test_pretraining_is_sgd_on_what_is_put_aside():
     local = dataclasses.replace(config.local, epochs=3, steps=None)
     start = oracles.doubled(fresh(model, 7))["params"]
     x, labels = oracles.normalised(dataset.train_images[mine]), dataset.train_labels[mine]
-    batches = list(oracles.client_batches(7, 0, initial.STREAM, 15, local))
+    batches = list(oracles.client_batches(7, 0, STREAM, 15, local))
     wanted, _, _ = oracles.local_sgd(start, x, labels, batches, local, 0.1)
     oracles.assert_trees_close(simulation.variables["params"], wanted)
     assert oracles.far_apart(wanted, start) > 0.05
@@ -103,10 +105,10 @@ def test_a_run_inside_a_run_only_trains():
         given={"dataset": "own"},
     )
     dataset, partition = oracles.world((8,) * 4)
-    for made, taken in ((initial.central(config), {}), (finetuning.apart(config), {"algorithm": Local()})):
+    for made, taken in ((central(config), {}), (finetune.apart(config), {"algorithm": Local()})):
         setup = prepare(made, dataset=dataset, partition=partition, **taken)
         assert not setup.meters and not setup.trainer.gradients
-        assert instruments(setup, placement.make_mesh(1), np.asarray) == []
+        assert setup.instruments == []
         for name in ("initial", "peel", "inertia", "output", "given"):
             assert getattr(made, name) == getattr(RunConfig(), name)
         assert made.evaluation == EvaluationConfig(every=0, batch_size=7)
@@ -144,7 +146,7 @@ def test_a_pretrained_run_is_resumed_bit_for_bit(tmp_path, monkeypatch):
                 runs.run(tiny(folder, initial=PRETRAINED))
         with monkeypatch.context() as patch:
             if cut == 2:
-                patch.setattr(initial, "pretrained", crash)
+                patch.setattr("fedjax_sim.start.pretrained", crash)
             done = runs.resume(folder)
             assert same(runs.load(folder).variables, done.variables)
         assert list(done.metrics) == list(whole.metrics) and same(done.variables, whole.variables)

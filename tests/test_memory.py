@@ -7,6 +7,7 @@ import pytest
 
 from fedjax_sim import data, liveness, memory, runs
 from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import (
     CohortConfig,
     ExecutionConfig,
@@ -17,8 +18,8 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.memory import MemoryPlan, Part
-from fedjax_sim.simulation import Simulation, prepare
 
 
 def config(**changes):
@@ -160,9 +161,9 @@ def test_a_run_that_cannot_be_held_is_refused_before_anything_is_made(tmp_path, 
     assert "keep_optimizer" not in str(caught.value) and "fewer clients" in str(caught.value)
     setup = prepare(made)
     with pytest.raises(UserError, match="memory = "):
-        runs.check(made, setup.dataset, setup.partition)
+        runs.validate(made, setup.dataset, setup.partition)
     monkeypatch.setattr(memory, "total", lambda platform: 500 * 2**20)
-    runs.check(made, setup.dataset, setup.partition)
+    runs.validate(made, setup.dataset, setup.partition)
 
 
 def test_advice_is_only_what_would_change_something():

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import placement, programs
 from fedjax_sim.config import from_dict
+from fedjax_sim.federation import Simulation
 from fedjax_sim.programs import Program
-from fedjax_sim.simulation import Simulation
 from fedjax_sim.stacked import AXIS
 
 

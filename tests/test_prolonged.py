@@ -6,12 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_sim import cohorts, models, runs
+from fedjax_sim import cohorts, drive, models
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.algorithms.base import Context, Prolonged, Selection
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import CohortConfig, LocalConfig, ModelConfig, RunConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import Simulation, prepare
+from fedjax_sim.federation import Simulation
+from fedjax_sim.folders import Folder
 
 SMALL = RunConfig(
     rounds=7,
@@ -77,5 +79,5 @@ def test_cohorts_that_go_by_the_number_of_rounds_are_refused(tmp_path, monkeypat
     simulation = Simulation(prepare(config, began=3))
     simulation.round = 2
     with pytest.raises(UserError, match=r"rounds = 7: .*other cohorts"):
-        runs._prolong(runs.Folder(tmp_path), simulation, 3)
+        drive._prolong(Folder(tmp_path), simulation, 3)
     assert list(tmp_path.iterdir()) == []

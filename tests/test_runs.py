@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import data, models, records, reports, runs, sweep_files
+from fedjax_sim import data, drive, models, records, reports, runs, sweep_files
 from fedjax_sim.algorithms import CONFIGS, FedAvg
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import (
@@ -24,8 +24,8 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.folders import Folder
-from fedjax_sim.simulation import Simulation
 
 
 def tiny(folder=None, **changes):
@@ -164,7 +164,8 @@ def broken(self, *arguments):
 
 
 @pytest.mark.parametrize(
-    "where", [(Checkpoints, "save"), (Checkpoints, "wait"), (runs, "_figures"), (records.Journal, "tabulate")]
+    "where",
+    [(Checkpoints, "save"), (Checkpoints, "wait"), (drive, "_figures"), (records.Journal, "tabulate")],
 )
 def test_cut_at_the_end_it_is_not_finished_until_all_is_in_place(tmp_path, monkeypatch, whole, where):
     config = tiny(tmp_path / "cut", **demanding("fedmr"))

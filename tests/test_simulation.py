@@ -23,9 +23,11 @@ from fedjax_sim.algorithms import (
     Local,
     Scaffold,
 )
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import NonFiniteServer, NonFiniteUpdate, Simulation, prepare
+from fedjax_sim.federation import Simulation
+from fedjax_sim.simulation import NonFiniteServer, NonFiniteUpdate
 from tests import oracles
 from tests.algorithms.personal import By
 

@@ -14,8 +14,8 @@ import yaml
 from fedjax_sim import cli, comparison, progress, runs, sweep
 from fedjax_sim.comparison import deviation, mean, spread
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.records import Row, Table
-from fedjax_sim.simulation import Simulation
 
 BASE = {
     "rounds": 2,
@@ -123,7 +123,7 @@ def test_a_cut_sweep_is_continued_by_starting_it_again(tmp_path, monkeypatch, ca
     def cut(*args):
         raise kind(types.SimpleNamespace(rounds=1, folder=tmp_path / "run"))
 
-    monkeypatch.setattr(runs, "start", cut)
+    monkeypatch.setattr(runs, "run_prepared", cut)
     assert cli.main(["sweep", str(path), "--part", "1/2"]) == status
     told = capsys.readouterr().err
     assert (
@@ -464,7 +464,7 @@ def test_inside_a_run_a_sweep_says_which_of_how_many_and_how_far_it_is(tmp_path,
         raise UserError("rounds", 1, "enough", "")
 
     monkeypatch.setattr(progress, "EVERY", 0.0)
-    monkeypatch.setattr(runs, "start", start)
+    monkeypatch.setattr(runs, "run_prepared", start)
     monkeypatch.setattr(sweep, "_check", lambda *given: None)
     sweep.run(sweep.from_mapping(asked(tmp_path / "told", seeds=[0])))
     assert capsys.readouterr().err.splitlines() == [

@@ -30,6 +30,7 @@ from scipy import stats
 
 from fedjax_sim import plots, provenance
 from fedjax_sim.algorithms import FedAvg, FedMR, base
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
@@ -40,8 +41,9 @@ from fedjax_sim.config import (
     to_dict,
 )
 from fedjax_sim.data import Dataset, Partition, Preprocessing
+from fedjax_sim.federation import Simulation
 from fedjax_sim.models.adapter import from_flax
-from fedjax_sim.simulation import Setup, Simulation, prepare
+from fedjax_sim.setup import Setup
 
 CLIENTS, SAMPLES, FEATURES, OUTPUTS, BLOCKS = 20, 32, 8, 2, 4
 L2 = 0.1  # λ of the logistic regression

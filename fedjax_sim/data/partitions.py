@@ -18,12 +18,19 @@ from fedjax_sim.data.partition_reports import held_by_nobody, named
 from fedjax_sim.errors import UserError
 
 
-def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0, put_aside: float = 0.0) -> Partition:
+def partition(
+    dataset: Dataset,
+    config: PartitionConfig,
+    seed: int = 0,
+    put_aside: float = 0.0,
+    given: Partition | None = None,
+) -> Partition:
     """Cuts the training set (and, for local tests, the test set) into clients.
 
     With `put_aside`, that fraction of the training images is the server's, drawn before all else, every
     class in its share; clients get theirs from the rest. `file`, whose indices are given, must leave as many
-    to nobody.
+    to nobody. So must a partition that is `given`, which takes the place of what would be drawn and keeps
+    what it puts aside already.
 
     The result depends on the data, the settings and the seed alone: each step draws from a NumPy
     generator of its own, keyed by the seed and a fixed tag. (NumPy may change what a generator
@@ -36,6 +43,8 @@ def partition(dataset: Dataset, config: PartitionConfig, seed: int = 0, put_asid
     Raises:
       UserError: naming the setting that cannot be met with this set.
     """
+    if given is not None:
+        return for_server(given, dataset, put_aside, seed if config.seed is None else config.seed)
     made = _partition(dataset, config, seed, put_aside)
     _warn_of_unheld(made, dataset, config)
     return made

@@ -135,13 +135,13 @@ class Movement:
 
     # --- on the host --------------------------------------------------------------------------------
 
-    def rows(self, number: int, out: dict[str, np.ndarray]) -> list[Row]:
+    def rows(self, number: int, said: dict[str, np.ndarray]) -> list[Row]:
         """The tidy rows of round `number`; up to the reference round without those that compare with it."""
         return [
             tidy(number, metric, value, layer=layer)
             for metric in METRICS
             if number > self.reference or metric not in OF_REFERENCE
-            for layer, value in zip(self._paths, out[metric], strict=True)
+            for layer, value in zip(self._paths, said[metric], strict=True)
         ]
 
 

@@ -31,9 +31,9 @@ from fedjax_sim.algorithms import (
 from fedjax_sim.algorithms.base import Cohort, Context, Results
 from fedjax_sim.algorithms.lips import densities, eligible, kept_counts
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.models import norms, peel
 from fedjax_sim.rounds import Round, Watched
-from fedjax_sim.simulation import Simulation
 from fedjax_sim.streams import root
 from tests import oracles
 from tests.algorithms import personal

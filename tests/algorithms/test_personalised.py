@@ -23,7 +23,7 @@ from fedjax_sim.algorithms import (
 )
 from fedjax_sim.algorithms.base import Context
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 

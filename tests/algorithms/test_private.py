@@ -12,7 +12,7 @@ from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local, PartialAveraging, private
 from fedjax_sim.config import from_dict
 from fedjax_sim.errors import UserError
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 

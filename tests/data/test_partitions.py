@@ -25,8 +25,8 @@ from fedjax_sim.data import (
 from fedjax_sim.data.partition_reports import held_by_nobody
 from fedjax_sim.data.partitions import for_server
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.provenance import describe_partition
-from fedjax_sim.simulation import Simulation
 from tests import oracles
 
 # Of the small partitions here many leave samples; what is said of it has tests of its own.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim import cli
-from fedjax_sim.simulation import Simulation
+from fedjax_sim.federation import Simulation
 
 pytestmark = pytest.mark.faults
 EIGHT = ("run", "--partition.clients", "8")

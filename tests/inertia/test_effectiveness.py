@@ -10,10 +10,10 @@ import pytest
 from fedjax_sim.algorithms import LIPS, FedAvg, FedMR
 from fedjax_sim.config import InertiaConfig, PeelConfig
 from fedjax_sim.data import Partition, Preprocessing, normalise
+from fedjax_sim.federation import Simulation
 from fedjax_sim.inertia import Effectiveness
 from fedjax_sim.inertia.effectiveness import NAME, STATES
 from fedjax_sim.rounds import Round, Watched
-from fedjax_sim.simulation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 from tests.algorithms.test_lips import Eye, convolutional

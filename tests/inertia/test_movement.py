@@ -12,9 +12,9 @@ from fedjax_sim.algorithms import FedAvg, FedMR
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import InertiaConfig
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.inertia.movement import METRICS, OF_REFERENCE, weight_layers
 from fedjax_sim.rounds import ServerState
-from fedjax_sim.simulation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 from tests.test_rounds import Poisonable

@@ -8,9 +8,9 @@ import pytest
 from fedjax_sim import models, placement
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
+from fedjax_sim.federation import Simulation
 from fedjax_sim.peel import chimera
 from fedjax_sim.peel.forward import Forward
-from fedjax_sim.simulation import Simulation
 from fedjax_sim.training import Shard
 from tests.peel import reference
 from tests.peel.test_probe import rows_of, settings_of, witness_of

@@ -11,9 +11,9 @@ from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
 from fedjax_sim.peel import controls
 from fedjax_sim.peel.forward import Forward
-from fedjax_sim.simulation import Simulation
 from tests.peel.test_probe import rows_of, settings_of, table
 
 

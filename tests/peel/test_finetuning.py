@@ -13,10 +13,11 @@ from fedjax_sim.algorithms import Cohort
 from fedjax_sim.algorithms.base import LocalRule
 from fedjax_sim.config import LocalConfig, PeelConfig
 from fedjax_sim.data import Preprocessing
+from fedjax_sim.federation import Simulation
+from fedjax_sim.observing import watch
 from fedjax_sim.peel.finetuning import FIGURES, Finetuning
 from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import Probe
-from fedjax_sim.simulation import Simulation, watch
 from fedjax_sim.streams import PEEL, root, stream
 from fedjax_sim.training import Lanes, Shard, Trainer, shuffled
 from tests import oracles

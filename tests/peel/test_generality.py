@@ -8,9 +8,9 @@ import pytest
 from fedjax_sim import models, placement
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
+from fedjax_sim.federation import Simulation
 from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.generality import STATES, Generality
-from fedjax_sim.simulation import Simulation
 from fedjax_sim.training import Shard
 from tests import oracles
 from tests.peel import reference

@@ -12,10 +12,11 @@ from fedjax_sim.algorithms import CONFIGS, Cohort
 from fedjax_sim.config import PeelConfig, from_dict
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.errors import UserError
+from fedjax_sim.federation import Simulation
+from fedjax_sim.observing import watch
 from fedjax_sim.peel.forward import Forward
 from fedjax_sim.peel.probe import EACH, STATES, Probe
 from fedjax_sim.rounds import Witness
-from fedjax_sim.simulation import Simulation, watch
 from fedjax_sim.streams import root
 from fedjax_sim.training import Shard
 from tests.peel import reference

@@ -13,23 +13,23 @@ While it lasts there is a model and an optimiser's state for each of all N clien
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from fedjax_sim import placement
 from fedjax_sim.algorithms.independent import Local, LocalState
+from fedjax_sim.assemble import prepare
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.programs import Program
 from fedjax_sim.records import Row
 from fedjax_sim.rounds import Round, ServerState
+from fedjax_sim.scores import client_rows
+from fedjax_sim.setup import Setup
+from fedjax_sim.simulation import Simulation
 
-if TYPE_CHECKING:
-    from fedjax_sim.simulation import Setup
 
-
-def rows(setup: "Setup", function: Round, state: ServerState) -> list[Row]:
+def rows(setup: Setup, function: Round, state: ServerState) -> list[Row]:
     """Fine-tunes all clients and says what came of it.
 
     Args:
@@ -40,12 +40,9 @@ def rows(setup: "Setup", function: Round, state: ServerState) -> list[Row]:
     Raises:
       NonFiniteUpdate: a client's model is no longer finite.
     """
-    from fedjax_sim.simulation import Simulation, client_rows  # which imports this module
-
     config, mesh = setup.config, function.mesh
-    alone = Simulation(
-        apart(config), dataset=setup.dataset, partition=setup.partition, model=setup.model, algorithm=Local()
-    )
+    given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
+    alone = Simulation(prepare(apart(config), **given, algorithm=Local()))
     ids = np.arange(setup.num_clients, dtype=np.int32)
     cut = placement.sharded(mesh, setup.num_clients)
     with jax.set_mesh(mesh):

@@ -11,58 +11,54 @@ algorithm and the number of clients do not matter.
 
 import dataclasses
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from fedjax_sim import data, hosts
+from fedjax_sim import hosts
 from fedjax_sim.algorithms import FedAvg
+from fedjax_sim.assemble import prepare
 from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.data import Dataset, Partition
-from fedjax_sim.data.partitions import for_server
 from fedjax_sim.errors import UserError
 from fedjax_sim.folders import Folder
+from fedjax_sim.loading import load
 from fedjax_sim.models.base import Model
-
-if TYPE_CHECKING:
-    from fedjax_sim.simulation import Setup
+from fedjax_sim.setup import Setup
+from fedjax_sim.simulation import NonFiniteServer, NonFiniteUpdate, Simulation
 
 STREAM = 2**31 - 1
 """Of the one who pretrains: an id that no client has."""
 
 
-def partition(config: RunConfig, dataset: Dataset, given: Partition | None = None) -> Partition:
-    """The run's partition: `given`, or drawn; if the run pretrains, with samples put aside for it.
+def with_start(setup: Setup, *, lazily: bool = False) -> Setup:
+    """The setup with the model that its first round starts from (`Setup.initial`).
 
-    A given one keeps what it puts aside already; else it must leave enough samples to nobody.
-
-    Raises:
-      UserError: it cannot be drawn, or leaves too little.
-    """
-    wanted = config.initial.holdout if config.initial.pretrain else 0.0
-    if given is None:
-        return data.partition(dataset, config.partition, config.seed, wanted)
-    seed = config.seed if config.partition.seed is None else config.partition.seed
-    return for_server(given, dataset, wanted, seed)
-
-
-def begun(config: RunConfig) -> bool:
-    """Whether the run is in its folder already: its start was checked then, and is seldom needed again."""
-    return config.output.dir is not None and Folder(config.output.dir).started
-
-
-def variables(setup: "Setup") -> Any:
-    """The model that the first round starts from, NumPy leaves; None: the fresh one.
+    Args:
+      setup: of a run.
+      lazily: look for another run's model only when it is asked for, which a run never does that goes on
+        from a checkpoint.
 
     Raises:
-      UserError: as `of_run`; or the model is not finite after pretraining.
+      UserError: as `of_run`; if `lazily`, when the model is asked for, as pretraining does that ends with
+        one that is not finite.
     """
     config = setup.config
-    if config.initial.run is not None:
-        return setup.initial or of_run(config.initial.run, setup.model, setup.dataset)
-    return pretrained(setup) if config.initial.pretrain else None
+    if config.initial.pretrain:
+        return dataclasses.replace(setup, initial=partial(pretrained, setup))
+    if config.initial.run is None:
+        return setup
+    found = partial(of_run, config.initial.run, setup.model, setup.dataset)
+    if not lazily:
+        found = partial(_known, found())
+    return dataclasses.replace(setup, initial=found)
+
+
+def _known(model: Any) -> Any:
+    return model
 
 
 # --- from another run ---------------------------------------------------------------------------------
@@ -79,8 +75,6 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
     Raises:
       UserError: no run is there, it has no checkpoint or is under way, or its model is another.
     """
-    from fedjax_sim import runs  # which is made of simulations, and these import this module
-
     place = Folder(folder)
     if not place.started:
         why = "it holds no run (no config.yaml)" if place.path.is_dir() else "there is no such folder"
@@ -92,11 +86,11 @@ def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
             why, fix = "that run has not come to its first checkpoint", "Resume it."
         raise _wrong(folder, f"it has no checkpoint: {why}", fix)
     try:
-        other = runs.load(folder)
+        other = load(folder)
         if "algorithm" in other.config.given:
             raise UserError("algorithm", None, "it was given in Python, and is not known here", "")
         own = {"model": model, "dataset": dataset}
-        other = runs.load(folder, **{name: own[name] for name in own if name in other.config.given})
+        other = load(folder, **{name: own[name] for name in own if name in other.config.given})
         # Of a run that another process drives, the newest model would be a matter of luck.
         with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
             found = other.variables
@@ -136,18 +130,12 @@ def _wrong(folder: str, why: str, fix: str) -> UserError:
 # --- pretrained ---------------------------------------------------------------------------------------
 
 
-def pretrained(setup: "Setup") -> Any:
+def pretrained(setup: Setup) -> Any:
     """The fresh model after `initial.pretrain` epochs on the samples that are put aside. NumPy leaves.
 
     Raises:
       UserError: it is not finite.
     """
-    from fedjax_sim.simulation import (  # which imports this module
-        NonFiniteServer,
-        NonFiniteUpdate,
-        Simulation,
-    )
-
     config, mine = setup.config, setup.partition.server
     assert mine is not None
     epochs = config.initial.pretrain
@@ -161,7 +149,7 @@ def pretrained(setup: "Setup") -> Any:
         **dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers")),
     )
     alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
-    simulation = Simulation(central(config), dataset=dataset, partition=alone, model=setup.model)
+    simulation = Simulation(prepare(central(config), dataset=dataset, partition=alone, model=setup.model))
     try:
         for _ in simulation.advance():
             pass
