@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fedjax_sim
 from fedjax_sim import versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -180,10 +182,45 @@ def test_the_wheel_holds_the_package_and_its_command(tmp_path):
         (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
         assert "fedjax-sim = fedjax_sim.cli:main" in wheel.read(entry_points).decode()
         (metadata,) = (name for name in names if name.endswith("dist-info/METADATA"))
-        assert "Requires-Python: >=3.11" in wheel.read(metadata).decode()
+        said = wheel.read(metadata).decode()
+    for line in (
+        f"Version: {fedjax_sim.__version__}",
+        "Requires-Python: >=3.11",
+        "License-Expression: Apache-2.0",
+        "License-File: LICENSE",
+        "Classifier: Typing :: Typed",
+        "Description-Content-Type: text/markdown",
+    ):
+        assert f"{line}\n" in said, line
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*.py")}
-    assert modules <= set(names)
+    assert modules | {"fedjax_sim/py.typed"} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fedjax_sim"}
+
+
+def test_the_sdist_builds_the_same_wheel_and_carries_tests_and_documents(tmp_path):
+    pytest.importorskip("hatchling")
+    build = "import sys; from hatchling.build import build_sdist; print(build_sdist(sys.argv[1]))"
+    run = subprocess.run(
+        [sys.executable, "-c", build, tmp_path], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    with tarfile.open(tmp_path / run.stdout.split()[-1]) as sdist:
+        names = {name.split("/", 1)[1] for name in sdist.getnames()}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*.py")}
+    documents = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+    assert modules | documents <= names
+    assert {"LICENSE", "CITATION.cff", "pyproject.toml", "requirements.lock", "fedjax_sim/py.typed"} <= names
+    assert {"tests/conftest.py", "scripts/test.sh", "experiments/demo.yaml"} <= names
+
+
+def test_the_version_is_written_once_and_cited():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fedjax_sim.__version__)
+    written = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in written["project"] and written["project"]["dynamic"] == ["version"]
+    assert written["tool"]["hatch"]["version"] == {"path": "fedjax_sim/__init__.py"}
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == fedjax_sim.__version__
+    assert citation["license"] == written["project"]["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -323,7 +360,14 @@ def test_a_fresh_copy_sets_itself_up_and_passes(tmp_path):
 
 def _copy_scripts(tmp_path):
     checkout = tmp_path / "a checkout"
-    for name in [*SCRIPTS, "scripts/_environment.sh", "requirements.lock", "pyproject.toml"]:
+    for name in [
+        *SCRIPTS,
+        "scripts/_environment.sh",
+        "requirements.lock",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ]:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     return checkout
