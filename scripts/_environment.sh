@@ -1,5 +1,6 @@
-# Sourced by the other scripts, not run. Leaves the working directory at the repository's root, and .venv in
-# the state that requirements.lock asks for: made if it is missing, brought up to date if the lock has changed.
+# Sourced by the other scripts, not run. Leaves the working directory at the repository's root. `ensure_environment`
+# then brings .venv (or the folder that it is given) into the state that requirements.lock asks for: made if it is
+# missing, brought up to date if the lock has changed.
 #
 # Needs bash and a Python of 3.11 or later ($PYTHON, or python3). Everything else comes from the lock, by hash:
 # pip installs uv, uv installs the rest. Packages that you added to .venv yourself (jax[cuda12], say) stay,
@@ -10,6 +11,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONHOME VIRTUAL_ENV
 
 say() { printf 'fedjax-sim: %s\n' "$*" >&2; }
+
+# The newest Python that the project supports (its classifiers in pyproject.toml). The lock has the newest JAX for it.
+NEWEST=3.13
 
 python_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
@@ -28,10 +32,24 @@ find_python() {
   return 1
 }
 
+python_is_newest() { [ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$NEWEST" ]; }
+
+# A Python of the newest supported version, on stdout: the one on the path, or pyenv's. Fails where there is none.
+find_newest_python() {
+  local candidate
+  for candidate in "python$NEWEST" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$NEWEST".*/bin/python; do
+    if python_is_newest "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  return 1
+}
+
 # What the environment is made from: a digest of Python's version, where we are (a moved .venv has stale paths in
 # its scripts), the lock and the project's metadata.
 fingerprint() {
-  .venv/bin/python - <<'PY'
+  "$venv/bin/python" - <<'PY'
 import hashlib, os, pathlib, sys
 told = [sys.version.encode(), os.getcwdb(), *(pathlib.Path(name).read_bytes() for name in ("requirements.lock", "pyproject.toml"))]
 print(hashlib.sha256(b"\0".join(told)).hexdigest())
@@ -41,7 +59,7 @@ PY
 # Lets uv reach the index and trust the certificates that pip is configured with, where uv has no word of its own.
 inherit_from_pip() {
   local index certificates
-  pip_setting() { .venv/bin/python -m pip config get "$1.$2" 2>/dev/null; }
+  pip_setting() { "$venv/bin/python" -m pip config get "$1.$2" 2>/dev/null; }
   if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
     index="$(pip_setting :env: index-url || pip_setting global index-url || true)"
     if [ -n "$index" ]; then export UV_DEFAULT_INDEX="$index"; fi
@@ -55,55 +73,55 @@ inherit_from_pip() {
 # uv links files out of its cache: copy where the cache is on another disk, do without one where none can be kept.
 choose_uv_cache() {
   local cache disks
-  cache="$(.venv/bin/uv cache dir 2>/dev/null)" || cache=""
+  cache="$("$venv/bin/uv" cache dir 2>/dev/null)" || cache=""
   if [ -z "$cache" ] || ! mkdir -p "$cache" 2>/dev/null || ! [ -w "$cache" ]; then
     export UV_NO_CACHE=1
     return
   fi
-  disks="$(.venv/bin/python -c 'import os, sys; print(len({os.stat(p).st_dev for p in sys.argv[1:]}))' .venv "$cache")"
+  disks="$("$venv/bin/python" -c 'import os, sys; print(len({os.stat(p).st_dev for p in sys.argv[1:]}))' "$venv" "$cache")"
   if [ "$disks" != 1 ]; then export UV_LINK_MODE="${UV_LINK_MODE:-copy}"; fi
 }
 
 install_lock() {
   # The lines of the lock that are uv's own: its name up to the next name.
-  awk '/^[^ #]/ {mine = /^uv==/} mine' requirements.lock >.venv/uv.lock
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r .venv/uv.lock
+  awk '/^[^ #]/ {mine = /^uv==/} mine' requirements.lock >"$venv/uv.lock"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r "$venv/uv.lock"
   inherit_from_pip
   choose_uv_cache
   # The project itself is built by the locked back end, so that nothing unlocked is fetched for it.
-  if .venv/bin/uv pip install --python .venv/bin/python --require-hashes -r requirements.lock &&
-    .venv/bin/uv pip install --python .venv/bin/python --no-deps --no-build-isolation -e .; then
+  if "$venv/bin/uv" pip install --python "$venv/bin/python" --require-hashes -r requirements.lock &&
+    "$venv/bin/uv" pip install --python "$venv/bin/python" --no-deps --no-build-isolation -e .; then
     return
   fi
   say "uv could not install the lock (its message is above); trying pip, which is slower."
-  .venv/bin/python -m pip install --require-hashes -r requirements.lock
-  .venv/bin/python -m pip install --no-deps --no-build-isolation -e .
+  "$venv/bin/python" -m pip install --require-hashes -r requirements.lock
+  "$venv/bin/python" -m pip install --no-deps --no-build-isolation -e .
 }
 
+# ensure_environment [FOLDER]: makes it with $PYTHON, or with the first new enough Python that it finds.
 ensure_environment() {
-  local python=.venv/bin/python
+  local venv="${1:-.venv}"
+  local python="$venv/bin/python"
   python_is_new_enough "$python" || python="$(find_python)"
   # Two scripts started at once take turns: the lock belongs to the open file, and goes with this shell. It is not
   # .venv/.lock, which is uv's own: uv would wait five minutes for us.
-  mkdir -p .venv
-  exec 9>.venv/.fedjax-sim-lock
+  mkdir -p "$venv"
+  exec 9>"$venv/.fedjax-sim-lock"
   "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
-  if ! python_is_new_enough .venv/bin/python; then
-    if [ -e .venv/bin ]; then say ".venv does not run, or is older than Python 3.11: making it anew"; fi
-    say "making .venv with $("$python" --version)"
-    if ! "$python" -m venv --clear .venv; then
-      rm -rf .venv
+  if ! python_is_new_enough "$venv/bin/python"; then
+    if [ -e "$venv/bin" ]; then say "$venv does not run, or is older than Python 3.11: making it anew"; fi
+    say "making $venv with $("$python" --version)"
+    if ! "$python" -m venv --clear "$venv"; then
+      rm -rf "$venv"
       say "$python cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"
       return 1
     fi
   fi
-  if [ "$(cat .venv/.fedjax-sim 2>/dev/null)" != "$(fingerprint)" ]; then
-    say "installing requirements.lock into .venv (some minutes the first time)"
-    rm -f .venv/.fedjax-sim
+  if [ "$(cat "$venv/.fedjax-sim" 2>/dev/null)" != "$(fingerprint)" ]; then
+    say "installing requirements.lock into $venv (some minutes the first time)"
+    rm -f "$venv/.fedjax-sim"
     install_lock
-    fingerprint >.venv/.fedjax-sim
+    fingerprint >"$venv/.fedjax-sim"
   fi
   exec 9>&-
 }
-
-ensure_environment

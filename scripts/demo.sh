@@ -2,5 +2,6 @@
 # Runs the demonstration sweep in the locked environment, which it makes first if need be. Arguments go to
 # `fedjax-sim sweep`.
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+ensure_environment
 
 exec .venv/bin/fedjax-sim sweep experiments/demo.yaml "$@"

@@ -6,6 +6,7 @@
 #   scripts/test.sh -m slow          the slow ones;  -m parity: the comparisons;  -m "": all of them
 #   scripts/test.sh -n 0             in one process (two otherwise)
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
+ensure_environment
 
 processes="-n2"
 for argument in "$@"; do

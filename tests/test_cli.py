@@ -23,6 +23,7 @@ def parsed(*words):
     return flags.parse(words, "run", "Runs.")[0]
 
 
+@pytest.mark.smoke
 def test_no_flags_is_the_default():
     assert parsed() == RunConfig()
 
@@ -77,6 +78,7 @@ def test_print_config_gives_yaml_that_reads_back(tmp_path, capsys):
     assert config_lib.load(path) == parsed("--algorithm", "fedmr", *TINY)
 
 
+@pytest.mark.smoke
 def test_help_lists_flags_with_what_they_mean(capsys):
     assert cli.main(["run", "--algorithm", "fedmr", "--help"]) == 0
     text = capsys.readouterr().out
@@ -132,6 +134,7 @@ def test_whole_numbers_in_other_spellings(typed, seed):
     assert parsed("--seed", typed).seed == seed
 
 
+@pytest.mark.smoke
 def test_list_names_everything(capsys):
     assert cli.main(["list"]) == 0
     text = capsys.readouterr().out
@@ -158,6 +161,7 @@ def test_a_run_that_keeps_nothing_says_so_before_it_starts(monkeypatch, capsys):
     assert "nothing of this run is kept. Set --output.dir" in begun[0] and begun[1] == ""
 
 
+@pytest.mark.smoke
 def test_run_then_resume_then_refuse(tmp_path, capsys):
     folder = str(tmp_path / "run")
     assert cli.main(["run", *TINY, "--output.dir", folder]) == 0

@@ -24,7 +24,8 @@ import fedjax_sim
 from fedjax_sim import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["scripts/demo.sh", "scripts/test.sh", "scripts/lock.sh", ".ci/run"]
+SCRIPTS = ["scripts/demo.sh", "scripts/test.sh", "scripts/smoke.sh", "scripts/lock.sh", ".ci/run"]
+NEWEST = "3.13"
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
 
@@ -104,6 +105,7 @@ def test_heavy_extras_stay_out_of_the_lock(lock):
     assert not heavy
 
 
+@pytest.mark.smoke
 def test_four_devices_and_strict_numerics():
     assert jax.device_count() == int(os.environ.get("JAX_NUM_CPU_DEVICES", "4"))
     with pytest.raises(Exception, match="promotion"):
@@ -112,6 +114,7 @@ def test_four_devices_and_strict_numerics():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
+@pytest.mark.smoke
 def test_the_stack_trains_and_checkpoints_under_strict_numerics_without_a_warning(tmp_path):
     class Net(nn.Module):
         @nn.compact
@@ -165,12 +168,14 @@ def test_the_stack_trains_and_checkpoints_under_strict_numerics_without_a_warnin
     jax.tree.map(np.testing.assert_array_equal, restored, saved)
 
 
+@pytest.mark.smoke
 def test_compiled_programs_are_kept_between_runs():
     folder = jax.config.jax_compilation_cache_dir
     assert folder is not None
     assert Path(folder).is_dir()
 
 
+@pytest.mark.smoke
 def test_the_wheel_holds_the_package_and_its_command(tmp_path):
     pytest.importorskip("hatchling")
     build = "import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))"
@@ -262,21 +267,34 @@ def test_a_python_without_venv_is_told_what_to_install(tmp_path):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """A checkout whose .venv only writes down how its programs are called; calls() reads and forgets them."""
+    """A checkout whose environments only write down how their programs are called.
+
+    `call(script, *arguments)` gives what was called and what stderr said. Of the newest Python there is
+    what `tmp_path/path/python3.13` makes of it, which is nothing at first.
+    """
     checkout, log = _copy_scripts(tmp_path), tmp_path / "calls"
-    (checkout / ".venv/bin").mkdir(parents=True)
-    for name, before in {
+    programs = {
         "python": f'[ "$1" = -m ] || exec "{sys.executable}" "$@"\n[ "$3" = config ] && exit 1\n',
         "uv": f'[ "$1" = cache ] && echo "{tmp_path}/cache" && exit\n',
         "fedjax-sim": "",
-    }.items():
-        _executable(checkout / ".venv/bin" / name, f'{before}echo {name} "$PWD" "$@" >>"{log}"\n')
+    }
+    for folder, prefix in ((".venv", ""), (f".venv-{NEWEST}", f"{NEWEST}:")):
+        (checkout / folder / "bin").mkdir(parents=True)
+        for name, before in programs.items():
+            _executable(
+                checkout / folder / "bin" / name, f'{before}echo {prefix}{name} "$PWD" "$@" >>"{log}"\n'
+            )
+    (tmp_path / "path").mkdir()
+    _executable(tmp_path / "path" / f"python{NEWEST}", "exit 127\n")
+    path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(tmp_path / "pyenv")}
 
-    def call(script, *arguments):
+    def call(script, *arguments, code=0):
         log.write_text("")
         run = subprocess.run(
-            [checkout / script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+            [checkout / script, *arguments], cwd=tmp_path, capture_output=True, text=True, env=environment
         )
+        assert run.returncode == code, run.stderr
         return [line.replace(f" {checkout}", "") for line in log.read_text().splitlines()], run.stderr
 
     return checkout, call
@@ -310,10 +328,63 @@ def test_a_ready_environment_is_used_as_it_is_and_arguments_pass_through(stand_i
         ("scripts/test.sh", ["tests/models", "-m", "a b"], "python -m pytest -n2 tests/models -m a b"),
         ("scripts/test.sh", ["-n", "0"], "python -m pytest -n 0"),
         ("scripts/test.sh", ["-x", "--pdb"], "python -m pytest -x --pdb"),
-        (".ci/run", [], "python -m pytest -n2"),
         ("scripts/demo.sh", ["--out", "x"], "fedjax-sim sweep experiments/demo.yaml --out x"),
     ]:
         assert call(script, *arguments) == ([expected], "")
+
+
+CHECKS = ["python -m ruff check .", "python -m ruff format --check .", "python -m pyright"]
+
+
+def test_continuous_integration_tests_lints_and_types_and_passes_over_a_python_that_is_not_there(stand_in):
+    _, call = stand_in
+    call("scripts/test.sh")
+    calls, said = call(".ci/run", "-x")
+    assert calls == ["python -m pytest -n2 -x", *CHECKS]
+    assert said.count(f"no Python {NEWEST} on the path or under pyenv") == 1
+
+
+@pytest.mark.parametrize("place", ["path", f"pyenv/versions/{NEWEST}.7/bin"])
+def test_continuous_integration_tries_the_newest_python_in_an_environment_of_its_own(
+    stand_in, tmp_path, place
+):
+    _, call = stand_in
+    call("scripts/test.sh")
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    name = f"python{NEWEST}" if place == "path" else "python"
+    _executable(tmp_path / place / name, f"echo {NEWEST}\n")
+    calls, said = call(".ci/run")
+    assert calls[:4] == ["python -m pytest -n2", *CHECKS]
+    assert f"installing requirements.lock into .venv-{NEWEST}" in said
+    assert all(line.startswith(f"{NEWEST}:") for line in calls[4:])
+    assert (
+        f"{NEWEST}:uv pip install --python .venv-{NEWEST}/bin/python --require-hashes -r requirements.lock"
+        in calls
+    )
+    assert calls[-1] == f"{NEWEST}:python -m pytest -n2 -m smoke"
+
+
+@pytest.mark.faults
+def test_a_step_of_continuous_integration_that_fails_is_named_at_the_end_and_keeps_none_from_running(
+    stand_in,
+):
+    checkout, call = stand_in
+    call("scripts/test.sh")
+    python = checkout / ".venv/bin/python"
+    python.write_text(python.read_text() + 'case "$2 $3" in "ruff check" | "pytest -n2") exit 3 ;; esac\n')
+    calls, said = call(".ci/run", code=1)
+    assert calls == ["python -m pytest -n2", *CHECKS]
+    failed = said.split("failed:")[1].split("\n")
+    assert [line.strip() for line in failed if line] == [
+        "scripts/test.sh",
+        ".venv/bin/python -m ruff check .",
+    ]
+
+
+def test_the_newest_python_is_the_one_that_the_project_names(project):
+    named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert max(named, key=lambda version: int(version.split(".")[1])) == NEWEST
+    assert f"\nNEWEST={NEWEST}\n" in (ROOT / "scripts/_environment.sh").read_text()
 
 
 def test_pip_takes_over_where_uv_cannot_install(stand_in):

@@ -55,6 +55,7 @@ def small_cnn():
 # --- against NumPy --------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("weights", "local"),
     [

@@ -70,6 +70,7 @@ def test_all_algorithms_see_the_same_cohorts():
 # --- rounds ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_nothing_is_compiled_after_the_first_round(small, caplog):
     """Other clients, other sizes, the switch from averaging to recombination: the same program."""
     simulation = _rewind(small)
@@ -83,6 +84,7 @@ def test_nothing_is_compiled_after_the_first_round(small, caplog):
     assert len({tuple(simulation.inputs(r)[0].cohort.counts) for r in range(5)}) > 2
 
 
+@pytest.mark.smoke
 def test_a_run_that_is_resumed_equals_one_that_was_not(small):
     """Bit for bit, optimiser states of the clients included, from a state that lay on the host."""
     simulation = _rewind(small)

@@ -36,6 +36,7 @@ def test_lets_other_releases_through(good):
     versions.check(good, good)
 
 
+@pytest.mark.smoke
 def test_the_running_release_passes():
     versions.check()
 
@@ -74,6 +75,7 @@ def test_pyproject_excludes_what_the_check_refuses():
         assert line.split(">=")[1].split(",")[0] in versions.remedy()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("rows", [32_767, 32_768, 32_769, 65_537])
 def test_jitted_vmap_and_reduce_is_right(rows):
     # jax-ml/jax#39103. jaxlib 0.10.2 on CPU gives 1,065,369,600 for the last of 32,769 rows: 2**30 is right.
@@ -103,6 +105,7 @@ print(f(weights, table).max(), f(weights, table).min())
 """
 
 
+@pytest.mark.smoke
 def test_high_rank_broadcast_multiply_reduce_survives():
     # jax-ml/jax#39257: jaxlib 0.10.2 and 0.11.0 die or hang here on some CPUs, hence a process of its own.
     run = subprocess.run(

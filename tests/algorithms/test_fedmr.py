@@ -241,6 +241,7 @@ def test_whole_models_that_change_places_are_fedindep():
     assert len(set(rows[0])) == 5
 
 
+@pytest.mark.smoke
 def test_identical_clients_make_recombination_invisible():
     dataset, partition = oracles.world((8,))
     same = oracles.Partition(partition.train * 3)

@@ -146,6 +146,7 @@ def test_batches_and_devices_do_not_show():
 # --- inside a run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_a_measured_run_is_the_same_run():
     with_probe = Simulation(settings_of())
     without = Simulation(settings_of(peel={"every": 0}))
