@@ -5,19 +5,19 @@
     run = fs.run(fs.RunConfig(rounds=50, algorithm=fs.FedMR()))
     run.plot()
 
-Importing it gives JAX one CPU device a core (see `fedjax_sim.placement.use_all_cores`), so import it before
-JAX starts.
+Importing it gives JAX one CPU device a core (see `fedjax_sim.engine.placement.use_all_cores`), so import it
+before JAX starts.
 """
 
-from fedjax_sim import versions
+from fedjax_sim.core import versions
 
 versions.check()
 
-from fedjax_sim import placement  # noqa: E402
+from fedjax_sim.engine import placement  # noqa: E402
 
 placement.use_all_cores()
 
-from fedjax_sim import algorithms, data, models, stacked, sweep  # noqa: E402
+from fedjax_sim import algorithms, data, models  # noqa: E402
 from fedjax_sim.algorithms import (  # noqa: E402
     LIPS,
     MOON,
@@ -69,13 +69,16 @@ from fedjax_sim.config import (  # noqa: E402
     PeelConfig,
     RunConfig,
 )
+from fedjax_sim.core import stacked  # noqa: E402
+from fedjax_sim.core.errors import UserError  # noqa: E402
 from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
-from fedjax_sim.errors import UserError  # noqa: E402
-from fedjax_sim.federation import Simulation  # noqa: E402
+from fedjax_sim.engine.clients import batch_order  # noqa: E402
 from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
-from fedjax_sim.runs import Run, load, resume, run  # noqa: E402
-from fedjax_sim.tables import compare  # noqa: E402
-from fedjax_sim.training import batch_order  # noqa: E402
+from fedjax_sim.probes import landscape  # noqa: E402
+from fedjax_sim.reports import inertia, peel  # noqa: E402
+from fedjax_sim.runs import Run, Simulation, load, resume, run  # noqa: E402
+from fedjax_sim.studies import sweep  # noqa: E402
+from fedjax_sim.studies.tables import compare  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -140,8 +143,11 @@ __all__ = [
     "compare",
     "data",
     "from_flax",
+    "inertia",
+    "landscape",
     "load",
     "models",
+    "peel",
     "resume",
     "run",
     "stacked",

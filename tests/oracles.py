@@ -4,6 +4,7 @@ Nothing of `fedjax_sim` takes part in an oracle except `training.batch_order`, w
 client walks through its samples.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -20,8 +21,10 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.data import Dataset, Partition, Preprocessing
-from fedjax_sim.federation import Simulation
-from fedjax_sim.training import batch_order
+from fedjax_sim.engine.clients import batch_order
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.runs import assemble
+from fedjax_sim.runs.federation import Simulation
 
 Tree = dict[str, Any]
 """Nested dicts of arrays; here always {"fc1": {"kernel", "bias"}, …}."""
@@ -204,6 +207,12 @@ def world(sizes, shape=(3, 3, 1), classes: int = 3, tests: int = 23, seed: int =
         Preprocessing(**preprocessing),
     )
     return dataset, Partition(tuple(np.split(rng.permutation(count), np.cumsum(sizes)[:-1])))
+
+
+def configured(setup: Setup, config: RunConfig) -> Setup:
+    """The same world under another configuration of what is measured."""
+    measured = {"meters": assemble.meters(config, setup.model), "instruments": assemble.instruments(config)}
+    return dataclasses.replace(setup, config=config, **measured)
 
 
 def simulate(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedjax_sim import sweep
+from fedjax_sim.studies import sweep
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"

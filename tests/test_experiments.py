@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_sim import config, data, models, sweep_files
+from fedjax_sim import config, data, models
+from fedjax_sim.config import sweep_files
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path for depth in ("*", "*/*") for path in (ROOT / "experiments").glob(f"{depth}.yaml"))

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fedjax_sim
-from fedjax_sim import versions
+from fedjax_sim.core import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["scripts/demo.sh", "scripts/test.sh", "scripts/smoke.sh", "scripts/lock.sh", ".ci/run"]
@@ -420,7 +420,7 @@ def test_a_fresh_copy_sets_itself_up_and_passes(tmp_path):
         shutil.copy(ROOT / "tests" / name, checkout / "tests" / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment["PYTHON"] = sys.executable
-    first = [checkout / "scripts/test.sh", "tests/test_versions.py", "-q"]
+    first = [checkout / "scripts/test.sh", "tests/core/test_versions.py", "-q"]
     run = subprocess.run(first, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout

@@ -17,9 +17,9 @@ def test_example_runs(code):
 
 
 def test_commands_exist(capsys):
-    from fedjax_sim import cli
+    from fedjax_sim.cli import commands
 
-    assert cli.main(["--help"]) == 0
+    assert commands.main(["--help"]) == 0
     told = capsys.readouterr().out
     for command in set(re.findall(r"^fedjax-sim (\w+)", TEXT, flags=re.MULTILINE)):
         assert f"\n  {command} " in told
@@ -27,7 +27,7 @@ def test_commands_exist(capsys):
 
 def test_flags_exist():
     """Of every `fedjax-sim run` and `plan`, whatever file it starts from."""
-    from fedjax_sim import flags
+    from fedjax_sim.cli import flags
 
     lines = re.findall(r"^fedjax-sim (?:run|plan) ([^#>\n]*)", TEXT, flags=re.MULTILINE)
     lines = [line.split("--join ")[0] for line in lines]  # what follows is for the process, not for the run

@@ -8,7 +8,7 @@ from experiments.theory import rates
 from experiments.theory.rates import Case
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.data import normalise
-from fedjax_sim.federation import Simulation
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 
 NAMES = tuple(rates.PROBLEMS)

@@ -28,9 +28,7 @@ import yaml
 from flax import linen as nn
 from scipy import stats
 
-from fedjax_sim import plots, provenance
-from fedjax_sim.algorithms import FedAvg, FedMR, base
-from fedjax_sim.assemble import prepare
+from fedjax_sim.algorithms import FedAvg, FedMR
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
@@ -40,15 +38,20 @@ from fedjax_sim.config import (
     RunConfig,
     to_dict,
 )
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.task import Batch, masked_mean
 from fedjax_sim.data import Dataset, Partition, Preprocessing
-from fedjax_sim.federation import Simulation
+from fedjax_sim.engine.setup import Setup
 from fedjax_sim.models.adapter import from_flax
-from fedjax_sim.setup import Setup
+from fedjax_sim.records import plots
+from fedjax_sim.runs import provenance
+from fedjax_sim.runs.assemble import prepare
+from fedjax_sim.runs.federation import Simulation
 
 CLIENTS, SAMPLES, FEATURES, OUTPUTS, BLOCKS = 20, 32, 8, 2, 4
 L2 = 0.1  # λ of the logistic regression
 BATCH = 4
-METHODS: dict[str, base.AlgorithmConfig] = {
+METHODS: dict[str, AlgorithmConfig] = {
     "FedAvg": FedAvg(weights="uniform"),
     "FedMR": FedMR(similarity=False),
     "no recombination": FedMR(granularity="model", similarity=False),  # K models that only swap clients
@@ -210,12 +213,12 @@ def whole(variables: Any) -> np.ndarray:
     return np.concatenate([np.asarray(params[f"w{b}"], np.float64) for b in range(BLOCKS)], axis=-2)
 
 
-def half_squared_error(apply, variables, batch: base.Batch, extra):
+def half_squared_error(apply, variables, batch: Batch, extra):
     """½ ‖x w − y‖², where y is the last channels of the image."""
     del extra
     out, variables = apply(variables, batch)
     y = batch.images[:, 0, 0, FEATURES:]
-    return base.masked_mean(0.5 * ((out - y) ** 2).sum(1), batch.mask), variables
+    return masked_mean(0.5 * ((out - y) ** 2).sum(1), batch.mask), variables
 
 
 def world(problem: Problem) -> dict[str, Any]:
@@ -249,10 +252,10 @@ class Watched:
       loss: of the clients; None leaves the engine's cross-entropy.
     """
 
-    inner: base.AlgorithmConfig
+    inner: AlgorithmConfig
     loss: Callable[..., Any] | None = None
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         record = self.inner.build(context)
         slots = jnp.arange(context.cohort_size)
 

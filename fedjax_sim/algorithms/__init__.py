@@ -4,18 +4,6 @@ import dataclasses
 import re
 from typing import Any
 
-from fedjax_sim import imports
-from fedjax_sim.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    Batch,
-    Cohort,
-    Context,
-    LocalRule,
-    Results,
-    Starts,
-    nested,
-)
 from fedjax_sim.algorithms.clusamp import CluSamp
 from fedjax_sim.algorithms.ditto import Ditto
 from fedjax_sim.algorithms.fedavg import FedAvg
@@ -43,8 +31,12 @@ from fedjax_sim.algorithms.moon import MOON
 from fedjax_sim.algorithms.partial import PartialAveraging
 from fedjax_sim.algorithms.pfedsd import PFedSD
 from fedjax_sim.algorithms.scaffold import Scaffold
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import nearest
+from fedjax_sim.algorithms.shared import nested
+from fedjax_sim.core import imports
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, LocalRule, Results, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import nearest
+from fedjax_sim.core.task import Batch
 
 CONFIGS: dict[str, type] = {
     "fedavg": FedAvg,

@@ -11,17 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    Apply,
-    Batch,
-    Context,
-    LossAndGrad,
-    Variables,
-    build_inner,
-)
-from fedjax_sim.errors import UserError
+from fedjax_sim.algorithms.shared import build_inner
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Variables
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.task import Apply, Batch, LossAndGrad
 
 Loss = Callable[[Apply, Variables, Batch], tuple[jax.Array, Variables]]
 """(apply, variables, batch) -> (scalar, variables with their state moved on)."""

@@ -31,9 +31,10 @@ from flax import struct
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import pdist, squareform
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.fields import check
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Selection, Starts
+from fedjax_sim.core.fields import check
 
 
 @struct.dataclass
@@ -62,7 +63,7 @@ class CluSamp:
     def __post_init__(self):
         check(self, "algorithm.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         clients = context.num_clients
 
@@ -89,17 +90,17 @@ class CluSamp:
             chances = distributions(distances, counts, size, self.points)
             return np.asarray([generator.choice(clients, p=row) for row in chances], np.int32)
 
-        return base.Algorithm(
+        return Algorithm(
             init=init,
-            dispatch=lambda state, cohort, key: base.Starts(state.model),
+            dispatch=lambda state, cohort, key: Starts(state.model),
             merge=merge,
             deploy=lambda state: state.model,
-            local=base.LocalRule(end=end),
-            weights=base.weighing(self.weights),
+            local=LocalRule(end=end),
+            weights=shared.weighing(self.weights),
             needs_models=False,
             stacked=("updates",),
             replaced=lambda state, model: state.replace(model=model),
-            selection=base.Selection(lambda state: state.distances, choose),
+            selection=Selection(lambda state: state.distances, choose),
         )
 
     def _distances(self, one: jax.Array, others: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms.base import masked_mean
+from fedjax_sim.core.task import masked_mean
 
 
 def divergence(

@@ -22,10 +22,12 @@ import dataclasses
 
 import jax
 
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check
+from fedjax_sim.core.task import cross_entropy
 
 OWN = "own model"
 """Where v_k stands during training, in each collection of the variables beside the global model's modules."""
@@ -40,16 +42,16 @@ class Ditto:
       strength: λ; 0 lets clients train alone, as far as their own models go.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     strength: float = 0.1
 
     def __post_init__(self):
         check(self, "algorithm.")
         at_least("algorithm.strength", self.strength, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if clients inside train more than the model sent."""
-        inner = base.build_inner(self.inner, context)
+        inner = shared.build_inner(self.inner, context)
         rule = inner.local
         if rule.send is not None:
             raise UserError(
@@ -76,7 +78,7 @@ class Ditto:
         def loss(apply, variables, batch, extra):
             if OWN not in variables["params"]:
                 return rule.loss(apply, variables, batch, extra["inner"])
-            value, moved = base.cross_entropy(apply, _own(variables), batch, None)
+            value, moved = cross_entropy(apply, _own(variables), batch, None)
             return value, _joined({name: {} for name in moved}, moved)
 
         def direction(loss_and_grad, variables, batch, extra):

@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from flax import struct
 
-from fedjax_sim.algorithms import base
-from fedjax_sim.fields import check
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.fields import check
 
 
 @struct.dataclass
@@ -38,15 +39,15 @@ class FedAvg:
     def __post_init__(self):
         check(self, "algorithm.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         del context
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: FedAvgState(variables),
-            dispatch=lambda state, cohort, key: base.Starts(state.model),
+            dispatch=lambda state, cohort, key: Starts(state.model),
             merge=lambda state, cohort, starts, results, key: (FedAvgState(results.mean), {}),
             deploy=lambda state: state.model,
-            weights=base.weighing(self.weights),
+            weights=shared.weighing(self.weights),
             needs_models=False,
             replaced=lambda state, model: state.replace(model=model),
         )

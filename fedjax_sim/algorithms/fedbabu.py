@@ -16,9 +16,10 @@ fine-tuning.
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FedBABU:
         check(self, "algorithm.")
         at_least("algorithm.blocks", self.blocks, 1)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model leaves no block to the body."""
         head = private.head(context.model, self.blocks)
         inner = FedAvg(self.weights).build(context)
@@ -51,4 +52,4 @@ class FedBABU:
             mean = private.grafted(results.mean, inner.deploy(state), head)
             return inner.merge(state, cohort, starts, results.replace(mean=mean), key)
 
-        return dataclasses.replace(inner, local=base.LocalRule(trains=trains), merge=merge)
+        return dataclasses.replace(inner, local=LocalRule(trains=trains), merge=merge)

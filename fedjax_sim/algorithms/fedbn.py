@@ -15,9 +15,10 @@ drawn in a later round brings its initial statistics.
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import check
+from fedjax_sim.core.algorithm import Algorithm, Context
+from fedjax_sim.core.fields import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class FedBN:
     def __post_init__(self):
         check(self, "algorithm.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model has no batch normalisation."""
         inner = FedAvg(self.weights).build(context)
         return private.keep(inner, private.normalisation(context.model), context.num_clients)

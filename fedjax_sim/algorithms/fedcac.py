@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.fields import at_least, check, within
-from fedjax_sim.selection import largest
+from fedjax_sim.algorithms.shared import mean_of_included, weighing
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.fields import at_least, check, within
+from fedjax_sim.core.top_k import largest
 
 
 @struct.dataclass
@@ -62,13 +63,13 @@ class FedCAC:
         within("algorithm.critical", self.critical, 0.0, 1.0)
         at_least("algorithm.until", self.until, 1)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
-        weights = base.weighing(self.weights)
+        weights = weighing(self.weights)
 
         def merge(state, cohort, starts, results, key):
             del key
-            mean = base.mean_of_included(results, weights(cohort), state.mean)
+            mean = mean_of_included(results, weights(cohort), state.mean)
             start, trained = starts.models["params"], results.models["params"]
             masks = jax.tree.map(self._critical, start, trained)
             sharing = self._collaborators(masks, results.included, cohort.round + 1)
@@ -88,11 +89,11 @@ class FedCAC:
         def of(state, ids):
             return stacked.take_rows(state.models, ids)
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: FedCACState(
                 variables, stacked.broadcast(variables, context.num_clients)
             ),
-            dispatch=lambda state, cohort, key: base.Starts(of(state, cohort.ids), shared=False),
+            dispatch=lambda state, cohort, key: Starts(of(state, cohort.ids), shared=False),
             merge=merge,
             deploy=lambda state: state.mean,
             weights=weights,

@@ -26,8 +26,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim.algorithms import base
-from fedjax_sim.fields import check, positive
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
+from fedjax_sim.core.fields import check, positive
 
 
 @struct.dataclass
@@ -52,7 +53,7 @@ class FedDyn:
         check(self, "algorithm.")
         positive("algorithm.alpha", self.alpha)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         alpha = self.alpha
 
@@ -88,17 +89,17 @@ class FedDyn:
             new = jax.tree.map(lambda w, h, x: jnp.where(anyone, w - h, x), mean, shift, x)
             return FedDynState({**results.mean, "params": new}, shift), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: FedDynState(variables, optax.tree.zeros_like(variables["params"])),
-            dispatch=lambda state, cohort, key: base.Starts(state.model),
+            dispatch=lambda state, cohort, key: Starts(state.model),
             merge=merge,
             deploy=lambda state: state.model,
-            local=base.LocalRule(
+            local=LocalRule(
                 begin=begin,
                 direction=direction,
                 end=end,
                 init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
             ),
-            weights=base.uniform,
+            weights=shared.uniform,
             needs_models=False,
         )

@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.fields import check, positive
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
+from fedjax_sim.core.fields import check, positive
 
 
 @struct.dataclass
@@ -55,10 +56,10 @@ class FedExP:
         if self.epsilon is not None:
             positive("algorithm.epsilon", self.epsilon, divides=True)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         paper = self.variant == "paper"
-        weights = base.uniform if paper else base.by_samples
+        weights = shared.uniform if paper else shared.by_samples
         epsilon = self.epsilon or (1e-3 if paper else 0.1 * context.cohort_size)
 
         def end(start, trained, kept, extra, steps, lr, gradient):
@@ -89,12 +90,12 @@ class FedExP:
                 state.previous,
             )
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: FedExPState(variables, variables),
-            dispatch=lambda state, cohort, key: base.Starts(state.model),
+            dispatch=lambda state, cohort, key: Starts(state.model),
             merge=merge,
             deploy=deploy,
-            local=base.LocalRule(end=end),
+            local=LocalRule(end=end),
             weights=weights,
             needs_models=False,
             extrapolates=True,

@@ -35,11 +35,12 @@ import optax
 from flax import linen as nn
 from flax import struct
 
-from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check, positive
-from fedjax_sim.models.base import dense
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
+from fedjax_sim.core.fields import at_least, check, positive
+from fedjax_sim.core.model import dense
+from fedjax_sim.core.task import masked_mean
 
 NOISE, HIDDEN = 100, 512
 
@@ -107,7 +108,7 @@ class FedGen:
         at_least("algorithm.generator_steps", self.generator_steps, 1)
         at_least("algorithm.generator_batch", self.generator_batch, 2)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model marks no representation."""
         model = context.model
         model.check_classifier("FedGen")
@@ -119,9 +120,9 @@ class _Built:
     """The pure functions of one FedGen."""
 
     config: FedGen
-    context: base.Context
+    context: Context
 
-    def algorithm(self) -> base.Algorithm:
+    def algorithm(self) -> Algorithm:
         """The record."""
         return dataclasses.replace(
             FedAvg(weights=self.config.weights).build(self.context),
@@ -129,7 +130,7 @@ class _Built:
             dispatch=self.dispatch,
             merge=self.merge,
             deploy=lambda state: state.model,
-            local=base.LocalRule(
+            local=LocalRule(
                 begin=lambda start, labels, sent: {"labels": labels, "sent": sent},
                 loss=self.loss,
                 end=self.end,
@@ -166,7 +167,7 @@ class _Built:
     def dispatch(self, state, cohort, key):
         """The model, and the generator."""
         del cohort, key
-        return base.Starts(state.model, Sent(state.generator, (state.seen > 0).astype(jnp.float32)))
+        return Starts(state.model, Sent(state.generator, (state.seen > 0).astype(jnp.float32)))
 
     def merge(self, state, cohort, starts, results, key):
         """Averages, and trains the generator under the clients' classifiers."""
@@ -223,7 +224,7 @@ class _Built:
         sent: Sent = extra["sent"]
         logits, moved = apply(variables, batch)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        own = base.masked_mean(losses, batch.mask)
+        own = masked_mean(losses, batch.mask)
         generator, head = self._generator(variables), self.context.model.head(variables)
 
         def generated(key, labels):

@@ -29,10 +29,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import check
 
 Path = tuple[str, ...]
 
@@ -81,7 +82,7 @@ class FedMR:
         if self.similarity_group < 1:
             raise UserError("algorithm.similarity_group", self.similarity_group, "is below 1", "Give 5.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         slots = context.cohort_size
         order = context.model.layer_order()
@@ -93,7 +94,7 @@ class FedMR:
 
         def dispatch(state, cohort, key):
             del cohort, key
-            return base.Starts(state.slots, shared=False)
+            return Starts(state.slots, shared=False)
 
         def merge(state, cohort, starts, results, key):
             del starts
@@ -108,17 +109,17 @@ class FedMR:
             mean = results.mean
             if self.first_stage:
                 average = cohort.round < self.first_stage
-                of_included = base.mean_of_included(results, base.uniform(cohort), state.mean)
+                of_included = shared.mean_of_included(results, shared.uniform(cohort), state.mean)
                 mean = jax.tree.map(lambda one, other: jnp.where(average, one, other), of_included, mean)
                 new = stacked.overwrite(new, mean, average)
             return FedMRState(new, mean), metrics
 
-        return base.Algorithm(
+        return Algorithm(
             init=init,
             dispatch=dispatch,
             merge=merge,
             deploy=lambda state: state.mean,
-            weights=base.uniform,
+            weights=shared.uniform,
             stacked=("slots",),
             slot=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
         )

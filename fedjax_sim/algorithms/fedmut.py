@@ -29,10 +29,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check, within
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check, within
 
 
 @struct.dataclass
@@ -63,7 +64,7 @@ class FedMut:
         within("algorithm.beta", self.beta, 0.0, 1.0)
         at_least("algorithm.until", self.until, 1)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError for a cohort of one, which has no pair."""
         slots = context.cohort_size
         if slots == 1 and self.alpha:
@@ -92,19 +93,19 @@ class FedMut:
             ]
             rest = {name: part for name, part in state.model.items() if name != "params"}
             starts = {**stacked.broadcast(rest, slots), "params": jax.tree.unflatten(tree, mutated)}
-            return base.Starts(starts, shared=False)
+            return Starts(starts, shared=False)
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            new = base.mean_of_included(results, base.uniform(cohort), state.model)
+            new = shared.mean_of_included(results, shared.uniform(cohort), state.model)
             step = jax.tree.map(jnp.subtract, new["params"], state.model["params"])
             return FedMutState(new, step), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: FedMutState(variables, optax.tree.zeros_like(variables["params"])),
             dispatch=dispatch,
             merge=merge,
             deploy=lambda state: state.model,
-            weights=base.uniform,
+            weights=shared.uniform,
             extrapolates=True,
         )

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms import base
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class FedNova:
     def __post_init__(self):
         check(self, "algorithm.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions.
 
         Raises:
@@ -52,7 +53,7 @@ class FedNova:
                 "FedNova knows how much a step of SGD counts, and no other's",
                 "Set local.optimizer to sgd, or choose another algorithm.",
             )
-        share = base.weighing(self.weights)
+        share = shared.weighing(self.weights)
 
         def normalised(cohort):
             return share(cohort) / total(cohort.steps, context.momentum, context.nesterov)
@@ -67,9 +68,9 @@ class FedNova:
             new = jax.tree.map(lambda x, w: x + scale * (w - x), state["params"], results.mean["params"])
             return {**results.mean, "params": new}, {"effective_steps": (p * a).sum()}
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: variables,
-            dispatch=lambda state, cohort, key: base.Starts(state),
+            dispatch=lambda state, cohort, key: Starts(state),
             merge=merge,
             deploy=lambda state: state,
             weights=normalised,

@@ -16,11 +16,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.addition import Addition, on, seeing
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check, positive
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.fields import at_least, check, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FedNTD:
       temperature: τ.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     beta: float = 1.0
     temperature: float = 1.0
 
@@ -42,7 +42,7 @@ class FedNTD:
         at_least("algorithm.beta", self.beta, 0)
         positive("algorithm.temperature", self.temperature, divides=True)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
 
         def loss(inner, apply, variables, batch, x):

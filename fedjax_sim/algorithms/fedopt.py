@@ -34,11 +34,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim import optimizers
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check, positive, within
+from fedjax_sim.core import optimizers
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import check, positive, within
 
 
 @struct.dataclass
@@ -63,7 +64,7 @@ class FedOpt:
     optimizer: str = "sgd"
     lr: float | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
 
     def __post_init__(self):
         check(self, "algorithm.")
@@ -77,7 +78,7 @@ class FedOpt:
                 "Set it (0.01, say).",
             )
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions.
 
         Raises:
@@ -105,14 +106,14 @@ class FedAvgM:
     lr: float = 1.0
     momentum: float = 0.9
     nesterov: bool = False
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
 
     def __post_init__(self):
         check(self, "algorithm.")
         positive("algorithm.lr", self.lr)
         within("algorithm.momentum", self.momentum, 0.0, 1.0, open_right=True)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         momentum = self.momentum or None  # optax would keep one for 0 as well
         return _on(self.inner, optax.sgd(self.lr, momentum=momentum, nesterov=self.nesterov), context)
@@ -126,7 +127,7 @@ class _Adaptive:
     b1: float = 0.9
     b2: float = 0.99
     tau: float = 1e-3
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
 
     def __post_init__(self):
         check(self, "algorithm.")
@@ -148,7 +149,7 @@ class FedAdam(_Adaptive):
       inner: the algorithm that averages.
     """
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         return _on(self.inner, optax.adam(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
 
@@ -165,7 +166,7 @@ class FedYogi(_Adaptive):
       inner: the algorithm that averages.
     """
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         yogi = optax.yogi(self.lr, b1=self.b1, b2=self.b2, eps=self.tau)
 
@@ -175,17 +176,15 @@ class FedYogi(_Adaptive):
         return _on(self.inner, optax.GradientTransformation(init, yogi.update), context)
 
 
-def _on(
-    config: base.AlgorithmConfig, optimizer: optax.GradientTransformation, context: base.Context
-) -> base.Algorithm:
+def _on(config: AlgorithmConfig, optimizer: optax.GradientTransformation, context: Context) -> Algorithm:
     """The algorithm of `config` with an optimiser on its server."""
-    inner = base.build_inner(config, context)
+    inner = shared.build_inner(config, context)
     replaced = inner.replaced
     if replaced is None:
         # What goes around another algorithm has as much of a server as that one.
         depth, culprit = max(
             (depth, one)
-            for depth, one in enumerate([config, *base.nested(config)], 1)
+            for depth, one in enumerate([config, *shared.nested(config)], 1)
             if one.build(context).replaced is None
         )
         raise UserError(
@@ -215,4 +214,4 @@ def _on(
     def dispatch(state, cohort, key):
         return inner.dispatch(state.inner, cohort, key)
 
-    return base.around(inner, init=init, dispatch=dispatch, merge=merge, replaced=None, extrapolates=True)
+    return shared.around(inner, init=init, dispatch=dispatch, merge=merge, replaced=None, extrapolates=True)

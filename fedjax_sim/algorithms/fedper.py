@@ -16,9 +16,10 @@ layers start from the same random weights.
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, Context
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FedPer:
         check(self, "algorithm.")
         at_least("algorithm.blocks", self.blocks, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model has fewer blocks."""
         inner = FedAvg(self.weights).build(context)
         return private.keep(inner, private.last(context.model, self.blocks), context.num_clients)

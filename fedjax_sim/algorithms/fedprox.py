@@ -19,12 +19,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.addition import Addition, on
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.fednova import FedNova
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class FedProx:
       distance: `squared` (the paper) or `norm`, see above.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     mu: float = 0.01
     distance: Literal["squared", "norm"] = "squared"
 
@@ -45,9 +46,9 @@ class FedProx:
         check(self, "algorithm.")
         at_least("algorithm.mu", self.mu, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError around FedNova, or as `addition.on`."""
-        if self.mu and any(isinstance(config, FedNova) for config in base.nested(self)):
+        if self.mu and any(isinstance(config, FedNova) for config in shared.nested(self)):
             raise UserError(
                 "algorithm.inner",
                 "fednova",

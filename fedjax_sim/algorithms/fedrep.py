@@ -21,10 +21,11 @@ the batch.
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FedRep:
         at_least("algorithm.head_epochs", self.head_epochs, 1)
         at_least("algorithm.blocks", self.blocks, 1)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions.
 
         Raises:
@@ -73,5 +74,5 @@ class FedRep:
             return private.marked(variables, head, head_phase, ~head_phase)
 
         inner = FedAvg(self.weights).build(context)
-        inner = dataclasses.replace(inner, local=base.LocalRule(trains=trains))
+        inner = dataclasses.replace(inner, local=LocalRule(trains=trains))
         return private.keep(inner, head, context.num_clients)

@@ -28,10 +28,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import check
-from fedjax_sim.models.base import dense
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
+from fedjax_sim.core.fields import check
+from fedjax_sim.core.model import dense
+from fedjax_sim.core.task import masked_mean
 
 OWN = "personal head"
 """Where P stands during training, in the parameters beside the model's modules."""
@@ -60,7 +61,7 @@ class FedRoD:
     def __post_init__(self):
         check(self, "algorithm.")
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model marks no representation."""
         model = context.model
         model.check_classifier("FedRoD")
@@ -82,10 +83,10 @@ class FedRoD:
             entropy = optax.softmax_cross_entropy_with_integer_labels
             head = variables["params"][OWN]
             logits, z, moved = apply.represent(send(variables), batch)
-            generic = base.masked_mean(entropy(logits + log_n[None], batch.labels), batch.mask)
+            generic = masked_mean(entropy(logits + log_n[None], batch.labels), batch.mask)
             seen = z if self.personal_loss == "both" else jax.lax.stop_gradient(z)
             beside = jax.lax.stop_gradient(logits) + dense(head, seen)
-            personal = base.masked_mean(entropy(beside, batch.labels), batch.mask)
+            personal = masked_mean(entropy(beside, batch.labels), batch.mask)
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}
 
@@ -101,7 +102,7 @@ class FedRoD:
 
         return dataclasses.replace(
             FedAvg(weights=self.weights).build(context),
-            local=base.LocalRule(
+            local=LocalRule(
                 receive=receive,
                 send=send,
                 begin=begin,

@@ -28,10 +28,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.addition import Addition, on
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +43,14 @@ class FedSAM:
       rho: ρ, radius of the neighbourhood; 0 is `inner`.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     rho: float = 0.05
 
     def __post_init__(self):
         check(self, "algorithm.")
         at_least("algorithm.rho", self.rho, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
         return _climbing(self, lambda w: jax.tree.map(jnp.ones_like, w), context, "FedSAM")
 
@@ -65,7 +65,7 @@ class FedASAM:
       eta: η, added to |w|.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     rho: float = 0.1
     eta: float = 0.0
 
@@ -74,7 +74,7 @@ class FedASAM:
         at_least("algorithm.rho", self.rho, 0)
         at_least("algorithm.eta", self.eta, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
 
         def scale(w):
@@ -88,7 +88,7 @@ class FedASAM:
         return _climbing(self, scale, context, "FedASAM")
 
 
-def _climbing(config: Any, scale: Any, context: base.Context, name: str) -> base.Algorithm:
+def _climbing(config: Any, scale: Any, context: Context, name: str) -> Algorithm:
     """Gradients at w + ρ T² g / ‖T g‖; scale: params -> T."""
 
     def direction(gradient, variables, batch, extra):

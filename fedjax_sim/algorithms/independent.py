@@ -11,8 +11,9 @@ from typing import Any
 
 from flax import struct
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 
 
 @struct.dataclass
@@ -27,7 +28,7 @@ class FedIndepState:
 class FedIndep:
     """K models that visit a fresh cohort each round and never meet."""
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
 
         def init(key, variables):
@@ -36,18 +37,18 @@ class FedIndep:
 
         def dispatch(state, cohort, key):
             del cohort, key
-            return base.Starts(state.slots, shared=False)
+            return Starts(state.slots, shared=False)
 
         def merge(state, cohort, starts, results, key):
             del state, cohort, starts, key
             return FedIndepState(results.models, results.mean), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=init,
             dispatch=dispatch,
             merge=merge,
             deploy=lambda state: state.mean,
-            weights=base.uniform,
+            weights=shared.uniform,
             stacked=("slots",),
             slot=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
         )
@@ -68,7 +69,7 @@ class Local:
     the accuracy per client (`evaluation.per_client`).
     """
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
 
         def init(key, variables):
@@ -77,13 +78,13 @@ class Local:
 
         def dispatch(state, cohort, key):
             del key
-            return base.Starts(stacked.take_rows(state.models, cohort.ids), shared=False)
+            return Starts(stacked.take_rows(state.models, cohort.ids), shared=False)
 
         def merge(state, cohort, starts, results, key):
             del starts, key
             return LocalState(stacked.put_rows(state.models, cohort.ids, results.models)), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=init,
             dispatch=dispatch,
             merge=merge,

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct, traverse_util
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms import base
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import check, within
-from fedjax_sim.models.base import Model
+from fedjax_sim.algorithms import shared
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Context, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import check, within
+from fedjax_sim.core.model import Model
 
 
 @struct.dataclass
@@ -74,13 +75,13 @@ class LayerInterpolation:
         rising = [2 * self.mean * block / (count - 1) for block in range(count)]
         return rising if self.profile == "rising" else rising[::-1]
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError as `shares`."""
         by_block, blocks = self.shares(context.model), context.model.blocks()
         share = traverse_util.unflatten_dict(
             {path[1:]: by_block[block] for path, block in blocks.items() if path[0] == "params"}
         )
-        weigh = base.weighing(self.weights)
+        weigh = shared.weighing(self.weights)
 
         def init(key, variables):
             del key
@@ -94,11 +95,11 @@ class LayerInterpolation:
 
         def dispatch(state, cohort, key):
             del key
-            return base.Starts(held(state, cohort.ids), shared=False)
+            return Starts(held(state, cohort.ids), shared=False)
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            mean = base.mean_of_included(results, weigh(cohort), state.model)
+            mean = shared.mean_of_included(results, weigh(cohort), state.model)
             new = jax.tree.map(
                 lambda s, w, centre: s * (w - centre[None]), share, results.models["params"], mean["params"]
             )
@@ -106,7 +107,7 @@ class LayerInterpolation:
             rows = stacked.select(results.included, new, old)
             return InterpolationState(mean, stacked.put_rows(state.deviation, cohort.ids, rows)), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=init,
             dispatch=dispatch,
             merge=merge,

@@ -18,9 +18,10 @@ a layer being a weight layer with the normalisation that follows it (`Model.bloc
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, Context
+from fedjax_sim.core.fields import at_least, check
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class LGFedAvg:
         check(self, "algorithm.")
         at_least("algorithm.blocks", self.blocks, 0)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model has fewer blocks."""
         inner = FedAvg(self.weights).build(context)
         return private.keep(inner, private.first(context.model, self.blocks), context.num_clients)

@@ -47,13 +47,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct, traverse_util
 
-from fedjax_sim.algorithms import base, private
-from fedjax_sim.algorithms.base import AlgorithmConfig
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check, within
-from fedjax_sim.models.base import Model
-from fedjax_sim.selection import largest
+from fedjax_sim.algorithms.shared import around, build_inner, nested
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check, within
+from fedjax_sim.core.model import Model
+from fedjax_sim.core.task import Batch
+from fedjax_sim.core.top_k import largest
 
 Path = private.Path
 
@@ -140,19 +142,19 @@ class LIPS:
         check(self, "algorithm.")
         within("algorithm.density", self.density, 0.0, 1.0, open_left=True)
         at_least("algorithm.period", self.period, 1)
-        if any(isinstance(config, LIPS) for config in base.nested(self)):
+        if any(isinstance(config, LIPS) for config in nested(self)):
             raise UserError(
                 "algorithm.inner", "lips", "would make what is sparse sparse again", "Name another algorithm."
             )
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions.
 
         Raises:
           UserError: no tensor of the model is eligible, or the score wants gradients that training never
             makes; the server inside goes further than the mean (`Algorithm.extrapolates`).
         """
-        inner = base.build_inner(self.inner, context)
+        inner = build_inner(self.inner, context)
         if self.sync == "weights_only":
             inner = private.keep(inner, _not_weights(context.model), context.num_clients)
         leaves = eligible(context.model, self.layers, self.leaves)
@@ -182,11 +184,11 @@ class _Wrapped:
     """
 
     config: LIPS
-    inner: base.Algorithm
+    inner: Algorithm
     leaves: tuple[Path, ...]
-    context: base.Context
+    context: Context
 
-    def algorithm(self) -> base.Algorithm:
+    def algorithm(self) -> Algorithm:
         own = self.inner.local
         rule = dataclasses.replace(
             own,
@@ -202,7 +204,7 @@ class _Wrapped:
             ),
             end=self.end,
         )
-        return base.around(
+        return around(
             self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, replaced=None
         )
 
@@ -252,14 +254,14 @@ class _Wrapped:
             full = self.context.cohort_size == self.context.num_clients
             wanted = self._plan(cohort.round)[0] | (not full)
         sent = Sent(starts.broadcast, sparse, keep, wanted, state.initial, masks)
-        return base.Starts(starts.models, sent, shared=starts.shared)
+        return Starts(starts.models, sent, shared=starts.shared)
 
     def merge(self, state, cohort, starts, results, key):
         sent, reports = starts.broadcast, results.uploads["lips"]
         inner, metrics = self.inner.merge(
             state.inner,
             cohort,
-            base.Starts(starts.models, sent.inner, shared=starts.shared),
+            Starts(starts.models, sent.inner, shared=starts.shared),
             dataclasses.replace(results, uploads=results.uploads["inner"]),
             key,
         )
@@ -455,14 +457,14 @@ def _not_weights(model: Model) -> frozenset[Path]:
     return frozenset(path for path, leaf in shapes.items() if len(leaf.shape) < 2)
 
 
-def _check_trained(inner: base.Algorithm, leaves: Collection[Path], context: base.Context) -> None:
+def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context) -> None:
     """Raises UserError if one of the leaves is not trained at the end of a round."""
     if inner.local.trains is None:
         return
     variables: Any = jax.eval_shape(context.model.init, jax.random.key(0))
     last = jnp.int32((context.epochs or 1) - 1)
     empty: Any = None
-    moves = inner.local.trains(variables, base.Batch(empty, empty, None, None, last))
+    moves = inner.local.trains(variables, Batch(empty, empty, None, None, last))
     flags: Any = traverse_util.flatten_dict(moves)
     frozen = [path for path in leaves if not bool(flags[path])]
     if frozen:

@@ -25,28 +25,30 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from fedjax_sim.algorithms import base
+from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.addition import Addition, on, seeing
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.independent import Local
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check, positive
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Variables
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check, positive
+from fedjax_sim.core.task import masked_mean
 
 
 @struct.dataclass
 class Previous:
     """Attributes: model: what the client last trained. exists: bool[], whether it has."""
 
-    model: base.Variables
+    model: Variables
     exists: jax.Array
 
     @classmethod
-    def none(cls, variables: base.Variables) -> "Previous":
+    def none(cls, variables: Variables) -> "Previous":
         """Of a client that has not taken part yet; `variables` gives the shapes."""
         return cls(variables, jnp.asarray(False))
 
 
-def remembered(start: base.Variables, trained: base.Variables, previous: Previous) -> Previous:
+def remembered(start: Variables, trained: Variables, previous: Previous) -> Previous:
     """What the client keeps after a round."""
     del start, previous
     return Previous(trained, jnp.asarray(True))
@@ -62,7 +64,7 @@ class MOON:
       temperature: τ.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     mu: float = 5.0
     temperature: float = 0.5
 
@@ -71,7 +73,7 @@ class MOON:
         at_least("algorithm.mu", self.mu, 0)
         positive("algorithm.temperature", self.temperature, divides=True)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions.
 
         Raises:
@@ -79,7 +81,7 @@ class MOON:
         """
         model = context.model
         model.check_classifier("MOON")
-        if any(isinstance(config, Local) for config in base.nested(self)):
+        if any(isinstance(config, Local) for config in shared.nested(self)):
             raise UserError(
                 "algorithm.inner",
                 "local",
@@ -93,7 +95,7 @@ class MOON:
             others = [model.represent(other, batch.images)[1] for other in (x, previous.model)]
             similarity = jnp.stack([cosine(z, other) for other in others], -1)
             contrast = -jax.nn.log_softmax(similarity / self.temperature)[:, 0]
-            term = base.masked_mean(contrast, batch.mask)
+            term = masked_mean(contrast, batch.mask)
             return value + jnp.where(previous.exists, self.mu * term, 0), moved
 
         addition = Addition(

@@ -14,10 +14,11 @@ Mode Connectivity, ICLR 2024, https://arxiv.org/abs/2307.06966 (no barriers by l
 import dataclasses
 from typing import Literal
 
-from fedjax_sim.algorithms import base, private
+from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import at_least, check
+from fedjax_sim.core.algorithm import Algorithm, Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import at_least, check
 
 _CHOICES = ("first", "last", "only", "leaves")
 
@@ -54,7 +55,7 @@ class PartialAveraging:
                 "Set one of them, and the other to null.",
             )
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if nothing is chosen, or what the model has not."""
         inner = FedAvg(self.weights).build(context)
         return private.keep(inner, self._leaves(context), context.num_clients)
@@ -62,7 +63,7 @@ class PartialAveraging:
     def _given(self) -> list[str]:
         return [name for name in _CHOICES if getattr(self, name) not in (None, ())]
 
-    def _leaves(self, context: base.Context) -> frozenset[private.Path]:
+    def _leaves(self, context: Context) -> frozenset[private.Path]:
         model = context.model
         if self.first is not None:
             return private.first(model, self.first, "algorithm.first")

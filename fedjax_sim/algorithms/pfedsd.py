@@ -19,12 +19,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms import base
 from fedjax_sim.algorithms.addition import Addition, on, seeing
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.moon import Previous, remembered
-from fedjax_sim.fields import at_least, check, positive
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.core.fields import at_least, check, positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class PFedSD:
       temperature: τ.
     """
 
-    inner: base.AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
+    inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     weight: float = 0.5
     temperature: float = 3.0
 
@@ -46,7 +46,7 @@ class PFedSD:
         at_least("algorithm.weight", self.weight, 0)
         positive("algorithm.temperature", self.temperature, divides=True)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
 
         def loss(inner, apply, variables, batch, previous):

@@ -18,10 +18,11 @@ from typing import Any, cast
 import jax
 from flax import struct, traverse_util
 
-from fedjax_sim import stacked
-from fedjax_sim.algorithms.base import Algorithm, Starts, around, mean_of_included
-from fedjax_sim.errors import UserError
-from fedjax_sim.models.base import Model
+from fedjax_sim.algorithms.shared import around, mean_of_included
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Model
 
 Path = tuple[str, ...]
 """Of a leaf in a model's variables, collection first: ("params", "conv1", "kernel")."""

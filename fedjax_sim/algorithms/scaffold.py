@@ -38,9 +38,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from fedjax_sim.algorithms import base, fednova
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import SMALLEST, check, positive
+from fedjax_sim.algorithms import fednova, shared
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import SMALLEST, check, positive
 
 _LOST = 2.0**-24
 """The rate below which a step by a gradient of 1 is lost to a weight of 1, in float32."""
@@ -72,7 +73,7 @@ class Scaffold:
         check(self, "algorithm.")
         positive("algorithm.server_lr", self.server_lr)
 
-    def build(self, context: base.Context) -> base.Algorithm:
+    def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError for option II with an optimiser other than SGD."""
         if self.option == "II" and context.optimizer != "sgd":
             raise UserError(
@@ -95,19 +96,19 @@ class Scaffold:
             )
             return ScaffoldState({**results.mean, "params": new}, control), {}
 
-        return base.Algorithm(
+        return Algorithm(
             init=lambda key, variables: ScaffoldState(variables, optax.tree.zeros_like(variables["params"])),
-            dispatch=lambda state, cohort, key: base.Starts(state.model, state.control),
+            dispatch=lambda state, cohort, key: Starts(state.model, state.control),
             merge=merge,
             deploy=lambda state: state.model,
             local=self._on_client(context),
-            weights=base.uniform,
+            weights=shared.uniform,
             needs_models=False,
             replaced=lambda state, model: state.replace(model=model),
             extrapolates=self.server_lr != 1,
         )
 
-    def _on_client(self, context: base.Context) -> base.LocalRule:
+    def _on_client(self, context: Context) -> LocalRule:
         momentum = context.momentum if self.divisor == "gradients" else 0.0
 
         def begin(start, c_i, c):
@@ -146,7 +147,7 @@ class Scaffold:
                 new = jax.tree.map(renewed, c_i, extra["c"], start["params"], trained["params"])
             return new, jax.tree.map(jnp.subtract, new, c_i)
 
-        return base.LocalRule(
+        return LocalRule(
             begin=begin,
             direction=direction,
             gather=gather if self.option == "I" else None,

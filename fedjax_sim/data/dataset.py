@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.images import resize, with_channels
 from fedjax_sim.data.preprocessing import Preprocessing
-from fedjax_sim.errors import UserError
 
 _ANY_COUNT = 1000
 """So many classes or domains may be numbered and not named, however few the images are."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.images import resize
 from fedjax_sim.data.preprocessing import Preprocessing
-from fedjax_sim.errors import UserError
 
 TEST_SHARE = 0.2
 DOMAINS = ("plain", "inverted", "rotated", "edges", "textured")

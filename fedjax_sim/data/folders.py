@@ -20,11 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.pictures import EXTENSIONS, decode
 from fedjax_sim.data.preprocessing import Preprocessing
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
 
 _PARTS = ("train", "test", "val", "validation")
 _LEFT_BEHIND = (

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset, count_classes
 from fedjax_sim.data.preprocessing import Preprocessing
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
 
 FIX = "Save train_images, train_labels, test_images, test_labels with numpy.savez, images as uint8 NHWC."
 

@@ -6,8 +6,8 @@ import os
 
 import numpy as np
 
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local
 
 KINDS = (
     "iid",

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.documents import parse_json
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local, whole
 from fedjax_sim.data.dataset import Dataset
-from fedjax_sim.documents import parse_json
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local, whole
 
 FORMAT = "fedjax_sim.partition"
 VERSION = 1

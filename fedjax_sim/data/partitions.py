@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import partition_files, splits
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
 from fedjax_sim.data.partition_reports import held_by_nobody, named
-from fedjax_sim.errors import UserError
 
 
 def partition(

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.images import on_white
-from fedjax_sim.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 

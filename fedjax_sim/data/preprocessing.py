@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

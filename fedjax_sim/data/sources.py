@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedjax_sim import imports
+from fedjax_sim.core import imports
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local
 from fedjax_sim.data import digits
 from fedjax_sim.data.dataset import Dataset, union
 from fedjax_sim.data.folders import read_folder
@@ -16,8 +18,6 @@ from fedjax_sim.data.npz import read_npz
 from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.data.presets import PRESETS, Preset
 from fedjax_sim.data.tfds_sets import find_prepared, how_to_prepare, read_tfds
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
 
 ENVIRONMENT = "FEDJAX_SIM_DATA"
 EMBEDDED = ("digits", "digits-domains")

@@ -6,7 +6,7 @@ Each returns one array of indices for each client. The two things called Dirichl
 
 import numpy as np
 
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 
 Parts = list[np.ndarray]
 """i64[n_k] for each client."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.images import on_white
 from fedjax_sim.data.preprocessing import Preprocessing
-from fedjax_sim.errors import UserError
-from fedjax_sim.paths import local
 
 PREPARE = ".venv/bin/pip install -e '.[prepare]'"
 """What installs TensorFlow, in the folder of a clone: the package is on no index."""

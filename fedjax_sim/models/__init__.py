@@ -1,8 +1,8 @@
 """The model zoo in Flax linen, and what is needed to bring one's own network."""
 
+from fedjax_sim.core.model import Model, PeelPoint, peel
 from fedjax_sim.models.adapter import adapted, from_flax, name_of
-from fedjax_sim.models.base import Model, PeelPoint, peel
-from fedjax_sim.models.conv import Conv, max_pool
+from fedjax_sim.models.kernels.conv import Conv, max_pool
 from fedjax_sim.models.zoo import create, names
 
 __all__ = [

@@ -12,11 +12,11 @@ from flax import errors as flax_errors
 from flax import linen as nn
 from flax import nnx
 
-from fedjax_sim import imports
-from fedjax_sim.errors import UserError
-from fedjax_sim.fields import nearest
+from fedjax_sim.core import imports
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import nearest
+from fedjax_sim.core.model import Model, PeelPoint
 from fedjax_sim.models import tracing
-from fedjax_sim.models.base import Model, PeelPoint
 
 _TRAIN_NAMES: dict[str, bool] = {
     "train": True,
@@ -45,7 +45,7 @@ def from_flax(
     so that padding stays out of their statistics. Parameter paths stay as the module has them.
 
     Variables beside `params` may have any dtype. Where clients' models are averaged, what is no float, such
-    as a counter or a flag, becomes the largest of their values (`fedjax_sim.stacked`).
+    as a counter or a flag, becomes the largest of their values (`fedjax_sim.core.stacked`).
 
     Args:
       module: the network, not yet bound to variables.

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_sim.core.model import peel
 from fedjax_sim.models import initialisers
-from fedjax_sim.models.base import peel
-from fedjax_sim.models.conv import Conv, ConvReluPool, max_pool
-from fedjax_sim.models.dense import Dense
 from fedjax_sim.models.initialisers import Initialiser
+from fedjax_sim.models.kernels.conv import Conv, ConvReluPool, max_pool
+from fedjax_sim.models.kernels.dense import Dense
 
 
 def conv(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 
 
 class BatchNorm(nn.Module):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
-from fedjax_sim.errors import UserError
-from fedjax_sim.models import base, conv
+from fedjax_sim.core import model
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.models.kernels import conv
 
 Path = tuple[str, ...]
 
@@ -28,7 +29,7 @@ class Trace:
       batch_stats: paths of the leaves of that collection.
       keys: paths of random keys in any collection.
       peeled: names marked by `peel`, in order, as paths.
-      plain_convs: paths of convolutions that do not use `fedjax_sim.models.conv`.
+      plain_convs: paths of convolutions that do not use `fedjax_sim.models.kernels.conv`.
       batch_norms: paths of Flax's own batch norms.
     """
 
@@ -74,13 +75,13 @@ def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Tra
         params={path: params[path] for path in order["params"]},
         batch_stats=tuple(order["batch_stats"]),
         keys=tuple(path for path, leaf in every.items() if _is_key(leaf)),
-        peeled=tuple((*path[:-1], path[-1].removeprefix(base._PREFIX)) for path in order["peel"]),
+        peeled=tuple((*path[:-1], path[-1].removeprefix(model._PREFIX)) for path in order["peel"]),
         plain_convs=tuple(dict.fromkeys(plain_convs)),
         batch_norms=tuple(dict.fromkeys(batch_norms)),
     )
 
 
-def peel_points(seen: Trace) -> tuple[base.PeelPoint, ...]:
+def peel_points(seen: Trace) -> tuple[model.PeelPoint, ...]:
     """The peel points that the module marked, in the order of the network.
 
     Raises:
@@ -95,7 +96,7 @@ def peel_points(seen: Trace) -> tuple[base.PeelPoint, ...]:
                 "this name is marked with `peel`, but no layer of that name has a kernel",
                 "Give `peel` the name of the layer that reads the feature.",
             )  # fmt: skip
-        points.append(base.PeelPoint("/".join(path), kernel))
+        points.append(model.PeelPoint("/".join(path), kernel))
     return tuple(points)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fedjax_sim.models import initialisers, layers
-from fedjax_sim.models.conv import max_pool
+from fedjax_sim.models.kernels.conv import max_pool
 from fedjax_sim.models.norms import norm
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_sim import imports
-from fedjax_sim.errors import UserError
+from fedjax_sim.core import imports
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Model
 from fedjax_sim.models import norms, tracing
 from fedjax_sim.models.adapter import adapted, check_shapes
-from fedjax_sim.models.base import Model
 from fedjax_sim.models.femnist_cnn import FemnistCNN
 from fedjax_sim.models.lenet import LeNet
 from fedjax_sim.models.mcmahan import McMahanCNN

@@ -15,9 +15,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.models import conv, tiles
-from fedjax_sim.models.spelling import SPELLINGS
-from fedjax_sim.models.spelling import spelling as spelled
+from fedjax_sim.core.spelling import SPELLINGS
+from fedjax_sim.core.spelling import spelling as spelled
+from fedjax_sim.models.kernels import conv, tiles
 
 # name: batch, side, channels in, channels out, kernel, stride, padding, fused with ReLU and pooling
 LAYERS = {

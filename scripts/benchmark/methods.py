@@ -17,7 +17,8 @@ import jax
 from rounds import equal, in_turn, noise, ratio, training
 
 import fedjax_sim as fs
-from fedjax_sim.algorithms import CONFIGS, catalogue, fedgen
+from fedjax_sim.algorithms import CONFIGS, fedgen
+from fedjax_sim.reports import algorithm_docs
 
 MODELS = {"fedbn": "resnet8"}
 """Where LeNet will not do: it has no batch normalisation."""
@@ -105,7 +106,9 @@ def main() -> None:
             "explained": {name: explained(name, args) for name in names},
         }
         (HERE / "results" / "methods.json").write_text(json.dumps(measured, indent=1) + "\n")
-        (Path(fs.__file__).parent / "ALGORITHMS.md").write_text(catalogue.document(measured))
+        (Path(fs.__file__).parent / "algorithms" / "ALGORITHMS.md").write_text(
+            algorithm_docs.document(measured)
+        )
 
 
 if __name__ == "__main__":

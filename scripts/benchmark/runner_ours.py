@@ -39,7 +39,7 @@ def build(workload: common.Workload, seed: int, devices: int) -> Program:
     import jax
     import jax.numpy as jnp
 
-    from fedjax_sim import config, data, models, simulation
+    from fedjax_sim import config, data, models, runs
 
     class SharedStart(models.Model):
         """The zoo's model, started from the weights that all frameworks share."""
@@ -83,7 +83,7 @@ def build(workload: common.Workload, seed: int, devices: int) -> Program:
         evaluation=config.EvaluationConfig(every=0),
         execution=config.ExecutionConfig(devices=devices),
     )
-    engine = simulation.Simulation(run, dataset=dataset, partition=data.Partition(tuple(holds)), model=model)
+    engine = runs.Simulation(run, dataset=dataset, partition=data.Partition(tuple(holds)), model=model)
 
     @jax.jit
     def held_out_loss(variables: Any) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from fedjax_sim.data import Partition
-from fedjax_sim.federation import Simulation
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 
 

@@ -25,8 +25,9 @@ from fedjax_sim.algorithms import (
     FedSAM,
     PFedSD,
 )
-from fedjax_sim.algorithms.base import Batch, Context, Training
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.task import Batch, Training
 from tests import oracles
 from tests.algorithms import objectives, personal
 from tests.algorithms.objectives import Given, entropy

@@ -8,16 +8,10 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import algorithms
 from fedjax_sim.algorithms import CONFIGS, Batch, Cohort, FedAvg, FedMR, name_of
-from fedjax_sim.algorithms.base import (
-    LocalRule,
-    Results,
-    by_samples,
-    cross_entropy,
-    masked_mean,
-    mean_of_included,
-    uniform,
-)
-from fedjax_sim.errors import UserError
+from fedjax_sim.algorithms.shared import by_samples, mean_of_included, uniform
+from fedjax_sim.core.algorithm import LocalRule, Results
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.task import cross_entropy, masked_mean
 from tests import oracles
 
 

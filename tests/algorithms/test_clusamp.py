@@ -12,13 +12,13 @@ from scipy.spatial.distance import pdist
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, CluSamp, FedAvg
-from fedjax_sim.algorithms.base import Context
 from fedjax_sim.algorithms.clusamp import distributions
-from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import CohortConfig
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.runs.checkpoint import Checkpoints
 from tests import oracles
-from tests.test_rounds import poisoned
+from tests.engine.test_round import poisoned
 
 SIZES = (31, 7, 12, 3, 5)  # of four places the first client has 4 · 31/58, that is two for itself
 

@@ -11,11 +11,13 @@ import pytest
 from flax import linen as nn
 
 import fedjax_sim
-from fedjax_sim import algorithms, memory, models
+from fedjax_sim import algorithms, models
 from fedjax_sim import config as config_lib
-from fedjax_sim.algorithms import CONFIGS, catalogue
-from fedjax_sim.errors import UserError
+from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.models import norms, peel
+from fedjax_sim.reports import algorithm_docs
+from fedjax_sim.runs import memory
 from tests import oracles
 
 SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
@@ -157,17 +159,17 @@ def test_configurations_survive_yaml():
 
 
 def test_the_catalogue_is_complete_and_written_down():
-    assert set(catalogue.ENTRIES) == set(CONFIGS)
-    for name, entry in catalogue.ENTRIES.items():
+    assert set(algorithm_docs.ENTRIES) == set(CONFIGS)
+    for name, entry in algorithm_docs.ENTRIES.items():
         assert entry.defaults and entry.holds, name
     measured = json.loads((Path(__file__).parents[2] / "scripts/benchmark/results/methods.json").read_text())
     for name, ratio in measured["ratios"].items():
         assert ratio < 1.3 * measured["explained"][name], name
-    written = (Path(fedjax_sim.__file__).parent / "ALGORITHMS.md").read_text()
-    assert written == catalogue.document(measured)
+    written = (Path(fedjax_sim.__file__).parent / "algorithms" / "ALGORITHMS.md").read_text()
+    assert written == algorithm_docs.document(measured)
     ours = {"fedindep", "local", "partial", "interpolation"}
     for name, cls in CONFIGS.items():
-        assert catalogue.reference(cls).startswith("https://") or name in ours, name
+        assert algorithm_docs.reference(cls).startswith("https://") or name in ours, name
     assert all(getattr(algorithms, cls.__name__) is cls for cls in CONFIGS.values())
 
 

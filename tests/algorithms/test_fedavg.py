@@ -5,7 +5,7 @@ import numpy as np
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg
-from fedjax_sim.algorithms.base import Cohort, Context
+from fedjax_sim.core.algorithm import Cohort, Context
 from tests import oracles
 
 CONTEXT = Context(models.create("mlp", (2, 2, 1), 2, hidden=()), 5, 3, 10)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim.algorithms import FedAvg, FedCAC, Local
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
 

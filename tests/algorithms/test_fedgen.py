@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from fedjax_sim.algorithms import FedAvg, FedGen, fedgen
-from fedjax_sim.algorithms.base import Batch, Context, Training
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.task import Batch, Training
 from fedjax_sim.data import Partition
-from fedjax_sim.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
 

@@ -10,11 +10,12 @@ from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim import models, stacked
+from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR
 from fedjax_sim.algorithms.fedmr import group_of, permutations, recombine, similarity
+from fedjax_sim.core import stacked
 from tests import oracles
-from tests.test_rounds import poisoned
+from tests.engine.test_round import poisoned
 
 LENET = models.create("lenet", (32, 32, 3), 10)
 RESNET = models.create("resnet20", (32, 32, 3), 10)

@@ -8,8 +8,8 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedAdam, FedAvg, FedAvgM, FedOpt, FedProx, FedYogi, Scaffold
-from fedjax_sim.algorithms.base import Cohort, Context, Results
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import personal
 

@@ -9,9 +9,9 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, Ditto, FedAvg, FedProx, FedRoD
-from fedjax_sim.algorithms.base import Context
 from fedjax_sim.config import EvaluationConfig, InertiaConfig, PeelConfig
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
 

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import models, runs, waves
+from fedjax_sim import models, runs
 from fedjax_sim.algorithms import (
     CONFIGS,
     LIPS,
@@ -28,13 +28,14 @@ from fedjax_sim.algorithms import (
     LayerInterpolation,
     Local,
 )
-from fedjax_sim.algorithms.base import Cohort, Context, Results
 from fedjax_sim.algorithms.lips import densities, eligible, kept_counts
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
+from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import root
+from fedjax_sim.engine import waves
+from fedjax_sim.engine.round import Round, Watched
 from fedjax_sim.models import norms, peel
-from fedjax_sim.rounds import Round, Watched
-from fedjax_sim.streams import root
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 

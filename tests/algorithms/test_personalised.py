@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import flags, runs
+from fedjax_sim import runs
 from fedjax_sim.algorithms import (
     CONFIGS,
     FedAvg,
@@ -21,9 +21,10 @@ from fedjax_sim.algorithms import (
     Local,
     PartialAveraging,
 )
-from fedjax_sim.algorithms.base import Context
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
+from fedjax_sim.cli import flags
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 

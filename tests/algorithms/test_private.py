@@ -11,8 +11,8 @@ from flax import linen as nn
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local, PartialAveraging, private
 from fedjax_sim.config import from_dict
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 

@@ -9,14 +9,14 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedDyn, FedExP, FedMut, FedNova, Scaffold
-from fedjax_sim.algorithms.base import Cohort, Context, Results
 from fedjax_sim.algorithms.fednova import total
-from fedjax_sim.errors import UserError
-from fedjax_sim.rounds import _DISPATCH
-from fedjax_sim.streams import SERVER, stream
+from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import SERVER, stream
+from fedjax_sim.engine.round import _DISPATCH
 from tests import oracles
+from tests.engine.test_round import poisoned
 from tests.oracles import map_trees, weighted_mean
-from tests.test_rounds import poisoned
 
 SIZES = (12, 7, 20, 3, 31)  # at batch 10 and 2 epochs 4, 2, 4, 2 and 8 steps, most last batches partial
 MODEL = models.create("mlp", (3, 3, 1), 3, hidden=(4,))

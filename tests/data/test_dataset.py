@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Dataset, Preprocessing, union
-from fedjax_sim.errors import UserError
 
 RNG = np.random.default_rng(0)
 

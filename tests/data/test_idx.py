@@ -3,9 +3,9 @@ import gzip
 import numpy as np
 import pytest
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import load, names
 from fedjax_sim.data.sources import how_to_get
-from fedjax_sim.errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGES = {

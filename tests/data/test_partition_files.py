@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Partition, PartitionConfig, load, load_partition, partition, save
-from fedjax_sim.errors import UserError
 
 DIGITS = load("digits")
 

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedjax_sim.config import from_dict
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import (
     Dataset,
     Partition,
@@ -24,9 +25,8 @@ from fedjax_sim.data import (
 )
 from fedjax_sim.data.partition_reports import held_by_nobody
 from fedjax_sim.data.partitions import for_server
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
-from fedjax_sim.provenance import describe_partition
+from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.provenance import describe_partition
 from tests import oracles
 
 # Of the small partitions here many leave samples; what is said of it has tests of its own.

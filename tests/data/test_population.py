@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Partition, PartitionConfig, Population, load, partition
 from fedjax_sim.data.population import pad
-from fedjax_sim.errors import UserError
 
 DIGITS = load("digits")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import PRESETS, PartitionConfig, Preprocessing, load, names, partition, tfds_sets
 from fedjax_sim.data.digits import DOMAINS
-from fedjax_sim.errors import UserError
 
 RNG = np.random.default_rng(0)
 

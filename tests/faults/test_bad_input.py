@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_sim import cli
-from fedjax_sim.federation import Simulation
+from fedjax_sim.cli import commands
+from fedjax_sim.runs.federation import Simulation
 
 pytestmark = pytest.mark.faults
 EIGHT = ("run", "--partition.clients", "8")
@@ -24,7 +24,7 @@ def complaint(capsys, monkeypatch):
 
     def run(*words):
         monkeypatch.setattr(Simulation, "_initial_state", compiled)
-        status = cli.main(list(words))
+        status = commands.main(list(words))
         told = capsys.readouterr()
         assert status == 2, told.out
         assert told.err.startswith("error: ") and told.err.count("\n") == 1 and "Traceback" not in told.err

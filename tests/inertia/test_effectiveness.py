@@ -10,10 +10,9 @@ import pytest
 from fedjax_sim.algorithms import LIPS, FedAvg, FedMR
 from fedjax_sim.config import InertiaConfig, PeelConfig
 from fedjax_sim.data import Partition, Preprocessing, normalise
-from fedjax_sim.federation import Simulation
-from fedjax_sim.inertia import Effectiveness
-from fedjax_sim.inertia.effectiveness import NAME, STATES
-from fedjax_sim.rounds import Round, Watched
+from fedjax_sim.engine.round import Round, Watched
+from fedjax_sim.probes.inertia.effectiveness import NAME, STATES, Effectiveness
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 from tests.algorithms.test_lips import Eye, convolutional
@@ -29,7 +28,7 @@ def measured(simulation, peel=None, **settings):
     config = dataclasses.replace(
         setup.config, inertia=InertiaConfig(**settings), peel=peel or PeelConfig(every=0)
     )
-    return Simulation(dataclasses.replace(setup, config=config))
+    return Simulation(oracles.configured(setup, config))
 
 
 def holdout():

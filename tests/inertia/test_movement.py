@@ -9,15 +9,15 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR
-from fedjax_sim.checkpoint import Checkpoints
 from fedjax_sim.config import InertiaConfig
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
-from fedjax_sim.inertia.movement import METRICS, OF_REFERENCE, weight_layers
-from fedjax_sim.rounds import ServerState
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.engine.round import ServerState
+from fedjax_sim.probes.inertia.movement import METRICS, OF_REFERENCE, weight_layers
+from fedjax_sim.runs.checkpoint import Checkpoints
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
-from tests.test_rounds import Poisonable
+from tests.engine.test_round import Poisonable
 
 SIZES = (12, 7, 31, 7, 31, 12)
 REFERENCE, ROUNDS = 2, 4
@@ -28,7 +28,7 @@ def measured(simulation, **settings):
     """The same run, with what is measured of its inertia."""
     setup = simulation.setup
     config = dataclasses.replace(setup.config, inertia=InertiaConfig(**settings))
-    return Simulation(dataclasses.replace(setup, config=config))
+    return Simulation(oracles.configured(setup, config))
 
 
 def plain(algorithm, devices, wave):

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import fedjax_sim as fs
-from fedjax_sim import cli, records, sweep_files
 from fedjax_sim import config as config_lib
+from fedjax_sim import records
 from fedjax_sim.algorithms.lips import LIPS
-from fedjax_sim.config import InertiaConfig
-from fedjax_sim.errors import UserError
-from fedjax_sim.inertia import pictures, report
-from fedjax_sim.inertia.report import groups
-from fedjax_sim.plots import caption_of
+from fedjax_sim.cli import commands
+from fedjax_sim.config import InertiaConfig, sweep_files
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Row, Table
-from fedjax_sim.reports import Missing, home_of, spread
+from fedjax_sim.records.plots import caption_of
+from fedjax_sim.reports.inertia import pictures, report
+from fedjax_sim.reports.inertia.report import groups
+from fedjax_sim.reports.shared import Missing, home_of, spread
 
 LAYERS = ("zeta", "beta", "gamma", "alpha")  # in no alphabetic order, so that only the rows tell it
 ROUNDS, SEEDS = 12, (0, 1, 2)
@@ -309,14 +310,14 @@ def test_command_passes_on_what_was_asked(monkeypatch, capsys):
         asked.append((given, out, metric))
         tell("wrote it")
 
-    monkeypatch.setattr("fedjax_sim.inertia.report.draw", draw)
-    assert cli.main(["inertia", "a", "b", "--out", "c", "--metric=gradient_norm"]) == 0
-    assert cli.main(["inertia", "a.yaml"]) == 0
+    monkeypatch.setattr("fedjax_sim.reports.inertia.report.draw", draw)
+    assert commands.main(["inertia", "a", "b", "--out", "c", "--metric=gradient_norm"]) == 0
+    assert commands.main(["inertia", "a.yaml"]) == 0
     assert asked == [(["a", "b"], "c", "gradient_norm"), ("a.yaml", None, "inertia_step")]
     assert capsys.readouterr().out == "wrote it\n" * 2
-    assert cli.main(["inertia", "--help"]) == 0 and "--metric NAME" in capsys.readouterr().out
+    assert commands.main(["inertia", "--help"]) == 0 and "--metric NAME" in capsys.readouterr().out
     for words in (["a", "--outt", "b"], ["a", "--out"]):
-        assert cli.main(["inertia", *words]) == 2 and words[1] in capsys.readouterr().err
+        assert commands.main(["inertia", *words]) == 2 and words[1] in capsys.readouterr().err
 
 
 # --- a real run -----------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ def test_command_passes_on_what_was_asked(monkeypatch, capsys):
 
 def test_a_real_run_of_lips_from_the_command_line(tmp_path, capsys):
     run = fs.run(config_of(tmp_path / "run", METHODS["lips"], 0))
-    assert cli.main(["inertia", str(tmp_path / "run")]) == 0
+    assert commands.main(["inertia", str(tmp_path / "run")]) == 0
     assert "not drawn" not in capsys.readouterr().out
     folder = tmp_path / "run" / "figures" / "inertia"
     assert {path.name for path in folder.iterdir()} == {

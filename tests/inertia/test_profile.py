@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fedjax_sim.inertia import profile
 from fedjax_sim.records import Row
+from fedjax_sim.reports.inertia import profile
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 

@@ -8,14 +8,15 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
 import fedjax_sim as fs
-from fedjax_sim import landscape, models
+from fedjax_sim import models
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Preprocessing, normalise
-from fedjax_sim.errors import UserError
-from fedjax_sim.landscape import surfaces
-from fedjax_sim.landscape.curvature import lanczos
-from fedjax_sim.landscape.directions import filter_norms
-from fedjax_sim.models import conv
+from fedjax_sim.models.kernels import conv
 from fedjax_sim.models.norms import norm
+from fedjax_sim.probes import landscape
+from fedjax_sim.probes.landscape import surfaces
+from fedjax_sim.probes.landscape.curvature import lanczos
+from fedjax_sim.probes.landscape.directions import filter_norms
 
 KEY = jax.random.key(3)
 SIZE, SAMPLES = 12, 23  # samples divide neither by devices nor by the batch

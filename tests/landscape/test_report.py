@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 import fedjax_sim as fs
-from fedjax_sim import cli
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR, Local
-from fedjax_sim.errors import UserError
-from fedjax_sim.landscape import report
-from fedjax_sim.landscape.measurement import Settings, measure, trained
+from fedjax_sim.cli import commands
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.reports.landscape import report
+from fedjax_sim.reports.landscape.measurement import Settings, measure, trained
 from fedjax_sim.runs import restored
 
 QUICK = Settings(points=5, grid=3, samples=90, lanczos=4, eigenvalues=2, probes=2, ascent=2, draws=2)
@@ -59,7 +59,7 @@ def rows_of(path):
 def test_one_command_compares_runs(study, tmp_path, capsys):
     names = ("fedmr", "fedmr1", "fedavg", "local")
     words = [str(study / name) for name in names]
-    assert cli.main(["landscape", *words, "--out", str(tmp_path), *WORDS]) == 0
+    assert commands.main(["landscape", *words, "--out", str(tmp_path), *WORDS]) == 0
     told = capsys.readouterr().out
     assert "warning" not in told and "not drawn" not in told
     for name in ("random_line", "random_surface", "models_line", "models_plane"):
@@ -141,18 +141,18 @@ def test_a_sweep_and_a_single_run_have_their_own_folders(study, tmp_path, capsys
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep))
-    assert cli.main(["sweep", str(path)]) == 0
+    assert commands.main(["sweep", str(path)]) == 0
     few = [*WORDS, "--models=2", "--grid=0"]
-    assert cli.main(["landscape", str(path), *few]) == 0
+    assert commands.main(["landscape", str(path), *few]) == 0
     told = capsys.readouterr().out
     assert "random_surface: not drawn" in told and "models_plane: not drawn" in told
     text = (tmp_path / "out" / "landscape" / "report.md").read_text()
     assert "| A | 2 |" in text and "models_plane was not drawn" in text
-    assert cli.main(["landscape", str(study / "fedavg"), str(tmp_path / "out" / "A, seed 0"), *few]) == 2
+    assert commands.main(["landscape", str(study / "fedavg"), str(tmp_path / "out" / "A, seed 0"), *few]) == 2
     # Different rounds and models are said.
     folder = next(p.parent for p in (tmp_path / "out").rglob("config.yaml"))
     where = tmp_path / "both"
-    assert cli.main(["landscape", str(study / "fedavg"), str(folder), *few, "--out", str(where)]) == 0
+    assert commands.main(["landscape", str(study / "fedavg"), str(folder), *few, "--out", str(where)]) == 0
     text = (where / "report.md").read_text()
     assert "different rounds (1, 2)" in text and "different models" in text
 
@@ -183,9 +183,9 @@ def test_mistakes_are_told(study, tmp_path, capsys):
         ([run, "--colour", "red"], "no such flag"),
         ([], "no run to look at"),
     ):
-        assert cli.main(["landscape", *words]) == 2, words
+        assert commands.main(["landscape", *words]) == 2, words
         assert told in capsys.readouterr().err
-    assert cli.main(["landscape", "--help"]) == 0 and "--lanczos" in capsys.readouterr().out
+    assert commands.main(["landscape", "--help"]) == 0 and "--lanczos" in capsys.readouterr().out
     in_memory = fs.run(config_of(tmp_path, FedAvg(), output=fs.OutputConfig(progress=False)))
     with pytest.raises(UserError, match="in memory"):
         report.draw(in_memory)
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_told_and_left_where_it_is(study, tmp_path, caps
     shutil.rmtree(newest / "state")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        assert cli.main(["landscape", str(run), *WORDS]) == 2
+        assert commands.main(["landscape", str(run), *WORDS]) == 2
     told = capsys.readouterr().err
     assert "round 2 is damaged" in told and "no sound checkpoint of its last round" in told
     assert len(list(newest.parent.iterdir())) == 2 and newest.is_dir()
@@ -238,7 +238,7 @@ def test_a_small_cohort_and_a_small_set_are_told_as_they_are(tmp_path, capsys):
     fs.run(config_of(tmp_path / "run", FedAvg(), cohort=fs.CohortConfig(size=1)))
     words = [word for word in WORDS if "samples" not in word]
     words = [*words, "--rho=1e-2", "--samples=5000"]
-    assert cli.main(["landscape", str(tmp_path / "run"), *words]) == 0
+    assert commands.main(["landscape", str(tmp_path / "run"), *words]) == 0
     assert "models and the cohort to 3 or more" in capsys.readouterr().out
     text = (tmp_path / "run" / "landscape" / "report.md").read_text()
     assert "and 359 test samples" in text and "pairs of 1 clients" in text and "ρ = 0.01" in text

@@ -5,7 +5,7 @@ import pytest
 from flax import linen as nn
 
 from fedjax_sim import models
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 
 KEY = jax.random.key(0)
 SHAPE = (6, 6, 2)

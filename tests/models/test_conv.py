@@ -10,8 +10,8 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.models import conv, tiles
-from fedjax_sim.models.spelling import SPELLINGS, spelling
+from fedjax_sim.core.spelling import SPELLINGS, spelling
+from fedjax_sim.models.kernels import conv, tiles
 
 
 def arrays(*shapes, seed=0):

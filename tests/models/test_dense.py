@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fedjax_sim.models import dense
-from fedjax_sim.models.dense import Dense
-from fedjax_sim.models.spelling import spelling
+from fedjax_sim.core.spelling import spelling
+from fedjax_sim.models.kernels import dense
+from fedjax_sim.models.kernels.dense import Dense
 
 SMALL, LARGE = (7, 5), (1031, 257)  # the latter in blocks of 255 rows and a last one of 11
 

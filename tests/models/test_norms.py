@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.models.norms import BatchNorm, GroupNorm, NoNorm, norm
 
 CHANNELS = 5

@@ -9,9 +9,9 @@ import pytest
 from flax import linen as nn
 
 from fedjax_sim import models
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import dense
 from fedjax_sim.models import norms, peel
-from fedjax_sim.models.base import dense
 from fedjax_sim.models.zoo import TABLE
 from tests import oracles
 from tests.models.test_zoo import SMALL, flat, start

@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from fedjax_sim import models
-from fedjax_sim.errors import UserError
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.models import layers
 from fedjax_sim.models.vgg import VGG
 from fedjax_sim.models.zoo import TABLE

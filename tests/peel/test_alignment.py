@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_sim.peel import alignment
+from fedjax_sim.probes.peel import alignment
 from tests.peel import reference
 
 

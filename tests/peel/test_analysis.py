@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from fedjax_sim.errors import UserError
-from fedjax_sim.peel import analysis, cfd, degradation, layers, measurements
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Row, Table
+from fedjax_sim.reports.peel import analysis, cfd, degradation, layers, measurements
 
 NAMES = ("conv1", "conv2", "fc1", "fc2")
 EVERYWHERE = {(client, name) for client in range(6) for name in NAMES}

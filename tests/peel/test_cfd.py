@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from fedjax_sim.errors import UserError
-from fedjax_sim.peel import cfd
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.reports.peel import cfd
 
 
 def test_a_known_slope_is_found_with_its_interval():

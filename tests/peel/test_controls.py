@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
+from tests.peel.test_probe import rows_of, settings_of, table
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Preprocessing
-from fedjax_sim.errors import UserError
-from fedjax_sim.federation import Simulation
-from fedjax_sim.peel import controls
-from fedjax_sim.peel.forward import Forward
-from tests.peel.test_probe import rows_of, settings_of, table
+from fedjax_sim.probes.peel import controls
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.runs.federation import Simulation
 
 
 def forward_of(name="resnet6", **options):

@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.peel.test_probe import rows_of, settings_of, witness_of
 
-from fedjax_sim import models, placement
+from fedjax_sim import models
 from fedjax_sim.algorithms import Cohort
-from fedjax_sim.algorithms.base import LocalRule
 from fedjax_sim.config import LocalConfig, PeelConfig
+from fedjax_sim.core.algorithm import LocalRule
+from fedjax_sim.core.rng import PEEL, root, stream
 from fedjax_sim.data import Preprocessing
-from fedjax_sim.federation import Simulation
-from fedjax_sim.observing import watch
-from fedjax_sim.peel.finetuning import FIGURES, Finetuning
-from fedjax_sim.peel.forward import Forward
-from fedjax_sim.peel.probe import Probe
-from fedjax_sim.streams import PEEL, root, stream
-from fedjax_sim.training import Lanes, Shard, Trainer, shuffled
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Lanes, Shard, Trainer, shuffled
+from fedjax_sim.engine.observing import watch
+from fedjax_sim.probes.peel.feature_probe import Probe
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.probes.peel.head_finetuning import FIGURES, Finetuning
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 CLASSES, SIZES, IDS, ROUND, EPOCHS, LR = 3, (25, 8, 19, 31), (5, 0, 2), 4, 2, 0.5
 LOCAL = LocalConfig(

@@ -4,17 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tests.peel.test_probe import rows_of, settings_of, witness_of
 
-from fedjax_sim import models, placement
+from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
-from fedjax_sim.federation import Simulation
-from fedjax_sim.peel.forward import Forward
-from fedjax_sim.peel.generality import STATES, Generality
-from fedjax_sim.training import Shard
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.probes.peel.generality import STATES, Generality
+from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 CLASSES, COUNTS = 3, {"fit": (40, 31, 22), "measured": (40, 17, 33)}
 

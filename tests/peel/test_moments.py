@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.peel import moments
+from fedjax_sim.probes.peel import moments
 from tests.peel import reference
 
 

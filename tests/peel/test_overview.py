@@ -5,11 +5,11 @@ import csv
 import numpy as np
 import pytest
 
-from fedjax_sim.errors import UserError
-from fedjax_sim.folders import Folder
-from fedjax_sim.peel import analysis, cfd, overview
-from fedjax_sim.peel.groups import Group
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Row, Table
+from fedjax_sim.reports.peel import analysis, cfd, overview
+from fedjax_sim.reports.peel.groups import Group
+from fedjax_sim.runs.folder import Folder
 
 LAYERS = ("fc1", "fc2", "fc3", "fc4")
 

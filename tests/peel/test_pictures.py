@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 import fedjax_sim as fs
-from fedjax_sim import sweep_files
-from fedjax_sim.config import PeelConfig
-from fedjax_sim.errors import UserError
-from fedjax_sim.peel import analysis, cfd, degradation, pictures, report
-from fedjax_sim.peel.groups import families, groups
-from fedjax_sim.plots import caption_of
+from fedjax_sim.config import PeelConfig, sweep_files
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Row, Table
+from fedjax_sim.records.plots import caption_of
+from fedjax_sim.reports.peel import analysis, cfd, degradation, pictures, report
+from fedjax_sim.reports.peel.groups import families, groups
 
 LAYERS = ("fc1", "fc2", "fc3")
 

@@ -15,8 +15,9 @@ from flax import linen as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedjax_sim import models, placement
+from fedjax_sim import models
 from fedjax_sim.config import ExecutionConfig
+from fedjax_sim.engine import placement
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("common", "measure", "machine", "envs", "peak", "plan", "report", "run")

@@ -1,0 +1,96 @@
+"""What several algorithms share: weights, means of the included, algorithms around others."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, Results
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Variables
+
+
+def around(inner: Algorithm, **own: Any) -> Algorithm:
+    """An algorithm around another, whose state it holds in a field `inner` of its own (a flax dataclass).
+
+    Args:
+      inner: the algorithm inside.
+      own: fields of the record, by name. Of the others `inner` is asked; `init`, `dispatch` and `merge` must
+        be among them.
+    """
+
+    def of_inner(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        return function and (lambda state, *args: function(state.inner, *args))
+
+    asked: dict[str, Any] = {name: of_inner(getattr(inner, name)) for name in ("deploy", "personal", "slot")}
+    if inner.selection is not None:
+        measure = of_inner(inner.selection.measure)
+        asked["selection"] = dataclasses.replace(inner.selection, measure=measure)
+    if inner.replaced is not None:
+        replaced = inner.replaced
+        asked["replaced"] = lambda state, model: state.replace(inner=replaced(state.inner, model))
+    return dataclasses.replace(inner, **asked | own)
+
+
+def build_inner(config: AlgorithmConfig, context: Context) -> Algorithm:
+    """The record of an `inner` algorithm; in its errors `algorithm.` becomes `algorithm.inner.`."""
+    try:
+        return config.build(context)
+    except UserError as error:
+        if error.field.split(".")[0] != "algorithm":
+            raise
+        field = "algorithm.inner" + error.field.removeprefix("algorithm")
+        raise UserError(field, error.value, error.why, error.fix) from None
+
+
+def nested(config: Any) -> Iterator[Any]:
+    """The configurations inside an algorithm's, at any depth, outermost first; its own is not among them."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, AlgorithmConfig) and dataclasses.is_dataclass(value):
+            yield value
+            yield from nested(value)
+
+
+def weighing(weights: str) -> Callable[[Cohort], jax.Array]:
+    """`Algorithm.weights` by name: `samples` or `uniform`."""
+    return {"samples": by_samples, "uniform": uniform}[weights]
+
+
+def by_samples(cohort: Cohort) -> jax.Array:
+    """Weights proportional to each client's number of samples. -> f32[K]."""
+    return cohort.counts.astype(jnp.float32)
+
+
+def uniform(cohort: Cohort) -> jax.Array:
+    """Equal weights. -> f32[K]."""
+    return jnp.ones(cohort.ids.shape, jnp.float32)
+
+
+def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables) -> Variables:
+    """`Results.mean` without the clients that were left out, for slots that start from models of their own.
+
+    The engine's counts those too, each with its start.
+
+    Args:
+      results: with `models` [K, …] and `mean`.
+      weights: f32[K], unnormalised.
+      otherwise: the mean if all were left out, or had no weight.
+    """
+    included, weights = _everywhere(results.included), _everywhere(weights)
+
+    def again():
+        share = jnp.where(included, weights, 0)
+        mean = stacked.mean(results.models, share / jnp.maximum(share.sum(), 1e-30))
+        return jax.tree.map(lambda new, old: jnp.where(share.sum() > 0, new, old), mean, otherwise)
+
+    return jax.lax.cond(included.all() & (weights.sum() > 0), lambda: results.mean, again)
+
+
+def _everywhere(leaf: jax.Array) -> jax.Array:
+    """Whole on every device. Left to itself XLA cuts such a vector, and gathers it wherever it is read."""
+    return leaf if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(leaf, P())

@@ -1,0 +1,304 @@
+"""Command-line flags for every field of a RunConfig, made by tyro from the dataclasses themselves.
+
+tyro reads a *form*: a copy of the dataclass tree in which each value is taken as it was typed. The form then
+goes through `config.from_dict`, so that a mistake on the command line gives the same message as one in YAML.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence, Set
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from fedjax_sim import algorithms
+from fedjax_sim import config as config_lib
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.algorithm import AlgorithmConfig
+from fedjax_sim.core.documents import parse_yaml
+from fedjax_sim.core.errors import UserError
+
+
+def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str] | None = None) -> tuple:
+    """A RunConfig from `[FILE.yaml] [--flags]`, and which of the switches `extra` were set.
+
+    The file gives the defaults, flags override. `--algorithm NAME` chooses the algorithm, whose own fields
+    are then flags too; `--algorithm.inner NAME` likewise the one inside, of an algorithm that wraps
+    another, and so on.
+
+    Args:
+      argv: what the user typed after the subcommand.
+      command: for the help text.
+      about: likewise.
+      extra: switch -> its help (`{"print-config": "…"}`).
+
+    Returns:
+      (RunConfig, set of switches).
+
+    Raises:
+      UserError: an unknown flag, a value of the wrong type or outside its range.
+      SystemExit: after `--help`.
+    """
+    words, switches = list(argv), set()
+    for name in extra or {}:
+        while f"--{name}" in words:
+            words.remove(f"--{name}")
+            switches.add(name)
+    base = RunConfig()
+    if words and not words[0].startswith("-"):
+        base = config_lib.load(words.pop(0))
+    option, inside = "--algorithm", 0
+    while any(word.startswith(option) for word in words):
+        name, words = _named_by(option, words)
+        if name is not None:
+            given: dict[str, Any] = {"name": name}
+            for _ in range(inside):
+                given = {"inner": given}
+            base = config_lib.from_dict({"algorithm": given}, base=base)
+        option, inside = f"{option}.inner", inside + 1
+    named = algorithms.name_of(base.algorithm)
+    told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
+        f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
+        f"({', '.join(algorithms.CONFIGS)})."
+    )
+    for switch, text in (extra or {}).items():
+        told += f"\n\n--{switch}: {text}"
+    form = _form(type(base), base, "")
+    _check_known(words, form)
+    try:
+        filled = tyro.cli(form, prog=f"fedjax-sim {command} [FILE.yaml]", description=told, args=words)
+    except SystemExit as end:
+        if end.code:
+            # Unknown flags and wrong values never get here: what is left is a flag without its value.
+            raise UserError(
+                "command line", " ".join(words), "a flag lacks its value", f"See fedjax-sim {command} --help."
+            ) from None
+        raise
+    given = _given(filled, base)
+    if "algorithm" in given:
+        given["algorithm"] = {"name": named, **given["algorithm"]}
+    return config_lib.from_dict(given, base=base), switches
+
+
+def _named_by(option: str, words: list[str]) -> tuple[str | None, list[str]]:
+    """Takes `--algorithm NAME` (that option, also `--algorithm.name`, and with `=`) out of the words."""
+    name, rest, i = None, [], 0
+    while i < len(words):
+        flag, equals, value = words[i].partition("=")
+        if flag in (option, f"{option}.name"):
+            if not equals:
+                i += 1
+                value = words[i] if i < len(words) else ""
+            name = value
+        else:
+            rest.append(words[i])
+        i += 1
+    return name, rest
+
+
+# --- the form -----------------------------------------------------------------------------------------
+
+
+class _Typed(str):
+    """A value as the user typed it."""
+
+
+def _form(cls: type, base: Any, path: str) -> type:
+    """The dataclass of which tyro makes flags; its defaults are those of `base`."""
+    hints = typing.get_type_hints(cls)
+    texts = _field_texts(cls)
+    fields = []
+    for field in dataclasses.fields(cls):
+        value, name = getattr(base, field.name), f"{path}{field.name}"
+        if hints[field.name] is AlgorithmConfig or dataclasses.is_dataclass(hints[field.name]):
+            inner = _form(type(value), value, f"{name}.")
+            fields.append((field.name, inner, dataclasses.field(default_factory=inner)))
+            continue
+        kind = _kind(hints[field.name], value, texts.get(field.name, ""))
+        fields.append((field.name, kind, dataclasses.field(default_factory=lambda value=value: value)))
+    form = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+    form.__doc__ = (inspect.getdoc(cls) or "").split("\n\n")[0]
+    return form
+
+
+def _kind(hint: Any, default: Any, text: str) -> Any:
+    help_text = tyro.conf.arg(help=text)
+    if hint is bool:
+        return Annotated[bool, help_text]
+    spec = tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=_metavar(hint),
+        instance_from_str=lambda words: _Typed(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [_shown(value)],
+    )
+    return Annotated[Any, spec, help_text]
+
+
+def _metavar(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return "|".join(_metavar(arg) for arg in args)
+    if origin is Literal:
+        return "{" + ",".join(map(str, args)) + "}"
+    if hint is type(None):
+        return "null"
+    if origin in (tuple, list):
+        return f"[{_metavar(args[0])}, …]"
+    if origin in (dict, Mapping) or hint is dict:
+        return "{KEY: VALUE}"
+    return str(getattr(hint, "__name__", "value")).upper()
+
+
+def _shown(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        value = config_lib.to_dict(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...")
+
+
+def _field_texts(cls: type) -> dict[str, str]:
+    """What the docstring's `Attributes:` says of each field."""
+    doc = inspect.getdoc(cls) or ""
+    part = re.search(r"Attributes:\n(.*?)(?:\n\S|\Z)", doc, re.DOTALL)
+    texts: dict[str, str] = {}
+    current: list[str] = []
+    for line in (part[1] if part else "").splitlines():
+        head = re.match(r"  (\w[\w, ]*): (.*)", line)
+        if head:
+            current = re.split(r",\s*", head[1])
+            texts |= dict.fromkeys(current, head[2])
+        else:
+            texts |= {name: f"{texts[name]} {line.strip()}" for name in current}
+    return texts
+
+
+# --- and back -----------------------------------------------------------------------------------------
+
+
+def _given(filled: Any, base: Any, path: str = "") -> dict[str, Any]:
+    """The fields that were typed, as the mapping that YAML would have given."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(base):
+        value, default = getattr(filled, field.name), getattr(base, field.name)
+        if dataclasses.is_dataclass(value):
+            inner = _given(value, default, f"{path}{field.name}.")
+            if inner:
+                out[field.name] = inner
+        elif isinstance(value, _Typed):
+            out[field.name] = meant(
+                str(value), typing.get_type_hints(type(base))[field.name], path + field.name
+            )
+        elif value != default:
+            out[field.name] = value
+    return out
+
+
+def meant(text: str, hint: Any, path: str) -> Any:
+    """A word as its field takes it: as text where text is wanted, as YAML everywhere else.
+
+    Args:
+      text: what was typed.
+      hint: the field's annotation.
+      path: its dotted name, for messages.
+
+    Raises:
+      UserError: it is not valid YAML, or names a key twice.
+    """
+    args = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    literals = [
+        choice for arg in args if typing.get_origin(arg) is Literal for choice in typing.get_args(arg)
+    ]
+    if text in literals:
+        return text
+    if text in ("null", "None") and type(None) in args:
+        return None
+    if str in args:
+        return text
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        why = f"it cannot be read: {error}"
+        raise UserError(path, text, why, f"Write it as in YAML: {_metavar(hint)}.") from None
+
+
+def _check_known(words: Sequence[str], form: type) -> None:
+    known = set(_flags(form, "")) | {"--help", "-h", "--tyro-print-completion", "--tyro-write-completion"}
+    readable = {flag.replace("_", "-") for flag in known}
+    switches = readable - _valued(form)
+    skip = False
+    for place, word in enumerate(words):
+        flag, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+            continue
+        if not flag.startswith("-"):
+            before = words[place - 1] if place else ""
+            fix = _switch(before, switches) if before else "Only the first word may be a FILE.yaml."
+            raise UserError("command line", word, "a flag is wanted here", fix)
+        if equals and flag.replace("_", "-") in switches:
+            raise UserError("command line", word, "this flag takes no value", _switch(flag, switches))
+        if flag.replace("_", "-") not in readable:
+            value = word.partition("=")[2] if equals else (words[place + 1] if place + 1 < len(words) else "")
+            raise UserError(flag, value, "no such flag", _nearest(flag.replace("_", "-"), readable))
+        skip = not equals and flag.replace("_", "-") in _valued(form)
+
+
+def _nearest(flag: str, known: Set[str]) -> str:
+    """What was meant by a flag that there is not: `--local.lr` by `--lr`, `--model.name` by `--model`."""
+    names = {one.removeprefix("--"): one for one in sorted(known) if one.startswith("--")}
+    wanted = flag.lstrip("-")
+    inside = [one for name, one in names.items() if name.rpartition(".")[2] == wanted]
+    section = config_lib.NAMED_BY.get(wanted)
+    if section is not None:
+        inside = [names[f"{wanted}.{section}"], *inside]
+    if inside:
+        return f"Did you mean {' or '.join(inside[:3])}?"
+    for place in (lambda name: name, lambda name: name.rpartition(".")[2]):
+        by_word: dict[str, list[str]] = {}
+        for name, one in names.items():
+            by_word.setdefault(place(name), []).append(one)
+        close = difflib.get_close_matches(wanted.lower(), by_word, n=1, cutoff=0.7)
+        if close:
+            return f"Did you mean {' or '.join(by_word[close[0]][:3])}?"
+    return "See --help for all of them."
+
+
+def _switch(flag: str, switches: Set[str]) -> str:
+    """How the flag before a stray word is written, if it is one of those without a value."""
+    flag = flag.replace("_", "-")
+    head, dot, name = flag.removeprefix("--").rpartition(".")
+    name = name.removeprefix("no-")
+    if flag not in switches or f"--{head}{dot}no-{name}" not in switches:
+        return "Only the first word may be a FILE.yaml."
+    return f"Write --{head}{dot}{name} or --{head}{dot}no-{name}."
+
+
+def _flags(form: type, path: str) -> list[str]:
+    out = []
+    for field in dataclasses.fields(form):
+        if dataclasses.is_dataclass(field.type):
+            out += _flags(typing.cast(type, field.type), f"{path}{field.name}.")
+        else:
+            out.append(f"--{path}{field.name}")
+            if typing.get_args(field.type)[0] is bool:
+                out.append(f"--{path}no-{field.name}")
+    return out
+
+
+def _valued(form: type, path: str = "") -> set[str]:
+    out: set[str] = set()
+    for field in dataclasses.fields(form):
+        if dataclasses.is_dataclass(field.type):
+            out |= _valued(typing.cast(type, field.type), f"{path}{field.name}.")
+        elif typing.get_args(field.type)[0] is not bool:
+            out.add(f"--{path}{field.name}".replace("_", "-"))
+    return out

@@ -1,0 +1,1 @@
+"""The words of every room: tasks, models, algorithms, stacked pytrees, randomness, fields, errors."""

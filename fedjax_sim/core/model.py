@@ -1,0 +1,243 @@
+"""What the engine knows of a model: pure functions of a variables pytree, and its peel points."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import errors, traverse_util
+from flax import linen as nn
+
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.spelling import spelling
+
+Variables = Mapping[str, Any]
+"""{'params': …, and, where the model has them, other collections such as 'batch_stats'}."""
+
+
+def peel(module: nn.Module, name: str, x: jax.Array) -> None:
+    """Marks `x` as the input of the weight layer `name` of `module`: a peel point. Free unless asked for."""
+    module.sow("peel", _PREFIX + name, x)
+
+
+_PREFIX = "input_of_"
+
+
+@dataclasses.dataclass(frozen=True)
+class PeelPoint:
+    """One depth at which a model is peeled: the input of a weight layer.
+
+    Attributes:
+      name: the weight layer that reads the feature, as a path (`"block1/conv2"`).
+      kernel: path of that layer's kernel in `variables["params"]`.
+    """
+
+    name: str
+    kernel: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model as the engine sees it. Everything that is trained or kept lives in `variables`.
+
+    Attributes:
+      name: short name for records.
+      module: Flax linen module, called as `module(images, train=..., mask=...)`. It marks the input
+        of each weight layer with `peel(self, name, x)`.
+      input_shape: (H, W, C) of one image.
+      num_classes: width of the logits.
+      peel_points: ordered from the input to the classifier.
+      takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
+      conv: spelling of the convolution, see `fedjax_sim.models.kernels.conv`; speed only.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    peel_points: tuple[PeelPoint, ...] = ()
+    takes_mask: bool = True
+    conv: str = "canonical"
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh variables, `params` in float32. key: a typed PRNG key."""
+        images = jnp.zeros((1, *self.input_shape), jnp.float32)
+        variables = dict(self._call(key, images, init=True))
+        variables.pop("peel", None)
+        return variables
+
+    def apply(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Logits, and the variables with their state (batch statistics) moved on if `train`.
+
+        Args:
+          variables: one model (no slot axis).
+          images: f32[B, H, W, C], normalised.
+          train: batch statistics instead of running ones, dropout on.
+          mask: bool[B], False for padding; None counts all.
+          rng: key for dropout; needed only by models that have it, and only if `train`.
+
+        Returns:
+          (f32[B, num_classes], variables).
+        """
+        state = [name for name in variables if name != "params"] if train else False
+        out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=state)
+        if not train:
+            return out, dict(variables)
+        logits, new = out
+        return logits, {**variables, **new}
+
+    def features(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
+        logits, sown = self._call(variables, images, mutable=["peel"])
+        return logits, self._peeled(sown.get("peel", {}))
+
+    def _peeled(self, sown: Any) -> dict[str, jax.Array]:
+        """What a call has sown under "peel", by peel point."""
+        flat: Any = traverse_util.flatten_dict(dict(sown))
+        by_name = {"/".join(path).replace(_PREFIX, ""): values[0] for path, values in flat.items()}
+        return {point.name: by_name[point.name] for point in self.peel_points}
+
+    def represent(
+        self,
+        variables: Variables,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+        """As `apply`, and after the logits the representation: the classifier's input f32[B, d].
+
+        The model must have a classifier (`check_classifier`).
+        """
+        state = [name for name in variables if name != "params"] if train else []
+        out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=[*state, "peel"])
+        logits, new = out
+        new = dict(new)
+        representation = self._peeled(new.pop("peel"))[self.peel_points[-1].name]
+        return logits, representation.astype(jnp.float32), {**variables, **new}
+
+    def head(self, variables: Variables) -> Any:
+        """The classifier's own parameters, kernel f32[d, C] and perhaps bias f32[C]; see `dense`."""
+        layer: Any = variables["params"]
+        for name in self.classifier:
+            layer = layer[name]
+        return layer
+
+    @property
+    def classifier(self) -> tuple[str, ...]:
+        """Path of the classifier's module in `variables["params"]`: the last peel point's layer."""
+        return self.peel_points[-1].kernel[:-1]
+
+    def check_classifier(self, name: str) -> None:
+        """Raises UserError if the last peel point is no dense layer that gives the logits. name: who asks."""
+        shapes: Any = jax.eval_shape(self.init, jax.random.key(0))["params"]
+        for step in self.peel_points[-1].kernel if self.peel_points else ():
+            shapes = shapes[step]
+        if not self.peel_points or len(shapes.shape) != 2 or shapes.shape[1] != self.num_classes:
+            raise UserError(
+                "model",
+                self.name,
+                f"{name} wants the representation before a dense classifier, and the model does not mark it",
+                "Mark the input of the last dense layer with fedjax_sim.models.peel.",
+            )
+
+    def layer_order(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of all leaves ("params", "conv1", "kernel") in the order in which the model makes them."""
+        order: list[tuple[str, ...]] = []
+
+        def trace(key):
+            variables = self._call(key, jnp.zeros((1, *self.input_shape), jnp.float32), init=True)
+            flat = traverse_util.flatten_dict({k: v for k, v in variables.items() if k != "peel"})
+            order.extend(flat)
+            return flat
+
+        jax.eval_shape(trace, jax.random.key(0))
+        return tuple(order)
+
+    def blocks(self) -> dict[tuple[str, ...], int]:
+        """Path of each leaf -> its block, from 0 in network order; there are as many as peel points.
+
+        The block of a weight layer is its own leaves and all others up to the next peel point's kernel, such
+        as a normalisation that follows it. Statistics go with the parameters of their module.
+        """
+        kernels: dict[tuple[str, ...], int] = {
+            ("params", *point.kernel): number for number, point in enumerate(self.peel_points)
+        }
+        order, block, out = self.layer_order(), 0, {}
+        modules: dict[tuple[str, ...], int] = {}
+        for path in order:
+            if path[0] == "params":
+                block = max(block, kernels.get(path, block))
+                # A layer whose bias is made before its kernel is one layer all the same.
+                own = kernels.get((*path[:-1], "kernel"))
+                out[path] = modules[path[1:-1]] = block if own is None else own
+        for path in order:
+            if path[0] != "params":
+                out[path] = modules.get(path[1:-1], 0)
+        return out
+
+    def num_params(self) -> int:
+        """Trainable scalars (batch statistics do not count)."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+    def spelled(self, conv: str) -> "Model":
+        """The same model with its convolutions spelled `conv`."""
+        return dataclasses.replace(self, conv=conv)
+
+    @functools.cached_property
+    def stochastic(self) -> bool:
+        """Whether training draws random numbers (dropout)."""
+        key = jax.random.key(0)
+        images = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.float32)
+        try:
+            jax.eval_shape(lambda v, x: self.apply(v, x, train=True), jax.eval_shape(self.init, key), images)
+        except errors.InvalidRngError:
+            return True
+        return False
+
+    @property
+    def convolves(self) -> bool:
+        """Whether any kernel is a convolution's."""
+        shapes = jax.eval_shape(self.init, jax.random.key(0))
+        return any(leaf.ndim == 4 for leaf in jax.tree.leaves(shapes["params"]))
+
+    def _call(
+        self,
+        first: Any,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        rng: jax.Array | None = None,
+        mutable: list[str] | bool = False,
+        init: bool = False,
+    ) -> Any:
+        keywords: dict[str, Any] = {"train": train}
+        if self.takes_mask:
+            keywords["mask"] = mask
+        with spelling(self.conv):
+            if init:
+                return self.module.init(first, images, **keywords)
+            rngs = None if rng is None else {"dropout": rng}
+            return self.module.apply(first, images, rngs=rngs, mutable=mutable, **keywords)
+
+
+def dense(layer: Any, x: jax.Array) -> jax.Array:
+    """A dense layer's output. f32[B, d] -> f32[B, width]."""
+    out = x @ layer["kernel"]
+    return out + layer["bias"][None] if "bias" in layer else out
+
+
+ModelFactory = Callable[..., Model]

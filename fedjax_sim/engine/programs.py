@@ -1,0 +1,162 @@
+"""Compiled programs, one for each shape of their arguments, shared by the runs of one process.
+
+JAX's own cache on disk will not do for a program of several CPU devices that exchange data: jaxlib 0.10 runs
+one that it has read from there without the order among independent exchanges that a freshly compiled one
+keeps, so that two devices may wait in two different ones, for ever. Such programs are compiled outside of
+that cache, and found again in memory by their text.
+
+On CPUs LLVM optimises at level 1, not 3: compiling takes less time, of forward passes and initial states much
+less, and the programs run as fast, since products and convolutions are library calls and loops are vectorised
+at either level. Measured by `scripts/benchmark/scaling.py --parts compile`.
+
+Draws come out the same under any setting of JAX's generator (`fedjax_sim.core.rng.settled`).
+
+Numbers that are still on the host go to the devices in one piece. JAX takes arrays there one by one, and in a
+round of a few milliseconds that was a tenth.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
+
+from fedjax_sim.core.rng import settled
+
+
+class Program:
+    """A function under `jax.jit`, for arguments on the devices of a mesh; called as the function is."""
+
+    def __init__(self, function: Callable[..., Any], mesh: Mesh, **options: Any):
+        """`options`: of `jax.jit`, arguments by number."""
+
+        def joined(packing: _Packing, words: Any, *rest: Any) -> Any:
+            return function(*packing.join(words, rest))
+
+        joined.__name__ = getattr(function, "__name__", joined.__name__)  # what profiles and logs show
+        donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
+        platform = mesh.devices.flat[0].platform
+        self._jitted: Any = jax.jit(
+            joined,
+            static_argnums=0,
+            donate_argnums=donated,
+            compiler_options=_compiler_options(platform),
+            **options,
+        )
+        self._plain = mesh.size == 1 or platform != "cpu"
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """The function's value."""
+        packing, words, rest = _pack(args)
+        if self._plain:
+            with settled():
+                return self._jitted(packing, words, *rest)
+        shape = packing, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rest))
+        if shape not in self._compiled:
+            with settled():
+                self._compiled[shape] = _compile(self._jitted.lower(packing, words, *rest), shape)
+        return self._compiled[shape](words, *rest)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """As `jax.jit(…).lower`."""
+        packing, words, rest = _pack(args)
+        with settled():
+            return self._jitted.lower(packing, words, *rest)
+
+    def variants(self) -> int:
+        """For how many shapes of arguments it has been called."""
+        return self._jitted._cache_size() if self._plain else len(self._compiled)
+
+
+CPU_LEVEL = 1
+"""LLVM's level of optimisation for programs made from now on; the user's own flag goes before it."""
+
+_LEVEL = "xla_backend_optimization_level"
+
+
+def _compiler_options(platform: str) -> dict[str, Any]:
+    if platform != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {_LEVEL: CPU_LEVEL}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Packing:
+    """Which leaves of a call's arguments are packed, and as what.
+
+    Attributes:
+      structure: of the arguments.
+      leaves: (position, shape, dtype) of each packed leaf.
+    """
+
+    structure: Any
+    leaves: tuple[tuple[int, tuple[int, ...], np.dtype], ...]
+
+    def join(self, words: jax.Array, rest: Any) -> Any:
+        """The arguments, of `_pack`'s other two results. Traced."""
+        leaves, start = self.structure.flatten_up_to(rest), 0
+        for position, shape, dtype in self.leaves:
+            end = start + math.prod(shape)
+            leaves[position] = jax.lax.bitcast_convert_type(words[start:end], dtype).reshape(shape)
+            start = end
+        return self.structure.unflatten(leaves)
+
+
+def _pack(args: Any) -> tuple[_Packing, np.ndarray, Any]:
+    """(what was packed, u32[words] of it, the arguments with None in its place).
+
+    That is every NumPy array or scalar of four bytes an entry.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    packed = [
+        (position, leaf)
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.itemsize == 4
+    ]
+    for position, _ in packed:
+        leaves[position] = None
+    words = [np.ravel(leaf).view(np.uint32) for _, leaf in packed]
+    packing = _Packing(structure, tuple((position, leaf.shape, leaf.dtype) for position, leaf in packed))
+    return packing, np.concatenate([np.zeros(0, np.uint32), *words]), structure.unflatten(leaves)
+
+
+_RECENT: OrderedDict[Any, jax.stages.Compiled] = OrderedDict()
+_MOST = 16
+_ON_DISK = "jax_enable_compilation_cache"
+
+
+def _compile(lowered: jax.stages.Lowered, shape: Any) -> jax.stages.Compiled:
+    """Compiled now, or in one of the last programs of this process that had the same text.
+
+    `shape`: of all arguments, as the text has only those that it uses.
+    """
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    name = text, shape, lowered.out_tree
+    if name not in _RECENT:
+        with _without_disk():
+            _RECENT[name] = lowered.compile()
+        if len(_RECENT) > _MOST:
+            _RECENT.popitem(last=False)
+    _RECENT.move_to_end(name)
+    return _RECENT[name]
+
+
+@contextlib.contextmanager
+def _without_disk() -> Iterator[None]:
+    before = getattr(jax.config, _ON_DISK)
+    jax.config.update(_ON_DISK, False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update(_ON_DISK, before)
+        compilation_cache.reset_cache()

@@ -1,0 +1,491 @@
+"""The compiled round: dispatch, train, merge, as one jitted function over stacked pytrees.
+
+Slots are sharded over the mesh axis `clients`. Within a device, waves run one after another; a merge that
+needs only the mean gets it accumulated wave by wave, so that K models never exist at once, and starts that
+differ by slot are trained in place.
+
+An observer sees, inside the same program, what some of the clients had before the merge and hold after it; a
+round that none of them measures is a program without them. A meter sees every round, and all clients one wave
+at a time.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Cohort, Results, Starts
+from fedjax_sim.core.rng import CLIENTS, SERVER, stream
+from fedjax_sim.core.stacked import AXIS
+from fedjax_sim.engine.clients import Lanes, Shard, Trainer, all_finite
+from fedjax_sim.engine.waves import Plan
+from fedjax_sim.records import Row
+
+_DISPATCH, _MERGE = 0, 1  # below the server's key of a round
+
+
+@struct.dataclass
+class ServerState:
+    """All that a run carries from round to round.
+
+    Attributes:
+      algorithm: the algorithm's own state.
+      clients: what clients keep between rounds, [N, …] leaves; empty for stateless clients.
+      meters: name of each meter -> what it carries.
+    """
+
+    algorithm: Any
+    clients: Any
+    meters: Any = struct.field(default_factory=dict)
+
+
+@struct.dataclass
+class RoundInputs:
+    """What the host decides of a round: who, where, how fast.
+
+    Attributes:
+      cohort: clients of the K slots.
+      plan: places and waves.
+      lr: f32[], client learning rate.
+      key: of the run; clients and server draw from it by round.
+    """
+
+    cohort: Cohort
+    plan: Plan
+    lr: jax.Array
+    key: jax.Array
+
+
+@struct.dataclass
+class Witness:
+    """What an observer sees of a round: m clients, and the round's models of each.
+
+    Attributes:
+      cohort: the clients, ids and counts i32[m].
+      start: [m, …], what each started from.
+      before: [m, …], what each had trained, before the merge; its start where that was not finite.
+      after: [m, …], what each holds once merged.
+      lr: f32[], the round's learning rate.
+      key: of the run.
+    """
+
+    cohort: Cohort
+    start: Any
+    before: Any
+    after: Any
+    lr: jax.Array
+    key: jax.Array
+
+
+@struct.dataclass
+class Watched:
+    """What observers ask of a round that they measure.
+
+    Attributes:
+      slots: i32[m], whom they want to see; distinct.
+      given: name of each observer -> whatever else it wants at hand.
+    """
+
+    slots: jax.Array
+    given: dict[str, Any]
+
+
+class Observer(Protocol):
+    """A diagnostic, compiled into the rounds that it measures."""
+
+    def observe(self, witness: Witness, given: Any, shard: Shard) -> Any:
+        """What is measured, any pytree of arrays. Traced."""
+        ...
+
+
+class Meter(Protocol):
+    """A diagnostic of every round and all its clients. All functions are traced.
+
+    Attributes:
+      gradients: whether it looks at gradients; else it is given None.
+    """
+
+    @property
+    def gradients(self) -> bool:
+        """See the class."""
+        ...
+
+    def init(self, deployed: Any) -> Any:
+        """What it carries from round to round, before the first; `deployed`: the initial model."""
+        ...
+
+    def each(self, start: Any, trained: Any, gradient: Any) -> Any:
+        """Of one client, whose last step had this gradient: a pytree of few numbers."""
+        ...
+
+    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
+        """Of one client: what is wanted as a mean over clients, in float32; of the size of a model or so."""
+        ...
+
+    def read(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
+        """(what it carries on, what it says of the round).
+
+        Args:
+          carried: from the round before.
+          cohort: of the round.
+          old: the deployed model before the round.
+          new: the deployed model after it.
+          each: [K, …], zero where an update was left out.
+          mean: of `share` over the clients that were not left out; zero if there are none.
+        """
+        ...
+
+    def rows(self, number: int, said: Any) -> list[Row]:
+        """The records of round `number`, from 1, of what `read` said of it. Not traced."""
+        ...
+
+
+FINE, INFINITE, NAN = 0, 1, 2
+"""What is worst among the numbers of a leaf."""
+
+
+@struct.dataclass
+class Soundness:
+    """What the server holds after a merge.
+
+    Leaves with a row a client or slot are not looked at: their faults show when they are handed out.
+
+    Attributes:
+      state: i32[m], `FINE`, `INFINITE` or `NAN` of each leaf of the algorithm's state.
+      deployed: i32[n], likewise of the deployed model; empty where that is made of stacks.
+      names: of the leaves, first of the state, then of the model.
+    """
+
+    state: jax.Array
+    deployed: jax.Array
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class RoundOutputs:
+    """What a round says of itself.
+
+    Attributes:
+      loss: f32[K], mean training loss of each client.
+      included: bool[K], False where an update was not finite.
+      handed: bool[K], False where it was not because what the server sent was not: an infinity or NaN in the
+        model, or a NaN in what goes with it.
+      server: what the merge left.
+      metrics: the algorithm's own scalars.
+      observed: name -> what an observer or a meter measured.
+    """
+
+    loss: jax.Array
+    included: jax.Array
+    handed: jax.Array
+    server: Soundness
+    metrics: dict[str, jax.Array]
+    observed: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Round:
+    """The round as a function, specialised to an algorithm, a trainer and a mesh.
+
+    Attributes:
+      algorithm: the record.
+      trainer: local training.
+      mesh: devices.
+      in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
+      observers: name -> diagnostic of the rounds that it is asked for.
+      meters: name -> diagnostic of every round.
+    """
+
+    algorithm: Algorithm
+    trainer: Trainer
+    mesh: Mesh
+    in_order: bool
+    observers: Mapping[str, Observer] = dataclasses.field(default_factory=dict)
+    meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict)
+
+    def __call__(
+        self,
+        state: ServerState,
+        inputs: RoundInputs,
+        shard: Shard,
+        watched: Watched | None = None,
+    ) -> tuple[ServerState, RoundOutputs]:
+        """One round. To be jitted with `state` donated.
+
+        Args:
+          state: of the server.
+          inputs: what the host decides.
+          shard: the training set.
+          watched: what the observers that measure this round ask for.
+        """
+        cohort = inputs.cohort
+        starts = self._dispatched(state.algorithm, cohort, inputs)
+        kept = stacked.take_rows(state.clients, cohort.ids)
+        results, handed, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
+        key = stream(stream(inputs.key, SERVER, cohort.round), _MERGE)
+        merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
+        clients = stacked.put_rows(state.clients, cohort.ids, kept)
+        observed, meters = {}, {}
+        if watched is not None:
+            ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
+            start, before = seen
+            after = self.algorithm.held(merged, watched.slots, ids)
+            if self.trainer.rule.receive is not None:
+                upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
+                broadcast = self._dispatched(merged, upcoming, inputs).broadcast
+                keys = self.trainer.keys(stream(inputs.key, CLIENTS, upcoming.round), ids, shard.streams)
+                kept = stacked.take_rows(clients, ids)
+                after = self.trainer.send(self.trainer.receive(after, broadcast, kept, keys))
+            them = Cohort(ids, counts, cohort.round)
+            witness = Witness(them, start, before, after, inputs.lr, inputs.key)
+            for name, given in watched.given.items():
+                observed[name] = self.observers[name].observe(witness, given, shard)
+        if self.meters:
+            old, new = self.algorithm.deploy(state.algorithm), self.algorithm.deploy(merged)
+            for name, (each, mean) in readings.items():
+                meters[name], observed[name] = self.meters[name].read(
+                    state.meters[name], cohort, old, new, each, mean
+                )
+        server = self._soundness(merged)
+        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, observed)
+        return ServerState(merged, clients, meters), outputs
+
+    def personal(self, state: ServerState, ids: jax.Array) -> Any:
+        """What clients would use themselves. i32[m] -> [m, …] models."""
+        algorithm, rule = self.algorithm, self.trainer.rule
+        if algorithm.personal is not None:
+            models = algorithm.personal(state.algorithm, ids)
+        else:
+            models = stacked.broadcast(algorithm.deploy(state.algorithm), len(ids))
+        if rule.personal is None:
+            return models
+        return jax.vmap(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
+
+    def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:
+        """What this cohort starts from in its round."""
+        key = stream(stream(inputs.key, SERVER, cohort.round), _DISPATCH)
+        return self.algorithm.dispatch(state, cohort, key)
+
+    def _train(
+        self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard, watched: Watched | None
+    ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
+        """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
+        watched slots, meters' (each, mean).
+        """
+        cohort, plan = inputs.cohort, inputs.plan
+        own, same = P(AXIS), P()
+        weigh = self.algorithm.weights
+        weights = weigh(cohort) if weigh else jnp.zeros(cohort.ids.shape, jnp.float32)
+        # Whole on every device. Left to XLA these few numbers would be cut and gathered again, and a program
+        # from the compile cache may run such a gather and the ring of `take_rows` in different orders on
+        # different CPU devices, which then wait for each other for ever.
+        weights, cohort, plan = jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, same), (weights, cohort, plan)
+        )
+        place = lambda tree: self._move(tree, plan.layout)  # noqa: E731
+        back = lambda tree: self._move(tree, plan.places)  # noqa: E731
+
+        occupied = plan.layout < cohort.ids.shape[0]
+        lanes = Lanes(
+            kept=place(kept),
+            ids=_take(cohort.ids, plan.layout),
+            counts=jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
+            weights=jnp.where(occupied, _take(weights, plan.layout), 0),
+        )
+        rank = None
+        if watched is not None:  # of each place among those watched; one past the last for the others
+            count = watched.slots.shape[0]
+            rank = jnp.full(plan.layout.shape, count, jnp.int32)
+            rank = rank.at[_take(plan.places, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
+        run = jax.shard_map(
+            lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
+            mesh=self.mesh,
+            in_specs=(same if starts.shared else own, same, own, own, same, same, same, own),
+            out_specs=(own, same, own, same, same),
+            check_vma=False,
+        )
+        models, mean, rest, seen, means = run(
+            starts.models if starts.shared else place(starts.models),
+            starts.broadcast,
+            lanes,
+            plan.bounds,
+            inputs.lr,
+            stream(inputs.key, CLIENTS, cohort.round),
+            shard,
+            rank,
+        )
+        if watched is not None and seen[0] is None:
+            seen = (stacked.broadcast(starts.models, count), seen[1])
+        kept, uploads, loss, faults, each = rest
+        loss, faults = _take(loss, plan.places), _take(faults, plan.places)
+        each = jax.tree.map(lambda leaf: _take(leaf, plan.places), each)
+        readings = {name: (each[name], means[name]) for name in self.meters}
+        results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
+        return results, faults != _SERVERS, back(kept), seen, readings
+
+    def _on_device(self, shared, watched, start, broadcast, lanes, bounds, lr, key, shard, rank):
+        """One device's waves. Leaves of `lanes` and `rank` lead with S places; bounds: i32[W]."""
+        trainer, width = self.trainer, self.trainer.width
+        wants_mean = self.algorithm.weights is not None
+        # Of slots only the shape: reading one after the waves would keep all starts beside the trained.
+        one = (
+            start if shared else jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), start)
+        )
+        models = start if not shared else None
+        if shared and self.algorithm.needs_models:
+            places = lanes.ids.shape[0]
+            models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
+        total = stacked.nothing(one) if wants_mean else None
+        lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
+        # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
+        rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
+        same = shared and trainer.rule.receive is None
+        seen = (None if same else rows, rows) if watched else None
+        metered = self._nothing_read(one)
+
+        def wave(carry, w):
+            models, total, weight, seen, metered = carry
+            cut = lambda tree: jax.tree.map(  # noqa: E731
+                lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
+            )
+            begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
+            received = trainer.receive(begin, broadcast, own.kept, own.keys)
+            trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
+                received, broadcast, own, bounds[w], lr, shard
+            )
+            received, trained = trainer.send(received), trainer.send(trained)
+            metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
+            # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
+            # for which XLA then copies all slots, as it also reads them. Who is at fault is asked there too.
+            trained, kept, faults = jax.lax.cond(
+                finite.all(),
+                lambda new, old: (*new, jnp.full(width, _NONE)),
+                lambda new, old: (*stacked.select(finite, new, old), _faults(finite, old[0], broadcast)),
+                (trained, kept),
+                (begin, own.kept),
+            )
+            uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)
+            if wants_mean:
+                # A slot that has a model of its own keeps it; a shared start has nothing to add.
+                share = jnp.where(finite, own.weights, 0) if shared else own.weights
+                part = stacked.weighted_sum(trained, share)
+                total, weight = stacked.add(total, part), weight + share.sum()
+            if models is not None:
+                models = jax.tree.map(
+                    lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, w * width, 0),
+                    models,
+                    trained,
+                )
+            if watched:
+                where = jax.lax.dynamic_slice_in_dim(rank, w * width, width)
+                seen = (
+                    None if same else _written(seen[0], where, received),
+                    _written(seen[1], where, trained),
+                )
+            return (models, total, weight, seen, metered), (kept, uploads, loss, faults, each)
+
+        numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
+        (models, total, weight, seen, metered), rest = jax.lax.scan(
+            wave, (models, total, jnp.float32(0), seen, metered), numbers
+        )
+        rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
+        mean = None
+        if wants_mean:
+            total, weight = stacked.over_devices(total, weight)
+            mean = stacked.divided(total, weight, one)
+            if shared:  # all left out: nothing has been learnt
+                mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
+        seen = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], seen))
+        read, sums = jax.lax.psum(metered, AXIS)
+        means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
+        return models if self.algorithm.needs_models else None, mean, rest, seen, means
+
+    def _soundness(self, state: Any) -> Soundness:
+        """Of the algorithm's state after a merge."""
+        stacks = jax.tree.leaves(self.algorithm.is_stacked(state))
+        of_state = [leaf for leaf, stack in zip(_named(state), stacks, strict=True) if not stack]
+        of_model = [] if any(stacks) else _named(self.algorithm.deploy(state))
+        names = [f"state{name}" for name, _ in of_state] + [f"deploy(state){name}" for name, _ in of_model]
+        return Soundness(_kinds(of_state), _kinds(of_model), tuple(names))
+
+    def _nothing_read(self, model) -> Any:
+        """(clients read f32[], name -> sum of what a meter shares), before the first wave."""
+        gradient = {name: model["params"] if meter.gradients else None for name, meter in self.meters.items()}
+        shapes = {
+            name: jax.eval_shape(meter.share, model, model, gradient[name])
+            for name, meter in self.meters.items()
+        }
+        return jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+    def _read(self, metered, start, trained, gradient, counted) -> tuple[Any, Any]:
+        """One wave's part of the meters' sums, and what they say of each client: leaves [L, …]."""
+        read, sums = metered
+        each, added = {}, {}
+        for name, meter in self.meters.items():
+            seen = (start, trained, gradient if meter.gradients else None)
+            each[name], share = (jax.vmap(function)(*seen) for function in (meter.each, meter.share))
+            each[name], share = (
+                jax.tree.map(lambda leaf: stacked.select(counted, leaf, jnp.zeros_like(leaf)), part)
+                for part in (each[name], share)
+            )
+            share = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), share)
+            part = stacked.weighted_sum(share, counted.astype(jnp.float32))
+            added[name] = jax.tree.map(jnp.add, sums[name], part)
+        return (read + counted.sum().astype(jnp.float32), added), each
+
+    def _move(self, tree, index):
+        """Slots to places or back; nothing to do where the two are the same."""
+        if self.in_order:
+            return tree
+        return jax.tree.map(lambda leaf: stacked.permute(leaf, index), tree)
+
+
+def _written(rows, where, models):
+    """Each model into its row. [m, …], i32[L], [L, …] -> [m, …]."""
+
+    def write(lane, rows):
+        return jax.tree.map(
+            lambda row, new: jax.lax.dynamic_update_index_in_dim(row, new[lane], where[lane], 0), rows, models
+        )
+
+    return jax.lax.fori_loop(0, len(where), write, rows)
+
+
+_NONE, _CLIENTS, _SERVERS = (np.int32(fault) for fault in range(3))  # whose fault an update is
+
+
+def _faults(finite, sent, broadcast) -> jax.Array:
+    """Whose fault it is that updates are not finite. bool[L], [L, …], no lane axis -> i32[L]."""
+    sound = jnp.stack([jnp.bool_(True), *(_worst(leaf) != NAN for leaf in jax.tree.leaves(broadcast))]).all()
+    return jnp.where(finite, _NONE, jnp.where(all_finite(sent) & sound, _CLIENTS, _SERVERS))
+
+
+def _worst(leaf) -> jax.Array:
+    """`FINE`, `INFINITE` or `NAN`, i32[]; what cannot be either is fine."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.int32(FINE)
+    return jnp.where(
+        jnp.isfinite(leaf).all(), jnp.int32(FINE), jnp.where(jnp.isnan(leaf).any(), NAN, jnp.int32(INFINITE))
+    )
+
+
+def _kinds(named) -> jax.Array:
+    """Of (path, leaf) the worst of each leaf, i32[m]."""
+    return jnp.stack([jnp.int32(FINE), *(_worst(leaf) for _, leaf in named)])[1:]
+
+
+def _named(tree) -> list[tuple[str, Any]]:
+    """(path, leaf), as in `jax.tree.leaves`."""
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
+
+
+def _take(leaf, index):
+    return jnp.take(leaf, index, axis=0, mode="clip")

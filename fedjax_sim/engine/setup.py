@@ -1,0 +1,101 @@
+"""What a run is made of: its data, clients, model and algorithm, resolved and checked."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.algorithm import Algorithm
+from fedjax_sim.core.model import Model
+from fedjax_sim.data import Dataset, Partition, Population
+from fedjax_sim.engine import cohorts, waves
+from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.engine.observing import Instrument
+from fedjax_sim.engine.round import Meter
+
+MakeInstrument = Callable[["Setup", Mesh, Callable[[np.ndarray], Any]], Instrument]
+"""Makes an instrument for a run: its setup, the devices, and what places an array on all of them."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A RunConfig resolved and checked, nothing on a device yet.
+
+    Attributes:
+      config: as given.
+      dataset: the images.
+      partition: who holds which.
+      population: both, as padded tables.
+      model: the network, its convolution spelled as this backend wants it.
+      algorithm: the record.
+      algorithm_name: for messages.
+      cohort_size: K.
+      wave: clients side by side on a device.
+      devices: how many.
+      meters: diagnostics of every round, by name.
+      instruments: what makes the diagnostics of measured rounds, see
+        `fedjax_sim.engine.observing.Instrument`.
+      initial: gives the model that the first round starts from, NumPy leaves; None: a fresh one.
+    """
+
+    config: RunConfig
+    dataset: Dataset
+    partition: Partition
+    population: Population
+    model: Model
+    algorithm: Algorithm
+    algorithm_name: str
+    cohort_size: int
+    wave: int
+    devices: int
+    meters: Mapping[str, Meter] = field(default_factory=dict)
+    instruments: Sequence[MakeInstrument] = ()
+    initial: Callable[[], Any] | None = None
+
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return self.partition.num_clients
+
+    @functools.cached_property
+    def draw(self) -> cohorts.Draw:
+        """Round, from 0 -> client ids i32[K], where the algorithm does not choose them itself."""
+        config = self.config
+        return cohorts.sampler(config.cohort, self.population.counts, config.rounds, config.seed)
+
+    @functools.cached_property
+    def steps(self) -> np.ndarray:
+        """i64[N], optimiser steps of each client in a round."""
+        return waves.steps_of(self.population.counts, self.config.local)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """Local training, specialised to all of this."""
+        return Trainer(
+            model=self.model,
+            rule=self.algorithm.local,
+            local=self.config.local,
+            preprocessing=self.dataset.preprocessing,
+            width=self.wave,
+            ragged=len(np.unique(self.steps)) > 1,
+            partial=bool(np.any(self.population.counts % self.config.local.batch_size)),
+            stochastic=self.model.stochastic or self.algorithm.local.random,
+            gradients=any(meter.gradients for meter in self.meters.values()),
+        )
+
+    @property
+    def personalised(self) -> bool:
+        """Whether clients may use models of their own."""
+        return self.algorithm.personal is not None or self.algorithm.local.personal is not None
+
+    @functools.cached_property
+    def label_counts(self) -> np.ndarray:
+        """i32[N, C], training samples of each class that each client has."""
+        labels, classes = self.dataset.train_labels, self.model.num_classes
+        return np.stack([np.bincount(labels[own], minlength=classes) for own in self.partition.train]).astype(
+            np.int32
+        )

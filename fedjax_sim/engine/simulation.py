@@ -1,0 +1,351 @@
+"""A run in memory: a `Setup` made real, and advanced round by round."""
+
+import functools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim.core.algorithm import Cohort
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import INIT, root, stream
+from fedjax_sim.engine import cohorts, placement, waves
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.observing import Instrument, watch
+from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
+from fedjax_sim.engine.scores import Scores, client_rows
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.records import Row
+
+
+class NonFiniteUpdate(UserError):
+    """A client's update held an infinity or NaN, and the run was told to stop at that."""
+
+
+_ALL = " As it was all of the round's: a learning rate of the server (algorithm.lr) may be too high as well."
+
+
+class NonFiniteServer(UserError):
+    """What the server made of finite updates, or handed out, held an infinity or NaN."""
+
+
+class Simulation:
+    """A federated run: `for rows in simulation.advance(): …`, or `simulation.run()`.
+
+    Attributes:
+      setup: what is being run.
+      round: the next round, from 0; also the number of rounds done.
+      state: the server's state, on the devices. The initial one is made when it is first asked for: of a run
+        that goes on, a checkpoint mostly takes its place.
+      mesh: the devices.
+      program: the compiled round, `(state, inputs(r)[0], shard) -> (state, outputs)`.
+      shard: the training set, on the devices.
+      ending: metrics that the last round has only because it is the last.
+    """
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.mesh = placement.make_mesh(setup.devices)
+        self.round = 0
+        self.ending: set[str] = set()
+        put = partial(placement.put_replicated, mesh=self.mesh)
+        key = root(setup.config.seed)
+        self._key = jax.random.wrap_key_data(
+            put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
+        )
+        population = setup.population
+        self._steps, self._trainer = setup.steps, setup.trainer
+        even = setup.cohort_size % (setup.devices * setup.wave) == 0
+        in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
+        self._instruments = [make(setup, self.mesh, put) for make in setup.instruments]
+        observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
+        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
+        streams = None if population.streams is None else put(population.streams)
+        self.shard = Shard(put(population.images), put(population.labels), put(population.indices), streams)
+        self._shardings = self._state_shardings()
+        self.program = Program(
+            _named(self._function),
+            self.mesh,
+            donate_argnums=(0,) if setup.config.execution.donate else (),
+            out_shardings=(self._shardings, placement.replicated(self.mesh)),
+        )
+        self._scores = Scores(setup, self.mesh, self._function.personal)
+        chooser = setup.algorithm.selection
+        self._measure = chooser and Program(chooser.measure, self.mesh, **placement.readable(self.mesh))
+        self._deploy = Program(
+            setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
+        )
+
+    # --- state --------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def state(self) -> ServerState:
+        """See the class."""
+        return self._initial_state()
+
+    def _make_state(self, key: jax.Array, variables: Any = None) -> ServerState:
+        """The state before the first round; `variables` None: of a fresh model."""
+        if variables is None:
+            variables = self.setup.model.init(stream(key, 0))
+        else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
+            variables = jax.tree.map(jnp.copy, variables)
+        labels = jnp.asarray(self.setup.label_counts)
+        clients = jax.vmap(self._trainer.init_client, in_axes=(None, 0))(variables, labels)
+        state = self.setup.algorithm.init(stream(key, 1), variables)
+        deployed = self.setup.algorithm.deploy(state)
+        meters = {name: meter.init(deployed) for name, meter in self.setup.meters.items()}
+        # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
+        return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
+
+    def _state_shardings(self) -> ServerState:
+        shapes = jax.eval_shape(self._make_state, root(0))
+        same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
+        inner = jax.tree.map(
+            lambda stack, leaf: cut(leaf.shape[0]) if stack else same,
+            self.setup.algorithm.is_stacked(shapes.algorithm),
+            shapes.algorithm,
+        )
+        clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
+        return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
+
+    def _initial_state(self) -> ServerState:
+        key, given = stream(self._key, INIT), self.setup.initial
+        variables = None if given is None else given()
+        with jax.set_mesh(self.mesh):
+            return Program(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
+
+    def abstract_state(self) -> ServerState:
+        """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(self._make_state, root(0)),
+            self._shardings,
+        )
+
+    def restore(self, state: ServerState, round_index: int) -> None:
+        """Continues from a copy of `state` after `round_index` rounds."""
+        # A copy, because device_put may alias what it is given, and the next round overwrites its state.
+        self.state = jax.tree.map(jnp.copy, jax.device_put(state, self._shardings))
+        self.round = round_index
+
+    # --- rounds -------------------------------------------------------------------------------------
+
+    def inputs(self, round_index: int) -> tuple[RoundInputs, float]:
+        """What the host decides of a round, and the plan's padding waste.
+
+        Of an algorithm that chooses its clients itself, only of the next round.
+        """
+        setup = self.setup
+        ids = setup.draw(round_index) if self._measure is None else self._selected(round_index)
+        counts = setup.population.counts[ids]
+        plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
+        waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
+        lr = setup.config.local.lr_at(round_index, setup.config.rounds)
+        # Host values still; the compiled round, whose view the types give, takes them as device arrays.
+        cohort = Cohort(
+            cast(jax.Array, ids),
+            cast(jax.Array, counts.astype(np.int32)),
+            cast(jax.Array, np.int32(round_index)),
+            cast(jax.Array, self._steps[ids].astype(np.int32)),
+        )
+        return RoundInputs(
+            cohort=cohort,
+            plan=plan,
+            lr=cast(jax.Array, np.float32(lr)),
+            key=self._key,
+        ), waste
+
+    def _selected(self, round_index: int) -> np.ndarray:
+        """The cohort that the algorithm chooses."""
+        chooser = self.setup.algorithm.selection
+        assert chooser is not None
+        assert self._measure is not None
+        with jax.set_mesh(self.mesh):
+            measured = jax.device_get(self._measure(self.state.algorithm))
+        drawn = cohorts.generator(self.setup.config.seed, round_index)
+        counts, wanted = self.setup.population.counts, self.setup.cohort_size
+        chosen = np.asarray(chooser.choose(measured, counts, wanted, drawn))
+        integers = np.issubdtype(chosen.dtype, np.integer)
+        if chosen.shape != (wanted,) or not integers or chosen.min() < 0 or chosen.max() >= len(counts):
+            raise UserError(
+                "algorithm.selection.choose",
+                chosen[:8].tolist() if chosen.ndim else chosen.tolist(),
+                f"in round {round_index + 1} it did not choose {wanted} of clients 0 to {len(counts) - 1}",
+                f"Return i32[{wanted}], their numbers.",
+            )
+        return chosen
+
+    def trace(self) -> None:
+        """Traces the next round, and what the algorithm deploys, without compiling either."""
+        inputs, state = self.inputs(self.round)[0], self.abstract_state()
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(self._function, state, inputs, self.shard)
+            jax.eval_shape(self.setup.algorithm.deploy, state.algorithm)
+            if self.setup.personalised:
+                jax.eval_shape(self._function.personal, state, inputs.cohort.ids)
+
+    def step(self) -> Callable[[], list[Row]]:
+        """Starts the next round, and its evaluation if one is due, without waiting for them.
+
+        Call the result for the round's rows. It raises NonFiniteUpdate if a client's update was not finite
+        and `local.non_finite` is stop; the state has moved on by then, without that update. It raises
+        NonFiniteServer if what the algorithm's own functions made is not finite, whatever that setting.
+        """
+        inputs, waste = self.inputs(self.round)
+        watched = watch(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
+        with jax.set_mesh(self.mesh):
+            self.state, outputs = self.program(self.state, inputs, self.shard, watched)
+        self.round += 1
+        parts: list[Callable[[], list[Row]]] = [
+            partial(self._rows, self.round, inputs, outputs, waste, watched)
+        ]
+        if self.due():
+            parts.append(self.evaluate())
+        return partial(_joined, parts)
+
+    def _rows(
+        self,
+        number: int,
+        inputs: RoundInputs,
+        outputs: RoundOutputs,
+        waste: float,
+        watched: Watched | None,
+    ) -> list[Row]:
+        fetched: RoundOutputs = jax.device_get(outputs)
+        ids, included = np.asarray(inputs.cohort.ids), fetched.included
+        bad = np.unique(ids[~included]).tolist()
+        stops = bad and self.setup.config.local.non_finite == "stop"
+        if not stops or not fetched.handed.all():
+            self._check_server(number, ids, fetched)
+        if stops:
+            raise NonFiniteUpdate(
+                "local.non_finite",
+                "stop",
+                f"in round {number} the update of client(s) {bad} was not finite",
+                "Lower local.lr, set local.clip_norm, or leave such clients out with "
+                "local.non_finite = skip." + (_ALL if not included.any() else ""),
+            )
+        weights = np.where(included, np.asarray(inputs.cohort.counts), 0).astype(np.float64)
+        rows = [Row(number, "padding_waste", waste), Row(number, "lr", float(inputs.lr))]
+        if weights.sum() > 0:
+            loss = np.where(included, fetched.loss, 0).astype(np.float64)
+            rows.append(Row(number, "train_loss", float(loss @ weights / weights.sum())))
+        rows += [Row(number, "left_out", 1.0, client=client) for client in bad]
+        rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
+        for name, meter in self.setup.meters.items():
+            rows += meter.rows(number, fetched.observed[name])
+        if watched is not None:
+            them = ids[np.asarray(watched.slots)]
+            for instrument in self._due(number):
+                made = instrument.rows(number, them, watched.given, fetched.observed)
+                if not instrument.due(number, number + 1):
+                    self.ending.update(row.metric for row in made)
+                rows += made
+        return rows
+
+    def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
+        """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
+        server, misled = fetched.server, np.unique(ids[~fetched.handed]).tolist()
+        of_state, of_model = np.asarray(server.state), np.asarray(server.deployed)
+        if misled:
+            found = self._not_finite()
+            before = f", of what merge made in round {number - 1} or before" if number > 1 else ""
+            why = f"in round {number} what its dispatch sent to client(s) {misled} was not finite{before}"
+        elif (of_state == NAN).any() or (of_model != FINE).any():
+            kinds = np.concatenate([of_state, of_model])
+            found = [name for name, kind in zip(server.names, kinds, strict=True) if kind != FINE]
+            maker = "merge" if of_state.any() else "deploy"
+            why = f"in round {number} its {maker} made numbers that are not finite, of finite updates"
+        else:
+            return
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            why += f": {', '.join(found[:3])}{more}"
+        raise NonFiniteServer(
+            "algorithm",
+            self.setup.algorithm_name,
+            why,
+            "Lower the server's learning rate if it has one (algorithm.lr, algorithm.server_lr) or local.lr; "
+            "in an algorithm of your own look for a division by 0, or a root of what is below it.",
+        )
+
+    def _not_finite(self) -> list[str]:
+        """Leaves of the algorithm's state as it now is that are not, as far as this process has them."""
+        return [
+            f"state{jax.tree_util.keystr(path)}"
+            for path, leaf in jax.tree_util.tree_flatten_with_path(self.state.algorithm)[0]
+            if jnp.issubdtype(leaf.dtype, jnp.inexact)
+            and leaf.is_fully_addressable
+            and not np.isfinite(np.asarray(leaf, np.complex64)).all()
+        ]
+
+    def _due(self, number: int) -> list[Instrument]:
+        """The instruments that measure round `number`, from 1."""
+        rounds = self.setup.config.rounds
+        return [instrument for instrument in self._instruments if instrument.due(number, rounds)]
+
+    def due(self) -> bool:
+        """Whether the model as it now is should be evaluated."""
+        every = self.setup.config.evaluation.every
+        return every > 0 and (self.round % every == 0 or self.round == self.setup.config.rounds)
+
+    def advance(self, rounds: int | None = None) -> Iterator[list[Row]]:
+        """Runs `rounds` rounds (None: to the end), and yields each one's rows, evaluation included.
+
+        One round is always under way while the rows of the one before are handed out.
+        """
+        last = self.setup.config.rounds if rounds is None else self.round + rounds
+        waiting: list[Callable[[], list[Row]]] = []
+        while self.round < last:
+            under_way = self.step()
+            for part in waiting:
+                yield part()
+            waiting = [under_way]
+        for part in waiting:
+            yield part()
+
+    # --- evaluation ---------------------------------------------------------------------------------
+
+    @property
+    def variables(self) -> Any:
+        """The deployed model."""
+        with jax.set_mesh(self.mesh):
+            return self._deploy(self.state.algorithm)
+
+    def evaluate(self) -> Callable[[], list[Row]]:
+        """Starts an evaluation of the model as it now is; call the result for its rows."""
+        number, config = self.round, self.setup.config.evaluation
+        variables = self.variables
+        deployed = self._scores.deployed(number, variables)
+        own = self._scores.of_clients(self.state, variables) if config.per_client else None
+
+        def rows() -> list[Row]:
+            out = deployed()
+            if own is not None:
+                out += client_rows(number, own(), "client_accuracy")
+            if config.every and number % config.every:
+                self.ending.update(row.metric for row in out)
+            return out
+
+        return rows
+
+    def client_accuracies(self) -> Callable[[], np.ndarray]:
+        """Starts evaluating what clients would use on their own test samples; call the result for f64[N]."""
+        return self._scores.of_clients(self.state, self.variables)
+
+
+def _named(function: Round) -> Callable[..., Any]:
+    """The round under a name that profiles and logs can show."""
+
+    def federated_round(state, inputs, shard, watched=None):
+        return function(state, inputs, shard, watched)
+
+    return federated_round
+
+
+def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:
+    return [row for part in parts for row in part()]

@@ -1,0 +1,1 @@
+"""Convolutions and products of many clients' models side by side, in several spellings."""

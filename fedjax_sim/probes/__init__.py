@@ -1,0 +1,1 @@
+"""Diagnostics that are compiled into rounds, or look at models: what is measured."""

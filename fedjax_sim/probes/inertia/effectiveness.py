@@ -1,0 +1,150 @@
+"""Aggregation effectiveness: accuracy after a merge minus before, for some of a round's clients.
+
+Before is the model that a client has trained, after what it holds once merged, what it will start from in the
+next round (a sparse one, after a round in which LIPS prunes). Both are run on the client's own test samples,
+where the partition has them, and on one random sample of the global test set.
+
+That accuracy is taken before and after the average on each client's test set is FOUND in the code of LIPS
+(arXiv 2506.00932); that their difference is what the paper calls effectiveness is INFERRED. The global test
+set is OUR CHOICE.
+
+Rows: `merge_own_accuracy`, `merge_own_loss`, `merge_global_accuracy`, `merge_global_loss`, each by client and
+state; and over clients `effectiveness_own` and `effectiveness_global`, mean accuracy after minus before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.model import Model
+from fedjax_sim.core.rng import INERTIA
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.engine import evaluation, placement
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.round import Witness
+from fedjax_sim.probes.peel.samples import best_ranked
+from fedjax_sim.records import Row, tidy
+
+NAME = "effectiveness"
+STATES = ("before", "after")
+
+
+class Effectiveness:
+    """The observer (`fedjax_sim.engine.round.Observer`), and when and whom it observes.
+
+    Attributes:
+      observers: itself, by name.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: Model,
+        dataset: Dataset,
+        partition: Partition,
+        mesh: Mesh,
+        put: Callable[[np.ndarray], jax.Array],
+    ):
+        """`put`: places an array on all devices."""
+        self._config, self._seed = config.inertia, config.seed
+        self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
+        self._batch = placement.forward_batch(config.evaluation, model)
+        self._tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
+        self.observers = {NAME: self}
+
+    # --- on the host, before ------------------------------------------------------------------------
+
+    def due(self, number: int, rounds: int) -> bool:
+        """Whether round `number`, from 1, of `rounds` is measured."""
+        return number in (1, rounds) or number % self._config.every == 0
+
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        """Whom to watch. i32[K] client ids -> i32[m] slots."""
+        return best_ranked(self._seed, self._partition.num_clients, cohort, self._config.clients)
+
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        """What the observer wants at hand for these clients, i32[m]: samples by index and count, test set."""
+        draw, most = np.random.default_rng([self._seed, INERTIA]), self._config.samples
+        everything = draw.permutation(len(self._dataset.test_labels))[:most].astype(np.int32)
+        given: dict[str, Any] = {"global": everything, "tests": self._tests, "own": None}
+        if self._partition.test is not None:
+            draws = (np.random.default_rng([self._seed, INERTIA, int(i)]) for i in ids)
+            parts = [
+                draw.permutation(self._partition.test[i])[:most] for draw, i in zip(draws, ids, strict=True)
+            ]
+            longest = min(most, max(len(part) for part in self._partition.test))
+            index = np.zeros((len(ids), longest), np.int32)
+            for row, part in zip(index, parts, strict=True):
+                row[: len(part)] = part
+            given["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
+        return {NAME: given}
+
+    # --- inside the round ---------------------------------------------------------------------------
+
+    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+        """f32[m, 2] by client and state, for each metric."""
+        pools = {"global": given["tests"], "own": given["tests"]}
+        if self._partition.test_from != "test":
+            pools["own"] = {"images": shard.images, "labels": shard.labels}
+        count = len(witness.cohort.ids)
+        everything = jnp.broadcast_to(given["global"], (count, *given["global"].shape))
+        chosen = {
+            "global": {"index": everything, "count": jnp.full((count,), everything.shape[1], jnp.int32)}
+        }
+        if given["own"] is not None:
+            chosen["own"] = given["own"]
+        spare = -count % self._mesh.size
+        fill = partial(
+            jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
+        )
+        out = {}
+        for name, part in chosen.items():
+            found = [
+                self._figures(fill(models), fill(part), pools[name])
+                for models in (witness.before, witness.after)
+            ]
+            for place, metric in enumerate(("accuracy", "loss")):
+                out[f"merge_{name}_{metric}"] = jnp.stack([state[place][:count] for state in found], 1)
+        return out
+
+    def _figures(self, models, part, pool):
+        """(accuracy, loss), f32[m] each."""
+        losses, guesses = evaluation.of_clients(
+            self._model,
+            self._dataset.preprocessing,
+            self._mesh,
+            self._batch,
+            models,
+            part["index"],
+            pool["images"],
+            pool["labels"],
+        )
+        mask = jnp.arange(losses.shape[1], dtype=jnp.int32)[None] < part["count"][:, None]
+        total = part["count"].astype(jnp.float32)
+        right = (guesses == pool["labels"][part["index"]]) & mask
+        return right.sum(1).astype(jnp.float32) / total, jnp.where(mask, losses, 0).sum(1) / total
+
+    # --- on the host, after -------------------------------------------------------------------------
+
+    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+        """The tidy rows of round `number`."""
+        del given
+        out = cast(dict[str, np.ndarray], observed[NAME])
+        made = [
+            tidy(number, metric, values[place, s], client=client, state=state)
+            for metric, values in out.items()
+            for place, client in enumerate(ids.tolist())
+            for s, state in enumerate(STATES)
+        ]
+        for name in ("own", "global"):
+            values = out.get(f"merge_{name}_accuracy")
+            if values is not None:
+                gain = values.astype(np.float64)
+                made.append(tidy(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean())))
+        return made

@@ -1,0 +1,84 @@
+"""Models on samples, batch by batch: what the probe and the chimeras share."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from fedjax_sim.config import PeelConfig
+from fedjax_sim.core.model import Model
+from fedjax_sim.data import Preprocessing, normalise
+from fedjax_sim.probes.peel import moments as class_moments
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Forward:
+    """A model's features over a client's samples, in evaluation mode.
+
+    Attributes:
+      model: the network.
+      preprocessing: its normalisation.
+      config: what to measure.
+      num_classes: C.
+      batch_size: samples in one forward pass.
+    """
+
+    model: Model
+    preprocessing: Preprocessing
+    config: PeelConfig
+    num_classes: int
+    batch_size: int
+
+    def over(self, chosen, pool, measure, merge):
+        """Measures batch by batch and merges.
+
+        Args:
+          chosen: index i32[s], whole batches of it; count i32[].
+          pool: images and labels that the index counts in.
+          measure: (images, labels, mask) -> what a batch says.
+          merge: (two of these) -> of both; zeros must be nothing to it.
+        """
+        index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
+        size = index.shape[1]
+
+        def batch(number):
+            rows = index[number]
+            images = normalise(pool["images"][rows], self.preprocessing)
+            mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
+            return measure(images, pool["labels"][rows], mask)
+
+        if len(index) == 1:
+            return batch(0)
+        nothing = zeros_like(jax.eval_shape(batch, jnp.int32(0)))
+        return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, batch(number)), nothing)
+
+    def features(self, variables, images):
+        """(logits f32[B, C], feature f32[B, …] at each peel point)."""
+        logits, features = self.model.features(variables, images)
+        return logits, [features[point.name].astype(jnp.float32) for point in self.model.peel_points]
+
+    def flat(self, z):
+        """A feature as variances take it: f32[B, …] -> f32[B, d]."""
+        return pooled(z) if self.config.pool or z.ndim == 3 else z.reshape(len(z), -1)
+
+    def moments(self, z, labels, mask):
+        """Class moments of a batch's feature."""
+        return class_moments.of_batch(self.flat(z), labels, mask, self.num_classes)
+
+    def shapes(self):
+        """Of one sample's feature at each point, as `flat` keeps it before flattening."""
+        images = jax.ShapeDtypeStruct((1, *self.model.input_shape), jnp.float32)
+        variables = jax.eval_shape(self.model.init, jax.random.key(0))
+        _, features = jax.eval_shape(self.model.features, variables, images)
+        whole = [features[point.name].shape[1:] for point in self.model.peel_points]
+        return [shape[-1:] if self.config.pool or len(shape) == 2 else shape for shape in whole]
+
+
+def pooled(z):
+    """f32[B, …, C] -> f32[B, C], the mean over places or tokens."""
+    return z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z
+
+
+def zeros_like(shapes):
+    """Zeros of the shapes and dtypes in a pytree of arrays, abstract or not."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -1,0 +1,185 @@
+"""How general features are: every measured client's models on the other measured clients' samples.
+
+That aggregation makes features more general, while it makes them worse for the client's own samples, is FOUND
+of the layer-peeled paper in its reviews; that probes by layer measure it is FOUND in a summary; probe,
+samples and averaging are OUR CHOICE. For client k, each state (`start`, `before`, `after`), and every other
+measured client j that has samples to measure:
+
+    peel_accuracy_others, peel_loss_others    the model of k on the measured samples of j, mean over j
+    peel_accuracy_global, peel_loss_global    the same on the global test set
+    ridge_others                              by layer: a probe on the features of k, fitted to the samples
+                                              that j fits probes to, tested on j's measured ones, mean over j
+
+`ridge_others` is for features what `ridge` of `fedjax_sim.probes.peel.feature_probe` is on the client's
+own samples, with the same penalty and standardisation. The first weight layer, whose input is the image, is
+left out.
+
+Cost: a model takes m · (s_fit + s_measured) + n_test forward passes of a sample, where s pads every client to
+the longest, and m · (L - 1) systems of equations in as many unknowns as a layer has pooled features. A client
+has three models, so all of it grows with m². Slots in a row that hold the same model are measured once:
+start and after of an algorithm with one global model cost one model a device, whatever m.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.core.stacked import AXIS
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.round import Witness
+from fedjax_sim.probes.peel import linear_probes
+from fedjax_sim.probes.peel.forward import Forward, pooled
+from fedjax_sim.records import Row, tidy
+
+STATES = ("start", "before", "after")
+OTHERS = ("peel_accuracy_others", "peel_loss_others")
+GLOBAL = ("peel_accuracy_global", "peel_loss_global")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generality:
+    """Measures rounds; the engine compiles it into them.
+
+    Attributes:
+      forward: the model on samples.
+      mesh: devices, over which the measured clients' models are sharded.
+    """
+
+    forward: Forward
+    mesh: Mesh
+
+    # --- inside the round ---------------------------------------------------------------------------
+
+    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+        """What the m clients' models say on everybody's samples.
+
+        Args:
+          witness: the models.
+          given: `fit`, `measured` and `test` as for the probe, and `global`: images and labels of the global
+            test set.
+          shard: the training set.
+
+        Returns:
+          f32[m, 3, m] by client k, state and client j, for each of `OTHERS`, NaN where j has no sample to
+          measure; `ridge_others` f32[m, 3, m, L - 1]; f32[m, 3] for each of `GLOBAL`.
+        """
+        count = len(witness.cohort.ids)
+        spare = -count % self.mesh.size
+        models = (witness.start, witness.before, witness.after)
+        models = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), models)
+        train = {"images": shard.images, "labels": shard.labels}
+        samples = {name: given[name] for name in ("fit", "measured")}
+        pools = {"fit": train, "measured": given["test"] or train, "global": given["global"]}
+
+        run = jax.shard_map(
+            self._each, mesh=self.mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False
+        )
+        return jax.tree.map(lambda leaf: leaf[:count], run(models, samples, pools))
+
+    def _each(self, stacks, samples, pools):
+        """A device's clients, leaves of `stacks` [S, …] -> figures [S, 3, …]."""
+        states, slots = len(stacks), len(jax.tree.leaves(stacks)[0])
+        measure = partial(self._model, samples=samples, pools=pools)
+        pick = [
+            partial(lambda stack, slot: jax.tree.map(lambda a: a[slot], stack), stack) for stack in stacks
+        ]
+
+        def step(last, number):
+            old, found = last
+            new = jax.lax.switch(number // slots, pick, number % slots)
+            same = [(a == b).all() for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
+            known = (number > 0) & jnp.stack(same).all()
+            found = jax.lax.cond(known, lambda _: found, measure, new)
+            return (new, found), found
+
+        first = pick[0](0)
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, first))
+        # One state after another, so that slots with the same model follow each other.
+        numbers = jnp.arange(states * slots, dtype=jnp.int32)
+        _, out = jax.lax.scan(step, (first, nothing), numbers)
+        return jax.tree.map(lambda a: a.reshape(states, slots, *a.shape[1:]).swapaxes(0, 1), out)
+
+    def _model(self, model, samples, pools):
+        """One model on every client's samples, and on the global test set."""
+        others = jax.lax.map(lambda one: self._client(model, one, pools), samples)
+        count = len(pools["global"]["labels"])
+        size = min(self.forward.batch_size, count)
+        everything = jnp.arange(-(-count // size) * size, dtype=jnp.int32)
+        chosen = {"index": jnp.minimum(everything, count - 1), "count": jnp.int32(count)}
+
+        def seen(images, labels, mask):
+            return _sums(self.forward.model.apply(model, images)[0], labels, mask)
+
+        sums = self.forward.over(chosen, pools["global"], seen, partial(jax.tree.map, jnp.add))
+        return others | {name: value / count for name, value in zip(GLOBAL, sums, strict=True)}
+
+    def _client(self, model, samples, pools):
+        """One model on one client's samples."""
+
+        def fitted(images, labels, mask):
+            target = jax.nn.one_hot(labels, self.forward.num_classes)
+            features = self.forward.features(model, images)[1][1:]
+            return [linear_probes.of_batch(pooled(z), target, mask) for z in features]
+
+        def merged(old, new):
+            return [linear_probes.merge(a, b) for a, b in zip(old, new, strict=True)]
+
+        ridges = [
+            linear_probes.ridge(c) for c in self.forward.over(samples["fit"], pools["fit"], fitted, merged)
+        ]
+
+        def seen(images, labels, mask):
+            logits, features = self.forward.features(model, images)
+            hits = [
+                _right(linear_probes.predict(ridge, pooled(z)), labels, mask)
+                for ridge, z in zip(ridges, features[1:], strict=True)
+            ]
+            return *_sums(logits, labels, mask), jnp.asarray(hits, jnp.float32)
+
+        measured = samples["measured"]
+        sums = self.forward.over(measured, pools["measured"], seen, partial(jax.tree.map, jnp.add))
+        count = measured["count"].astype(jnp.float32)
+        return {name: value / count for name, value in zip((*OTHERS, "ridge_others"), sums, strict=True)}
+
+    # --- on the host --------------------------------------------------------------------------------
+
+    def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
+        """The tidy rows of round `number`, from what `observe` returned for the clients `ids`.
+
+        counts: i32[m], samples that were measured of each.
+        """
+        made = []
+        names = [point.name for point in self.forward.model.peel_points[1:]]
+        for place, client in enumerate(ids.tolist()):
+            others = np.flatnonzero((np.arange(len(ids)) != place) & (counts > 0))
+
+            def mean(values, others=others):
+                return values[others].astype(np.float64).mean() if len(others) else np.nan
+
+            for s, state in enumerate(STATES):
+                where = dict(client=client, state=state)
+                for metric in OTHERS:
+                    made.append(tidy(number, metric, mean(out[metric][place, s]), **where))
+                for metric in GLOBAL:
+                    made.append(tidy(number, metric, out[metric][place, s], **where))
+                for layer, name in enumerate(names):
+                    value = mean(out["ridge_others"][place, s, :, layer])
+                    made.append(tidy(number, "ridge_others", value, layer=name, **where))
+        return made
+
+
+def _right(guess, labels, mask):
+    return ((guess == labels) & mask).sum().astype(jnp.float32)
+
+
+def _sums(logits, labels, mask):
+    """(correct, loss) of a batch, summed over its samples."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return _right(jnp.argmax(logits, -1), labels, mask), jnp.where(mask, losses, 0).sum()

@@ -1,0 +1,105 @@
+"""Layer-peeled measurement as part of a run: when, whom, and what it hands to the compiled round."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.engine.round import Observer
+from fedjax_sim.probes.peel.chimera import Chimeras
+from fedjax_sim.probes.peel.feature_probe import Probe
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.probes.peel.generality import Generality
+from fedjax_sim.probes.peel.head_finetuning import Finetuning
+from fedjax_sim.probes.peel.samples import Samples
+from fedjax_sim.records import Row
+
+
+class Instrument(Observer, Protocol):
+    """An observer that turns what it has observed into records."""
+
+    def rows(self, number: int, ids: np.ndarray, out: Any, counts: np.ndarray) -> list[Row]:
+        """Of round `number` and the clients i32[m] `ids`; counts: i32[m], samples measured of each."""
+        ...
+
+
+class Peeling:
+    """Measures the rounds of a run that `config.peel` asks for.
+
+    Attributes:
+      observers: what is compiled into them, by name; their rows come in this order.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        partition: Partition,
+        trainer: Trainer,
+        mesh: Mesh,
+        put: Callable[[np.ndarray], jax.Array],
+    ):
+        """`trainer`: the run's; `put`: places an array on all devices.
+
+        Raises:
+          UserError: the model has no peel points, or clients no samples of the wanted split.
+        """
+        model, peel = trainer.model, config.peel
+        if not model.peel_points:
+            raise UserError(
+                "peel.every",
+                peel.every,
+                f"{model.name} declares no peel points",
+                "Mark the input of each weight layer with fedjax_sim.models.peel, or set peel.every to 0.",
+            )
+        self._every = peel.every
+        batch, width = placement.forward_batch(config.evaluation, model), trainer.width
+        if jax.default_backend() == "cpu":
+            batch = min(batch, 50)  # whose features stay in a core's cache
+            placement.lapack_on_one_thread()
+            # Side by side, clients' decompositions would be one batched LAPACK call. jaxlib 0.10 spreads it
+            # over the very threads that wait for it: with as many devices as cores, for ever.
+            width = 1
+        self._samples = Samples(peel, dataset, partition, config.seed, batch)
+        forward = Forward(model, dataset.preprocessing, peel, dataset.num_classes, batch)
+        probe = Probe(forward, mesh, width)
+        instruments: list[tuple[str, Instrument, bool]] = [
+            ("probe", probe, True),
+            ("chimeras", Chimeras(forward, mesh), peel.chimeras),
+            ("generality", Generality(forward, mesh), peel.others),
+            ("finetuning", Finetuning(probe, trainer), peel.finetune > 0),
+        ]
+        self.observers = {name: instrument for name, instrument, wanted in instruments if wanted}
+        tests = None
+        if self._samples.of_test or peel.others:
+            tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
+        self._pools = {"test": tests if self._samples.of_test else None, "global": tests}
+
+    def due(self, number: int, rounds: int) -> bool:
+        """Whether round `number`, from 1, of `rounds` is measured: the first, the last and every so many."""
+        return number in (1, rounds) or number % self._every == 0
+
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        """Whom to watch. i32[K] client ids -> i32[m] slots."""
+        return self._samples.slots(cohort)
+
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        """What the observers want at hand for these clients, i32[m]."""
+        given = {**self._samples.given(ids), **self._pools}
+        return dict.fromkeys(self.observers, given)
+
+    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+        """What came of it; `given`: what `given` said."""
+        counts = given["probe"]["measured"]["count"]
+        return [
+            row
+            for name, instrument in self.observers.items()
+            for row in instrument.rows(number, ids, observed[name], counts)
+        ]

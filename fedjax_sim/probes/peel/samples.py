@@ -1,0 +1,104 @@
+"""Which clients a probe measures, and on which of their samples. On the host, from the seed alone."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fedjax_sim.config import PeelConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import PEEL
+from fedjax_sim.data import Dataset, Partition
+
+
+def best_ranked(seed: int, num_clients: int, cohort: np.ndarray, count: int) -> np.ndarray:
+    """Slots of a cohort to measure, best rank first. i32[K] client ids -> i32[m], m = min(count, K).
+
+    Every client of the population has a rank, drawn once, so that under full participation the same ones are
+    measured in every round.
+    """
+    ranks = np.random.default_rng([seed, PEEL]).permutation(num_clients)
+    return np.argsort(ranks[cohort])[:count].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Samples:
+    """Chooses clients and samples.
+
+    Every client of the population has a rank, drawn once; of a round's cohort those of best rank are
+    measured, so that under full participation they are the same in every round.
+
+    Where clients have test samples of their own, these are measured and probes are fitted to the training
+    samples; else one half of the training samples is measured and probes are fitted to the other. At most
+    half of `config.samples` each, always the same for a client, and of the measured only those of classes
+    with `config.class_samples` or more: a variance within a class needs several.
+
+    Attributes:
+      config: what to measure.
+      dataset: the images.
+      partition: who holds which.
+      seed: of the run.
+      batch_size: samples in one forward pass.
+    """
+
+    config: PeelConfig
+    dataset: Dataset
+    partition: Partition
+    seed: int
+    batch_size: int
+
+    @property
+    def _own_tests(self) -> bool:
+        if self.config.split == "test" and self.partition.test is None:
+            raise UserError(
+                "peel.split",
+                "test",
+                "the partition gives clients no test samples of their own",
+                "Set partition.local_test to holdout or matching, or peel.split to train.",
+            )
+        return self.partition.test is not None and self.config.split != "train"
+
+    @property
+    def of_test(self) -> bool:
+        """Whether what is measured lies in the global test images, and not in the training images."""
+        return self._own_tests and self.partition.test_from == "test"
+
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        """The slots to measure, best rank first. i32[K] client ids -> i32[m], m = min(config.clients, K)."""
+        return best_ranked(self.seed, self.partition.num_clients, cohort, self.config.clients)
+
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        """For `fit` (of training images) and `measured`: index i32[m, s], padded, and count i32[m]."""
+        chosen = [self.of_client(int(client)) for client in ids]
+        out = {}
+        for place, name in enumerate(("fit", "measured")):
+            parts = [pair[place] for pair in chosen]
+            index = np.zeros((len(ids), self._length()), np.int32)
+            for row, part in zip(index, parts, strict=True):
+                row[: len(part)] = part
+            out[name] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
+        return out
+
+    def of_client(self, client: int) -> tuple[np.ndarray, np.ndarray]:
+        """(samples that probes are fitted to, samples that are measured) of one client."""
+        draw, most = np.random.default_rng([self.seed, PEEL, client]), self.config.samples // 2
+        own = draw.permutation(self.partition.train[client])
+        if self._own_tests:
+            assert self.partition.test is not None
+            fit, measured = own[:most], draw.permutation(self.partition.test[client])
+        else:
+            half = len(own) // 2
+            fit, measured = own[half:][:most], own[:half]
+        labels = (self.dataset.test_labels if self.of_test else self.dataset.train_labels)[measured]
+        enough = np.bincount(labels, minlength=1)[labels] >= self.config.class_samples
+        return fit, measured[enough][:most]
+
+    def _length(self) -> int:
+        """Of every client's list: the most that any may have, whole batches of it."""
+        held = max(len(part) for part in self.partition.train)
+        if self._own_tests:
+            assert self.partition.test is not None
+            held = max(held, *(len(part) for part in self.partition.test))
+        most = min(self.config.samples // 2, held)
+        batch = min(self.batch_size, most)
+        return -(-most // batch) * batch

@@ -1,0 +1,1 @@
+"""Loss landscapes, measured on finished runs and reported: figures and tables."""

@@ -1,0 +1,215 @@
+"""Runs as a user sees them: `run(config)`, `resume(folder)`, `load(folder)`, and the `Run` that they give.
+
+A run's folder:
+
+    config.yaml       every setting
+    provenance.json   versions, hardware, source revision, fingerprints of data and partition
+    partition.json    who holds which samples
+    journal.jsonl     the rows of each round, while it runs
+    timing.csv        what each round cost
+    tensorboard/      events
+    checkpoints/      of the newest rounds
+    figures/          curves, clients, partition
+    metrics.parquet   the rows, tidy; written last: a run whose last round is in it is finished
+
+Of a finished run config.yaml, provenance.json, metrics.parquet and timing.csv are enough: `load` and sweeps
+need no more, in any place. Without checkpoints it has no model; its partition is drawn again when asked for.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import data, records
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Model
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.engine import hosts
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.runs import memory, provenance
+from fedjax_sim.runs.assemble import prepare
+from fedjax_sim.runs.describe import (
+    check_unchanged,
+    describe,
+    differing,
+    portable,
+    read_run,
+    with_given,
+    yaml_safe,
+)
+from fedjax_sim.runs.drive import rounds_before, run_rounds
+from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.loading import load, restored, setup_of
+from fedjax_sim.runs.result import Interrupted, Run, Terminated, title_of
+from fedjax_sim.runs.start import with_start
+
+__all__ = [
+    "Interrupted",
+    "Run",
+    "Terminated",
+    "differing",
+    "load",
+    "portable",
+    "restored",
+    "resume",
+    "run",
+    "run_prepared",
+    "title_of",
+    "validate",
+]
+
+
+def run(
+    config: RunConfig | str | Path,
+    *,
+    dataset: Dataset | None = None,
+    partition: Partition | Sequence[np.ndarray] | Mapping[int, np.ndarray] | None = None,
+    model: Any = None,
+    algorithm: Any = None,
+) -> Run:
+    """Runs a configuration to its end.
+
+    Args:
+      config: what to run, or the path of its YAML file; with `output.dir` None nothing is written.
+      dataset: takes the place of what `config` names, as do the next three. `resume` will want the same
+        ones again, but for the partition, which is kept in the folder.
+      partition: likewise; or each client's indices into the training images, i64[n_k], in a list or by
+        number.
+      model: likewise; or what `fedjax_sim.models.adapted` makes one of, such as a Flax linen module.
+      algorithm: likewise.
+
+    Raises:
+      UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
+      Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
+    """
+    config, dataset, partition = (
+        config_lib.as_config(config),
+        data.as_dataset(dataset),
+        data.as_partition(partition),
+    )
+    config = with_given(config, dataset, partition, model, algorithm)
+    return _started(config, dataset=dataset, partition=partition, model=model)
+
+
+def run_prepared(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
+    """`run` with data that `config` describes but that are in memory already; `resume` will load them."""
+    return _started(config, dataset=dataset, partition=partition)
+
+
+def validate(config: RunConfig, dataset: Dataset, partition: Partition) -> None:
+    """Raises UserError for a run that `run_prepared` would refuse, whatever its folder holds."""
+    checked_setup(lambda: with_start(prepare(config, dataset=dataset, partition=partition)))
+
+
+def _started(config: RunConfig, **given: Any) -> Run:
+    folder = None if config.output.dir is None else Folder(config.output.dir)
+    if folder is not None:
+        hosts.agreed(folder.check_new)
+        hosts.together(folder.check_seen)
+    setup = checked_setup(lambda: with_start(prepare(config, **given)))
+    if folder is None:
+        return run_rounds(Simulation(setup), None)
+    with hosts.held(folder.claimed):
+        hosts.agreed(folder.check_new)  # again: another start may have come and gone while this one prepared
+        simulation = Simulation(setup)
+        _ = simulation.state  # made first: a mistake that shows only here leaves no half-begun run behind
+        with folder.writing():
+            hosts.agreed(lambda: describe(folder, setup))
+            return run_rounds(simulation, folder)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    rounds: int | None = None,
+    dataset: Dataset | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
+) -> Run:
+    """Continues a run that was cut, to the same metrics and the same model, bit for bit.
+
+    A finished run is only loaded, unless more rounds are asked of it: then it goes on, its config.yaml says
+    so, and its numbers are those of a run that had as many from the start. Where they would not be, because
+    the rounds that are done went by the number of all (a cosine, LIPS's density), it is refused.
+
+    Args:
+      folder: of the run.
+      rounds: how many it is to have in all; None: those of its config.yaml.
+      dataset: what `run` was given, as the next two.
+      model: likewise.
+      algorithm: likewise.
+
+    Raises:
+      UserError: no run is there, its configuration is of another version or not the one that it was started
+        with, or the data are not the same; or it cannot get that number of rounds.
+    """
+    place = Folder(folder)
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    config, _ = _resumable(place, given, rounds)
+    if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
+        with hosts.held(place.claimed):
+            # Read again: another process may have had the folder in the meantime.
+            config, about = _resumable(place, given, rounds)
+            if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
+                provenance.check_jax_settings(about.get("jax", {}))
+                began, kept = hosts.agreed(lambda: rounds_before(place, config, about))
+                make = functools.partial(setup_of, place, config, about, **given)
+                if kept:
+                    make = functools.partial(make, began=began)
+                setup = checked_setup(lambda: with_start(make(), lazily=True))
+                simulation = Simulation(setup)
+                with place.writing():
+                    return run_rounds(simulation, place, began)
+    return load(folder, **given)
+
+
+def _resumable(
+    place: Folder, given: Mapping[str, Any], rounds: int | None
+) -> tuple[RunConfig, dict[str, Any]]:
+    """What a run says of itself, with that many rounds. Raises UserError if it cannot be resumed so."""
+
+    def read() -> tuple[RunConfig, dict[str, Any]]:
+        config, about = read_run(place)
+        asked = config if rounds is None else dataclasses.replace(config, rounds=rounds)
+        check_unchanged(place, asked, about)
+        began = about.get("config", {}).get("rounds", config.rounds)
+        if asked.rounds != config.rounds or asked.rounds < began:
+            done = records.read(place.path, config.rounds)[1]
+            if done >= asked.rounds:
+                raise UserError("rounds", asked.rounds, f"the run has done {done}", "Ask for more.")
+        return asked, about
+
+    config, about = hosts.together(read)
+    for name, value in given.items():
+        if name in config.given and value is None:
+            raise UserError(
+                name,
+                config.given[name],
+                f"the run in {place.path} was given this {name} from Python",
+                f"Give it again: resume(…, {name}=…).",
+            )
+    return config, about
+
+
+def checked_setup(make: Callable[[], Setup]) -> Setup:
+    """The setup; raises UserError unless all processes are about to run the same."""
+
+    def made() -> Setup:
+        setup = make()
+        memory.check(setup)
+        return setup
+
+    setup = hosts.together(made)
+    if jax.process_count() > 1:
+        told = {"data": provenance.fingerprint(setup.dataset)}
+        told["partition"] = provenance.describe_partition(setup.partition)
+        hosts.check_same({**config_lib.flat(yaml_safe(setup.config)), **told})
+    return setup

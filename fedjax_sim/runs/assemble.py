@@ -1,0 +1,173 @@
+"""From a configuration to what a run is made of: `prepare`."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim import algorithms, data, models
+from fedjax_sim.config import RunConfig, as_config, check_given
+from fedjax_sim.core.algorithm import AlgorithmConfig, Context, Prolonged
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Model
+from fedjax_sim.data import Dataset, Partition, Population, as_dataset, as_partition
+from fedjax_sim.engine import hosts, placement
+from fedjax_sim.engine.clients import make_optimizer
+from fedjax_sim.engine.observing import Instrument
+from fedjax_sim.engine.round import Meter
+from fedjax_sim.engine.setup import MakeInstrument, Setup
+from fedjax_sim.probes.inertia.effectiveness import Effectiveness
+from fedjax_sim.probes.inertia.movement import Movement
+from fedjax_sim.probes.peel.instrument import Peeling
+from fedjax_sim.runs import contract
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    dataset: Dataset | None = None,
+    partition: Partition | None = None,
+    model: Model | None = None,
+    algorithm: AlgorithmConfig | None = None,
+    began: int | None = None,
+) -> Setup:
+    """Resolves a RunConfig; the keywords take the place of what it would load or build.
+
+    Args:
+      config: what to run.
+      dataset: in the place of what `config` names, as the next three.
+      partition: likewise.
+      model: likewise.
+      algorithm: likewise.
+      began: rounds that the run was to have when its first ones were done, if it has others now.
+
+    Raises:
+      UserError: anything that cannot work, before anything is compiled; with `began`, perhaps later, see
+        `fedjax_sim.core.algorithm.Prolonged`.
+    """
+    hosts.check_backend()
+    config, dataset, partition = as_config(config), as_dataset(dataset), as_partition(partition)
+    check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
+    if algorithm is not None:
+        config = replace(config, algorithm=algorithm)
+    dataset = dataset or config.data.load()
+    shape = dataset.train_images.shape[1:]
+    if model is None:
+        options = dict(config.model.options)
+        if config.model.norm is not None:
+            options["norm"] = config.model.norm
+        if config.model.dtype != "float32":
+            options["dtype"] = jnp.dtype(config.model.dtype)
+        model = models.create(config.model.name, shape, dataset.num_classes, **options)
+    else:
+        model = models.adapted(model, shape, dataset.num_classes, name=models.name_of(model))
+    if tuple(model.input_shape) != tuple(shape) or model.num_classes < dataset.num_classes:
+        raise UserError(
+            "model",
+            model.name,
+            f"it takes images {tuple(model.input_shape)} of {model.num_classes} classes, and {dataset.name} "
+            f"has {tuple(shape)} of {dataset.num_classes}",
+            "Make the model for these images.",
+        )
+    wanted = config.initial.put_aside
+    partition = data.partition(dataset, config.partition, config.seed, wanted, partition)
+    population = Population.build(dataset, partition)
+    cohort_size = config.cohort.count(partition.num_clients)
+    if config.evaluation.per_client and partition.test is None:
+        raise UserError(
+            "evaluation.per_client",
+            True,
+            "the partition gives clients no test samples of their own",
+            "Set partition.local_test to holdout or matching.",
+        )
+    make_optimizer(config.local)
+    devices = placement.make_mesh(config.execution.devices).size
+    wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
+    model = model.spelled(conv)
+    makes = Context if began is None else partial(Prolonged, began=began)
+    context = makes(
+        model=model,
+        num_clients=partition.num_clients,
+        cohort_size=cohort_size,
+        rounds=config.rounds,
+        epochs=config.local.epochs,
+        optimizer=config.local.optimizer,
+        momentum=config.local.momentum,
+        nesterov=config.local.nesterov,
+    )
+    name = algorithms.label(config.algorithm)
+    record = contract.build(config.algorithm, context, name)
+    if record.local.send is not None and config.local.keep_optimizer:
+        raise UserError(
+            "local.keep_optimizer",
+            True,
+            "the algorithm's clients train more than the model that they are sent; of that no state is kept",
+            "Leave it out, or take another algorithm.",
+        )
+    if record.selection is not None and config.cohort.sampling != "uniform":
+        raise UserError(
+            "cohort.sampling",
+            config.cohort.sampling,
+            "the algorithm chooses its clients itself",
+            "Leave cohort.sampling out, or take another algorithm.",
+        )
+    if config.cohort.sampling == "by_size" and record.weighs_by_samples:
+        warnings.warn(
+            "cohort.sampling = 'by_size' draws large clients more often, and the algorithm weighs those that "
+            "it got by their samples: a client's size enters the mean model twice. Unless that is meant, set "
+            "the algorithm's weights to uniform, or leave cohort.sampling at uniform.",
+            stacklevel=2,
+        )
+    setup = Setup(
+        config=config,
+        dataset=dataset,
+        partition=partition,
+        population=population,
+        model=model,
+        algorithm=record,
+        algorithm_name=name,
+        cohort_size=cohort_size,
+        wave=wave,
+        devices=devices,
+        meters=meters(config, model),
+        instruments=instruments(config),
+    )
+    _ = setup.draw  # which may find fault with a schedule
+    if not algorithms.builtin(config.algorithm):  # those are held to it by a test
+        contract.check(
+            record,
+            setup.trainer,
+            name=name,
+            num_clients=setup.num_clients,
+            cohort_size=cohort_size,
+            mesh=placement.make_mesh(setup.devices),
+        )
+    return setup
+
+
+def meters(config: RunConfig, model: Model) -> dict[str, Meter]:
+    """The diagnostics of every round that the configuration asks for."""
+    return {"movement": Movement(model, config.inertia.reference)} if config.inertia.measure else {}
+
+
+def instruments(config: RunConfig) -> list[MakeInstrument]:
+    """What makes the diagnostics of measured rounds that the configuration asks for."""
+    made: list[MakeInstrument] = []
+    if config.peel.every:
+        made.append(_peeling)
+    if config.inertia.every:
+        made.append(_effectiveness)
+    return made
+
+
+def _peeling(setup: Setup, mesh: Mesh, put: Callable[[np.ndarray], Any]) -> Instrument:
+    return Peeling(setup.config, setup.dataset, setup.partition, setup.trainer, mesh, put)
+
+
+def _effectiveness(setup: Setup, mesh: Mesh, put: Callable[[np.ndarray], Any]) -> Instrument:
+    return Effectiveness(setup.config, setup.model, setup.dataset, setup.partition, mesh, put)

@@ -1,0 +1,428 @@
+"""What an algorithm's functions owe the engine, checked on shapes before anything is compiled.
+
+The engine takes an algorithm at its word: what `merge` returns is the next round's state, what `end` returns
+goes back into the stack of clients. A mistake there ends deep inside JAX, in an error that names neither.
+Here every function is called once on abstract values, in the order of a round, and what it returns is held
+against what it was given. Nothing is computed.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Results, Starts
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.imports import own_lines, place_of
+from fedjax_sim.core.task import Batch
+from fedjax_sim.engine.clients import Trainer
+
+
+def build(config: Any, context: Context, name: str) -> Algorithm:
+    """The record of an algorithm; `name`: for messages.
+
+    Raises:
+      UserError: its `build` fails, or does not return a record.
+    """
+    try:
+        made = config.build(context)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _failed("build", name, error, "Mend that line.") from error
+    if not isinstance(made, Algorithm):
+        why = f"it returned a {type(made).__name__}, not an Algorithm"
+        raise UserError("algorithm.build", name, why, "Let it return fedjax_sim.Algorithm(init=…, …).")
+    return made
+
+
+def check(
+    algorithm: Algorithm, trainer: Trainer, *, name: str, num_clients: int, cohort_size: int, mesh: Mesh
+) -> None:
+    """Follows a round through an algorithm's functions.
+
+    Args:
+      algorithm: the record.
+      trainer: local training by its rule.
+      name: of the algorithm, for messages.
+      num_clients: N.
+      cohort_size: K.
+      mesh: over which the round will run.
+
+    Raises:
+      UserError: a function fails, which the error is chained to, or does not return what the engine wants of
+        it: names the function, the place in the tree, both shapes and dtypes, and the likeliest cause.
+    """
+    model, local = trainer.model, trainer.local
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(model.init, key)
+    guarded = _Contract(name, num_clients, cohort_size, variables).algorithm(algorithm)
+    rule = guarded.local
+    trainer = dataclasses.replace(trainer, rule=rule)
+
+    def a_round(key, variables, labels, cohort, batch, lr):
+        kept = trainer.init_client(variables, labels)
+        state = guarded.init(key, variables)
+        guarded.deploy(state)
+        starts = guarded.dispatch(state, cohort, key)
+        sent = starts.models if starts.shared else jax.tree.map(lambda leaf: leaf[0], starts.models)
+        start = rule.receive(sent, kept["rule"], starts.broadcast, key) if rule.receive else sent
+        extra = rule.begin(start, kept["rule"], starts.broadcast)
+        memory = kept["optimizer"] if local.keep_optimizer else trainer.optimizer.init(start["params"])
+        trained, _, _, gradient, gathered = trainer._step(
+            trainer.optimizer, start, memory, batch, extra, key, lr
+        )
+        wanted = trainer._wants_gradient(starts.broadcast)
+        _, upload = rule.end(
+            start,
+            trained,
+            kept["rule"],
+            gathered if rule.gather else extra,
+            jnp.int32(1),
+            lr,
+            None if wanted is None else gradient,
+        )
+        back = trainer.send(trained)
+        if guarded.weights is not None:
+            guarded.weights(cohort)
+        results = Results(
+            models=stacked.broadcast(back, cohort_size) if guarded.needs_models else None,
+            mean=back if guarded.weights is not None else None,
+            uploads=stacked.broadcast(jax.tree.map(jnp.asarray, upload), cohort_size),
+            included=jnp.ones(cohort_size, bool),
+            loss=jnp.zeros(cohort_size, jnp.float32),
+        )
+        merged, _ = guarded.merge(state, cohort, starts, results, key)
+        slots = jnp.arange(cohort_size, dtype=jnp.int32)
+        if guarded.personal is not None:
+            guarded.personal(merged, cohort.ids)
+        if guarded.slot is not None:
+            guarded.slot(merged, slots, cohort.ids)
+        if guarded.replaced is not None:
+            guarded.replaced(merged, variables)
+        if guarded.selection is not None:
+            guarded.selection.measure(merged)
+        if rule.personal is not None:
+            rule.personal(kept["rule"], sent)
+
+    of: Any = jax.ShapeDtypeStruct
+    whole, size = of((cohort_size,), jnp.int32), local.batch_size
+    batch = Batch(
+        of((size, *model.input_shape), jnp.float32),
+        of((size,), jnp.int32),
+        of((size,), jnp.bool_) if trainer._masked() else None,
+        key if trainer.stochastic else None,
+        of((), jnp.int32),
+    )
+    cohort = Cohort(whole, whole, of((), jnp.int32), whole)
+    with jax.set_mesh(mesh):
+        labels, lr = of((model.num_classes,), jnp.int32), of((), jnp.float32)
+        jax.eval_shape(a_round, key, variables, labels, cohort, batch, lr)
+
+
+# --- what each function owes ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contract:
+    """Puts a check around every function of an algorithm.
+
+    Attributes:
+      name: of the algorithm.
+      num_clients: N.
+      cohort_size: K.
+      model: shapes of one model.
+    """
+
+    name: str
+    num_clients: int
+    cohort_size: int
+    model: Any
+
+    def algorithm(self, own: Algorithm) -> Algorithm:
+        """The record, checked as it is called."""
+        around = partial(self._around, "")
+        chooser = own.selection
+        if chooser is not None:
+            chooser = dataclasses.replace(chooser, measure=around("selection.measure", chooser.measure, None))
+        return dataclasses.replace(
+            own,
+            init=around("init", own.init, partial(self._stacks, own)),
+            dispatch=around("dispatch", own.dispatch, self._dispatched),
+            merge=around("merge", own.merge, self._merged),
+            deploy=around("deploy", own.deploy, lambda out, state: self._one_model("deploy", out)),
+            weights=around("weights", own.weights, self._weighed),
+            personal=around("personal", own.personal, lambda out, *args: self._models("personal", out)),
+            slot=around("slot", own.slot, lambda out, *args: self._models("slot", out)),
+            replaced=around(
+                "replaced",
+                own.replaced,
+                lambda out, state, model: self._same("replaced", out, state, "it got"),
+            ),
+            selection=chooser,
+            local=self._rule(own.local),
+        )
+
+    def _rule(self, own: LocalRule) -> LocalRule:
+        around = partial(self._around, "local.")
+
+        def received(out, *args):
+            if own.send is None:
+                self._one_model("local.receive", out)
+            elif "params" not in out:
+                raise self._wrong("local.receive", f"returned {_told(out)}", "A start has `params`.")
+
+        def told(out, start, trained, kept, *args):
+            self._pair("local.end", out, "(client_state, upload)")
+            self._same("local.end", out[0], kept, "init_client gave", "of the client's state ")
+
+        return dataclasses.replace(
+            own,
+            loss=around("loss", own.loss, self._lost),
+            direction=around("direction", own.direction, self._directed),
+            trains=around("trains", own.trains, self._moving),
+            receive=around("receive", own.receive, received),
+            send=around("send", own.send, lambda out, sent: self._one_model("local.send", out)),
+            gradient=around("gradient", own.gradient, self._asked),
+            begin=around("begin", own.begin, None),
+            gather=around(
+                "gather",
+                own.gather,
+                lambda out, loss, batch, extra: self._same("local.gather", out, extra, "begin gave"),
+            ),
+            end=around("end", own.end, told),
+            init_client=around("init_client", own.init_client, None),
+            personal=around(
+                "personal", own.personal, lambda out, *args: self._one_model("local.personal", out)
+            ),
+        )
+
+    def _around(
+        self, home: str, name: str, function: Callable[..., Any] | None, judge: Callable[..., None] | None
+    ) -> Any:
+        """`function`, whose errors have its name, and whose value `judge(value, *arguments)` looks at."""
+        if function is None:
+            return None
+        where = f"{home}{name}"
+
+        def call(*args):
+            try:
+                out = function(*args)
+            except UserError:
+                raise
+            except Exception as error:
+                raise _failed(where, self.name, error, _cause(error, args)) from error
+            self._arrays(where, out)
+            if judge is not None:
+                judge(out, *args)
+            return out
+
+        return call
+
+    def _arrays(self, where: str, out: Any) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(out):
+            if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
+                place = jax.tree_util.keystr(path)
+                why = f"returned{' at ' + place if place else ''} a {type(leaf).__name__}, which is no array"
+                raise self._wrong(where, why, "Return arrays, in dicts, tuples or flax dataclasses.")
+
+    def _stacks(self, own: Algorithm, state: Any, *args: Any) -> None:
+        leads = (self.cohort_size, self.num_clients)
+        flags = jax.tree.leaves(own.is_stacked(state))
+        for flag, (path, leaf) in zip(flags, jax.tree_util.tree_leaves_with_path(state), strict=True):
+            if flag and np.shape(leaf)[:1] not in [(lead,) for lead in leads]:
+                why = (
+                    f"gave {_shape(leaf)} at {jax.tree_util.keystr(path)}, which `stacked` names and which "
+                    f"does not lead with the K = {leads[0]} slots or the N = {leads[1]} clients"
+                )
+                raise self._wrong("init", why, "Take the field out of `stacked`, or stack it.")
+
+    def _dispatched(self, out: Any, *args: Any) -> None:
+        if not isinstance(out, Starts):
+            raise self._wrong(
+                "dispatch", f"returned {_told(out)}", "Return Starts(model), or Starts(models, shared=False)."
+            )
+        if out.shared:
+            self._one_model("dispatch", out.models)
+        else:
+            self._models("dispatch", out.models)
+
+    def _merged(self, out: Any, state: Any, cohort: Any, starts: Any, results: Results, key: Any) -> None:
+        self._pair("merge", out, "(state, metrics)", "Without metrics return `state, {}`.")
+        missing = _missing(results) if not jax.tree.leaves(out[0]) else ""
+        self._same("merge", out[0], state, "init gave", "of the state ", missing)
+        if not isinstance(out[1], dict):
+            why = f"returned {_told(out[1])} in the place of the metrics"
+            raise self._wrong("merge", why, "Metrics are a dict of scalars, {} for none.")
+        for metric, value in out[1].items():
+            number = jax.tree.structure(value) == jax.tree.structure(0) and np.shape(value) == ()
+            if not isinstance(metric, str):
+                raise self._wrong("merge", f"named a metric {metric!r}", "The name of a metric is text.")
+            if (
+                not number
+                or jnp.issubdtype(_dtype(value), jax.dtypes.extended)
+                or jnp.issubdtype(_dtype(value), jnp.complexfloating)
+            ):
+                why = f"returned for the metric {metric!r} {_told(value)}"
+                raise self._wrong("merge", why, "A metric is one number: take a mean, or give each a name.")
+
+    def _weighed(self, out: Any, cohort: Any) -> None:
+        wanted = jax.ShapeDtypeStruct((self.cohort_size,), jnp.float32)
+        self._same("weights", out, wanted, "the engine wants")
+
+    def _lost(self, out: Any, apply: Any, variables: Any, *args: Any) -> None:
+        self._pair("local.loss", out, "(loss, variables)")
+        self._scalar("local.loss", out[0])
+        self._same("local.loss", out[1], variables, "it got", "of the variables ")
+
+    def _directed(self, out: Any, loss: Any, variables: Any, *args: Any) -> None:
+        self._pair("local.direction", out, "((loss, variables), gradient)")
+        self._pair("local.direction", out[0], "((loss, variables), gradient)")
+        self._scalar("local.direction", out[0][0])
+        self._same("local.direction", out[0][1], variables, "it got", "of the variables ")
+        self._same("local.direction", out[1], variables["params"], "`params` has", "of the gradient ")
+
+    def _moving(self, out: Any, variables: Any, batch: Any) -> None:
+        flags = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.bool_), variables)
+        self._same("local.trains", out, flags, "a flag for each leaf of the variables is wanted:")
+
+    def _asked(self, out: Any, broadcast: Any) -> None:
+        self._same("local.gradient", out, jax.ShapeDtypeStruct((), jnp.bool_), "the engine wants")
+
+    def _scalar(self, where: str, loss: Any) -> None:
+        if np.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
+            fix = "Take the mean over the batch (fedjax_sim.core.task.masked_mean leaves out padding)."
+            raise self._wrong(where, f"returned a loss of {_shape(loss)}, not one number", fix)
+
+    def _pair(self, where: str, out: Any, wanted: str, fix: str = "") -> None:
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise self._wrong(where, f"returned {_told(out)}, not {wanted}", fix or f"Return {wanted}.")
+
+    def _one_model(self, where: str, out: Any) -> None:
+        self._same(where, out, self.model, "the model has")
+
+    def _models(self, where: str, out: Any) -> None:
+        count = self.cohort_size
+        many = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), dict(self.model)
+        )
+        self._same(where, out, many, f"{count} stacked models have")
+
+    def _same(self, where: str, out: Any, wanted: Any, whose: str, of: str = "", missing: str = "") -> None:
+        """Raises UserError unless two trees have the same leaves."""
+        has, want = (
+            {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (out, wanted)
+        )
+        for path in {**want, **has}:
+            at = f"{of}at {path}" if path else of.strip()
+            if path not in has:
+                why = f"returned nothing {at}, where {whose} {_shape(want[path])}"
+                fix = missing or "Return every part of it: {**state, …}, or state.replace(…)."
+            elif path not in want:
+                why = f"returned {_shape(has[path])} {at}, where {whose} nothing"
+                fix = "Return what has the same parts; a part of the state begins in `init`."
+            elif _shape(has[path]) != _shape(want[path]):
+                why = f"returned {_shape(has[path])} {at}, where {whose} {_shape(want[path])}"
+                fix = self._likeliest(has[path], want[path])
+            else:
+                continue
+            raise self._wrong(where, " ".join(why.replace(" ,", ",").split()), fix)
+        trees = [jax.tree.structure(tree) for tree in (_plain(out), _plain(wanted))]
+        if trees[0] != trees[1]:
+            raise self._wrong(
+                where, f"returned {of}{trees[0]}, where {whose} {trees[1]}", "Keep the containers."
+            )
+
+    def _likeliest(self, has: Any, want: Any) -> str:
+        found, wanted, count = np.shape(has), np.shape(want), self.cohort_size
+        if found == wanted:
+            return (
+                f"Convert it, .astype({_dtype(want)}): training and means are in the model's precision, and "
+                "what is kept from round to round keeps its dtype."
+            )
+        if found == (count, *wanted):
+            return (
+                f"It leads with the {count} slots: the mean over them was forgotten, perhaps (leaf.mean(0), "
+                "or results.mean of an algorithm with `weights`)."
+            )
+        if wanted == (count, *found):
+            return (
+                f"It is one where {count} slots are wanted: fedjax_sim.stacked.broadcast(model, {count}), or "
+                "Starts(model), which all share."
+            )
+        return "Look for a sum or a mean over the wrong axis."
+
+    def _wrong(self, where: str, why: str, fix: str) -> UserError:
+        return UserError(f"algorithm.{where}", self.name, why, fix)
+
+
+# --- words ------------------------------------------------------------------------------------------------
+
+
+def _failed(where: str, name: str, error: Exception, fix: str) -> UserError:
+    told = str(error).strip().splitlines() or [""]
+    why = f"fails: {type(error).__name__}: {told[0]}{place_of(error)}"
+    return UserError(f"algorithm.{where}", name, why, fix)
+
+
+def _cause(error: Exception, args: tuple) -> str:
+    results = next((one for one in args if isinstance(one, Results)), None)
+    if results is not None:
+        lines = " ".join(frame.line or "" for frame in own_lines(error))
+        if told := _missing(results, None if "None" in str(error) else lines):
+            return told
+    if isinstance(error, jax.errors.TracerArrayConversionError):
+        return "Use jax.numpy where NumPy is used: the function is traced, and its values are not there yet."
+    if isinstance(error, jax.errors.ConcretizationTypeError):
+        return (
+            "It is traced: no `if`, `int()` or `float()` of an array's values. Use jnp.where or jax.lax.cond."
+        )
+    if isinstance(error, TypeError) and "positional argument" in str(error):
+        return "fedjax_sim/core/algorithm.py says which arguments each function gets."
+    return "Mend that line."
+
+
+def _missing(results: Results, lines: str | None = None) -> str:
+    """What of a round's results is None, and why; of what these `lines` speak of, if they are given."""
+    whys = {
+        "mean": "give the algorithm `weights` (by_samples, uniform)",
+        "models": "the algorithm says needs_models = False",
+        "uploads": "`local.end` sends nothing",
+    }
+    told = [
+        f"results.{name} is None: {why}"
+        for name, why in whys.items()
+        if getattr(results, name) is None and (lines is None or f".{name}" in lines)
+    ]
+    return "; ".join(told) + "." * bool(told)
+
+
+def _plain(tree: Any) -> Any:
+    """A tree whose leaves are alike, and mappings of any kind are dicts."""
+    if isinstance(tree, dict) or hasattr(tree, "items"):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
+def _shape(leaf: Any) -> str:
+    return f"{_dtype(leaf)}[{', '.join(map(str, np.shape(leaf)))}]"
+
+
+def _told(value: Any) -> str:
+    """A value in a word or two."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return _shape(value)
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return f"a tuple of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,206 @@
+"""Drives a simulation through its rounds, and writes down what comes of them."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import data, records
+from fedjax_sim.config import RunConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.engine import cohorts, hosts
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.records import Journal, Lap, Table, plots
+from fedjax_sim.records.tensorboard import Events
+from fedjax_sim.runs import provenance
+from fedjax_sim.runs.checkpoint import Checkpoints
+from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.progress import Bar, Clock, signals
+from fedjax_sim.runs.result import Interrupted, Run, Terminated, known
+
+
+def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None = None) -> Run:
+    """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`."""
+    setup = simulation.setup
+    config = setup.config
+    checkpoints = journal = events = None
+    table, laps = Table(), []
+    if folder is not None:
+        checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
+        start = _restored(simulation, checkpoints, folder)
+        if began is not None:
+            _prolong(folder, simulation, began)
+        if hosts.first():
+            journal = Journal(folder.path, start, config.rounds)
+            table, laps = journal.table, journal.laps
+            if config.output.tensorboard:
+                events = Events(folder.path / "tensorboard", start)
+        table, laps = hosts.agreed(lambda: (table, laps))
+    clock = Clock()
+    saved = simulation.round
+
+    def outcome() -> Run:
+        things = setup.partition, jax.device_get(simulation.variables)
+        made = (functools.partial(known, thing) for thing in things)
+        path = None if folder is None else folder.path
+        recipe = provenance.describe_partition(setup.partition)
+        done = simulation.round
+        seconds, cpu = records.total(laps, done)
+        return Run(config, path, table, recipe, seconds, cpu, done, *made)
+
+    def write(number: int, rows: list[records.Row]) -> None:
+        lap = Lap(number, *clock.lap(), setup.cohort_size)
+        if journal is None:
+            rows = records.finite(rows)
+            table.extend(rows)
+            laps.append(lap)
+        else:
+            rows = journal.append(rows, lap, simulation.ending)
+        if events is not None:
+            events.write(rows)
+        bar.advance(rows, lap.seconds)
+
+    def save() -> None:
+        nonlocal saved
+        if checkpoints is None:
+            return
+        # Rows first: a checkpoint must never be ahead of the journal.
+        if journal is not None:
+            journal.sync()
+        if events is not None:
+            events.flush()
+        if saved < simulation.round:
+            checkpoints.save(simulation.round, simulation.state, simulation.variables)
+            saved = simulation.round
+        if journal is not None and simulation.round < config.rounds:  # the whole table comes last
+            journal.tabulate()
+
+    bar = Bar(config, simulation.round, setup.cohort_size, table)
+    waiting: list[Callable[[], list[records.Row]]] = []
+    ended = False
+    try:
+        with signals() as asked:
+            stopping = hosts.Votes(lambda: bool(asked))
+            while simulation.round < config.rounds and not stopping():
+                under_way = simulation.step()
+                # The round before is written down while this one is under way.
+                for part in waiting:
+                    write(simulation.round - 1, part())
+                waiting = [under_way]
+                every = config.output.checkpoint_every
+                if every and simulation.round % every == 0:
+                    write(simulation.round, waiting.pop()())
+                    save()
+            while waiting:
+                write(simulation.round, waiting.pop()())
+            save()
+            if checkpoints is not None:
+                checkpoints.wait()
+        result = outcome()
+        if journal is not None and result.finished:
+            _figures(result, setup)
+            journal.tabulate()
+        hosts.agreed(lambda: None)  # nobody looks into the folder before all is in it
+        ended = True
+    finally:
+        for thing in (bar, events, journal, checkpoints):
+            # After an error closing may fail as well: the first error is the one to tell.
+            with contextlib.nullcontext() if ended else contextlib.suppress(Exception):
+                if thing is not None:
+                    thing.close()
+    if not result.finished:
+        raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
+    return result
+
+
+def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) -> int:
+    """Puts the newest sound checkpoint that the journal reaches into the simulation. -> its round."""
+
+    def reached() -> int:
+        last = 0
+        for last, _, _ in records.read_journal(folder.path / records.JOURNAL):  # noqa: B007
+            pass
+        return last
+
+    found = checkpoints.restore(simulation.abstract_state(), at_most=hosts.agreed(reached))
+    if found is not None:
+        simulation.restore(*found)
+    return simulation.round
+
+
+def rounds_before(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> tuple[int | None, bool]:
+    """(how many rounds a run was to have until now, None if it is the same number; whether some are kept).
+
+    Raises:
+      UserError: it was finished, and what more rounds start from was not kept.
+    """
+    began = about.get("config", {}).get("rounds", config_lib.load(folder.config).rounds)
+    kept = bool(Checkpoints(folder.checkpoints).rounds())
+    if records.reached(folder.path) >= began and not (kept and (folder.path / records.JOURNAL).is_file()):
+        why = "the run was finished, and only its records were kept"
+        fix = "Run its config.yaml with as many in another folder."
+        raise UserError("rounds", config.rounds, why, fix)
+    return None if began == config.rounds else began, kept
+
+
+def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
+    """Writes down that a run has another number of rounds than the `began` that it began with.
+
+    Raises:
+      UserError: a run of that number would not have come to where this one is.
+    """
+    setup, done = simulation.setup, range(simulation.round)
+    config = setup.config
+
+    def differs(of: Callable[[int], Callable[[int], Any]]) -> bool:
+        return any(not np.array_equal(of(began)(r), of(config.rounds)(r)) for r in done)
+
+    def drawn(rounds: int) -> Callable[[int], Any]:
+        return cohorts.sampler(config.cohort, setup.population.counts, rounds, config.seed)
+
+    what = None
+    if differs(lambda rounds: lambda r: config.local.lr_at(r, rounds)):
+        what = f"learning rates of its {config.local.schedule} schedule"
+    elif differs(drawn):
+        what = "cohorts"
+    if what is not None:
+        raise UserError(
+            "rounds",
+            config.rounds,
+            f"the run began with {began}, and of so many the {len(done)} that are done would have had other "
+            f"{what}",
+            f"Leave it at {began}, or start another run from this one's model, in a folder of its own "
+            "(initial.run).",
+        )
+    if done:
+        simulation.trace()  # an algorithm that goes by the number of rounds raises
+
+    def write() -> None:
+        now = dataclasses.replace(config_lib.load(folder.config), rounds=config.rounds)
+        folder.write("config.yaml", config_lib.dump(now))
+        about = json.loads((folder.path / "provenance.json").read_text())
+        if "config" in about:  # last: until then the run is asked again whether it may
+            about["config"]["rounds"] = config.rounds
+            folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
+
+    hosts.agreed(write)
+
+
+def _figures(run: Run, setup: Setup) -> None:
+    if run.folder is None or not run.config.output.figures:
+        return
+    home = run.folder / "figures"
+    home.mkdir(exist_ok=True)
+    plots.save(run.plot(), home / "curves.png")
+    clients = plots.client_accuracies(run.metrics, run.title)
+    if clients is not None:
+        plots.save(clients, home / "clients.png")
+    data.plot(setup.partition, setup.dataset, home / "partition.png")

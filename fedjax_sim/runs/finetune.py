@@ -1,0 +1,77 @@
+"""Fine-tuning after the last round: every client trains on what it holds, and nobody merges.
+
+FOUND in the code of LIPS: after the last round each client trains all parameters of the model that it
+received for as many epochs as in a round, and the accuracy on clients' own test samples is logged after each.
+Here it starts from what a client would use (`Algorithm.personal`, else the deployed model) and trains by the
+run's local settings, at the last round's learning rate; the optimiser starts fresh, and a method's own loss
+terms play no part.
+
+Rows of the last round: `finetuned_mean`, `finetuned_p10`, `finetuned_p90` and, by client, `finetuned`, after
+all epochs; `finetuned_mean_1`, `finetuned_mean_2` … after each.
+
+While it lasts there is a model and an optimiser's state for each of all N clients.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from fedjax_sim.algorithms.independent import Local, LocalState
+from fedjax_sim.config import CohortConfig, RunConfig, nested
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.round import Round, ServerState
+from fedjax_sim.engine.scores import client_rows
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.engine.simulation import Simulation
+from fedjax_sim.records import Row
+from fedjax_sim.runs.assemble import prepare
+
+
+def rows(setup: Setup, function: Round, state: ServerState) -> list[Row]:
+    """Fine-tunes all clients and says what came of it.
+
+    Args:
+      setup: of the run.
+      function: its round.
+      state: after the last one.
+
+    Raises:
+      NonFiniteUpdate: a client's model is no longer finite.
+    """
+    config, mesh = setup.config, function.mesh
+    given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
+    alone = Simulation(prepare(apart(config), **given, algorithm=Local()))
+    ids = np.arange(setup.num_clients, dtype=np.int32)
+    cut = placement.sharded(mesh, setup.num_clients)
+    with jax.set_mesh(mesh):
+        models = Program(function.personal, mesh, out_shardings=cut)(state, ids)
+    alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
+    alone.round = config.rounds
+    out, accuracies = [], np.zeros(0)
+    for epoch in range(1, config.evaluation.finetune + 1):
+        alone.step()()
+        accuracies = alone.client_accuracies()()
+        out.append(Row(config.rounds, f"finetuned_mean_{epoch}", float(np.nanmean(accuracies))))
+    return [*client_rows(config.rounds, accuracies, "finetuned"), *out]
+
+
+def apart(config: RunConfig) -> RunConfig:
+    """The run of the phase: one epoch a round, all clients, nothing measured, nothing written."""
+    local = dataclasses.replace(
+        config.local,
+        epochs=1,
+        steps=None,
+        lr=config.local.last_lr(config.rounds, config.rounds),
+        schedule="constant",
+        decay=1.0,
+        keep_optimizer=True,
+    )
+    return nested(
+        config,
+        rounds=config.rounds + config.evaluation.finetune,
+        algorithm=Local(),
+        local=local,
+        cohort=CohortConfig(fraction=1.0),
+    )

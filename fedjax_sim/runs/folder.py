@@ -1,0 +1,167 @@
+"""A run's folder: its paths, its checks, and the lock that keeps a second process out."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import records
+from fedjax_sim.core import paths
+from fedjax_sim.core.errors import NotWritten, UserError
+
+
+class Folder:
+    """The folder of one run.
+
+    Attributes:
+      path: absolute.
+
+    Raises:
+      UserError: the path is an address, see `fedjax_sim.core.paths`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = paths.local(path, "folder").absolute()
+
+    @property
+    def config(self) -> Path:
+        """Every setting."""
+        return self.path / "config.yaml"
+
+    @property
+    def partition(self) -> Path:
+        """Who holds which samples."""
+        return self.path / "partition.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the table, which is written last, reaches the last round of the configuration."""
+        return self.started and records.reached(self.path) >= config_lib.load(self.config).rounds
+
+    def check_new(self) -> None:
+        """Makes the folder, for a new run.
+
+        Raises:
+          UserError: it holds something, or cannot be written.
+        """
+        if self.started:
+            state = "finished" if self.finished else "unfinished"
+            fix = (
+                "Choose another output.dir, or remove the folder."
+                if self.finished
+                else f"Continue it (fedjax-sim resume {self.path}), or choose another output.dir."
+            )
+            raise UserError("output.dir", str(self.path), f"it already holds a run ({state})", fix)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # A run that died before its config.yaml leaves only these.
+            ours = {".lock", "partition.json", "provenance.json"}
+            names = sorted(entry.name for entry in self.path.iterdir())
+            held = [name for name in names if name not in ours and not name.endswith(".part")]
+            probe = self.path / ".lock"
+            probe.touch()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NotWritten.of("output.dir", str(self.path), error, "start it again") from None
+            raise UserError(
+                "output.dir",
+                str(self.path),
+                f"it cannot be written: {error.strerror or error}",
+                "Choose a folder that you may write to.",
+            ) from None
+        if held:
+            raise UserError(
+                "output.dir",
+                str(self.path),
+                f"the folder is not empty (it has {held[0]}) and holds no run",
+                "Choose a new folder.",
+            )
+
+    def check_seen(self) -> None:
+        """Raises UserError unless the folder is there: on another host it may not be."""
+        if not self.path.is_dir():
+            why = "this host does not see the folder that the first one made"
+            fix = "Choose a folder on a file system that all hosts share."
+            raise UserError("output.dir", str(self.path), why, fix)
+
+    def check_run(self) -> None:
+        """Raises UserError unless a run is here."""
+        if not self.started:
+            why = "there is no such folder" if not self.path.is_dir() else "it holds no run (no config.yaml)"
+            raise UserError("folder", str(self.path), why, "Give the output.dir of a run.")
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Raises:
+          UserError: another process has it.
+        """
+        try:
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                "folder", str(self.path), f"it cannot be written: {error.strerror}", "Make it writable."
+            ) from None
+        with file:
+            self._lock(file.fileno(), "another process is running here")
+            yield
+
+    @contextlib.contextmanager
+    def drawn_into(self) -> Iterator[None]:
+        """Holds a folder of figures and tables for this process, without a file of its own in there.
+
+        Raises:
+          UserError: another process draws into it.
+        """
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._lock(descriptor, "another process is drawing into it")
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int, why: str) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("folder", str(self.path), why, "Wait for it, or end it.") from None
+        except OSError:
+            pass  # a file system without locks: nothing to hold
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a file in one go, whoever else does."""
+        with paths.whole(self.path / name, f".{os.getpid()}") as unfinished:
+            unfinished.write_text(text)
+
+    @contextlib.contextmanager
+    def writing(self, field: str = "output.dir", then: str = "") -> Iterator[None]:
+        """Files of the folder are written inside.
+
+        Args:
+          field: to name in the message.
+          then: what to do once they can be written again; by default continue the run, or start it again.
+
+        Raises:
+          NotWritten: they cannot be.
+        """
+        try:
+            yield
+        except OSError as error:
+            way = then or (
+                f"continue with: fedjax-sim resume {self.path}" if self.started else "start it again"
+            )
+            raise NotWritten.of(field, str(self.path), error, way) from error

@@ -1,0 +1,143 @@
+"""What a user sees of a run under way, and how one asks it to end."""
+
+import contextlib
+import contextvars
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from tqdm.auto import tqdm
+
+from fedjax_sim import algorithms, records
+from fedjax_sim.config import RunConfig
+from fedjax_sim.engine import hosts
+from fedjax_sim.records import Table
+
+
+class Clock:
+    """Wall-clock time, and the process's CPU time."""
+
+    def __init__(self):
+        self._mark = self._read()
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds, CPU seconds) since the last call, to the microsecond, as timing.csv has them."""
+        now = self._read()
+        then, self._mark = self._mark, now
+        return round(now[0] - then[0], 6), round(now[1] - then[1], 6)
+
+    @staticmethod
+    def _read() -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
+
+
+EVERY = 30.0
+"""Seconds between lines where no bar can be drawn."""
+
+_JOB: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
+
+
+@contextlib.contextmanager
+def part_of(job: str) -> Iterator[None]:
+    """Has the runs inside told of as `job`, one of many: their bars go when they are done."""
+    token = _JOB.set(job)
+    try:
+        yield
+    finally:
+        _JOB.reset(token)
+
+
+class Bar:
+    """How far a run is, on standard error.
+
+    On a terminal and in a notebook a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the
+    newest accuracy. Elsewhere (a log file, a pipe) the same in a plain line: after the first round, then at
+    most one in `EVERY` seconds, and after the last. A run that is `part_of` a sweep has only those between:
+    the sweep tells of its end.
+    """
+
+    def __init__(self, config: RunConfig, start: int, clients: int, table: Table):
+        self._clients, self._pace = clients, 0.0
+        self._done, self._start, self._rounds = start, start, config.rounds
+        known = table.series("accuracy")[1]
+        self._accuracy = float(known[-1]) if len(known) else None
+        job = _JOB.get()
+        self._name = job or algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
+        self._brief, self._said = bool(job), time.monotonic()
+        wanted = config.output.progress and hosts.first() and sys.stderr is not None and not sys.stderr.closed
+        self._plain = wanted and not _drawable()
+        self._bar = tqdm(
+            total=config.rounds,
+            initial=start,
+            desc=self._name,
+            unit="round",
+            disable=not wanted or self._plain,
+            dynamic_ncols=True,
+            leave=not job,
+        )
+
+    def advance(self, rows: list[records.Row], seconds: float) -> None:
+        """Counts a round, with its rows and how long it took."""
+        if self._done > self._start:  # the first round's time is the compiler's
+            self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
+        self._done += 1
+        for row in rows:
+            if row.metric == "accuracy":
+                self._accuracy = row.value
+        told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
+        if self._accuracy is not None:
+            told["accuracy"] = f"{self._accuracy:.4f}"
+        if self._plain:
+            self._say(told)
+        else:
+            self._bar.set_postfix(told, refresh=False)
+            self._bar.update()
+
+    def _say(self, told: dict[str, str]) -> None:
+        now, done, left = time.monotonic(), self._done, self._rounds - self._done
+        ends = done == self._start + 1 or not left
+        if now - self._said < EVERY and (self._brief or not ends):
+            return
+        self._said = now
+        line = f"{self._name}: round {done} of {self._rounds}"
+        line += "".join(f", {name} {value}" for name, value in told.items())
+        if self._pace and left:
+            line += f", {tqdm.format_interval(left * self._pace)} left"
+        # A log that cannot be written, on a full disk perhaps, is no reason to end a run.
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+
+def _drawable() -> bool:
+    """Whether a bar can be drawn: on a terminal, and in a notebook."""
+    python = sys.modules.get("IPython")
+    shell = None if python is None else python.get_ipython()
+    return getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list instead of dying of them; a second SIGINT interrupts at once."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def handle(number, frame):
+        del frame
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,173 @@
+"""Where a run's numbers come from: versions, hardware, source revision, fingerprints of data and partition.
+
+No path is among them, so that the record may be published and is true on another machine.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.engine.placement import cores
+
+PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe(dataset: Dataset, partition: Partition) -> dict[str, Any]:
+    """Everything that is written to `provenance.json`, JSON as it stands."""
+    return {
+        "versions": describe_versions(),
+        **hardware(),
+        "jax": jax_settings(),
+        "git": {"package": _commit(Path(__file__).parent), "working_directory": _commit(Path.cwd())},
+        "data": fingerprint(dataset),
+        "partition": describe_partition(partition),
+    }
+
+
+def describe_partition(partition: Partition) -> dict[str, Any]:
+    """A partition in short: of its recipe what a title says, the number of clients, and two checksums.
+
+    `crc32_train` is of the training samples that each client holds, `crc32` of all that the partition says.
+    """
+    told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
+    asides = (part for part in (partition.server, partition.streams) if part is not None)
+    train = _crc(partition.train, 0)
+    whole = _crc((*(partition.test or ()), *asides), train)
+    return {**told, "clients": partition.num_clients, "crc32": whole, "crc32_train": train}
+
+
+def _crc(lists: Iterable[np.ndarray], crc: int) -> int:
+    for indices in lists:
+        crc = zlib.crc32(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes(), crc)
+    return crc
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_enable_x64",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+"""JAX's global settings that can change numbers of what is compiled under them.
+
+A run's draws are the same under all of the generator's; a model's dropout is another under `jax_enable_x64`.
+"""
+
+
+def jax_settings() -> dict[str, Any]:
+    """How SETTINGS stand."""
+    return {name: getattr(jax.config, name) for name in SETTINGS}
+
+
+def check_jax_settings(recorded: dict[str, Any]) -> None:
+    """Raises UserError where a run that goes on would draw or round otherwise than it began."""
+    found = jax_settings()
+    for name in ("jax_enable_x64", "jax_default_matmul_precision"):
+        if name in recorded and recorded[name] != found[name]:
+            raise UserError(
+                name,
+                found[name],
+                f"the run began with {recorded[name]}, and would go on with other numbers",
+                f'Set it as it was: jax.config.update("{name}", {recorded[name]!r}), or start a new run.',
+            )
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: system, devices that JAX sees, processor."""
+    devices = jax.devices()
+    return {
+        "platform": f"{platform.system()} {platform.machine()}",
+        "devices": {
+            "platform": devices[0].platform,
+            "kind": devices[0].device_kind,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
+        "cpu": {"model": _cpu_model(), "cores": cores(), "memory_bytes": total_memory()},
+    }
+
+
+def machine() -> str:
+    """A name for this kind of processor: compiled programs must not travel to one that lacks instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        told = platform.processor()
+    return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
+
+
+def fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """Shapes and checksums of a data set, by which another one is recognised."""
+    out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.num_classes}
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        values = np.ascontiguousarray(getattr(dataset, name))
+        out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8).data)}
+    return out
+
+
+def check_fingerprint(dataset: Dataset, recorded: dict[str, Any]) -> None:
+    """Raises UserError unless `dataset` is the one that was recorded."""
+    found = fingerprint(dataset)
+    for name, value in recorded.items():
+        if name != "name" and found.get(name) != value:
+            raise UserError(
+                f"data.{name}",
+                found.get(name),
+                f"the run was started with other data: {value} of {recorded.get('name')}",
+                "Give resume the same data, or start a new run in another folder.",
+            )
+
+
+def total_memory() -> int:
+    """Bytes of memory in this machine; 0 where it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit(folder: Path) -> dict[str, Any] | None:
+    """The commit that a folder is at and whether files differ from it; None outside of a repository."""
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()

@@ -1,0 +1,272 @@
+"""Sweeps: a grid of runs in one process, and the comparison of what they gave.
+
+The file that describes one is explained in `fedjax_sim.config.sweep_files`. In the sweep's folder:
+
+    table.md, table.csv, table.tex    mean ± deviation over seeds, best in bold, paired differences
+    curves.png, curves.pdf            mean and deviation of the metric over rounds
+    sweep.json                        everything that was run, versions, hardware, cost
+    runs/METHOD/SETTING/seedN/        each run's own folder
+    compiled/                         compiled programs, shared by all starts (but see `programs`)
+
+A sweep may be divided over several starts, on as many machines that share its folder or have one each, to be
+put together afterwards: each start runs its part, and tells of all that is finished by then.
+
+Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
+else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
+finished, wherever the sweep's folder has been moved.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedjax_sim import config as config_lib
+from fedjax_sim import data, runs
+from fedjax_sim.config import RunConfig
+from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping, load
+from fedjax_sim.core.errors import NotWritten, UserError
+from fedjax_sim.engine import hosts
+from fedjax_sim.runs import progress, provenance
+from fedjax_sim.runs.folder import Folder
+from fedjax_sim.studies import comparison, tables
+from fedjax_sim.studies.comparison import Comparison
+
+__all__ = ["Job", "Outcome", "Sweep", "compile_cache", "from_mapping", "load", "run"]
+
+
+AGAIN = "Make room, then start the sweep again: it goes on where it stopped."
+"""What to do when nothing more can be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a sweep gave.
+
+    Attributes:
+      sweep: what was asked for.
+      comparison: the table; None if not one run was finished.
+      failures: job's name -> what went wrong.
+      seconds: job's name -> wall-clock seconds of its rounds.
+      cpu_seconds: job's name -> CPU seconds of its rounds; None where they were not recorded.
+      left: names of the jobs that are other parts' and not finished.
+    """
+
+    sweep: Sweep
+    comparison: Comparison | None
+    failures: dict[str, str]
+    seconds: dict[str, float]
+    cpu_seconds: dict[str, float | None]
+    left: tuple[str, ...] = ()
+
+    def report(self) -> str:
+        """For the terminal: the table, the failures, and how much is missing."""
+        lines = [] if self.comparison is None else [self.comparison.markdown()]
+        if self.failures:
+            lines.append(f"{len(self.failures)} of {len(self.sweep.jobs)} runs failed:")
+            lines += [f"  {name}: {why}" for name, why in self.failures.items()]
+        if self.left:
+            lines.append(
+                f"{len(self.left)} of {len(self.sweep.jobs)} runs are other parts' and not finished; "
+                "once they are, another start writes the whole table"
+            )
+        lines.append(f"written to {self.sweep.out}")
+        return "\n".join(lines)
+
+
+def run(
+    sweep: Sweep, tell: Callable[[str], None] = lambda line: None, *, part: tuple[int, int] = (1, 1)
+) -> Outcome:
+    """Runs what is not finished, and writes tables, curves and `sweep.json`.
+
+    A run that fails is noted and the others go on.
+
+    Args:
+      sweep: what to run.
+      tell: is given a line after each run.
+      part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
+
+    Raises:
+      UserError: there is no such part; the folder cannot be written; a run cannot work as it is configured,
+        which is found before the first one starts.
+      NotWritten: the disk is full, or fails; a later start continues.
+      Interrupted, Terminated: on SIGINT and SIGTERM; likewise.
+    """
+    this, parts = part
+    if not 1 <= this <= parts:
+        raise UserError(
+            "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
+        )
+    place = Folder(sweep.out)
+    hosts.agreed(lambda: _check_writable(place))
+    failures: dict[str, str] = {}
+    left: list[str] = []
+    done: dict[str, runs.Run] = {}
+    shared = _Shared()
+    began = time.perf_counter()
+    with compile_cache(sweep.out / "compiled"):
+        _check(sweep, shared)
+        for number, job in enumerate(sweep.jobs, 1):
+            head = f"[{number}/{len(sweep.jobs)}] {job.name}"
+            try:
+                with progress.part_of(head):
+                    how, result = _one(job, shared, mine=number % parts == this % parts)
+            except (runs.Interrupted, runs.Terminated) as stop:
+                stop.advice = f"it was {head}; start the sweep again to go on"
+                raise
+            except NotWritten as error:  # nor can the others be, nor the table
+                raise NotWritten(f"{job.name}: {error.field}", error.value, error.why, AGAIN) from error
+            except Exception as error:
+                if jax.process_count() > 1 and not isinstance(error, UserError):
+                    raise  # perhaps this process alone failed, and the others wait for it
+                failures[job.name] = " ".join(f"{type(error).__name__}: {error}".split())
+                tell(f"{head}: FAILED: {failures[job.name]}")
+                continue
+            if result is None:
+                left.append(job.name)
+                tell(f"{head}: {how}")
+                continue
+            done[job.name] = result
+            values = result.metrics.series(sweep.metric)[1]
+            told = f", {sweep.metric} {values[-1]:.4f}" if len(values) else ""
+            tell(f"{head}: {how}{told}, {result.seconds:.1f} s")
+    finished = [(job, done[job.name]) for job in sweep.jobs if job.name in done]
+    compared = comparison.compare(sweep, finished) if finished else None
+    wall = {name: result.seconds for name, result in done.items()}
+    cpu = {name: result.cpu_seconds for name, result in done.items()}
+    outcome = Outcome(sweep, compared, failures, wall, cpu, tuple(left))
+    with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
+        hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
+    return outcome
+
+
+def _check_writable(place: Folder) -> None:
+    try:
+        place.path.mkdir(parents=True, exist_ok=True)
+        place.write("sweep.json", "{}\n")
+    except OSError as error:
+        raise UserError(
+            "sweep.out", str(place.path), f"it cannot be written: {error.strerror}", "Choose another."
+        ) from None
+
+
+class _Shared:
+    """Data sets and partitions that several runs of a sweep have in common."""
+
+    def __init__(self):
+        self._datasets: dict[Any, data.Dataset] = {}
+        self._partitions: dict[Any, data.Partition] = {}
+
+    def dataset(self, config: RunConfig) -> data.Dataset:
+        key = repr(config.data)
+        if key not in self._datasets:
+            self._datasets[key] = config.data.load()
+        return self._datasets[key]
+
+    def partition(self, config: RunConfig) -> data.Partition:
+        key = (repr(config.data), config.partition, config.seed, config.initial)
+        if key not in self._partitions:
+            self._partitions[key] = data.partition(
+                self.dataset(config), config.partition, config.seed, config.initial.put_aside
+            )
+        return self._partitions[key]
+
+
+def _check(sweep: Sweep, shared: _Shared) -> None:
+    """Raises UserError for the first run that has not begun and cannot."""
+    for job in sweep.jobs:
+        if hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
+            continue
+        try:
+            runs.validate(job.config, shared.dataset(job.config), shared.partition(job.config))
+        except UserError as error:
+            raise UserError(f"{job.name}: {error.field}", error.value, error.why, error.fix) from None
+
+
+def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None]:
+    """Runs, resumes or loads. -> (what was done, the run; None if it is another part's and not finished)."""
+    folder = Folder(str(job.config.output.dir))
+    started = hosts.agreed(lambda: folder.started)
+    if started:
+        if differing := runs.differing(folder.path, job.config):
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise UserError(
+                "sweep.out",
+                str(folder.path),
+                f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
+                "Remove it, or choose another out.",
+            )
+        if hosts.agreed(lambda: folder.finished):
+            return "finished before", runs.load(folder.path)
+    if not mine:
+        return "another part's", None
+    if started:
+        return "resumed", runs.resume(folder.path)
+    # Not as `dataset=`: the run can load it again by itself, and resume must not ask for it.
+    return "run", runs.run_prepared(job.config, shared.dataset(job.config), shared.partition(job.config))
+
+
+_CACHE = "jax_compilation_cache_dir"
+
+
+@contextlib.contextmanager
+def compile_cache(folder: Path) -> Iterator[None]:
+    """Keeps compiled programs in `folder` meanwhile, unless the user keeps them somewhere already."""
+    if getattr(jax.config, _CACHE):
+        yield
+        return
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        _CACHE: str(folder / provenance.machine()),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
+    sweep, table = outcome.sweep, outcome.comparison
+    cpu = [seconds for seconds in outcome.cpu_seconds.values() if seconds is not None]
+    if table is not None:
+        tables.write(place, table)
+    about = {
+        "jobs": [
+            {
+                "method": job.method,
+                "setting": dict(job.setting),
+                "seed": job.seed,
+                "folder": str(Path(str(job.config.output.dir)).relative_to(sweep.out)),
+                "seconds": outcome.seconds.get(job.name),
+                "cpu_seconds": outcome.cpu_seconds.get(job.name),
+                "failure": outcome.failures.get(job.name),
+                "config": config_lib.to_dict(runs.portable(job.config)),
+            }
+            for job in sweep.jobs
+        ],
+        "metric": sweep.metric,
+        "goal": sweep.goal,
+        "last_k": sweep.last_k,
+        "reference": sweep.reference,
+        "table": None if table is None else table.records(),
+        "seconds_of_rounds": sum(outcome.seconds.values()),
+        "cpu_seconds_of_rounds": sum(cpu) if len(cpu) == len(outcome.cpu_seconds) else None,
+        "seconds_of_this_start": seconds,
+        "versions": provenance.describe_versions(),
+        "hardware": provenance.hardware(),
+    }
+    place.write("sweep.json", json.dumps(about, indent=2) + "\n")

@@ -1,0 +1,109 @@
+"""Meshes, shared buffers, and the defaults that may change speed only."""
+
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim import models
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.spelling import SPELLINGS
+from fedjax_sim.engine import placement
+
+
+def test_a_mesh_has_one_axis_and_as_many_devices_as_asked_for():
+    assert placement.make_mesh(2).shape == {"clients": 2}
+    assert placement.make_mesh().size == len(jax.devices())
+    with pytest.raises(UserError, match=r"execution\.devices = 99") as caught:
+        placement.make_mesh(99)
+    assert caught.value.field == "execution.devices"
+
+
+def test_an_axis_is_cut_where_it_can_be_cut_evenly():
+    mesh = placement.make_mesh(4)
+    assert placement.sharded(mesh, 8).spec == P("clients")
+    assert placement.sharded(mesh, 6).spec == P()
+    assert placement.replicated(mesh).is_fully_replicated
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])
+def test_cpu_devices_share_one_buffer(dtype):
+    mesh = placement.make_mesh(4)
+    raw = np.arange(4097, dtype=dtype)[1:].reshape(64, 64)  # starts off any boundary
+    for array in (raw, raw.T, raw[::2]):
+        placed = placement.put_replicated(array, mesh)
+        np.testing.assert_array_equal(placed, array)
+        assert placed.sharding.is_fully_replicated
+        pointers = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
+        assert len(pointers) == 1
+
+
+def test_defaults_of_the_cpu():
+    """Convolutions alone, small dense models in narrow waves; never a grouped convolution under `vmap`."""
+    auto = ExecutionConfig()
+    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    lenet = models.create("lenet", (32, 32, 3), 10)
+    assert placement.speed_defaults(auto, lenet, 100, 2) == (1, "auto")
+    assert placement.speed_defaults(ExecutionConfig(wave=2), lenet, 100, 2) == (2, "patches")
+    assert placement.speed_defaults(auto, mlp, 100, 2)[0] == 10
+    assert placement.speed_defaults(auto, mlp, 3, 2)[0] == 2
+
+
+def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():
+    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    for spelling in SPELLINGS:
+        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=spelling), mlp, 8, 2) == (3, spelling)
+    assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, 2)[0] == 4
+
+
+def test_forward_passes_are_small_for_convolutions_on_a_cpu_unless_asked_otherwise(monkeypatch):
+    lenet, mlp = (models.create(name, (32, 32, 3), 10) for name in ("lenet", "mlp"))
+    auto = EvaluationConfig()
+    assert [placement.forward_batch(auto, model) for model in (lenet, mlp)] == [50, 500]
+    assert placement.forward_batch(EvaluationConfig(batch_size=7), lenet) == 7
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert placement.forward_batch(auto, lenet) == 500
+
+
+def test_devices_once_chosen_are_not_chosen_again(monkeypatch):
+    """The environment and an earlier `jax.config.update` take precedence, silently."""
+    before = jax.config.jax_num_cpu_devices
+    assert before > 0
+    placement.use_all_cores()
+    assert jax.config.jax_num_cpu_devices == before
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "3")
+    placement.use_all_cores()
+    assert jax.config.jax_num_cpu_devices == before
+
+
+@pytest.mark.parametrize("form", ["flag", "among others", "file"])
+def test_devices_that_xlas_flag_asks_for_are_not_overruled(monkeypatch, tmp_path, form):
+    """The way that most instructions on the web name; the flag may stand in a file as well."""
+    flag, chosen = "--xla_force_host_platform_device_count=8", []
+    (tmp_path / "flags").write_text(flag)
+    value = {"flag": flag, "among others": f"--xla_foo=1 {flag}", "file": str(tmp_path / "flags")}[form]
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+    config = types.SimpleNamespace(jax_num_cpu_devices=-1, update=lambda *change: chosen.append(change))
+    monkeypatch.setattr(placement.jax, "config", config)
+    monkeypatch.setenv("XLA_FLAGS", value)
+    placement.use_all_cores()
+    assert chosen == []
+    monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1")
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)  # which macOS does not have
+    placement.use_all_cores()
+    assert chosen == [("jax_num_cpu_devices", os.cpu_count())]
+
+
+@pytest.mark.slow
+def test_xlas_flag_gives_its_number_of_devices():
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_NUM_CPU_DEVICES"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=3"
+    code = "import fedjax_sim, jax; print(len(jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["3"], done.stderr

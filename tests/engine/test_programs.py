@@ -1,0 +1,185 @@
+"""Programs: values of `jax.jit`, found again in memory, not on disk where CPU devices exchange data."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.config import from_dict
+from fedjax_sim.core.stacked import AXIS
+from fedjax_sim.engine import placement, programs
+from fedjax_sim.engine.programs import Program
+from fedjax_sim.runs.federation import Simulation
+
+
+def around(x):
+    """Every device's part from its neighbour, and the sum."""
+    devices = jax.lax.axis_size(AXIS)
+    moved = jax.lax.ppermute(x, AXIS, [(d, (d + 1) % devices) for d in range(devices)])
+    return moved, jax.lax.psum(x, AXIS)
+
+
+def exchange(mesh):
+    return jax.shard_map(around, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()), check_vma=False)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """JAX's cache in an empty folder, for programs of any size."""
+    names = (
+        "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )  # fmt: skip
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(tmp_path / "xla"), 0.0, -1), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path / "xla"
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_values_are_those_of_jit(devices):
+    mesh = placement.make_mesh(devices)
+    program = Program(exchange(mesh), mesh)
+    for size in (4, 4, 8):
+        x = np.arange(size, dtype=np.float32)
+        moved, total = program(x)
+        np.testing.assert_array_equal(moved, np.roll(x.reshape(devices, -1), 1, axis=0).reshape(-1))
+        np.testing.assert_array_equal(total, x.reshape(devices, -1).sum(0))
+    assert program.variants() == 2
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_arguments_from_the_host_arrive_as_they_are(devices):
+    mesh = placement.make_mesh(devices)
+    halves = np.array([1, np.nan, -0.0, 1e-42], np.float32)  # bits that arithmetic would not keep
+    host = {
+        "f32": halves, "strided": np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2],
+        "empty": np.zeros((0, 3), np.float32), "scalar": np.float32(2.5), "none": None,
+        "u32": np.array([[2**32 - 1]], np.uint32), "u8": np.arange(3, dtype=np.uint8),
+        "bool": np.array([True, False]), "device": jnp.arange(3),
+    }  # fmt: skip
+    program = Program(lambda state, given: (state + 1, given), mesh, donate_argnums=(0,))
+    state = jax.device_put(jnp.zeros(4), placement.replicated(mesh))
+    for _ in range(2):
+        held, (state, got) = state, program(state, host)
+        assert held.is_deleted()
+        assert got["none"] is None
+        for name, value in host.items():
+            if value is not None:
+                assert (got[name].shape, got[name].dtype) == (np.shape(value), value.dtype), name
+                assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
+    np.testing.assert_array_equal(state, np.full(4, 2))
+    assert program.variants() == 1
+    program(state, host | {"scalar": np.int32(2)})
+    assert program.variants() == 2
+
+
+def test_several_cpu_devices_leave_nothing_on_disk_and_one_does(disk):
+    mesh = placement.make_mesh(2)
+    Program(exchange(mesh), mesh)(np.arange(6, dtype=np.float32))
+    assert not list(disk.glob("*")), "a program with exchanges was written"
+    one = placement.make_mesh(1)
+    Program(lambda x: jnp.sin(x) * 3, one)(np.arange(6, dtype=np.float32))
+    assert list(disk.glob("*")), "JAX's cache is off for good"
+
+
+def test_the_second_seed_compiles_nothing(monkeypatch):
+    compiled = []
+    lower = jax.stages.Lowered.compile
+
+    def counted(self, *args, **kwargs):
+        compiled.append(self)
+        return lower(self, *args, **kwargs)
+
+    monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
+    accuracies = []
+    for seed in (0, 1):
+        config = from_dict(
+            {
+                "seed": seed, "rounds": 2, "model": {"name": "mlp", "options": {"hidden": [8]}},
+                "partition": {"kind": "iid", "clients": 4}, "execution": {"devices": 2},
+            }
+        )  # fmt: skip
+        simulation = Simulation(config)
+        rows = [row for rows in simulation.advance() for row in rows]
+        accuracies.append([row.value for row in rows if row.metric == "accuracy"][-1])
+        if seed == 0:
+            first = len(compiled)
+    assert first > 0
+    assert len(compiled) == first
+    assert accuracies[0] != accuracies[1]
+
+
+def test_only_so_many_are_kept(monkeypatch):
+    monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    monkeypatch.setattr(programs, "_MOST", 2)
+    mesh = placement.make_mesh(2)
+    for factor in (2.0, 3.0, 4.0):
+        program = Program(lambda x, factor=factor: x * factor, mesh)
+        np.testing.assert_array_equal(program(np.ones(2, np.float32)), np.full(2, factor, np.float32))
+    assert len(programs._RECENT) == 2
+
+
+def test_arguments_that_go_unused_tell_programs_apart():
+    mesh = placement.make_mesh(2)
+    for count in (5, 6):
+        unused, used = np.zeros(count, np.float32), np.ones(2, np.float32)
+        np.testing.assert_array_equal(Program(lambda a, b: b + 1, mesh)(unused, used), [2, 2])
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+def test_what_a_function_holds_tells_programs_apart(size):
+    mesh = placement.make_mesh(2)
+    for value in (1.0, 2.0):
+        held = jnp.full(size, value)
+        got = Program(lambda x, held=held: x + held, mesh)(np.zeros(size, np.float32))
+        np.testing.assert_array_equal(got, np.full(size, value))
+
+
+def test_llvm_optimises_less_on_cpus_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert set(programs._compiler_options("cpu").values()) == {programs.CPU_LEVEL}
+    assert programs._compiler_options("gpu") == programs._compiler_options("tpu") == {}
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    assert programs._compiler_options("cpu") == {}
+
+
+def test_llvms_level_changes_rounding_at_most(monkeypatch):
+    """Of a product, reductions, a random draw and transcendental functions."""
+    x = np.random.default_rng(0).normal(size=(33, 57)).astype(np.float32)
+
+    def function(x):
+        noise = jax.random.normal(jax.random.key(0), x.shape)
+        return jax.nn.softmax(x * noise) @ jnp.tanh(x).T, jnp.cumsum(jnp.exp(x), 1), (x * noise).var(0)
+
+    got = []
+    for level in (1, 3):
+        monkeypatch.setattr(programs, "CPU_LEVEL", level)
+        got.append(jax.device_get(Program(function, placement.make_mesh(1))(x)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *got)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_draws_are_the_same_under_any_setting_of_the_generator(devices):
+    """`jax_threefry_partitionable` counts when a program is compiled, not when it is traced."""
+
+    def draw(key):
+        return jax.random.normal(key, (7,)), jax.random.permutation(jax.random.split(key)[0], 11)
+
+    mesh, key = placement.make_mesh(devices), jax.random.key(3)
+    wanted = Program(draw, mesh)(key)
+    with jax.threefry_partitionable(False):
+        assert not np.array_equal(jax.jit(draw)(key)[0], wanted[0])
+        program = Program(draw, mesh)
+        found, lowered = program(key), program.lower(key).as_text()
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert lowered == Program(draw, mesh).lower(key).as_text()

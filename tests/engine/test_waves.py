@@ -1,0 +1,131 @@
+"""Plans: every slot once, places the inverse of the layout, bounds right, work balanced."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_sim.config import LocalConfig
+from fedjax_sim.engine.waves import in_order, make_plan, padding_waste, steps_of
+
+SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=30).map(np.array)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=SIZES, devices=st.integers(1, 5), width=st.integers(1, 7))
+def test_a_plan_holds_every_slot_once_and_runs_it_long_enough(steps, devices, width):
+    plan = make_plan(steps, devices, width)
+    layout, places, bounds = (np.asarray(part) for part in (plan.layout, plan.places, plan.bounds))
+    count, waves = len(steps), -(-len(steps) // (devices * width))
+    assert layout.shape == (devices * waves * width,)
+    assert bounds.shape == (devices * waves,)
+    assert {layout.dtype, places.dtype, bounds.dtype} == {np.dtype(np.int32)}
+    assert sorted(layout[layout < count]) == list(range(count))
+    assert np.all(layout <= count)
+    np.testing.assert_array_equal(layout[places], np.arange(count))
+    padded = np.append(steps, 0)
+    np.testing.assert_array_equal(bounds, padded[layout].reshape(-1, width).max(1))
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=SIZES, devices=st.integers(1, 5))
+def test_work_is_balanced_as_longest_processing_time_first_promises(steps, devices):
+    """At one client a wave: no device works longer than the average plus one job (Graham's bound)."""
+    bounds = np.asarray(make_plan(steps, devices, 1).bounds).reshape(devices, -1)
+    waves = bounds.shape[1]
+    # A device has only `waves` places, hence the second term.
+    assert bounds.sum(1).max() <= max(steps.sum() / devices + steps.max(), np.sort(steps)[::-1][:waves].sum())
+    assert bounds.sum() == steps.sum()
+    assert bounds.sum(1).max() >= steps.sum() / devices
+
+
+def test_the_next_client_goes_where_the_least_work_is():
+    """Dealing in turn would give one device 13 of these steps, filling one device after the other as well."""
+    plan = make_plan(np.array([4, 9, 1, 4]), 2, 1)
+    np.testing.assert_array_equal(plan.layout, [1, 2, 0, 3])
+    np.testing.assert_array_equal(plan.bounds, [9, 1, 4, 4])
+    plan = make_plan(np.array([2, 9, 1, 2, 3, 2]), 3, 1)
+    np.testing.assert_array_equal(np.asarray(plan.bounds).reshape(3, 2).sum(1), [10, 5, 4])
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps=SIZES, devices=st.integers(1, 4), width=st.integers(1, 6))
+def test_waves_hold_clients_of_like_length(steps, devices, width):
+    """No plan of equally wide waves does less than the sorted one."""
+    if in_order(steps, devices, width):
+        return
+    ranked = np.sort(steps)[::-1]
+    best = sum(ranked[start] for start in range(0, len(steps), width))
+    assert np.asarray(make_plan(steps, devices, width).bounds).sum() == best
+
+
+def test_equal_clients_stay_where_they_are_and_so_do_all_on_one_lane():
+    for steps, devices, width in ((np.full(6, 9), 3, 2), (np.array([5, 1, 9]), 1, 1)):
+        plan = make_plan(steps, devices, width)
+        assert in_order(steps, devices, width)
+        np.testing.assert_array_equal(plan.layout, np.arange(len(steps)))
+    assert not in_order(np.array([1, 2]), 2, 1)
+    assert not in_order(np.array([1, 2]), 1, 2)
+
+
+def test_the_shapes_of_a_plan_do_not_depend_on_the_steps():
+    """Else a round would be compiled again whenever other clients are drawn."""
+    drawn = [make_plan(np.random.default_rng(r).integers(1, 50, 10), 2, 3) for r in range(20)]
+    drawn.append(make_plan(np.full(10, 4), 2, 3))
+    assert len({(np.shape(p.layout), np.shape(p.places), np.shape(p.bounds)) for p in drawn}) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "local", "expected"),
+    [
+        ([1, 10, 11, 37, 0], {"epochs": 3}, [3, 3, 6, 12, 0]),
+        ([1, 10, 11, 37, 0], {"epochs": None, "steps": 7}, [7, 7, 7, 7, 0]),
+    ],
+)
+def test_steps_of_clients(counts, local, expected):
+    np.testing.assert_array_equal(steps_of(np.array(counts), LocalConfig(batch_size=10, **local)), expected)
+
+
+def _dirichlet_sizes(generator, count=100):
+    """Log-normal sizes of CIFAR-10 under Dirichlet 0.1: 15 to 2,848, median about 360."""
+    sizes = np.exp(generator.normal(np.log(360), 1.0, count)).astype(int).clip(15, 2848)
+    sizes[:2] = 15, 2848
+    return sizes
+
+
+def test_one_client_a_wave_wastes_little_on_very_unequal_clients():
+    sizes = _dirichlet_sizes(np.random.default_rng(0))
+    local = LocalConfig(epochs=5, batch_size=50)
+    wastes, wide = [], []
+    for r in range(20):
+        cohort = np.random.default_rng(r).choice(sizes, 10, replace=False)
+        steps = steps_of(cohort, local)
+        for devices in (1, 2):
+            wastes.append(padding_waste(cohort, make_plan(steps, devices, 1), local, 1))
+        wide.append(padding_waste(cohort, make_plan(steps, 1, 10), local, 10))
+    assert np.mean(wastes) <= 1.10
+    assert min(wastes) >= 1.0
+    assert np.mean(wide) > 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12).map(np.array),
+    devices=st.integers(1, 3),
+    width=st.integers(1, 4),
+    local=st.sampled_from([{"epochs": 2}, {"epochs": None, "steps": 5}, {"epochs": None, "steps": 1}]),
+)
+def test_padding_waste_counts_what_a_loop_counts(counts, devices, width, local):
+    config = LocalConfig(batch_size=7, **local)
+    plan = make_plan(steps_of(counts, config), devices, width)
+    wanted = 0
+    for count in counts:
+        batches = [min(7, count - start) for start in range(0, count, 7)]
+        if config.epochs:
+            wanted += sum(batches) * config.epochs
+        elif batches:
+            wanted += sum(batches[step % len(batches)] for step in range(config.steps))
+    done = sum(int(bound) * width * 7 for bound in np.asarray(plan.bounds))
+    waste = padding_waste(counts, plan, config, width)
+    assert waste == pytest.approx(done / max(wanted, 1))
+    assert wanted == 0 or waste >= 1

@@ -1,0 +1,270 @@
+"""The probe inside the round: against NumPy on the features of real models, and what must not show."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim import models
+from fedjax_sim.algorithms import CONFIGS, Cohort
+from fedjax_sim.config import PeelConfig, from_dict
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import root
+from fedjax_sim.data import Preprocessing
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.observing import watch
+from fedjax_sim.engine.round import Witness
+from fedjax_sim.probes.peel.feature_probe import EACH, STATES, Probe
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.runs.federation import Simulation
+from tests.peel import reference
+
+CLASSES = 5
+
+
+def settings_of(**more):
+    """A small run on the embedded digits."""
+    return from_dict(
+        {
+            "rounds": 3,
+            "model": {"name": "mlp", "options": {"hidden": [24, 16]}},
+            "partition": {"kind": "dirichlet", "alpha": 1.0, "clients": 8, "min_size": 20},
+            "cohort": {"size": 4},
+            "local": {"epochs": 1, "batch_size": 20, "lr": 0.1},
+            "evaluation": {"every": 0},
+            "peel": {"every": 2, "clients": 3, "samples": 120, "class_samples": 2, "ranks": True},
+            **more,
+        }
+    )
+
+
+def rows_of(simulation):
+    return [row for part in simulation.advance() for row in part]
+
+
+def table(rows):
+    return {(r.round, r.client, r.layer, r.state, r.metric): r.value for r in rows}
+
+
+# --- against NumPy --------------------------------------------------------------------------------------
+
+MODELS = {
+    "lenet": {},
+    "resnet8": {},
+    "vit": {"depth": 2, "width": 32, "heads": 2, "patch": 8},
+}
+
+
+def witness_of(*stacks):
+    """A round's witness with clients 0, 1 … and stacks of models: start, before, after."""
+    count = jax.tree.leaves(stacks)[0].shape[0]
+    cohort = Cohort(jnp.arange(count, dtype=jnp.int32), jnp.full((count,), 10, jnp.int32), jnp.int32(0))
+    return Witness(cohort, *stacks, jnp.float32(0.1), root(0))
+
+
+def observed(name, options, devices=2, batch_size=32, count=3, **peel):
+    """What a probe says of random models and real-looking images, and all that went in."""
+    model = models.create(name, (32, 32, 3), CLASSES, **options)
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, CLASSES, 400).astype(np.int32)
+    patterns = draw.uniform(0, 255, (CLASSES, 32, 32, 3))
+    x = np.clip(0.5 * patterns[y] + draw.uniform(0, 128, (400, 32, 32, 3)), 0, 255).astype(np.uint8)
+    inits = [model.init(jax.random.key(k)) for k in range(3 * count)]
+    stacks = [jax.tree.map(lambda *v: jnp.stack(v), *inits[k::3]) for k in range(3)]
+    length = 64
+    index = {
+        part: draw.permutation(400)[: count * length].reshape(count, length) for part in ("fit", "measured")
+    }
+    counts = np.asarray([64, 50, 33][:count], np.int32)
+    given = {part: {"index": index[part].astype(np.int32), "count": counts} for part in index}
+    mesh = placement.make_mesh(devices)
+    forward = Forward(model, Preprocessing(), PeelConfig(every=1, **peel), CLASSES, batch_size)
+    probe = Probe(forward, mesh, 1)
+    witness = witness_of(*stacks)
+    shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((count, 1), jnp.int32))
+    with jax.set_mesh(mesh):
+        out = jax.device_get(jax.jit(probe.observe)(witness, given | {"test": None}, shard))
+    return model, stacks, x, y, index, counts, out
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_figures_agree_with_float64_numpy_on_real_features(name):
+    model, stacks, x, y, index, counts, out = observed(name, MODELS[name])
+    images = Preprocessing()
+
+    def features(stack, client, part):
+        rows = index[part][client][: counts[client]]
+        one = jax.tree.map(lambda leaf: leaf[client], stack)
+        scaled = (x[rows] / 255.0 - np.asarray(images.mean)) / np.asarray(images.std)
+        logits, found = jax.jit(model.features)(one, jnp.asarray(scaled, jnp.float32))
+        return np.asarray(logits), {k: np.asarray(v, np.float64) for k, v in found.items()}, y[rows], one
+
+    pool = lambda z: z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z  # noqa: E731
+    for client in range(3):
+        pooled = {}
+        for s, stack in enumerate(stacks[1:]):
+            logits, measured, labels, one = features(stack, client, "measured")
+            _, fit, fit_labels, _ = features(stack, client, "fit")
+            assert out["peel_accuracy"][client, s + 1] == pytest.approx((logits.argmax(1) == labels).mean())
+            for layer, point in enumerate(model.peel_points):
+                z, here = measured[point.name], (client, s, layer)
+                flat = pool(z) if z.ndim == 3 else z.reshape(len(z), -1)
+                figure = lambda key, here=here: out[key][here]  # noqa: E731
+                within, between, total = reference.traces(flat, labels)
+                found = [figure(f"trace_{part}") for part in ("within", "between", "total")]
+                np.testing.assert_allclose(found, [within, between, total], rtol=1e-4)
+                np.testing.assert_allclose(figure("log_c"), np.log(within / between), atol=2e-4)
+                np.testing.assert_allclose(figure("cdnv"), reference.cdnv(flat, labels), rtol=2e-3)
+                classes = np.unique(labels)
+                maps = np.stack([(z if z.ndim != 3 else pool(z))[labels == c].mean(0) for c in classes])
+                kernel = one["params"]
+                for key in point.kernel:
+                    kernel = kernel[key]
+                r = int(figure("pabs_rank"))
+                wanted = reference.principal_cosines(np.asarray(kernel, np.float64), maps, r)
+                assert figure("pabs") == pytest.approx(wanted.mean(), abs=1e-3)
+                assert figure("pabs_smallest") == pytest.approx(wanted.min(), abs=3e-3)
+                guess = reference.ridge_guess(pool(fit[point.name]), fit_labels, pool(z), CLASSES)
+                assert abs(figure("ridge") - (guess == labels).mean()) <= 1.01 / len(labels)
+                pooled.setdefault(point.name, []).append(pool(z))
+        for layer, point in enumerate(model.peel_points):
+            a, b = pooled[point.name]
+            wanted = 1 - reference.linear_cka(a, b) if np.ptp(a - b) else 0.0
+            assert out["shift_cka"][client, 0, layer] == pytest.approx(wanted, abs=1e-3)
+
+
+def test_batches_and_devices_do_not_show():
+    wanted = observed("lenet", {})[-1]
+    for devices, batch in ((1, 64), (4, 16)):
+        got = observed("lenet", {}, devices=devices, batch_size=batch)[-1]
+        for key in ("log_c", "cdnv", "pabs", "shift_cka", "shift_cosine", "peel_loss"):
+            np.testing.assert_allclose(got[key], wanted[key], rtol=2e-3, atol=2e-3, err_msg=key)
+
+
+# --- inside a run ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_a_measured_run_is_the_same_run():
+    with_probe = Simulation(settings_of())
+    without = Simulation(settings_of(peel={"every": 0}))
+    told = rows_of(with_probe)
+    plain = [row for row in told if not row.layer and not row.metric.startswith(("peel_", "undefined/"))]
+    assert plain == rows_of(without)
+    jax.tree.map(np.testing.assert_array_equal, with_probe.variables, without.variables)
+
+
+def test_measured_rounds_are_the_first_the_last_and_every_so_many_and_compile_once():
+    simulation = Simulation(settings_of(rounds=5))
+    rows = rows_of(simulation)
+    assert {row.round for row in rows if row.metric == "log_c"} == {1, 2, 4, 5}
+    assert simulation.program.variants() == 2  # measured, and not
+    keys = {(row.state, row.metric) for row in rows if row.layer == "fc2" and row.round == 4}
+    assert {(state, metric) for state in STATES for metric in EACH} <= keys
+
+
+@pytest.mark.parametrize("name", ["fedindep", "local"])
+def test_what_nobody_merges_does_not_change(name):
+    """Before is after, bit for bit: every change is exactly zero."""
+    found = table(rows_of(Simulation(settings_of(algorithm=name, rounds=2))))
+    pairs = {key: value for key, value in found.items() if key[3] == "before"}
+    assert len(pairs) > 50
+    for (number, client, layer, _, metric), value in pairs.items():
+        assert found[number, client, layer, "after", metric] == value
+    assert all(value == 0 for key, value in found.items() if key[4] == "spread")
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedmr"])
+@pytest.mark.parametrize("execution", [{"devices": 1}, {"devices": 2, "wave": 2}, {"devices": 4, "wave": 1}])
+def test_layout_does_not_show(name, execution):
+    wanted = table(rows_of(Simulation(settings_of(algorithm=name, execution={"devices": 1, "wave": 4}))))
+    got = table(rows_of(Simulation(settings_of(algorithm=name, execution=execution))))
+    assert set(got) == set(wanted)
+    for key, value in wanted.items():
+        if key[4] in ("ridge", "ncm"):
+            assert abs(got[key] - value) < 0.05, key  # a sample or two
+            continue
+        loose = key[4] == "discrimination" or key[4].startswith("pabs")
+        if key[4] not in ("padding_waste",):
+            assert got[key] == pytest.approx(value, rel=5e-3, abs=2e-2 if loose else 5e-3), key
+
+
+def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr():
+    """Under FedAvg all clients hold one model; under FedMR the K models are those that were trained."""
+    config = settings_of(peel={"every": 1, "clients": 4, "samples": 60, "class_samples": 1}, rounds=1)
+    for name in ("fedavg", "fedmr"):
+        simulation = Simulation(dataclasses.replace(config, algorithm=CONFIGS[name]()))
+        object.__setattr__(simulation._function, "observers", {"probe": _Keep()})
+        inputs, _ = simulation.inputs(0)
+        watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
+        with jax.set_mesh(simulation.mesh):
+            state, outputs = simulation.program(simulation.state, inputs, simulation.shard, watched)
+        got = jax.device_get(outputs.observed["probe"])
+        for before, after, one in zip(
+            *map(
+                jax.tree.leaves,
+                (
+                    got.before,
+                    got.after,
+                    state.algorithm.mean if name == "fedmr" else simulation._deploy(state.algorithm),
+                ),
+            ),
+            strict=True,
+        ):
+            if name == "fedavg":
+                np.testing.assert_array_equal(after, np.broadcast_to(one, after.shape))
+            else:
+                assert sorted(a.tobytes() for a in after) == sorted(b.tobytes() for b in before)
+
+
+class _Keep:
+    """An observer that hands out the witness itself."""
+
+    def observe(self, witness, given, shard):
+        return witness
+
+
+# --- what cannot be measured ----------------------------------------------------------------------------
+
+
+def test_clients_with_too_few_of_a_class_are_said_to_be_undefined_and_never_nan():
+    config = settings_of(
+        partition={"kind": "pathological", "clients": 10, "classes_per_client": 1},
+        peel={"every": 1, "clients": 4, "samples": 80},
+        rounds=1,
+    )
+    rows = rows_of(Simulation(config))
+    assert all(np.isfinite(row.value) for row in rows)
+    undefined = {row.metric for row in rows if row.metric.startswith("undefined/")}
+    assert {"undefined/log_c", "undefined/pabs_centred"} <= undefined
+    assert any(row.metric == "trace_within" for row in rows)
+
+
+def test_a_model_without_peel_points_is_refused():
+    simulation = Simulation(settings_of(peel={"every": 0}))
+    bare = dataclasses.replace(simulation.setup.model, peel_points=())
+    with pytest.raises(UserError, match="no peel points"):
+        Simulation(settings_of(), model=bare)
+
+
+def test_a_split_that_nobody_has_is_refused():
+    with pytest.raises(UserError, match=r"peel\.split"):
+        Simulation(settings_of(peel={"every": 1, "split": "test"}))
+
+
+def test_own_test_samples_are_measured_where_clients_have_them():
+    config = settings_of(
+        partition={"kind": "iid", "clients": 6, "local_test": "holdout"},
+        peel={"every": 1, "split": "test"},
+        rounds=1,
+    )
+    simulation = Simulation(config)
+    samples = simulation._instruments[0]._samples
+    for client in range(6):
+        fit, measured = samples.of_client(client)
+        assert set(fit) <= set(simulation.setup.partition.train[client])
+        assert set(measured) <= set(simulation.setup.partition.test[client])
+    assert any(row.metric == "ridge" for row in rows_of(simulation))

@@ -1,0 +1,185 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedjax_sim import data, runs
+from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.config import (
+    CohortConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    PeelConfig,
+    RunConfig,
+)
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.engine import jaxpr_memory
+from fedjax_sim.runs import memory
+from fedjax_sim.runs.assemble import prepare
+from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.memory import MemoryPlan, Part
+
+
+def config(**changes):
+    base = RunConfig(
+        partition=data.PartitionConfig(kind="dirichlet", clients=16, alpha=1.0),
+        model=ModelConfig(options={"hidden": [256]}),
+        local=LocalConfig(epochs=1, batch_size=16),
+        cohort=CohortConfig(size=8),
+        execution=ExecutionConfig(devices=2),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def part(plan, start):
+    return next(part for part in plan.parts if part.name.startswith(start))
+
+
+def params(plan_config):
+    return prepare(plan_config).model.num_params() * 4
+
+
+def test_stacks_count_by_k_and_n():
+    made = config(algorithm=CONFIGS["fedmr"]())
+    plan = memory.plan(made)
+    one = params(made)
+    assert part(plan, "server: slots").total == 8 * one
+    assert part(plan, "server: slots").device == 4 * one
+    assert not any(p.name.startswith("models in training") for p in plan.parts)  # they are those slots
+    assert part(plan, "models put in order")
+    kept = memory.plan(config(local=LocalConfig(epochs=1, momentum=0.9, keep_optimizer=True)))
+    assert part(kept, "clients' own state").total == 16 * one
+
+
+def test_a_mean_needs_no_k_models():
+    assert not any(part.name.startswith("models in") for part in memory.plan(config()).parts)
+
+
+def test_what_is_held_always_is_what_the_simulation_holds():
+    setup = prepare(config(algorithm=CONFIGS["fedmr"]()))
+    simulation = Simulation(setup)
+    plan = memory.plan(setup)
+    state = sum(part.device for part in plan.parts if part.name.startswith("server"))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(simulation.state))
+    assert state == held
+    assert part(plan, "clients' index table").device == setup.population.indices.nbytes
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "fedmr"])
+def test_the_estimate_of_a_round_is_near_what_xla_says(algorithm):
+    plan = memory.plan(config(algorithm=CONFIGS[algorithm]()), exact=True)
+    compiled = plan.compiled
+    measured = compiled["temporaries"] + compiled["output"] - compiled["of which in place"]
+    estimate = sum(part.device for part in plan.parts if part.when == "round")
+    assert measured / 2 < estimate < measured * 2
+
+
+def test_smaller_waves_and_batches_take_less():
+    size = lambda plan: sum(part.total for part in plan.parts if part.when == "round")  # noqa: E731
+    full = size(memory.plan(config()))
+    assert size(memory.plan(config(execution=ExecutionConfig(devices=2, wave=1)))) < full
+    assert size(memory.plan(config(local=LocalConfig(epochs=1, batch_size=4)))) < full
+
+
+def test_a_checkpoint_counts_where_one_is_written(tmp_path):
+    with_folder = memory.plan(config(output=OutputConfig(dir=str(tmp_path / "run"))))
+    assert part(with_folder, "a checkpoint").total >= params(config())
+    assert not (tmp_path / "run").exists()
+    assert not any(part.name.startswith("a checkpoint") for part in memory.plan(config()).parts)
+
+
+def test_live_values_of_a_chain_and_of_a_fan():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    chain = jax.make_jaxpr(lambda x: jnp.sin(jnp.cos(jnp.tan(x))))(x)
+    assert jaxpr_memory.peak_bytes(chain) == 2 * 4000
+    fan = jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x), jnp.tan(x)))(x)
+    assert jaxpr_memory.peak_bytes(fan) == 3 * 4000
+
+
+def test_a_loop_counts_its_body():
+    x = jax.ShapeDtypeStruct((1000,), jnp.float32)
+    body = lambda i, x: jnp.sin(jnp.cos(x))  # noqa: E731
+    inside = jaxpr_memory.peak_bytes(jax.make_jaxpr(lambda x: jax.lax.fori_loop(0, 5, body, x))(x))
+    assert inside >= 3 * 4000
+
+
+def test_what_does_not_fit_says_what_to_change():
+    big = Part("server: slots (100 models)", 60, 120, "always", "more devices, or a smaller cohort.size")
+    small = Part("evaluation's activations", 5, 10, "evaluation", "a smaller evaluation.batch_size")
+    step = Part("a wave's activations", 20, 40, "round", "a smaller execution.wave")
+    plan = MemoryPlan((big, small, step), 2, "gpu", 70)
+    assert plan.peak == 80 and plan.fits is False
+    assert plan.advice()[0].endswith("smaller cohort.size")
+    assert "does NOT fit" in str(plan) and "execution.wave" in str(plan)
+    assert MemoryPlan((big, small, step), 2, "cpu", 159).fits is False
+    roomy = MemoryPlan((big, small, step), 2, "cpu", 160)
+    assert roomy.fits and roomy.advice() == []
+    assert MemoryPlan((big,), 2, "gpu", None).fits is None
+
+
+def test_bytes_are_written_as_people_do():
+    assert [memory.human(n) for n in (5, 2048, 3 * 2**20, 5 * 2**30)] == [
+        "5 B",
+        "2.0 KiB",
+        "3.0 MiB",
+        "5.0 GiB",
+    ]
+    assert memory.available("cpu") > 2**20
+    assert jaxpr_memory.bytes_of({"a": np.zeros((3, 4), np.float32), "b": jax.random.key(0)}) == 56
+
+
+def test_measured_rounds_are_counted_and_do_not_grow_with_samples():
+    def of(**peel):
+        return memory.plan(config(peel=PeelConfig(every=1, class_samples=1, **peel)))
+
+    plain, one, two = memory.plan(config()), of(clients=1), of(clients=2)
+    assert not any("probe" in p.name for p in plain.parts)
+    model = params(config())
+    assert part(one, "models of 1 measured").device == 3 * model
+    assert part(two, "models of 2 measured").device == 6 * model
+    assert 0 < part(one, "the probe's").device <= part(two, "the probe's").device
+    few, many = (of(clients=1, samples=count) for count in (160, 1000))  # from two batches on
+    assert part(few, "the probe's").device * 1.2 >= part(many, "the probe's").device
+    everything = of(clients=2, chimeras=True, others=True, finetune=1)
+    assert everything.peak >= two.peak > plain.peak
+    assert part(everything, "test images that observers").device > 0
+
+
+def test_a_run_that_cannot_be_held_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    """Control variates of many clients; by `run`, and by what a sweep asks of its runs first."""
+    partition = data.PartitionConfig(kind="iid", clients=1000, samples_per_client=1, min_size=1)
+    local = LocalConfig(epochs=1, batch_size=16)
+    output = OutputConfig(dir=str(tmp_path / "run"))
+    made = config(algorithm=CONFIGS["scaffold"](), partition=partition, local=local, output=output)
+    monkeypatch.setattr(memory, "total", lambda platform: 50 * 2**20)
+    monkeypatch.setattr(Simulation, "__init__", lambda *_: pytest.fail("nothing is made"))
+    with pytest.raises(UserError, match=r"clients' own state \(1000 clients\).* has 50\.0 MiB") as caught:
+        runs.run(made)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert "keep_optimizer" not in str(caught.value) and "fewer clients" in str(caught.value)
+    setup = prepare(made)
+    with pytest.raises(UserError, match="memory = "):
+        runs.validate(made, setup.dataset, setup.partition)
+    monkeypatch.setattr(memory, "total", lambda platform: 500 * 2**20)
+    runs.validate(made, setup.dataset, setup.partition)
+
+
+def test_advice_is_only_what_would_change_something():
+    def told(**changes):
+        plan = memory.plan(config(algorithm=CONFIGS["scaffold"](), **changes))
+        return " ".join(dataclasses.replace(plan, available=0).advice())
+
+    narrow = told(execution=ExecutionConfig(devices=2, wave=1), cohort=CohortConfig(size=1))
+    for moot in ("keep_optimizer", "more devices", "execution.wave", "cohort.size"):
+        assert moot not in narrow
+    kept = LocalConfig(epochs=1, batch_size=16, momentum=0.9, keep_optimizer=True)
+    assert "local.keep_optimizer = false" in told(local=kept)
+
+
+def test_all_memory_is_at_least_what_is_free():
+    there = memory.total("cpu")
+    assert there is not None and there >= (memory.available("cpu") or 0)
