@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.hosts_worker import CASES, CUT, inside
 
 import fedjax_sim as fs
 from fedjax_sim import config as config_lib
@@ -20,6 +19,7 @@ from fedjax_sim.cli import commands
 from fedjax_sim.cli.commands import main
 from fedjax_sim.engine import hosts
 from fedjax_sim.runs.folder import Folder
+from tests.engine.hosts_worker import CASES, CUT, inside
 
 WORKER = Path(__file__).with_name("hosts_worker.py")
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
@@ -15,6 +14,7 @@ from fedjax_sim.probes.peel import chimera
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
 from tests.peel import reference
+from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet8", "resnet20", "vit", "vgg16_bn"])

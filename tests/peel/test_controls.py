@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import traverse_util
-from tests.peel.test_probe import rows_of, settings_of, table
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
@@ -15,6 +14,7 @@ from fedjax_sim.data import Preprocessing
 from fedjax_sim.probes.peel import controls
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
+from tests.peel.test_feature_probe import rows_of, settings_of, table
 
 
 def forward_of(name="resnet6", **options):

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import Cohort
@@ -24,6 +23,7 @@ from fedjax_sim.probes.peel.head_finetuning import FIGURES, Finetuning
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
+from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
 
 CLASSES, SIZES, IDS, ROUND, EPOCHS, LR = 3, (25, 8, 19, 31), (5, 0, 2), 4, 2, 0.5
 LOCAL = LocalConfig(

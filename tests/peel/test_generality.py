@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.peel.test_probe import rows_of, settings_of, witness_of
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
@@ -16,6 +15,7 @@ from fedjax_sim.probes.peel.generality import STATES, Generality
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
+from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
 
 CLASSES, COUNTS = 3, {"fit": (40, 31, 22), "measured": (40, 17, 33)}
 
