@@ -180,8 +180,10 @@ def _sweep(words: list[str]) -> int:
     from fedjax_sim.engine import hosts
     from fedjax_sim.studies import sweep
 
-    usage = "fedjax-sim sweep FILE.yaml [--part I/N]"
-    given, flags = _given(words, usage, _SWEEP, "--part")
+    usage = "fedjax-sim sweep FILE.yaml [--part I/N | --pack | --unpack]"
+    moves = {"--pack": sweep.pack, "--unpack": sweep.unpack}
+    chosen = [word for word in words if word in moves]
+    given, flags = _given([word for word in words if word not in moves], usage, _SWEEP, "--part")
     if not isinstance(given, str):
         raise UserError("sweep", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
     part = re.fullmatch(r"(\d+)/(\d+)", flags.get("--part", "1/1"))
@@ -190,6 +192,14 @@ def _sweep(words: list[str]) -> int:
             "--part", flags["--part"], "this is not I/N", "Write 1/4 for the first of four parts."
         )
     asked = sweep.load(given)
+    if len(chosen) + len(flags) > 1:
+        why = "--part, --pack and --unpack exclude each other"
+        raise UserError("sweep", " ".join(words), why, f"Write {usage}.")
+    if chosen:
+        moved = hosts.agreed(lambda: moves[chosen[0]](asked))
+        if hosts.first():
+            print(moved.report())
+        return 0
     again = f"continue with: {shlex.join(['fedjax-sim', 'sweep', *words])}"
     try:
         with _without_loader_noise():
@@ -213,7 +223,11 @@ the sweep's folder. What is finished is not run again, what was cut goes on; a f
 
   --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
                    machine, with one folder for all on a file system that they share, or each with its own,
-                   and copy the runs together. Another start, without --part, writes the whole table"""
+                   and copy the runs together. Another start, without --part, writes the whole table
+  --pack           runs nothing. Moves the records of the finished runs into two files, runs.json and
+                   runs.parquet. Later starts and all reports read them from there. Checkpoints, figures and
+                   whatever else is in the runs' folders stay where they are
+  --unpack         the reverse: writes the records into the runs' folders, and removes the two files"""
 
 
 def _compare(words: list[str]) -> int:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from fedjax_sim.core.errors import UserError
 
@@ -30,6 +31,12 @@ def whole(path: Path, mark: str = "") -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the first error is the one to tell
             unfinished.unlink()
         raise
+
+
+def to_disk(file: IO[Any]) -> None:
+    """Brings what was written to the disk itself: a power cut spares it."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def local(path: str | os.PathLike[str], field: str = "path") -> Path:

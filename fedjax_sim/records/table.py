@@ -25,7 +25,6 @@ import csv
 import importlib.util
 import json
 import math
-import os
 import warnings
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -210,16 +209,27 @@ def write_parquet(table: Table, path: str | Path) -> None:
     """Writes the table in one go: a reader sees the old file or the new one, never half of it."""
     with paths.whole(Path(path)) as unfinished, unfinished.open("wb") as file:
         pq.write_table(table.to_arrow(), file)
-        file.flush()
-        os.fsync(file.fileno())
+        paths.to_disk(file)
 
 
 def read_parquet(path: str | Path) -> Table:
     """Reads what `write_parquet` wrote."""
     with pq.ParquetFile(path) as file:
-        columns = file.read(columns=list(Row._fields))
-    values = [columns[name].to_pylist() for name in Row._fields]
-    return Table(Row(*row) for row in zip(*values, strict=True))
+        return from_arrow(file.read(columns=list(Row._fields)))
+
+
+def from_arrow(columns: pa.Table) -> Table:
+    """The Table of what `Table.to_arrow` gave."""
+    table = Table()
+    table._rounds.frombytes(columns["round"].to_numpy().astype(np.int32).tobytes())
+    table._clients.frombytes(columns["client"].to_numpy().astype(np.int32).tobytes())
+    table._values.frombytes(columns["value"].to_numpy().astype(np.float64).tobytes())
+    for name, texts in table._texts.items():
+        # Encoded anew: codes in the order in which the texts first appear, as `extend` gives them.
+        coded = columns[name].cast(pa.string()).combine_chunks().dictionary_encode()
+        texts.codes.frombytes(coded.indices.to_numpy().astype(np.int32).tobytes())
+        texts.known.update((text, code) for code, text in enumerate(coded.dictionary.to_pylist()))
+    return table
 
 
 def reached(folder: str | Path) -> int:
@@ -308,7 +318,7 @@ class Journal:
         self._rows = _opened_at(folder / JOURNAL, end)
         self.laps = [lap for lap in read_timing(folder) if lap.round <= self.last]
         with paths.whole(folder / TIMING) as unfinished:
-            unfinished.write_text(",".join(Lap._fields) + "\n" + "".join(map(_line, self.laps)))
+            unfinished.write_text(timing(self.laps))
         self._times = (folder / TIMING).open("ab")
 
     def append(self, rows: Iterable[Row], lap: Lap, ending: Collection[str] = ()) -> list[Row]:
@@ -332,8 +342,7 @@ class Journal:
     def sync(self) -> None:
         """Brings journal and times to the disk itself: a power cut spares them."""
         for file in (self._rows, self._times):
-            file.flush()
-            os.fsync(file.fileno())
+            paths.to_disk(file)
 
     def tabulate(self) -> None:
         """Writes the table. With the last round in it the run is finished."""
@@ -384,6 +393,11 @@ def read_timing(folder: str | Path) -> list[Lap]:
         except (ValueError, TypeError, KeyError):
             continue
     return laps
+
+
+def timing(laps: Iterable[Lap]) -> str:
+    """The content of timing.csv."""
+    return ",".join(Lap._fields) + "\n" + "".join(map(_line, laps))
 
 
 def _line(lap: Lap) -> str:

@@ -13,7 +13,8 @@ A run's folder:
     metrics.parquet   the rows, tidy; written last: a run whose last round is in it is finished
 
 Of a finished run config.yaml, provenance.json, metrics.parquet and timing.csv are enough: `load` and sweeps
-need no more, in any place. Without checkpoints it has no model; its partition is drawn again when asked for.
+need no more, in any place. They may lie in the pack of a study (`fedjax_sim.runs.packs`) instead of this
+folder. Without checkpoints a run has no model; its partition is drawn again when asked for.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from fedjax_sim import config as config_lib
-from fedjax_sim import data, records
+from fedjax_sim import data
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
@@ -154,11 +155,11 @@ def resume(
     place = Folder(folder)
     given = {"dataset": dataset, "model": model, "algorithm": algorithm}
     config, _ = _resumable(place, given, rounds)
-    if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
+    if not hosts.agreed(lambda: place.records.reached() >= config.rounds):
         with hosts.held(place.claimed):
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
-            if not hosts.agreed(lambda: records.reached(place.path) >= config.rounds):
+            if not hosts.agreed(lambda: place.records.reached() >= config.rounds):
                 provenance.check_jax_settings(about.get("jax", {}))
                 began, kept = hosts.agreed(lambda: rounds_before(place, config, about))
                 make = functools.partial(setup_of, place, config, about, **given)
@@ -182,9 +183,13 @@ def _resumable(
         check_unchanged(place, asked, about)
         began = about.get("config", {}).get("rounds", config.rounds)
         if asked.rounds != config.rounds or asked.rounds < began:
-            done = records.read(place.path, config.rounds)[1]
+            done = place.records.read(config.rounds)[1]
             if done >= asked.rounds:
                 raise UserError("rounds", asked.rounds, f"the run has done {done}", "Ask for more.")
+            if packed := place.packed:
+                why = f"the run is finished, and its records are in {packed.pack.about}"
+                fix = "Unpack its study first (fedjax-sim sweep FILE.yaml --unpack)."
+                raise UserError("rounds", asked.rounds, why, fix)
         return asked, about
 
     config, about = hosts.together(read)

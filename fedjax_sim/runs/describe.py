@@ -96,21 +96,16 @@ def check_unchanged(folder: Folder, config: RunConfig, about: Mapping[str, Any])
 
 
 def read_run(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
-    """A run's configuration, and its provenance.json.
+    """A run's configuration, and its provenance, from its folder or a pack.
 
     Raises:
       UserError: no run is there, or one of the two cannot be read.
     """
     folder.check_run()
-    config = config_lib.load(folder.config)
+    config = folder.records.config()
     # The folder may have been moved or renamed since.
     output = dataclasses.replace(config.output, dir=str(folder.path))
-    try:
-        about = json.loads((folder.path / "provenance.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "folder", str(folder.path), f"provenance.json cannot be read: {error}", "Start the run anew."
-        ) from None
+    about = folder.records.provenance()
     told = {"model": config.model.name, **about.get("names", {})}  # by records of before `given`
     given = config.given or {name: told.get(name, name) for name in about.get("supplied", ())}
     return dataclasses.replace(config, output=output, given=given), about

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedjax_sim import config as config_lib
-from fedjax_sim import records
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import NotWritten, UserError
+from fedjax_sim.runs import packs
+from fedjax_sim.runs.packs import Files, Packed, Records
 
 
 class Folder:
@@ -28,8 +28,8 @@ class Folder:
 
     @property
     def config(self) -> Path:
-        """Every setting."""
-        return self.path / "config.yaml"
+        """Every setting; not there if the run's records are packed."""
+        return self.path / packs.CONFIG
 
     @property
     def partition(self) -> Path:
@@ -42,14 +42,24 @@ class Folder:
         return self.path / "checkpoints"
 
     @property
+    def records(self) -> Records:
+        """What the run recorded, in this folder or in the pack of its study (`fedjax_sim.runs.packs`)."""
+        return self.packed or Files(self.path)
+
+    @property
+    def packed(self) -> Packed | None:
+        """The run's records in a pack; None if they lie in this folder, or nowhere."""
+        return None if self.config.is_file() else packs.find(self.path)
+
+    @property
     def started(self) -> bool:
         """Whether a run has begun here."""
-        return self.config.is_file()
+        return self.config.is_file() or self.packed is not None
 
     @property
     def finished(self) -> bool:
         """Whether the table, which is written last, reaches the last round of the configuration."""
-        return self.started and records.reached(self.path) >= config_lib.load(self.config).rounds
+        return self.started and self.records.reached() >= self.records.config().rounds
 
     def check_new(self) -> None:
         """Makes the folder, for a new run.
@@ -59,11 +69,12 @@ class Folder:
         """
         if self.started:
             state = "finished" if self.finished else "unfinished"
-            fix = (
-                "Choose another output.dir, or remove the folder."
-                if self.finished
-                else f"Continue it (fedjax-sim resume {self.path}), or choose another output.dir."
-            )
+            if packed := self.packed:
+                fix = f"Choose another output.dir. The run's records are in {packed.pack.about}."
+            elif self.finished:
+                fix = "Choose another output.dir, or remove the folder."
+            else:
+                fix = f"Continue it (fedjax-sim resume {self.path}), or choose another output.dir."
             raise UserError("output.dir", str(self.path), f"it already holds a run ({state})", fix)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -121,15 +132,15 @@ class Folder:
             yield
 
     @contextlib.contextmanager
-    def drawn_into(self) -> Iterator[None]:
+    def drawn_into(self, doing: str = "drawing into it") -> Iterator[None]:
         """Holds a folder of figures and tables for this process, without a file of its own in there.
 
         Raises:
-          UserError: another process draws into it.
+          UserError: another process draws into it; `doing` says in the message what that process does.
         """
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            self._lock(descriptor, "another process is drawing into it")
+            self._lock(descriptor, f"another process is {doing}")
             yield
         finally:
             os.close(descriptor)

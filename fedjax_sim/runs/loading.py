@@ -40,12 +40,12 @@ def load(
     """
     place = Folder(folder)
     config, about = read_run(place)
-    table, rounds = records.read(place.path, config.rounds)
+    table, rounds = place.records.read(config.rounds)
 
     # Not closures: a Run can be pickled, and one that was loaded reads these wherever it is by then.
     partition = functools.partial(partition_of, place, config, about, dataset)
     variables = functools.partial(_deployed, place, dataset, model, algorithm)
-    seconds, cpu = records.total(records.read_timing(place.path), rounds)
+    seconds, cpu = records.total(place.records.laps(), rounds)
     recipe = recipe_of(place, config, about, partition)
     return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
 

@@ -6,14 +6,15 @@ The file that describes one is explained in `fedjax_sim.config.sweep_files`. In 
     curves.png, curves.pdf            mean and deviation of the metric over rounds
     sweep.json                        everything that was run, versions, hardware, cost
     runs/METHOD/SETTING/seedN/        each run's own folder
+    runs.parquet, runs.json           in place of records in those folders, if the sweep was packed
     compiled/                         compiled programs, shared by all starts (but see `programs`)
 
 A sweep may be divided over several starts, on as many machines that share its folder or have one each, to be
 put together afterwards: each start runs its part, and tells of all that is finished by then.
 
 Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
-else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
-finished, wherever the sweep's folder has been moved.
+else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which), in its
+folder or in a pack (`fedjax_sim.studies.packing`), counts as finished, wherever the sweep's folder has been moved.
 """
 
 import contextlib
@@ -36,8 +37,20 @@ from fedjax_sim.runs import progress, provenance
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
+from fedjax_sim.studies.packing import Packing, pack, unpack
 
-__all__ = ["Job", "Outcome", "Sweep", "compile_cache", "from_mapping", "load", "run"]
+__all__ = [
+    "Job",
+    "Outcome",
+    "Packing",
+    "Sweep",
+    "compile_cache",
+    "from_mapping",
+    "load",
+    "pack",
+    "run",
+    "unpack",
+]
 
 
 AGAIN = "Make room, then start the sweep again: it goes on where it stopped."
@@ -195,11 +208,13 @@ def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None
     if started:
         if differing := runs.differing(folder.path, job.config):
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            packed = folder.packed
+            way = "Remove it" if packed is None else "Unpack the study (--unpack) and remove the run's folder"
             raise UserError(
                 "sweep.out",
-                str(folder.path),
+                str(folder.path if packed is None else packed.pack.about),
                 f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
-                "Remove it, or choose another out.",
+                f"{way}, or choose another out.",
             )
         if hosts.agreed(lambda: folder.finished):
             return "finished before", runs.load(folder.path)
