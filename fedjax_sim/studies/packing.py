@@ -94,10 +94,14 @@ def pack(sweep: Sweep) -> Packing:
                 left[job.name] = why
             else:
                 moving[name] = folder
-                _check_alike(folder, sources.setdefault(name, Files(folder.path)))
+                if name in names:
+                    _check_alike(folder, sources[name])
+                else:
+                    sources[name] = Files(folder.path)
         if not sources:
-            why = "none of its runs is finished"
-            raise UserError("sweep.out", str(home.path), why, "Run the sweep first.")
+            told = [f"{job}: {why}" for job, why in left.items() if why != _UNFINISHED]
+            why = f"none of its runs can be packed: {told[0]}" if told else "none of its runs is finished"
+            raise UserError("sweep.out", str(home.path), why, "Start the sweep without --pack first.")
         if len(sources) > len(names):
             target.write(sources)
         folders = {name: Folder(target.runs / name) for name in sources}
