@@ -1,7 +1,7 @@
 """Packs a finished study: the records of its runs move out of their folders into two files, and back.
 
-Records are config.yaml, provenance.json, metrics.parquet and timing.csv; `fedjax_sim.runs.packs` describes the
-two files. All else in a run's folder (checkpoints, figures, files of one's own) stays there.
+Records are config.yaml, provenance.json, metrics.parquet and timing.csv; `fedjax_sim.runs.packs` describes
+the two files. All else in a run's folder (checkpoints, figures, files of one's own) stays there.
 
 Records leave a folder after the pack on the disk has been read back and holds the same. A process that is
 killed meanwhile leaves each run in its folder, in the pack, or alike in both; the same command goes on.

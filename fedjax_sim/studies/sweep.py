@@ -13,8 +13,9 @@ A sweep may be divided over several starts, on as many machines that share its f
 put together afterwards: each start runs its part, and tells of all that is finished by then.
 
 Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
-else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which), in its
-folder or in a pack (`fedjax_sim.studies.packing`), counts as finished, wherever the sweep's folder has been moved.
+else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
+finished, wherever the sweep's folder has been moved; so it does once they were packed
+(`fedjax_sim.studies.packing`).
 """
 
 import contextlib

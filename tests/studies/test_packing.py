@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedjax_sim as fs
-from fedjax_sim import cli, packing, packs, records, reports, runs, sweep, tables
+from fedjax_sim import cli, records, runs
 from fedjax_sim import config as config_lib
-from fedjax_sim.errors import UserError
-from fedjax_sim.folders import Folder
-from fedjax_sim.inertia import report as inertia_report
-from fedjax_sim.packs import Pack
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Lap, Row, Table
+from fedjax_sim.reports import shared as reports
+from fedjax_sim.reports.inertia import report as inertia_report
+from fedjax_sim.runs import packs
+from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.packs import Pack
+from fedjax_sim.studies import packing, sweep, tables
 
 FOUR = ("config.yaml", "metrics.parquet", "provenance.json", "timing.csv")
 BASE = {
@@ -221,7 +224,7 @@ def test_packed_and_unpacked_a_study_is_what_it_was(study):
 
 def test_tables_curves_and_reports_are_the_same_bytes_from_a_pack(tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")  # Matplotlib writes the time into a PDF
-    monkeypatch.setattr(runs, "start", never)
+    monkeypatch.setattr(runs, "run_prepared", never)
     mapping = {"base": BASE, "methods": METHODS, "seeds": [0, 1], "out": str(tmp_path / "study")}
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(mapping))
@@ -265,14 +268,14 @@ def test_a_sweep_goes_on_from_its_pack(tmp_path, monkeypatch):
         finish(last)
         return runs.load(config.output.dir)
 
-    monkeypatch.setattr(runs, "start", start)
+    monkeypatch.setattr(runs, "run_prepared", start)
     assert not sweep.run(study, told.append).failures
     assert started == [last.config]
     assert [line.split(": ")[-1].split(",")[0] for line in told] == ["finished before"] * 3 + ["run"]
     known = loaded(study)
     done = sweep.pack(study)
     assert (len(done.runs), done.before) == (1, 3) and not (study.out / "runs").exists()
-    monkeypatch.setattr(runs, "start", never)
+    monkeypatch.setattr(runs, "run_prepared", never)
     for part in ((1, 2), (2, 2)):
         outcome = sweep.run(study, part=part)
         assert not outcome.failures and not outcome.left
@@ -294,7 +297,7 @@ def test_a_study_may_be_moved(study, tmp_path, monkeypatch):
     sweep.pack(study)
     study.out.rename(tmp_path / "elsewhere")
     moved = asked(tmp_path / "elsewhere")
-    monkeypatch.setattr(runs, "start", never)
+    monkeypatch.setattr(runs, "run_prepared", never)
     assert [rows for *_, rows, _, _ in loaded(moved)] == known and not sweep.run(moved).failures
 
 
@@ -387,7 +390,7 @@ def test_a_run_in_both_places_that_differs_is_refused(study):
 
 
 def test_a_damaged_pack_is_an_error_and_no_reason_to_run_again(study, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "start", never)
+    monkeypatch.setattr(runs, "run_prepared", never)
     sweep.pack(study)
     pack = Pack(study.out / "runs")
     sound = contents(study.out)
@@ -470,7 +473,7 @@ def test_a_full_disk_leaves_folders_and_an_older_pack_as_they_were(study, monkey
     def full(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedjax_sim.packs.pq.ParquetWriter", full)
+    monkeypatch.setattr("fedjax_sim.runs.packs.pq.ParquetWriter", full)
     with pytest.raises(UserError, match=r"No space left.*same command again"):
         sweep.pack(study)
     assert contents(study.out) == before
