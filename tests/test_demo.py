@@ -32,6 +32,14 @@ def test_the_file_states_a_number_for_each_of_its_tables_and_methods():
     assert {len(cells) for cells in stated().values()} == {len(asked.rounds_of_interest) + 1}
 
 
+def test_the_readme_shows_the_numbers_that_the_file_states():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    shown = {row[0]: row[1:] for row in rows}
+    for method, cells in stated().items():
+        assert shown[method] == [f"{mean:.4f} ± {deviation:.4f}" for mean, deviation in cells]
+
+
 @pytest.mark.slow
 def test_the_demo_gives_the_numbers_that_its_file_states(tmp_path):
     """In a process of its own, as a user starts it: the tests' own settings of XLA change last digits."""

@@ -240,7 +240,8 @@ def _numbers(values: Mapping[str, float], name: str) -> str:
 _TEXT = """# Algorithms
 
 Every algorithm is a file in `fedjax_sim/algorithms`, whose docstring gives its source, its formulas, and what
-in it is FOUND in published code, INFERRED, or OUR CHOICE. `fedjax-sim list` shows all settings.
+in it is FOUND, INFERRED or OUR CHOICE ([what that means](../../CONTRIBUTING.md#found-inferred-our-choice)).
+`fedjax-sim list` shows all settings.
 
 Methods that act on the client alone (FedProx, FedSAM, FedASAM, FedNTD, MOON, pFedSD) or on the server's step
 (FedOpt, FedAvgM, FedAdam, FedYogi), LIPS and Ditto take an `inner` algorithm, FedAvg unless told otherwise:
