@@ -290,7 +290,7 @@ class _Wrapped:
 
     @functools.cached_property
     def _sizes(self) -> list[int]:
-        shapes = self._of(jax.eval_shape(self.context.model.init, jax.random.key(0)))
+        shapes = self._of(self.context.model.abstract)
         return [leaf.size for leaf in shapes.values()]
 
     def _plan(self, after: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -437,7 +437,7 @@ def eligible(model: Model, layers: str = "inner_convs", patterns: Collection[str
         points = [("params", *point.kernel) for point in model.peel_points]
         chosen = frozenset(points[1:-1])
     else:
-        shapes: Any = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+        shapes: Any = traverse_util.flatten_dict(model.abstract)
         kernels = [path for path in order if path[0] == "params" and len(shapes[path].shape) == 4]
         chosen = frozenset(kernels[1:])
     if not chosen:
@@ -453,7 +453,7 @@ def eligible(model: Model, layers: str = "inner_convs", patterns: Collection[str
 
 def _not_weights(model: Model) -> frozenset[Path]:
     """Biases, scales, shifts and statistics: all leaves that are vectors."""
-    shapes: Any = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes: Any = traverse_util.flatten_dict(model.abstract)
     return frozenset(path for path, leaf in shapes.items() if len(leaf.shape) < 2)
 
 
@@ -461,7 +461,7 @@ def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context)
     """Raises UserError if one of the leaves is not trained at the end of a round."""
     if inner.local.trains is None:
         return
-    variables: Any = jax.eval_shape(context.model.init, jax.random.key(0))
+    variables: Any = context.model.abstract
     last = jnp.int32((context.epochs or 1) - 1)
     empty: Any = None
     moves = inner.local.trains(variables, Batch(empty, empty, None, None, last))

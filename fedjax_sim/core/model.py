@@ -141,7 +141,7 @@ class Model:
 
     def check_classifier(self, name: str) -> None:
         """Raises UserError if the last peel point is no dense layer that gives the logits. name: who asks."""
-        shapes: Any = jax.eval_shape(self.init, jax.random.key(0))["params"]
+        shapes: Any = self.abstract["params"]
         for step in self.peel_points[-1].kernel if self.peel_points else ():
             shapes = shapes[step]
         if not self.peel_points or len(shapes.shape) != 2 or shapes.shape[1] != self.num_classes:
@@ -152,18 +152,26 @@ class Model:
                 "Mark the input of the last dense layer with fedjax_sim.models.peel.",
             )
 
-    def layer_order(self) -> tuple[tuple[str, ...], ...]:
-        """Paths of all leaves ("params", "conv1", "kernel") in the order in which the model makes them."""
+    @functools.cached_property
+    def _traced(self) -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
+        """(`abstract`, `layer_order()`), of one trace: a deep network takes some tenths of a second."""
         order: list[tuple[str, ...]] = []
 
         def trace(key):
-            variables = self._call(key, jnp.zeros((1, *self.input_shape), jnp.float32), init=True)
-            flat = traverse_util.flatten_dict({k: v for k, v in variables.items() if k != "peel"})
-            order.extend(flat)
-            return flat
+            variables = self.init(key)
+            order.extend(traverse_util.flatten_dict(variables))  # not yet sorted by name
+            return variables
 
-        jax.eval_shape(trace, jax.random.key(0))
-        return tuple(order)
+        return jax.eval_shape(trace, jax.random.key(0)), tuple(order)
+
+    @property
+    def abstract(self) -> dict[str, Any]:
+        """Shape and dtype of each leaf of the variables, as `jax.eval_shape` gives them of `init`."""
+        return jax.tree.map(lambda leaf: leaf, self._traced[0])
+
+    def layer_order(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of all leaves ("params", "conv1", "kernel") in the order in which the model makes them."""
+        return self._traced[1]
 
     def blocks(self) -> dict[tuple[str, ...], int]:
         """Path of each leaf -> its block, from 0 in network order; there are as many as peel points.
@@ -189,8 +197,7 @@ class Model:
 
     def num_params(self) -> int:
         """Trainable scalars (batch statistics do not count)."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract["params"]))
 
     def spelled(self, conv: str) -> "Model":
         """The same model with its convolutions spelled `conv`."""
@@ -199,10 +206,9 @@ class Model:
     @functools.cached_property
     def stochastic(self) -> bool:
         """Whether training draws random numbers (dropout)."""
-        key = jax.random.key(0)
         images = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.float32)
         try:
-            jax.eval_shape(lambda v, x: self.apply(v, x, train=True), jax.eval_shape(self.init, key), images)
+            jax.eval_shape(lambda v, x: self.apply(v, x, train=True), self.abstract, images)
         except errors.InvalidRngError:
             return True
         return False
@@ -210,8 +216,7 @@ class Model:
     @property
     def convolves(self) -> bool:
         """Whether any kernel is a convolution's."""
-        shapes = jax.eval_shape(self.init, jax.random.key(0))
-        return any(leaf.ndim == 4 for leaf in jax.tree.leaves(shapes["params"]))
+        return any(leaf.ndim == 4 for leaf in jax.tree.leaves(self.abstract["params"]))
 
     def _call(
         self,

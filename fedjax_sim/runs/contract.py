@@ -61,7 +61,7 @@ def check(
     """
     model, local = trainer.model, trainer.local
     key = jax.eval_shape(lambda: jax.random.key(0))
-    variables = jax.eval_shape(model.init, key)
+    variables = model.abstract
     guarded = _Contract(name, num_clients, cohort_size, variables).algorithm(algorithm)
     rule = guarded.local
     trainer = dataclasses.replace(trainer, rule=rule)

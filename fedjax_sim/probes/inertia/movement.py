@@ -49,7 +49,7 @@ def weight_layers(model: Model) -> dict[str, Path]:
 
     A kernel is named after its module (`block1/conv2`), others by their whole path.
     """
-    shapes: Any = traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes: Any = traverse_util.flatten_dict(model.abstract)
     paths = [p for p in model.layer_order() if p[0] == "params" and len(shapes[p].shape) > 1]
     return {"/".join(path[1:-1] if path[-1] == "kernel" and path[1:-1] else path[1:]): path for path in paths}
 

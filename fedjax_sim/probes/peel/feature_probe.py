@@ -209,7 +209,7 @@ class Probe:
             nothing = zeros_like(jax.eval_shape(viewed, jax.tree.map(lambda leaf: leaf[0], models))[1])
             inputs = (jnp.arange(count, dtype=jnp.int32), models, learnt)
             _, seen = jax.lax.scan(one, nothing, inputs)
-            return answers(self.forward.model.apply(start, images)[0]), *seen
+            return answers(self.forward.features(start, images)[0]), *seen
 
         return self.forward.over(measured, pool, measure, _merged)
 

@@ -1,6 +1,7 @@
 """Models on samples, batch by batch: what the probe and the chimeras share."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -49,11 +50,21 @@ class Forward:
 
         if len(index) == 1:
             return batch(0)
-        nothing = zeros_like(jax.eval_shape(batch, jnp.int32(0)))
-        return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, batch(number)), nothing)
+        # Traced once, though its shapes are asked for before the loop is made.
+        traced = jax.jit(batch, inline=True)
+        nothing = zeros_like(jax.eval_shape(traced, jnp.int32(0)))
+        return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, traced(number)), nothing)
 
-    def features(self, variables, images):
-        """(logits f32[B, C], feature f32[B, …] at each peel point)."""
+    @functools.cached_property
+    def features(self):
+        """The function (variables, images) -> (logits f32[B, C], feature f32[B, …] at each peel point).
+
+        It is traced once for each shape of its arguments, and its operations are then copied to where it is
+        called: a deep network takes seconds to trace.
+        """
+        return jax.jit(self._features, inline=True)
+
+    def _features(self, variables, images):
         logits, features = self.model.features(variables, images)
         return logits, [features[point.name].astype(jnp.float32) for point in self.model.peel_points]
 
@@ -67,9 +78,12 @@ class Forward:
 
     def shapes(self):
         """Of one sample's feature at each point, as `flat` keeps it before flattening."""
+        return list(self._shapes)
+
+    @functools.cached_property
+    def _shapes(self):
         images = jax.ShapeDtypeStruct((1, *self.model.input_shape), jnp.float32)
-        variables = jax.eval_shape(self.model.init, jax.random.key(0))
-        _, features = jax.eval_shape(self.model.features, variables, images)
+        _, features = jax.eval_shape(self.model.features, self.model.abstract, images)
         whole = [features[point.name].shape[1:] for point in self.model.peel_points]
         return [shape[-1:] if self.config.pool or len(shape) == 2 else shape for shape in whole]
 

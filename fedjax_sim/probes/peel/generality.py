@@ -115,7 +115,7 @@ class Generality:
         chosen = {"index": jnp.minimum(everything, count - 1), "count": jnp.int32(count)}
 
         def seen(images, labels, mask):
-            return _sums(self.forward.model.apply(model, images)[0], labels, mask)
+            return _sums(self.forward.features(model, images)[0], labels, mask)
 
         sums = self.forward.over(chosen, pools["global"], seen, partial(jax.tree.map, jnp.add))
         return others | {name: value / count for name, value in zip(GLOBAL, sums, strict=True)}
