@@ -114,3 +114,27 @@ def test_a_model_without_a_marked_classifier_is_refused(case):
     with pytest.raises(UserError, match="MOON wants the representation") as caught:
         broken.check_classifier("MOON")
     assert caught.value.field == "model" and caught.value.value == "lenet"
+
+
+def test_what_is_asked_of_a_model_is_traced_once():
+    calls = []
+
+    class Counted(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False, mask=None):
+            calls.append(train)
+            x = nn.Dense(3, name="second")(nn.Dense(4, name="last")(x.reshape(len(x), -1)))
+            models.peel(self, "fc", x)
+            return nn.Dense(2, name="fc")(x)
+
+    model = models.from_flax(Counted(), (2, 2, 1), 2, name="counted")
+    wanted = jax.eval_shape(model.init, jax.random.key(0))
+    calls.clear()
+    for _ in range(2):
+        assert model.abstract == wanted
+        assert [path[1] for path in model.layer_order()[::2]] == ["last", "second", "fc"]
+        assert set(model.blocks()) == set(model.layer_order())
+        assert (model.num_params(), model.convolves) == (20 + 15 + 8, False)
+    assert len(calls) == 1
+    model.abstract["params"].clear()
+    assert model.abstract == wanted

@@ -22,6 +22,22 @@ def forward_of(name="resnet6", **options):
     return Forward(model, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), PeelConfig(every=1), 4, 10)
 
 
+def test_a_network_is_traced_once_for_all_places_that_look_at_its_features(monkeypatch):
+    forward = forward_of("mlp", hidden=[3])
+    variables, traced, images = forward.model.abstract, [], jnp.zeros((20, 8, 8, 3), jnp.uint8)
+    features = models.Model.features
+    monkeypatch.setattr(models.Model, "features", lambda *args: traced.append(1) or features(*args))
+
+    def look(variables, images):
+        chosen = {"index": jnp.arange(20, dtype=jnp.int32), "count": jnp.int32(17)}
+        pool = {"images": images, "labels": jnp.zeros(20, jnp.int32)}
+        one = lambda x, *_: forward.features(variables, x)[1]  # noqa: E731
+        return [forward.over(chosen, pool, one, lambda a, b: jax.tree.map(jnp.add, a, b)) for _ in range(3)]
+
+    jax.eval_shape(look, variables, images)
+    assert len(traced) == 1
+
+
 def test_noise_has_the_norm_of_the_merge_leaf_by_leaf_and_no_direction_of_it():
     model = models.create("mlp", (8, 8, 1), 4, hidden=[40, 30])
     before, after = (model.init(jax.random.key(k)) for k in range(2))

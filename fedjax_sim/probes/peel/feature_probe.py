@@ -127,12 +127,12 @@ class Probe:
         out = {name: value / total for name, value in sums.items()}
         out["shift_cosine"] = 1 - out["shift_cosine"][1:]
         out["shift_cka"] = jnp.stack([1 - jax.vmap(linear_probes.linear_cka)(pair)[1:] for pair in pairs], 1)
-        figures = []
+        figures, traced = [], jax.jit(self._figures, inline=True, static_argnames="shape")  # once for a shape
         for moment, pair, point, shape in zip(
             classes, pairs, self.forward.model.peel_points, self.forward.shapes(), strict=True
         ):
             covariance = jnp.concatenate([pair.xx[1:2], pair.yy[1:]])
-            one = partial(self._figures, shape=shape)
+            one = partial(traced, shape=shape)
             kernels = leaf_at(models["params"], point.kernel)
             figures.append(jax.lax.map(lambda args, one=one: one(*args), (moment, covariance, kernels)))
         for name in figures[0]:

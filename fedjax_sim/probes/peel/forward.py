@@ -50,9 +50,9 @@ class Forward:
 
         if len(index) == 1:
             return batch(0)
-        # Traced once, though its shapes are asked for before the loop is made.
+        # Traced once, though its shapes are asked for before the loop is made; the loop counts in weak types.
         traced = jax.jit(batch, inline=True)
-        nothing = zeros_like(jax.eval_shape(traced, jnp.int32(0)))
+        nothing = zeros_like(jax.eval_shape(traced, 0))
         return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, traced(number)), nothing)
 
     @functools.cached_property

@@ -1,5 +1,7 @@
 """Second moments of pooled features, streamed: linear probes, ranks, and similarity of representations."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,6 +31,7 @@ def empty(p: int, q: int) -> Comoments:
     return Comoments(zeros(), zeros(p), zeros(q), zeros(p, p), zeros(q, q), zeros(p, q))
 
 
+@partial(jax.jit, inline=True)
 def of_batch(x: jax.Array, y: jax.Array, mask: jax.Array) -> Comoments:
     """Of one batch. f32[B, p], f32[B, q], bool[B]."""
     keep = mask.astype(jnp.float32)[:, None]
@@ -70,6 +73,7 @@ class Ridge:
     bias: jax.Array
 
 
+@partial(jax.jit, inline=True, static_argnames="penalty")
 def ridge(c: Comoments, penalty: float = 1e-2) -> Ridge:
     """The one-vs-all ridge probe in closed form, from comoments of features and one-hot labels.
 

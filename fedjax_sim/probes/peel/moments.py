@@ -6,6 +6,7 @@ their squared distances to that mean. Batches are merged by the pairwise rule of
 subtracted from anything large: float32 suffices, and memory is one mean a class, whatever the samples.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ def empty(num_classes: int, dim: int) -> Moments:
     return Moments(zeros, jnp.zeros((num_classes, dim), jnp.float32), zeros)
 
 
+@partial(jax.jit, inline=True, static_argnames="num_classes")
 def of_batch(z: jax.Array, labels: jax.Array, mask: jax.Array, num_classes: int) -> Moments:
     """Moments of one batch.
 
