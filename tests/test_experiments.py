@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_sim import config, data, models
+from fedjax_sim import config, data, models, runs
 from fedjax_sim.config import sweep_files
+from fedjax_sim.runs import packs
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(path for depth in ("*", "*/*") for path in (ROOT / "experiments").glob(f"{depth}.yaml"))
@@ -25,8 +26,12 @@ def test_every_study_loads_and_says_its_command(path):
     assert command in head
 
 
-def test_published_runs_are_of_configurations_that_still_load():
-    published = list((ROOT / "experiments").rglob("runs/**/config.yaml"))
-    assert published
+def test_published_runs_are_packed_and_still_load():
+    """Every configuration is read, and of each study the records of one run."""
+    published = sorted((ROOT / "experiments").rglob(packs.RUNS + ".json"))
+    assert published and not list((ROOT / "experiments").rglob("runs/**/config.yaml"))
     for path in published:
-        config.load(path)
+        pack = packs.Pack(path.with_name(packs.RUNS))
+        for name in pack.names():
+            packs.Packed(pack, name).config()
+        assert runs.load(pack.runs / pack.names()[-1]).finished
