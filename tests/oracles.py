@@ -20,11 +20,15 @@ from fedjax_sim.config import (
     OutputConfig,
     RunConfig,
 )
+from fedjax_sim.core.algorithm import Context
+from fedjax_sim.core.model import Model
+from fedjax_sim.core.task import Task
 from fedjax_sim.data import Dataset, Partition, Preprocessing
 from fedjax_sim.engine.clients import batch_order
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import assemble
 from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.tasks import classification
 
 Tree = dict[str, Any]
 """Nested dicts of arrays; here always {"fc1": {"kernel", "bias"}, …}."""
@@ -207,6 +211,21 @@ def world(sizes, shape=(3, 3, 1), classes: int = 3, tests: int = 23, seed: int =
         Preprocessing(**preprocessing),
     )
     return dataset, Partition(tuple(np.split(rng.permutation(count), np.cumsum(sizes)[:-1])))
+
+
+def task_of(model: Model, **preprocessing: Any) -> Task:
+    """Classification of what a model takes, by its outputs, with `Preprocessing` or its settings."""
+    return classification(model.input_shape, model.outputs, Preprocessing(**preprocessing))
+
+
+def context(model: Model, *rest: Any, **more: Any) -> Context:
+    """An algorithm's context, of classification."""
+    return Context(model, task_of(model), *rest, **more)
+
+
+def examples(images, labels) -> dict[str, Any]:
+    """Images and their classes as the task has them."""
+    return {"image": images, "label": labels}
 
 
 def configured(setup: Setup, config: RunConfig) -> Setup:

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "fedjax_sim"
 
 STOREYS = (
     "core",
-    "data",
     "tasks",
+    "data",
     "models",
     "algorithms",
     "records",

@@ -217,7 +217,7 @@ def half_squared_error(apply, variables, batch: Batch, extra):
     """½ ‖x w − y‖², where y is the last channels of the image."""
     del extra
     out, variables = apply(variables, batch)
-    y = batch.images[:, 0, 0, FEATURES:]
+    y = batch["image"][:, 0, 0, FEATURES:]
     return masked_mean(0.5 * ((out - y) ** 2).sum(1), batch.mask), variables
 
 

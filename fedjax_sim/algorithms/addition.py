@@ -62,6 +62,9 @@ class _Seeing:
         self.first = self.first or (logits, z)
         return logits, z, moved
 
+    def losses(self, outputs, batch):
+        return self.apply.losses(outputs, batch)
+
 
 def seeing(
     inner: Loss, apply: Apply, variables: Variables, batch: Batch, *, represents: bool = False

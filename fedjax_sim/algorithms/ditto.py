@@ -27,7 +27,7 @@ from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check
-from fedjax_sim.core.task import cross_entropy
+from fedjax_sim.core.task import task_loss
 
 OWN = "own model"
 """Where v_k stands during training, in each collection of the variables beside the global model's modules."""
@@ -78,7 +78,7 @@ class Ditto:
         def loss(apply, variables, batch, extra):
             if OWN not in variables["params"]:
                 return rule.loss(apply, variables, batch, extra["inner"])
-            value, moved = cross_entropy(apply, _own(variables), batch, None)
+            value, moved = task_loss(apply, _own(variables), batch, None)
             return value, _joined({name: {} for name in moved}, moved)
 
         def direction(loss_and_grad, variables, batch, extra):

@@ -141,7 +141,7 @@ class _Built:
 
     @property
     def _classes(self) -> int:
-        return self.context.model.num_classes
+        return self.context.model.outputs
 
     @property
     def _optimizer(self) -> optax.GradientTransformation:
@@ -223,7 +223,7 @@ class _Built:
         """The batch's own loss, and both terms of the generator."""
         sent: Sent = extra["sent"]
         logits, moved = apply(variables, batch)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         own = masked_mean(losses, batch.mask)
         generator, head = self._generator(variables), self.context.model.head(variables)
 
@@ -232,10 +232,10 @@ class _Built:
             return dense(head, made)
 
         keys = jax.random.split(jax.random.fold_in(batch.rng, 1), 3)
-        others = jax.random.categorical(keys[0], jnp.log(sent.known), shape=batch.labels.shape)
+        others = jax.random.categorical(keys[0], jnp.log(sent.known), shape=batch["label"].shape)
         losses = optax.softmax_cross_entropy_with_integer_labels(generated(keys[1], others), others)
         told = self.config.a * losses.mean()
-        told = told + self.config.b * divergence(generated(keys[2], batch.labels), logits, batch.mask, 1)
+        told = told + self.config.b * divergence(generated(keys[2], batch["label"]), logits, batch.mask, 1)
         return own + jnp.where(sent.known.sum() > 0, told, 0), moved
 
     def end(self, start, trained, labels, extra, steps, lr, gradient):

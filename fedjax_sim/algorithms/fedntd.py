@@ -44,11 +44,12 @@ class FedNTD:
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
+        context.needs_classes("FedNTD")
 
         def loss(inner, apply, variables, batch, x):
             value, moved, logits, _ = seeing(inner, apply, variables, batch)
-            teacher, _ = context.model.apply(x, batch.images)
-            true = jax.nn.one_hot(batch.labels, teacher.shape[-1], dtype=bool)
+            teacher, _ = context.model.apply(x, *context.task.inputs(batch.example))
+            true = jax.nn.one_hot(batch["label"], teacher.shape[-1], dtype=bool)
             without = lambda logits: jnp.where(true, -jnp.inf, logits)  # noqa: E731
             kept = divergence(without(teacher), without(logits), batch.mask, self.temperature)
             return value + self.beta * kept, moved

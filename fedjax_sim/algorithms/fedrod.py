@@ -83,10 +83,10 @@ class FedRoD:
             entropy = optax.softmax_cross_entropy_with_integer_labels
             head = variables["params"][OWN]
             logits, z, moved = apply.represent(send(variables), batch)
-            generic = masked_mean(entropy(logits + log_n[None], batch.labels), batch.mask)
+            generic = masked_mean(entropy(logits + log_n[None], batch["label"]), batch.mask)
             seen = z if self.personal_loss == "both" else jax.lax.stop_gradient(z)
             beside = jax.lax.stop_gradient(logits) + dense(head, seen)
-            personal = masked_mean(entropy(beside, batch.labels), batch.mask)
+            personal = masked_mean(entropy(beside, batch["label"]), batch.mask)
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}
 

@@ -92,7 +92,8 @@ class MOON:
         def loss(inner, apply, variables, batch, extra):
             x, previous = extra
             value, moved, _, z = seeing(inner, apply, variables, batch, represents=True)
-            others = [model.represent(other, batch.images)[1] for other in (x, previous.model)]
+            inputs = context.task.inputs(batch.example)
+            others = [model.represent(other, *inputs)[1] for other in (x, previous.model)]
             similarity = jnp.stack([cosine(z, other) for other in others], -1)
             contrast = -jax.nn.log_softmax(similarity / self.temperature)[:, 0]
             term = masked_mean(contrast, batch.mask)

@@ -48,10 +48,11 @@ class PFedSD:
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
+        context.needs_classes("pFedSD")
 
         def loss(inner, apply, variables, batch, previous):
             value, moved, logits, _ = seeing(inner, apply, variables, batch)
-            teacher, _ = context.model.apply(previous.model, batch.images)
+            teacher, _ = context.model.apply(previous.model, *context.task.inputs(batch.example))
             term = divergence(teacher, logits, batch.mask, self.temperature)
             return value + jnp.where(previous.exists, self.weight * term, 0), moved
 

@@ -123,7 +123,7 @@ class Scaffold:
 
         def gather(loss_and_grad, batch, extra):
             def added():
-                size = jnp.float32(len(batch.labels)) if batch.mask is None else batch.mask.sum()
+                size = jnp.float32(batch.size) if batch.mask is None else batch.mask.sum()
                 size = size.astype(jnp.float32)
                 _, g = loss_and_grad(extra["x"], batch)
                 total = jax.tree.map(lambda s, g: s + size * g, extra["sum"], g)

@@ -23,7 +23,7 @@ from flax import struct
 from fedjax_sim.core import stacked
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model, Variables
-from fedjax_sim.core.task import Batch, LossAndGrad, cross_entropy
+from fedjax_sim.core.task import Batch, LossAndGrad, Task, task_loss
 
 State = Any
 """An algorithm's own pytree, best a `flax.struct.dataclass`."""
@@ -90,7 +90,7 @@ def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batc
 
 @dataclasses.dataclass(frozen=True)
 class LocalRule:
-    """What a client does differently from plain SGD on the cross-entropy. All functions are of one client.
+    """What a client does differently from plain SGD on the task's loss. All functions are of one client.
 
     Attributes:
       loss: (apply, variables, batch, extra) -> (scalar, variables).
@@ -112,12 +112,13 @@ class LocalRule:
       end: (start, trained, client_state, extra, steps, lr, gradient) -> (client_state, upload); gradient as
         asked for, zero in rounds that do not ask, None if none does.
       init_client: (variables, labels) -> a client's own state, kept from round to round in a stack over all
-        N clients; labels: i32[C], how many training samples of each class it has. None keeps none.
+        N clients; labels: i32[C], how many training samples of each class it has, i32[0] where samples have
+        no classes. None keeps none.
       personal: (client_state, model) -> variables that a client uses itself, made of what it keeps and the
         model that the algorithm has for it. None: that model.
     """
 
-    loss: Callable[..., tuple[jax.Array, Variables]] = cross_entropy
+    loss: Callable[..., tuple[jax.Array, Variables]] = task_loss
     direction: Callable[..., Any] = plain_gradient
     trains: Callable[[Variables, Batch], Any] | None = None
     receive: Callable[[Variables, Any, Any, jax.Array], Variables] | None = None
@@ -225,6 +226,7 @@ class Context:
 
     Attributes:
       model: the network.
+      task: what is learned.
       num_clients: N.
       cohort_size: K.
       rounds: of the run. An algorithm that asks for it makes runs that get no more rounds later, see
@@ -236,6 +238,7 @@ class Context:
     """
 
     model: Model
+    task: Task
     num_clients: int
     cohort_size: int
     rounds: int
@@ -243,6 +246,16 @@ class Context:
     optimizer: str = "sgd"
     momentum: float = 0.0
     nesterov: bool = False
+
+    def needs_classes(self, name: str) -> None:
+        """Raises UserError where the samples have no classes. name: of the algorithm that asks."""
+        if self.task.label is None:
+            raise UserError(
+                "algorithm",
+                name,
+                f"it works on classes, and the samples of the task {self.task.name} have none",
+                "Choose another algorithm, or a classification set.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

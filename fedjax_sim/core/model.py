@@ -44,10 +44,10 @@ class Model:
 
     Attributes:
       name: short name for records.
-      module: Flax linen module, called as `module(images, train=..., mask=...)`. It marks the input
+      module: Flax linen module, called as `module(x, train=..., mask=...)`. It marks the input
         of each weight layer with `peel(self, name, x)`.
-      input_shape: (H, W, C) of one image.
-      num_classes: width of the logits.
+      input_shape: of one sample as the module takes it: (H, W, C) of an image, (d,) of a vector.
+      outputs: width of what it returns: the number of classes of a classifier.
       peel_points: ordered from the input to the classifier.
       takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
       conv: spelling of the convolution, see `fedjax_sim.models.kernels.conv`; speed only.
@@ -55,8 +55,8 @@ class Model:
 
     name: str
     module: nn.Module
-    input_shape: tuple[int, int, int]
-    num_classes: int
+    input_shape: tuple[int, ...]
+    outputs: int
     peel_points: tuple[PeelPoint, ...] = ()
     takes_mask: bool = True
     conv: str = "canonical"
@@ -71,34 +71,33 @@ class Model:
     def apply(
         self,
         variables: Variables,
-        images: jax.Array,
-        *,
+        *inputs: jax.Array,
         train: bool = False,
         mask: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Logits, and the variables with their state (batch statistics) moved on if `train`.
+        """Outputs, and the variables with their state (batch statistics) moved on if `train`.
 
         Args:
           variables: one model (no slot axis).
-          images: f32[B, H, W, C], normalised.
+          *inputs: of the module: one array f32[B, …] mostly, prepared (images normalised).
           train: batch statistics instead of running ones, dropout on.
           mask: bool[B], False for padding; None counts all.
           rng: key for dropout; needed only by models that have it, and only if `train`.
 
         Returns:
-          (f32[B, num_classes], variables).
+          (f32[B, outputs], variables).
         """
         state = [name for name in variables if name != "params"] if train else False
-        out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=state)
+        out = self._call(variables, *inputs, train=train, mask=mask, rng=rng, mutable=state)
         if not train:
             return out, dict(variables)
         logits, new = out
         return logits, {**variables, **new}
 
-    def features(self, variables: Variables, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Logits and, for each peel point, the input of its weight layer (evaluation mode)."""
-        logits, sown = self._call(variables, images, mutable=["peel"])
+    def features(self, variables: Variables, *inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Outputs and, for each peel point, the input of its weight layer (evaluation mode)."""
+        logits, sown = self._call(variables, *inputs, mutable=["peel"])
         return logits, self._peeled(sown.get("peel", {}))
 
     def _peeled(self, sown: Any) -> dict[str, jax.Array]:
@@ -110,18 +109,17 @@ class Model:
     def represent(
         self,
         variables: Variables,
-        images: jax.Array,
-        *,
+        *inputs: jax.Array,
         train: bool = False,
         mask: jax.Array | None = None,
         rng: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
-        """As `apply`, and after the logits the representation: the classifier's input f32[B, d].
+        """As `apply`, and after the outputs the representation: the classifier's input f32[B, d].
 
         The model must have a classifier (`check_classifier`).
         """
         state = [name for name in variables if name != "params"] if train else []
-        out = self._call(variables, images, train=train, mask=mask, rng=rng, mutable=[*state, "peel"])
+        out = self._call(variables, *inputs, train=train, mask=mask, rng=rng, mutable=[*state, "peel"])
         logits, new = out
         new = dict(new)
         representation = self._peeled(new.pop("peel"))[self.peel_points[-1].name]
@@ -144,7 +142,7 @@ class Model:
         shapes: Any = self.abstract["params"]
         for step in self.peel_points[-1].kernel if self.peel_points else ():
             shapes = shapes[step]
-        if not self.peel_points or len(shapes.shape) != 2 or shapes.shape[1] != self.num_classes:
+        if not self.peel_points or len(shapes.shape) != 2 or shapes.shape[1] != self.outputs:
             raise UserError(
                 "model",
                 self.name,
@@ -221,8 +219,7 @@ class Model:
     def _call(
         self,
         first: Any,
-        images: jax.Array,
-        *,
+        *inputs: jax.Array,
         train: bool = False,
         mask: jax.Array | None = None,
         rng: jax.Array | None = None,
@@ -234,9 +231,9 @@ class Model:
             keywords["mask"] = mask
         with spelling(self.conv):
             if init:
-                return self.module.init(first, images, **keywords)
+                return self.module.init(first, *inputs, **keywords)
             rngs = None if rng is None else {"dropout": rng}
-            return self.module.apply(first, images, rngs=rngs, mutable=mutable, **keywords)
+            return self.module.apply(first, *inputs, rngs=rngs, mutable=mutable, **keywords)
 
 
 def dense(layer: Any, x: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ from fedjax_sim.data.partition_files import Partition, as_partition, load_partit
 from fedjax_sim.data.partition_reports import effective_classes, label_counts, plot, summary
 from fedjax_sim.data.partitions import partition
 from fedjax_sim.data.population import Population
-from fedjax_sim.data.preprocessing import Preprocessing, augment, normalise
 from fedjax_sim.data.presets import PRESETS
 from fedjax_sim.data.sources import SCHEMES, default_data_dir, load, names
+from fedjax_sim.tasks.preprocessing import Preprocessing, augment, normalise
 
 __all__ = [
     "KINDS",

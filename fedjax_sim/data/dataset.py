@@ -1,6 +1,7 @@
 """An image classification set in memory: 8-bit images, integer labels, and where they come from."""
 
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.task import Example, Task
 from fedjax_sim.data.images import resize, with_channels
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.classification import classification
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 _ANY_COUNT = 1000
 """So many classes or domains may be numbered and not named, however few the images are."""
@@ -96,6 +99,43 @@ class Dataset:
             object.__setattr__(self, "domain_names", tuple(f"domain {d}" for d in range(count)))
         self.preprocessing.check_channels(self.image_shape[-1])
         self._warn_of_empty_classes()
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """Classification of these images."""
+        return classification(self.image_shape, self.num_classes, self.preprocessing)
+
+    @property
+    def train(self) -> Example:
+        """The training samples: `image` u8[n, H, W, C], `label` i32[n]."""
+        return {"image": self.train_images, "label": self.train_labels}
+
+    @property
+    def test(self) -> Example:
+        """The test samples, likewise."""
+        return {"image": self.test_images, "label": self.test_labels}
+
+    @property
+    def train_size(self) -> int:
+        """n, training samples."""
+        return len(self.train_labels)
+
+    @property
+    def test_size(self) -> int:
+        """m, test samples."""
+        return len(self.test_labels)
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All samples, by the names under which records know them."""
+        names = ("train_images", "train_labels", "test_images", "test_labels")
+        return {name: getattr(self, name) for name in names}
+
+    def training_on(self, index: np.ndarray) -> "Dataset":
+        """The set with the training samples i64[n'] alone, and without domains and writers."""
+        groups = dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers"))
+        images, labels = self.train_images[index], self.train_labels[index]
+        return dataclasses.replace(self, train_images=images, train_labels=labels, **groups)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.images import resize
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 TEST_SHARE = 0.2
 DOMAINS = ("plain", "inverted", "rotated", "edges", "textured")

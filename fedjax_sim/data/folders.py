@@ -24,7 +24,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.pictures import EXTENSIONS, decode
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 _PARTS = ("train", "test", "val", "validation")
 _LEFT_BEHIND = (

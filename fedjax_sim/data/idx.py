@@ -17,7 +17,7 @@ import numpy as np
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.dataset import Dataset, count_classes
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 _NAME = re.compile(r"(?:(.+)[-_.])?(train|t10k|test)[-_.](images|labels)[-_.]idx\d[-_.]\w+?(\.gz)?")
 _TYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}

@@ -15,7 +15,7 @@ import numpy as np
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset, count_classes
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 FIX = "Save train_images, train_labels, test_images, test_labels with numpy.savez, images as uint8 NHWC."
 

@@ -1,4 +1,4 @@
-"""The whole population as arrays: images once, and every client's samples as rows of indices."""
+"""The whole population as arrays: samples once, and every client's samples as rows of indices."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import numpy as np
 
+from fedjax_sim.core.task import Example
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_files import Partition, check
 
@@ -16,32 +17,21 @@ Array = Any
 
 @flax.struct.dataclass
 class Population:
-    """A pytree of arrays that the compiled round reads; no image is held twice.
+    """A pytree of arrays that the compiled round reads; no sample is held twice.
 
     Attributes:
-      images: u8[n, H, W, C], all training images.
-      labels: i32[n].
+      example: all training samples, leaves [n, …].
       indices: i32[N, n_max], row k holds client k's samples, then zeros.
       counts: i32[N], how many of a row are samples.
-      test_images: u8[m, H, W, C], the global test set.
-      test_labels: i32[m].
-      test_indices: i32[N, t_max] in the same way, or None without local tests.
-      test_counts: i32[N] or None.
+      test: the global test set, leaves [m, …].
       streams: i32[N], see `Partition.streams`, or None.
-      test_of_train: whether `test_indices` points into `images` (holdout) and not `test_images`.
-        Static.
     """
 
-    images: Array
-    labels: Array
+    example: Example
     indices: Array
     counts: Array
-    test_images: Array
-    test_labels: Array
-    test_indices: Array = None
-    test_counts: Array = None
+    test: Example
     streams: Array = None
-    test_of_train: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def build(cls, dataset: Dataset, partition: Partition) -> "Population":
@@ -52,18 +42,12 @@ class Population:
         """
         check(partition, dataset)
         indices, counts = pad(partition.train)
-        tests, test_counts = (None, None) if partition.test is None else pad(partition.test)
         return cls(
-            images=dataset.train_images,
-            labels=dataset.train_labels,
+            example=dataset.train,
             indices=indices,
             counts=counts,
-            test_images=dataset.test_images,
-            test_labels=dataset.test_labels,
-            test_indices=tests,
-            test_counts=test_counts,
+            test=dataset.test,
             streams=partition.streams,
-            test_of_train=partition.test is not None and partition.test_from == "train",
         )
 
     @property

@@ -7,7 +7,7 @@ No preset downloads anything.
 import dataclasses
 from types import MappingProxyType
 
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 _HALF = Preprocessing((0.5,), (0.5,))
 _CIFAR100 = Preprocessing((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

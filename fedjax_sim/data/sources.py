@@ -15,9 +15,9 @@ from fedjax_sim.data.dataset import Dataset, union
 from fedjax_sim.data.folders import read_folder
 from fedjax_sim.data.idx import read_idx
 from fedjax_sim.data.npz import read_npz
-from fedjax_sim.data.preprocessing import Preprocessing
 from fedjax_sim.data.presets import PRESETS, Preset
 from fedjax_sim.data.tfds_sets import find_prepared, how_to_prepare, read_tfds
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 ENVIRONMENT = "FEDJAX_SIM_DATA"
 EMBEDDED = ("digits", "digits-domains")

@@ -13,7 +13,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local
 from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.images import on_white
-from fedjax_sim.data.preprocessing import Preprocessing
+from fedjax_sim.tasks.preprocessing import Preprocessing
 
 PREPARE = ".venv/bin/pip install -e '.[prepare]'"
 """What installs TensorFlow, in the folder of a clone: the package is on no index."""

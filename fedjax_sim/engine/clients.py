@@ -25,8 +25,7 @@ from fedjax_sim.core import optimizers, stacked
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import CLIENTS, root, settled, stream
-from fedjax_sim.core.task import Batch, Training
-from fedjax_sim.data import Preprocessing, augment, normalise
+from fedjax_sim.core.task import Batch, Example, Task, Training
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
@@ -108,14 +107,12 @@ class Shard:
     """The training set as the round reads it.
 
     Attributes:
-      images: u8[n, H, W, C].
-      labels: i32[n].
+      example: the training samples as they are stored, leaves [n, …].
       indices: i32[N, n_max], each client's samples, padded.
       streams: i32[N], the number that each client's randomness is keyed by; None: its id.
     """
 
-    images: jax.Array
-    labels: jax.Array
+    example: Example
     indices: jax.Array
     streams: jax.Array | None = None
 
@@ -161,7 +158,7 @@ class Trainer:
       model: the network.
       rule: what the algorithm does on a client.
       local: hyper-parameters.
-      preprocessing: normalisation and augmentation.
+      task: what is learned.
       width: clients side by side.
       ragged: some clients of the population take more steps than others.
       partial: some client has a last batch that is not full.
@@ -174,7 +171,7 @@ class Trainer:
     model: Model
     rule: LocalRule
     local: LocalConfig
-    preprocessing: Preprocessing
+    task: Task
     width: int
     ragged: bool
     partial: bool
@@ -190,7 +187,7 @@ class Trainer:
 
         Args:
           variables: the initial model.
-          labels: i32[C], the client's training samples of each class.
+          labels: i32[C], the client's training samples of each class; C = 0 where samples have no classes.
         """
         rule = self.rule.init_client(variables, labels) if self.rule.init_client else None
         kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
@@ -321,21 +318,21 @@ class Trainer:
         return None if self.rule.gradient is None else self.rule.gradient(broadcast)
 
     def _batch(self, shard, index, mask, rngs, epoch) -> Batch:
-        """All lanes' samples: one gather, one normalisation. index: i32[L, B] -> leaves [L, B, …]."""
-        pixels = shard.images[index.reshape(-1)]
-        pixels = normalise(pixels, self.preprocessing)
-        pixels = pixels.reshape(*index.shape, *pixels.shape[1:])
-        if self.preprocessing.augments:
+        """All lanes' samples: one gather, prepared at once. index: i32[L, B] -> leaves [L, B, …]."""
+        chosen = index.reshape(-1)
+        example = self.task.prepare({key: leaf[chosen] for key, leaf in shard.example.items()})
+        example = jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), dict(example))
+        if self.task.augment is not None:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)
-            pixels = jax.vmap(partial(augment, preprocessing=self.preprocessing))(keys, pixels)
-        return Batch(pixels, shard.labels[index], mask if self._masked() else None, None, epoch)
+            example = jax.vmap(self.task.augment)(keys, example)
+        return Batch(example, mask if self._masked() else None, None, epoch)
 
     def _step(self, optimizer, variables, memory, batch, extra, rng, lr):
         """One optimiser step of one client: (model, optimiser's state, loss, gradient, what it gathered)."""
         if self.stochastic:
             batch = batch.replace(rng=jax.random.fold_in(rng, 1))
 
-        apply = Training(self.model)
+        apply = Training(self.model, self.task)
 
         def loss_and_grad(variables, batch):
             def loss(params):
@@ -362,7 +359,7 @@ class Trainer:
         return new, memory, loss, gradient, gathered
 
     def _step_keys(self, keys, t):
-        if not (self.stochastic or self.preprocessing.augments):
+        if not (self.stochastic or self.task.augment):
             return None
         return jax.vmap(lambda key: stream(key, _STEP, t))(keys)
 

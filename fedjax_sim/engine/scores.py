@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim.data import Dataset
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.programs import Program
 from fedjax_sim.engine.round import ServerState
@@ -34,8 +33,7 @@ class Scores:
         """Starts an evaluation of the deployed model after round `number`; call the result for its rows."""
         with jax.set_mesh(self._mesh):
             outcome = self._evaluator("test")(variables)
-        config = self._setup.config.evaluation
-        return lambda: _global_rows(number, outcome, self._setup.dataset, config.per_class)
+        return lambda: self._rows(number, outcome)
 
     def of_clients(self, state: ServerState, variables: Any) -> Callable[[], np.ndarray]:
         """Starts evaluating what clients would use on their own test samples; call the result for f64[N].
@@ -51,19 +49,12 @@ class Scores:
     def _evaluator(self, name: str) -> evaluation.Evaluator:
         """Over the global test set, or over the pool that clients' own test samples come from."""
         if name not in self._evaluators:
-            setup = self._setup
-            images, labels = setup.dataset.test_images, setup.dataset.test_labels
+            setup, example = self._setup, self._setup.dataset.test
             if name == "clients":
                 pool = self._local_tests()[0]
-                images, labels = setup.dataset.train_images[pool], setup.dataset.train_labels[pool]
-            self._evaluators[name] = evaluation.Evaluator(
-                setup.model,
-                setup.dataset.preprocessing,
-                self._mesh,
-                images,
-                labels,
-                placement.forward_batch(setup.config.evaluation, setup.model),
-            )
+                example = {key: leaf[pool] for key, leaf in setup.dataset.train.items()}
+            batch = placement.forward_batch(setup.config.evaluation, setup.model)
+            self._evaluators[name] = evaluation.Evaluator(setup.model, setup.task, self._mesh, example, batch)
         return self._evaluators[name]
 
     def _local_tests(self) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -74,36 +65,31 @@ class Scores:
 
     def _shared(self, own: Any, variables: Any) -> Callable[[], np.ndarray]:
         """Of clients that all use one model. own: each client's test samples."""
-        setup = self._setup
-        if setup.partition.test_from == "test":
-            outcome, positions, labels = self._evaluator("test")(variables), own, setup.dataset.test_labels
+        metric = self._setup.task.headline
+        if self._setup.partition.test_from == "test":
+            outcome, positions = self._evaluator("test")(variables), own
         else:
-            pool, positions = self._local_tests()
-            outcome, labels = self._evaluator("clients")(variables), setup.dataset.train_labels[pool]
+            positions = self._local_tests()[1]
+            outcome = self._evaluator("clients")(variables)
 
-        def accuracies() -> np.ndarray:
-            correct = np.asarray(outcome[1]) == labels
+        def figures() -> np.ndarray:
+            statistics = np.asarray(outcome[1][metric.name])
             owners = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
-            return evaluation.by_client(correct[np.concatenate(positions)], owners, len(positions))
+            chosen = statistics[np.concatenate(positions)]
+            return evaluation.by_group(metric, chosen, owners, len(positions))
 
-        return accuracies
+        return figures
 
     def _own_models(self, own: Any, state: ServerState) -> Callable[[], np.ndarray]:
         """Of clients that have models of their own. own: each client's test samples."""
-        setup = self._setup
-        holder = (
-            setup.dataset.test_images if setup.partition.test_from == "test" else setup.dataset.train_images
-        )
-        labels = (
-            setup.dataset.test_labels if setup.partition.test_from == "test" else setup.dataset.train_labels
-        )
+        setup, metric = self._setup, self._setup.task.headline
         if "personal" not in self._evaluators:
+            held = setup.dataset.test if setup.partition.test_from == "test" else setup.dataset.train
             self._evaluators["personal"] = evaluation.ClientEvaluator(
                 setup.model,
-                setup.dataset.preprocessing,
+                setup.task,
                 self._mesh,
-                placement.put_replicated(holder, self._mesh),
-                placement.put_replicated(labels, self._mesh),
+                {key: placement.put_replicated(leaf, self._mesh) for key, leaf in held.items()},
                 placement.forward_batch(setup.config.evaluation, setup.model),
             )
         width = max(len(part) for part in own)
@@ -111,47 +97,43 @@ class Scores:
         for row, part in zip(table, own, strict=True):
             row[: len(part)] = part
         chunk = setup.devices * math.ceil(min(len(own), 64) / setup.devices)
-        predicted = []
+        found = []
         for first in range(0, len(own), chunk):
             ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
             stack = self._personal(state, ids)
-            predicted.append(self._evaluators["personal"](stack, table[ids])[1])
+            found.append(self._evaluators["personal"](stack, table[ids])[1][metric.name])
 
-        def accuracies() -> np.ndarray:
-            guesses = np.concatenate([np.asarray(part) for part in predicted])[: len(own)]
-            hits = [
-                np.mean(g[: len(p)] == labels[p]) if len(p) else np.nan
-                for g, p in zip(guesses, own, strict=True)
+        def figures() -> np.ndarray:
+            statistics = np.concatenate([np.asarray(part) for part in found])[: len(own)]
+            each = zip(statistics, own, strict=True)
+            return np.asarray([evaluation.figure(metric, s[: len(p)]) if len(p) else np.nan for s, p in each])
+
+        return figures
+
+    def _rows(self, number: int, outcome: evaluation.Outcome) -> list[Row]:
+        """The records of an evaluation on the global test set after round `number`."""
+        setup, task = self._setup, self._setup.task
+        losses, statistics = np.asarray(outcome[0]), {k: np.asarray(leaf) for k, leaf in outcome[1].items()}
+        rows = [Row(number, m.name, evaluation.figure(m, statistics[m.name])) for m in task.metrics]
+        rows.append(Row(number, "loss", float(losses.astype(np.float64).mean())))
+        if setup.config.evaluation.per_class:
+            first, classes = task.headline, setup.dataset.test[task.label]
+            each = evaluation.by_group(first, statistics[first.name], classes, task.num_classes)
+            rows += [
+                Row(number, f"{first.name}_class_{c}", float(value))
+                for c, value in enumerate(each)
+                if np.isfinite(value)
             ]
-            return np.asarray(hits)
-
-        return accuracies
+        return rows
 
 
-def _global_rows(number: int, outcome: Any, dataset: Dataset, per_class: bool) -> list[Row]:
-    losses, predicted = (np.asarray(part) for part in outcome)
-    correct = predicted == dataset.test_labels
-    rows = [
-        Row(number, "accuracy", float(correct.mean())),
-        Row(number, "loss", float(losses.astype(np.float64).mean())),
-    ]
-    if per_class:
-        each = evaluation.by_client(correct, dataset.test_labels, dataset.num_classes)
-        rows += [
-            Row(number, f"accuracy_class_{c}", float(value))
-            for c, value in enumerate(each)
-            if np.isfinite(value)
-        ]
-    return rows
-
-
-def client_rows(number: int, accuracies: np.ndarray, name: str) -> list[Row]:
-    """Mean, percentiles and each of clients' accuracies f64[N], NaN for those without test samples."""
-    have = accuracies[np.isfinite(accuracies)]
+def client_rows(number: int, figures: np.ndarray, name: str) -> list[Row]:
+    """Mean, percentiles and each of clients' figures f64[N], NaN for those without test samples."""
+    have = figures[np.isfinite(figures)]
     rows = [
         Row(number, f"{name}_mean", float(have.mean())),
         Row(number, f"{name}_p10", float(np.percentile(have, 10))),
         Row(number, f"{name}_p90", float(np.percentile(have, 90))),
     ]
-    rows += [Row(number, name, float(a), client=c) for c, a in enumerate(accuracies) if np.isfinite(a)]
+    rows += [Row(number, name, float(a), client=c) for c, a in enumerate(figures) if np.isfinite(a)]
     return rows

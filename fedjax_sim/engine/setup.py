@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.model import Model
+from fedjax_sim.core.task import Task
 from fedjax_sim.data import Dataset, Partition, Population
 from fedjax_sim.engine import cohorts, waves
 from fedjax_sim.engine.clients import Trainer
@@ -27,7 +28,7 @@ class Setup:
 
     Attributes:
       config: as given.
-      dataset: the images.
+      dataset: the samples.
       partition: who holds which.
       population: both, as padded tables.
       model: the network, its convolution spelled as this backend wants it.
@@ -57,6 +58,11 @@ class Setup:
     initial: Callable[[], Any] | None = None
 
     @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.dataset.task
+
+    @property
     def num_clients(self) -> int:
         """N."""
         return self.partition.num_clients
@@ -79,7 +85,7 @@ class Setup:
             model=self.model,
             rule=self.algorithm.local,
             local=self.config.local,
-            preprocessing=self.dataset.preprocessing,
+            task=self.task,
             width=self.wave,
             ragged=len(np.unique(self.steps)) > 1,
             partial=bool(np.any(self.population.counts % self.config.local.batch_size)),
@@ -94,8 +100,10 @@ class Setup:
 
     @functools.cached_property
     def label_counts(self) -> np.ndarray:
-        """i32[N, C], training samples of each class that each client has."""
-        labels, classes = self.dataset.train_labels, self.model.num_classes
+        """i32[N, C], training samples of each class that each client has; C is 0 without classes."""
+        if self.task.label is None:
+            return np.zeros((self.num_clients, 0), np.int32)
+        labels, classes = self.dataset.train[self.task.label], self.model.outputs
         return np.stack([np.bincount(labels[own], minlength=classes) for own in self.partition.train]).astype(
             np.int32
         )

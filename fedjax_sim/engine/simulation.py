@@ -65,7 +65,8 @@ class Simulation:
         observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
         streams = None if population.streams is None else put(population.streams)
-        self.shard = Shard(put(population.images), put(population.labels), put(population.indices), streams)
+        example = {key: put(leaf) for key, leaf in population.example.items()}
+        self.shard = Shard(example, put(population.indices), streams)
         self._shardings = self._state_shardings()
         self.program = Program(
             _named(self._function),
@@ -326,15 +327,18 @@ class Simulation:
         def rows() -> list[Row]:
             out = deployed()
             if own is not None:
-                out += client_rows(number, own(), "client_accuracy")
+                out += client_rows(number, own(), f"client_{self.setup.task.headline.name}")
             if config.every and number % config.every:
                 self.ending.update(row.metric for row in out)
             return out
 
         return rows
 
-    def client_accuracies(self) -> Callable[[], np.ndarray]:
-        """Starts evaluating what clients would use on their own test samples; call the result for f64[N]."""
+    def client_figures(self) -> Callable[[], np.ndarray]:
+        """Starts evaluating what clients would use on their own test samples; call the result for f64[N].
+
+        The figure is the task's headline metric, accuracy for classes.
+        """
         return self._scores.of_clients(self.state, self.variables)
 
 

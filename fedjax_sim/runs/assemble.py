@@ -56,24 +56,28 @@ def prepare(
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)
     dataset = dataset or config.data.load()
-    shape = dataset.train_images.shape[1:]
+    task = dataset.task
+    shape, outputs = task.abstract_inputs(1)[0].shape[1:], task.outputs
     if model is None:
         options = dict(config.model.options)
         if config.model.norm is not None:
             options["norm"] = config.model.norm
         if config.model.dtype != "float32":
             options["dtype"] = jnp.dtype(config.model.dtype)
-        model = models.create(config.model.name, shape, dataset.num_classes, **options)
+        model = models.create(config.model.name, shape, outputs, **options)
     else:
-        model = models.adapted(model, shape, dataset.num_classes, name=models.name_of(model))
-    if tuple(model.input_shape) != tuple(shape) or model.num_classes < dataset.num_classes:
+        model = models.adapted(model, shape, outputs, name=models.name_of(model))
+    if tuple(model.input_shape) != tuple(shape) or model.outputs < outputs:
         raise UserError(
             "model",
             model.name,
-            f"it takes images {tuple(model.input_shape)} of {model.num_classes} classes, and {dataset.name} "
-            f"has {tuple(shape)} of {dataset.num_classes}",
-            "Make the model for these images.",
+            f"it takes samples of shape {tuple(model.input_shape)} and has {model.outputs} outputs, and "
+            f"{dataset.name} has samples of {tuple(shape)} and wants {outputs}",
+            "Make the model for these samples.",
         )
+    if config.evaluation.per_class and task.label is None:
+        why = f"the samples of {dataset.name} have no classes"
+        raise UserError("evaluation.per_class", True, why, "Leave it out.")
     wanted = config.initial.put_aside
     partition = data.partition(dataset, config.partition, config.seed, wanted, partition)
     population = Population.build(dataset, partition)
@@ -92,6 +96,7 @@ def prepare(
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
         model=model,
+        task=task,
         num_clients=partition.num_clients,
         cohort_size=cohort_size,
         rounds=config.rounds,

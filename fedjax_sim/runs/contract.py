@@ -59,7 +59,7 @@ def check(
       UserError: a function fails, which the error is chained to, or does not return what the engine wants of
         it: names the function, the place in the tree, both shapes and dtypes, and the likeliest cause.
     """
-    model, local = trainer.model, trainer.local
+    model, task, local = trainer.model, trainer.task, trainer.local
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = model.abstract
     guarded = _Contract(name, num_clients, cohort_size, variables).algorithm(algorithm)
@@ -114,15 +114,14 @@ def check(
     of: Any = jax.ShapeDtypeStruct
     whole, size = of((cohort_size,), jnp.int32), local.batch_size
     batch = Batch(
-        of((size, *model.input_shape), jnp.float32),
-        of((size,), jnp.int32),
+        jax.eval_shape(task.prepare, task.abstract(size)),
         of((size,), jnp.bool_) if trainer._masked() else None,
         key if trainer.stochastic else None,
         of((), jnp.int32),
     )
     cohort = Cohort(whole, whole, of((), jnp.int32), whole)
     with jax.set_mesh(mesh):
-        labels, lr = of((model.num_classes,), jnp.int32), of((), jnp.float32)
+        labels, lr = of((task.num_classes and model.outputs,), jnp.int32), of((), jnp.float32)
         jax.eval_shape(a_round, key, variables, labels, cohort, batch, lr)
 
 

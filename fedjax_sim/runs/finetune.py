@@ -52,7 +52,7 @@ def rows(setup: Setup, function: Round, state: ServerState) -> list[Row]:
     out, accuracies = [], np.zeros(0)
     for epoch in range(1, config.evaluation.finetune + 1):
         alone.step()()
-        accuracies = alone.client_accuracies()()
+        accuracies = alone.client_figures()()
         out.append(Row(config.rounds, f"finetuned_mean_{epoch}", float(np.nanmean(accuracies))))
     return [*client_rows(config.rounds, accuracies, "finetuned"), *out]
 

@@ -253,9 +253,9 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
     population = setup.population
     # CPU devices share one buffer, see placement.put_replicated; the Dataset itself is host memory.
     copies = 1 if platform == "cpu" else setup.devices
-    images = population.images.nbytes + population.labels.nbytes
+    images = sum(leaf.nbytes for leaf in population.example.values())
     table = population.indices.nbytes
-    tests = population.test_images.nbytes + population.test_labels.nbytes
+    tests = sum(leaf.nbytes for leaf in population.test.values())
     parts = [
         Part("training images and labels", images, images * copies, "always", "smaller images, or fewer"),
         Part(
@@ -291,7 +291,7 @@ def _abstract(shape: tuple[int, ...], dtype: Any) -> Any:
 def _one_client(setup: Setup, variables: Any) -> Any:
     rule, local = setup.algorithm.local, setup.config.local
     kept = make_optimizer(local).init(variables["params"]) if local.keep_optimizer else None
-    labels = jnp.zeros((setup.model.num_classes,), jnp.int32)
+    labels = jnp.zeros(setup.label_counts.shape[1:], jnp.int32)
     return {"rule": rule.init_client(variables, labels) if rule.init_client else None, "optimizer": kept}
 
 
@@ -391,14 +391,13 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
         model = model.spelled("xla")
     rng = jax.eval_shape(lambda: jax.random.key(0)) if setup.trainer.stochastic else None
     batch = Batch(
-        _abstract((size, *model.input_shape), jnp.float32),
-        _abstract((size,), jnp.int32),
+        jax.eval_shape(setup.task.prepare, setup.task.abstract(size)),
         _abstract((size,), jnp.bool_) if model.takes_mask else None,
         rng,
         _abstract((), jnp.int32),
     )
 
-    apply = Training(model)
+    apply = Training(model, setup.task)
 
     def loss_and_grad(variables, batch):
         def loss(params):
@@ -418,11 +417,11 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
 
 def _evaluation_parts(setup: Setup) -> list[Part]:
     batch = placement.forward_batch(setup.config.evaluation, setup.model)
-    size = min(batch, -(-len(setup.population.test_labels) // setup.devices))
+    size = min(batch, -(-setup.dataset.test_size // setup.devices))
     variables = jax.eval_shape(setup.model.init, jax.random.key(0))
-    images = _abstract((size, *setup.model.input_shape), jnp.float32)
-    forward = lambda variables, images: setup.model.apply(variables, images)[0]  # noqa: E731
-    peak = peak_bytes(jax.make_jaxpr(forward)(variables, images)) + bytes_of(images)
+    inputs = setup.task.abstract_inputs(size)
+    forward = lambda variables, *inputs: setup.model.apply(variables, *inputs)[0]  # noqa: E731
+    peak = peak_bytes(jax.make_jaxpr(forward)(variables, *inputs)) + bytes_of(inputs)
     parts = []
     if setup.config.evaluation.every:
         one = bytes_of(variables)
@@ -458,7 +457,7 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     integers, lr = _abstract((count,), jnp.int32), _abstract((), jnp.float32)
     them = Cohort(integers, integers, _abstract((), jnp.int32))
     witness = Witness(them, models, models, models, lr, jax.eval_shape(lambda: root(0)))
-    tables = (population.images, population.labels, population.indices, population.streams)
+    tables = (dict(population.example), population.indices, population.streams)
     like: Any = jax.tree.map(lambda array: _abstract(array.shape, array.dtype), tables)
     shard = Shard(*like)
     with jax.set_mesh(mesh):

@@ -116,9 +116,9 @@ def machine() -> str:
 
 def fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Shapes and checksums of a data set, by which another one is recognised."""
-    out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.num_classes}
-    for name in ("train_images", "train_labels", "test_images", "test_labels"):
-        values = np.ascontiguousarray(getattr(dataset, name))
+    out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.task.num_classes}
+    for name, values in dataset.arrays.items():
+        values = np.ascontiguousarray(values)
         out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8).data)}
     return out
 

@@ -142,12 +142,7 @@ def pretrained(setup: Setup) -> Any:
     if jax.process_count() > 1:
         why, fix = "it needs one process alone", "Pretrain in one, and give its run as initial.run."
         raise UserError("initial.pretrain", epochs, why, fix)
-    dataset = dataclasses.replace(
-        setup.dataset,
-        train_images=setup.dataset.train_images[mine],
-        train_labels=setup.dataset.train_labels[mine],
-        **dict.fromkeys(("train_domains", "test_domains", "train_writers", "test_writers")),
-    )
+    dataset = setup.dataset.training_on(mine)
     alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
     simulation = Simulation(prepare(central(config), dataset=dataset, partition=alone, model=setup.model))
     try:

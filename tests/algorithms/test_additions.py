@@ -25,7 +25,6 @@ from fedjax_sim.algorithms import (
     FedSAM,
     PFedSD,
 )
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Batch, Training
 from tests import oracles
@@ -33,7 +32,7 @@ from tests.algorithms import objectives, personal
 from tests.algorithms.objectives import Given, entropy
 
 NAMES = ("fedprox", "fedsam", "fedasam", "fedntd", "moon", "pfedsd")
-CONTEXT = Context(personal.deep(), num_clients=5, cohort_size=3, rounds=3, epochs=2)
+CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=3, rounds=3, epochs=2)
 
 
 def simulate(algorithm, **keywords):
@@ -141,7 +140,7 @@ def test_the_model_is_run_once_for_all_terms_of_the_loss():
 
     plain = personal.deep()
     model = Counting(*(getattr(plain, name) for name in plain.__dataclass_fields__))
-    context = Context(model, num_clients=5, cohort_size=3, rounds=3, epochs=2)
+    context = oracles.context(model, num_clients=5, cohort_size=3, rounds=3, epochs=2)
     for config in (MOON(FedNTD(PFedSD())), PFedSD(FedNTD(MOON()))):
         rule = config.build(context).local
         init = rule.init_client
@@ -150,7 +149,8 @@ def test_the_model_is_run_once_for_all_terms_of_the_loss():
 
         def step(variables, images, labels, rule=rule, init=init):
             extra = rule.begin(variables, init(variables, labels), None)
-            return rule.loss(Training(model), variables, Batch(images, labels, None, None), extra)
+            batch = Batch(oracles.examples(images, labels), None, None)
+            return rule.loss(Training(model, oracles.task_of(model)), variables, batch, extra)
 
         images = jax.ShapeDtypeStruct((4, 3, 3, 1), jnp.float32)
         counted.update({True: 0, False: 0})

@@ -11,7 +11,8 @@ from fedjax_sim.algorithms import CONFIGS, Batch, Cohort, FedAvg, FedMR, name_of
 from fedjax_sim.algorithms.shared import by_samples, mean_of_included, uniform
 from fedjax_sim.core.algorithm import LocalRule, Results
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.task import cross_entropy, masked_mean
+from fedjax_sim.core.task import masked_mean, task_loss
+from fedjax_sim.tasks.classification import cross_entropy
 from tests import oracles
 
 
@@ -28,12 +29,16 @@ def test_cross_entropy_and_its_gradient_do_not_see_padding(rng):
     single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     filled = jnp.asarray(np.concatenate([x, 50 * np.ones((2, 5))]), jnp.float32)
     mask = jnp.asarray([True] * 4 + [False] * 2)
-    batch = Batch(filled, jnp.asarray([*labels, 1, 1], jnp.int32), mask, None)
+    batch = Batch({"x": filled, "label": jnp.asarray([*labels, 1, 1], jnp.int32)}, mask, None)
 
-    def apply(variables, batch):
-        return batch.images @ variables["fc1"]["kernel"] + variables["fc1"]["bias"][None], variables
+    class Linear:
+        def __call__(self, variables, batch):
+            return batch["x"] @ variables["fc1"]["kernel"] + variables["fc1"]["bias"][None], variables
 
-    loss = lambda p: cross_entropy(apply, p, batch, None)[0]  # noqa: E731
+        def losses(self, outputs, batch):
+            return cross_entropy(outputs, batch.example)
+
+    loss = lambda p: task_loss(Linear(), p, batch, None)[0]  # noqa: E731
     wanted, gradient = oracles.mlp_gradient(params, x, labels)
     np.testing.assert_allclose(loss(single), wanted, rtol=1e-5)
     oracles.assert_trees_close(jax.grad(loss)(single), gradient, atol=1e-6)

@@ -14,7 +14,6 @@ from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, CluSamp, FedAvg
 from fedjax_sim.algorithms.clusamp import distributions
 from fedjax_sim.config import CohortConfig
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.checkpoint import Checkpoints
 from tests import oracles
@@ -90,7 +89,12 @@ def test_updates_beyond_single_precision_do_not_end_the_run(rng):
 
 
 def test_draws_are_independent_and_unbiased(rng):
-    context = Context(models.create("mlp", (3, 3, 1), 3), num_clients=5, cohort_size=4, rounds=1)
+    context = oracles.context(
+        models.create("mlp", (3, 3, 1), 3),
+        num_clients=5,
+        cohort_size=4,
+        rounds=1,
+    )
     choose = CluSamp().build(context).selection.choose
     distances, counts = random_distances(rng, 5), np.asarray(SIZES)
     drawn = np.stack([choose(distances, counts, 4, rng) for _ in range(3000)])

@@ -19,12 +19,11 @@ from fedjax_sim.algorithms import (
     Scaffold,
 )
 from fedjax_sim.config import EvaluationConfig, InertiaConfig, PeelConfig
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
 
-CONTEXT = Context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=2)
+CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=2)
 
 
 def simulate(algorithm, **keywords):

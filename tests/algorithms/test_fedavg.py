@@ -5,10 +5,15 @@ import numpy as np
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg
-from fedjax_sim.core.algorithm import Cohort, Context
+from fedjax_sim.core.algorithm import Cohort
 from tests import oracles
 
-CONTEXT = Context(models.create("mlp", (2, 2, 1), 2, hidden=()), 5, 3, 10)
+CONTEXT = oracles.context(
+    models.create("mlp", (2, 2, 1), 2, hidden=()),
+    5,
+    3,
+    10,
+)
 COHORT = Cohort(np.arange(3), np.array([1, 2, 3]), np.int32(0))
 
 

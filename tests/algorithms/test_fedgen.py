@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from fedjax_sim.algorithms import FedAvg, FedGen, fedgen
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Batch, Training
 from fedjax_sim.data import Partition
@@ -138,9 +137,9 @@ def test_classes_that_nobody_has_shown_are_never_drawn():
 
     def told(key):
         sent = fedgen.Sent(generator, jnp.float32([1, 0, 1]))
-        batch = Batch(jnp.asarray(images), jnp.asarray(labels), None, key)
+        batch = Batch(oracles.examples(jnp.asarray(images), jnp.asarray(labels)), None, key)
         extra = rule.begin(variables, None, sent)
-        apply = Training(setup.model)
+        apply = Training(setup.model, setup.task)
         value, _ = rule.loss(apply, variables, batch, extra)
         logits, _ = apply(variables, batch)
         return value, logits
@@ -303,5 +302,5 @@ def test_mistakes_are_named(settings, field):
 def test_a_model_without_a_marked_classifier_is_refused():
     blind = dataclasses.replace(personal.deep(), peel_points=())
     with pytest.raises(UserError, match="does not mark it") as caught:
-        FedGen().build(Context(blind, 5, 2, 3))
+        FedGen().build(oracles.context(blind, 5, 2, 3))
     assert caught.value.field == "model"

@@ -8,13 +8,19 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedAdam, FedAvg, FedAvgM, FedOpt, FedProx, FedYogi, Scaffold
-from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import personal
 
 SIZES = (12, 7, 20, 3, 31)
-CONTEXT = Context(models.create("mlp", (2, 2, 1), 2, hidden=()), 5, 3, 10, epochs=5)
+CONTEXT = oracles.context(
+    models.create("mlp", (2, 2, 1), 2, hidden=()),
+    5,
+    3,
+    10,
+    epochs=5,
+)
 COHORT = Cohort(np.arange(3), np.array([1, 2, 3]), np.int32(0))
 AVERAGING = (
     "fedavg", "fednova", "clusamp", "fedgen", "fedrod", "fedper", "fedrep", "lg_fedavg", "fedbabu", "partial",

@@ -10,7 +10,6 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, Ditto, FedAvg, FedProx, FedRoD
 from fedjax_sim.config import EvaluationConfig, InertiaConfig, PeelConfig
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
@@ -161,13 +160,18 @@ def test_a_client_that_is_left_out_keeps_its_head():
 
 
 def test_mistakes_are_named():
-    blind = Context(dataclasses.replace(personal.deep(), peel_points=()), 5, 2, 3)
+    blind = oracles.context(
+        dataclasses.replace(personal.deep(), peel_points=()),
+        5,
+        2,
+        3,
+    )
     for algorithm, field, told, context in (
         (FedRoD(), "model", "does not mark it", blind),
         (FedProx(inner=FedRoD()), "algorithm.inner", "train more", None),
         (Ditto(inner=FedRoD()), "algorithm.inner", "beside the model", None),
     ):
-        context = context or Context(personal.deep(), 5, 2, 3)
+        context = context or oracles.context(personal.deep(), 5, 2, 3)
         with pytest.raises(UserError, match=told) as caught:
             algorithm.build(context)
         assert caught.value.field == field

@@ -29,7 +29,7 @@ from fedjax_sim.algorithms import (
     Local,
 )
 from fedjax_sim.algorithms.lips import densities, eligible, kept_counts
-from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import root
 from fedjax_sim.engine import waves
@@ -383,7 +383,7 @@ def test_random_masks_come_from_the_seed_and_differ_between_clients_and_rounds()
 # --- the record, function by function -------------------------------------------------------------------
 
 NET = convolutional()
-CONTEXT = Context(NET, num_clients=4, cohort_size=4, rounds=4, epochs=1)
+CONTEXT = oracles.context(NET, num_clients=4, cohort_size=4, rounds=4, epochs=1)
 KEY = root(5)
 
 
@@ -670,7 +670,7 @@ def test_around_every_algorithm_what_is_zeroed_is_zero_and_the_rest_is_as_it_was
 
 @pytest.mark.parametrize("name", FURTHER)
 def test_a_server_that_goes_past_the_mean_is_refused(name):
-    context = Context(personal.deep(), num_clients=4, cohort_size=4, rounds=9, epochs=1)
+    context = oracles.context(personal.deep(), num_clients=4, cohort_size=4, rounds=9, epochs=1)
     with pytest.raises(UserError, match="take what was zeroed for progress") as caught:
         LIPS(CONFIGS[name](), layers="inner").build(context)
     assert caught.value.field == "algorithm.inner"

@@ -9,7 +9,6 @@ from fedjax_sim import models
 from fedjax_sim.algorithms import MOON, FedASAM, FedAvg, FedMR, FedNTD, FedProx, FedSAM, PFedSD
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.moon import cosine
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.data import Partition
 from tests import oracles
 from tests.algorithms import objectives, personal
@@ -115,7 +114,7 @@ def test_sam_climbs_to_the_edge_of_the_neighbourhood(adaptive, rng):
     like = {"a": {"kernel": (3, 2), "bias": (2, 2)}, "n": {"scale": (4,), "bias": (4,)}, "table": (2, 3)}
     w, g = (jax.tree.map(lambda s: draw(*s), like, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(2))
     config = FedASAM(rho=0.7, eta=0.1) if adaptive else FedSAM(rho=0.7)
-    rule = config.build(Context(personal.deep(), 5, 3, 10)).local
+    rule = config.build(oracles.context(personal.deep(), 5, 3, 10)).local
     asked = []
 
     def loss_and_grad(variables, batch):
@@ -142,7 +141,7 @@ def test_sam_climbs_to_the_edge_of_the_neighbourhood(adaptive, rng):
 def test_sam_stays_where_there_is_no_gradient():
     w = {"fc": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     for config in (FedSAM(), FedASAM()):
-        rule = config.build(Context(personal.deep(), 5, 3, 10)).local
+        rule = config.build(oracles.context(personal.deep(), 5, 3, 10)).local
         asked = []
 
         def loss_and_grad(variables, batch, asked=asked):

@@ -22,14 +22,13 @@ from fedjax_sim.algorithms import (
     PartialAveraging,
 )
 from fedjax_sim.cli import flags
-from fedjax_sim.core.algorithm import Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
 
 FC3 = {("fc3", "kernel"), ("fc3", "bias")}
-CONTEXT = Context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=5)
+CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=5)
 
 
 def simulate(algorithm, **keywords):

@@ -10,7 +10,7 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedDyn, FedExP, FedMut, FedNova, Scaffold
 from fedjax_sim.algorithms.fednova import total
-from fedjax_sim.core.algorithm import Cohort, Context, Results
+from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import SERVER, stream
 from fedjax_sim.engine.round import _DISPATCH
@@ -20,7 +20,7 @@ from tests.oracles import map_trees, weighted_mean
 
 SIZES = (12, 7, 20, 3, 31)  # at batch 10 and 2 epochs 4, 2, 4, 2 and 8 steps, most last batches partial
 MODEL = models.create("mlp", (3, 3, 1), 3, hidden=(4,))
-CONTEXT = Context(MODEL, num_clients=5, cohort_size=3, rounds=4)
+CONTEXT = oracles.context(MODEL, num_clients=5, cohort_size=3, rounds=4)
 WIDE = {"wave": 3}  # clients of unlike lengths side by side
 ROOT = jax.random.key(0)
 
@@ -446,7 +446,7 @@ def test_fedmut(keywords):
 
 def dispatched(slots, number, key=ROOT, **settings):
     """Multiples of Δ at which slots start, f64[tensors, K]; batch statistics must not move."""
-    record = FedMut(**settings).build(Context(MODEL, 9, slots, 100))
+    record = FedMut(**settings).build(oracles.context(MODEL, 9, slots, 100))
     names = "abcde"
     start = {
         "params": {name: jnp.full((2, 3), float(n)) for n, name in enumerate(names)},

@@ -97,7 +97,7 @@ def test_a_module_class_gets_the_number_of_classes_and_its_options(own):
 @pytest.mark.parametrize("function", ["build", "unbound"])
 def test_a_function_gets_the_shape_of_the_images_and_the_number_of_classes(own, function):
     model = models.create(f"{own}:{function}", SHAPE, 3)
-    assert (model.name, model.input_shape, model.num_classes) == (f"{own}:{function}", SHAPE, 3)
+    assert (model.name, model.input_shape, model.outputs) == (f"{own}:{function}", SHAPE, 3)
     assert shapes(models.create(f"{own}:build", SHAPE, 3, width=9))[1] == (16, 9)
 
 

@@ -19,20 +19,15 @@ def test_rows_hold_each_clients_samples_then_zeros(local_test):
     for k in range(15):
         np.testing.assert_array_equal(population.indices[k, : population.counts[k]], p.train[k])
         assert not population.indices[k, population.counts[k] :].any()
-        if p.test is not None:
-            np.testing.assert_array_equal(population.test_indices[k, : population.test_counts[k]], p.test[k])
-    assert (population.test_indices is None) == (local_test == "none")
-    assert population.test_of_train == (local_test == "holdout")
     assert population.num_clients == 15
 
 
-def test_it_is_a_pytree_with_a_static_flag_and_counts_its_bytes():
+def test_it_is_a_pytree_and_counts_its_bytes():
     population = Population.build(DIGITS, partition(DIGITS, PartitionConfig("iid", clients=7)))
     leaves, _ = jax.tree.flatten(population)
     assert len(leaves) == 6
     assert population.nbytes == sum(a.nbytes for a in leaves)
     assert population.nbytes == 1438 * 64 + 1438 * 4 + 7 * 224 * 4 + 7 * 4 + 359 * 64 + 359 * 4
-    assert jax.tree.map(lambda a: a, population).test_of_train is False
 
 
 def test_clients_of_another_draw_mostly_find_the_same_width():

@@ -6,7 +6,7 @@ import scipy.ndimage
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Preprocessing, augment, normalise
-from fedjax_sim.data.preprocessing import black, rotate, shifted_crop
+from fedjax_sim.tasks.preprocessing import black, rotate, shifted_crop
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (6, 9, 7, 3), dtype=np.uint8)

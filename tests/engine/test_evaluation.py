@@ -7,9 +7,11 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, Local
 from fedjax_sim.config import EvaluationConfig
+from fedjax_sim.core.task import Metric
 from fedjax_sim.data import Partition
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.evaluation import ClientEvaluator, Evaluator, by_client
+from fedjax_sim.engine.evaluation import ClientEvaluator, Evaluator, by_group, figure
+from fedjax_sim.tasks.classification import ACCURACY
 from tests import oracles
 
 MODEL = models.create("mlp", (3, 3, 1), 3, hidden=(5,))
@@ -27,11 +29,12 @@ def test_every_sample_once_whatever_the_padding(count, devices, batch):
     dataset, _ = oracles.world((5,), tests=count)
     variables = MODEL.init(jax.random.key(0))
     mesh = placement.make_mesh(devices)
-    evaluator = Evaluator(MODEL, dataset.preprocessing, mesh, dataset.test_images, dataset.test_labels, batch)
-    losses, predicted = evaluator(variables)
+    evaluator = Evaluator(MODEL, dataset.task, mesh, dataset.test, batch)
+    losses, statistics = evaluator(variables)
     wanted, classes = numpy_outcome(variables, dataset.test_images, dataset.test_labels)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(predicted, classes)
+    right = np.float32(classes == dataset.test_labels)
+    np.testing.assert_array_equal(statistics["accuracy"], right[:, None])
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(2, 3), (4, 100)])
@@ -41,20 +44,24 @@ def test_a_stack_of_models_each_on_its_own_samples(devices, batch, rng):
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     indices = rng.integers(0, 40, (4, 7)).astype(np.int32)
     mesh = placement.make_mesh(devices)
-    pool = tuple(
-        placement.put_replicated(part, mesh) for part in (dataset.train_images, dataset.train_labels)
-    )
-    evaluator = ClientEvaluator(MODEL, dataset.preprocessing, mesh, *pool, batch)
-    losses, predicted = evaluator(stack, indices)
+    pool = {key: placement.put_replicated(leaf, mesh) for key, leaf in dataset.train.items()}
+    evaluator = ClientEvaluator(MODEL, dataset.task, mesh, pool, batch)
+    losses, statistics = evaluator(stack, indices)
     for c, chosen in enumerate(indices):
         wanted, classes = numpy_outcome(each[c], dataset.train_images[chosen], dataset.train_labels[chosen])
         np.testing.assert_allclose(losses[c], wanted, rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(predicted[c], classes)
+        right = np.float32(classes == dataset.train_labels[chosen])
+        np.testing.assert_array_equal(statistics["accuracy"][c], right[:, None])
 
 
-def test_by_client_counts_hits_and_knows_who_has_none():
-    correct, owners = np.array([True, False, True, True]), np.array([0, 0, 2, 2])
-    np.testing.assert_array_equal(by_client(correct, owners, 4), [0.5, np.nan, 1.0, np.nan])
+def test_a_figure_of_groups_is_made_of_their_sums_and_nan_where_there_are_none():
+    hits, owners = np.float32([1, 0, 1, 1])[:, None], np.array([0, 0, 2, 2])
+    np.testing.assert_array_equal(by_group(ACCURACY, hits, owners, 4), [0.5, np.nan, 1.0, np.nan])
+    spread = Metric("spread", "min", lambda outputs, example: outputs, lambda m: m[..., 1] - m[..., 0] ** 2)
+    values = np.float32([1, 3, 5, 5])
+    statistics = np.stack([values, values**2], 1)
+    np.testing.assert_array_equal(by_group(spread, statistics, owners, 4), [1, np.nan, 0, np.nan])
+    assert figure(spread, statistics) == np.var(values.astype(np.float64))
 
 
 def _with_tests(test_from, sizes=(12, 7, 20, 3, 31)):

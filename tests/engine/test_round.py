@@ -13,7 +13,7 @@ from flax import linen as nn
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
 from fedjax_sim.core.spelling import SPELLINGS
-from fedjax_sim.core.task import cross_entropy
+from fedjax_sim.core.task import task_loss
 from fedjax_sim.models.norms import BatchNorm
 from tests import oracles
 
@@ -390,7 +390,7 @@ class LossOnly:
         record = FedAvg().build(context)
 
         def loss(apply, variables, batch, extra):
-            value, variables = cross_entropy(apply, variables, batch, extra)
+            value, variables = task_loss(apply, variables, batch, extra)
             return value + jax.lax.stop_gradient(jnp.float32(jnp.nan)), variables
 
         return dataclasses.replace(record, local=dataclasses.replace(record.local, loss=loss))

@@ -13,6 +13,7 @@ from fedjax_sim.engine.clients import Shard
 from fedjax_sim.probes.peel import chimera
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
+from tests import oracles
 from tests.peel import reference
 from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
 
@@ -43,9 +44,9 @@ def made(before_after_same=False):
     index = draw.permutation(120).reshape(3, 40).astype(np.int32)
     given = {"measured": {"index": index, "count": np.asarray([40, 40, 29], np.int32)}, "test": None}
     mesh = placement.make_mesh(2)
-    found = chimera.Chimeras(Forward(model, Preprocessing(), PeelConfig(every=1), 4, 20), mesh)
+    found = chimera.Chimeras(Forward(model, oracles.task_of(model), PeelConfig(every=1), 20), mesh)
     witness = witness_of(stacks[0], *stacks)
-    shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((3, 1), jnp.int32))
+    shard = Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros((3, 1), jnp.int32))
     with jax.set_mesh(mesh):
         out = jax.jit(found.observe)(witness, given, shard)
     return model, stacks, x, y, given["measured"], jax.device_get(out)

@@ -10,16 +10,16 @@ from flax import traverse_util
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.data import Preprocessing
 from fedjax_sim.probes.peel import controls
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
+from tests import oracles
 from tests.peel.test_feature_probe import rows_of, settings_of, table
 
 
 def forward_of(name="resnet6", **options):
     model = models.create(name, (8, 8, 3), 4, **options)
-    return Forward(model, Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3), PeelConfig(every=1), 4, 10)
+    return Forward(model, oracles.task_of(model, mean=(0.0,) * 3, std=(1.0,) * 3), PeelConfig(every=1), 10)
 
 
 def test_a_network_is_traced_once_for_all_places_that_look_at_its_features(monkeypatch):
@@ -62,7 +62,7 @@ def test_statistics_are_those_of_the_samples():
     variables = forward.model.init(jax.random.key(0))
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
-    pool = {"images": jnp.asarray(x), "labels": jnp.zeros(40, jnp.int32)}
+    pool = oracles.examples(jnp.asarray(x), jnp.zeros(40, jnp.int32))
     index = draw.permutation(40).astype(np.int32)[:30]
     chosen = {"index": jnp.asarray(index), "count": jnp.int32(24)}  # batches of 10, 10 and 4
     old = jax.tree.map(lambda leaf: leaf + 3, variables["batch_stats"])
@@ -86,7 +86,7 @@ def test_statistics_are_those_of_the_samples():
 def test_no_samples_leave_the_statistics_alone():
     forward = forward_of()
     variables = forward.model.init(jax.random.key(0))
-    pool = {"images": jnp.zeros((4, 8, 8, 3), jnp.uint8), "labels": jnp.zeros(4, jnp.int32)}
+    pool = oracles.examples(jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32))
     chosen = {"index": jnp.zeros(10, jnp.int32), "count": jnp.int32(0)}
     got = controls.reestimated(forward, variables, chosen, pool, jax.random.key(1))
     jax.tree.map(np.testing.assert_array_equal, got, dict(variables))
@@ -127,9 +127,9 @@ def test_a_count_among_the_statistics_stays(rng):
             return nn.Dense(4, name="fc")(x)
 
     model = models.from_flax(Counting(), (2, 2, 1), 4, name="counting")
-    forward = Forward(model, Preprocessing(mean=(0.0,), std=(1.0,)), PeelConfig(every=1), 4, 10)
+    forward = Forward(model, oracles.task_of(model, mean=(0.0,), std=(1.0,)), PeelConfig(every=1), 10)
     images = rng.integers(0, 256, (25, 2, 2, 1)).astype(np.uint8)
-    pool = {"images": jnp.asarray(images), "labels": jnp.zeros(25, jnp.int32)}
+    pool = oracles.examples(jnp.asarray(images), jnp.zeros(25, jnp.int32))
     chosen = {"index": jnp.arange(30, dtype=jnp.int32) % 25, "count": jnp.int32(25)}
     variables = model.init(jax.random.key(0))
     got = controls.reestimated(forward, variables, chosen, pool, jax.random.key(1))["batch_stats"]

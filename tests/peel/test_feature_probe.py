@@ -20,6 +20,7 @@ from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel.feature_probe import EACH, STATES, Probe
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
+from tests import oracles
 from tests.peel import reference
 
 CLASSES = 5
@@ -81,10 +82,10 @@ def observed(name, options, devices=2, batch_size=32, count=3, **peel):
     counts = np.asarray([64, 50, 33][:count], np.int32)
     given = {part: {"index": index[part].astype(np.int32), "count": counts} for part in index}
     mesh = placement.make_mesh(devices)
-    forward = Forward(model, Preprocessing(), PeelConfig(every=1, **peel), CLASSES, batch_size)
+    forward = Forward(model, oracles.task_of(model), PeelConfig(every=1, **peel), batch_size)
     probe = Probe(forward, mesh, 1)
     witness = witness_of(*stacks)
-    shard = Shard(jnp.asarray(x), jnp.asarray(y), jnp.zeros((count, 1), jnp.int32))
+    shard = Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros((count, 1), jnp.int32))
     with jax.set_mesh(mesh):
         out = jax.device_get(jax.jit(probe.observe)(witness, given | {"test": None}, shard))
     return model, stacks, x, y, index, counts, out

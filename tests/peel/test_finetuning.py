@@ -13,7 +13,6 @@ from fedjax_sim.algorithms import Cohort
 from fedjax_sim.config import LocalConfig, PeelConfig
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, root, stream
-from fedjax_sim.data import Preprocessing
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Lanes, Shard, Trainer, shuffled
 from fedjax_sim.engine.observing import watch
@@ -47,13 +46,18 @@ def world(name, options):
     witness = dataclasses.replace(witness_of(*stacks), cohort=cohort, lr=jnp.float32(LR))
     index = draw.permutation(160)[:120].reshape(3, 40).astype(np.int32)
     measured = {"index": index, "count": np.asarray((40, 12, 29), np.int32)}
-    return model, witness, Shard(jnp.asarray(x), jnp.asarray(y), jnp.asarray(rows)), measured
+    return (
+        model,
+        witness,
+        Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(rows)),
+        measured,
+    )
 
 
 def instrument(model, devices=2, width=1, batch=20, **preprocessing):
-    mesh, images = placement.make_mesh(devices), Preprocessing(**preprocessing)
-    forward = Forward(model, images, PeelConfig(every=1, finetune=EPOCHS), CLASSES, batch)
-    trainer = Trainer(model, LocalRule(), LOCAL, images, width, ragged=False, partial=True, stochastic=False)
+    mesh, task = placement.make_mesh(devices), oracles.task_of(model, **preprocessing)
+    forward = Forward(model, task, PeelConfig(every=1, finetune=EPOCHS), batch)
+    trainer = Trainer(model, LocalRule(), LOCAL, task, width, ragged=False, partial=True, stochastic=False)
     return Finetuning(Probe(forward, mesh, width), trainer)
 
 
@@ -73,7 +77,7 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
     """Clip, decay, momentum and steps by hand, on features in evaluation mode."""
     made = model, witness, shard, measured = world(name, MODELS[name])
     out = observed(made)
-    x, y, rows = (np.asarray(leaf) for leaf in (shard.images, shard.labels, shard.indices))
+    x, y, rows = (np.asarray(leaf) for leaf in (*shard.example.values(), shard.indices))
     (layer, _), point = model.peel_points[-1].kernel, model.peel_points[-1].name
     local = dataclasses.replace(LOCAL, epochs=EPOCHS, steps=None)
     for place, (client, count) in enumerate(zip(IDS, SIZES, strict=False)):

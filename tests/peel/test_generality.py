@@ -7,7 +7,6 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
-from fedjax_sim.data import Preprocessing
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.probes.peel.forward import Forward
@@ -45,9 +44,9 @@ def world(same=(), counts=COUNTS, clients=3):
 def observed(made, devices=2, batch=20):
     model, stacks, train, test, given = made
     mesh = placement.make_mesh(devices)
-    found = Generality(Forward(model, Preprocessing(), PeelConfig(every=1), CLASSES, batch), mesh)
-    shard = Shard(*map(jnp.asarray, train), jnp.zeros((3, 1), jnp.int32))
-    given = {**given, "test": None, "global": {"images": test[0], "labels": test[1]}}
+    found = Generality(Forward(model, oracles.task_of(model), PeelConfig(every=1), batch), mesh)
+    shard = Shard(oracles.examples(*map(jnp.asarray, train)), jnp.zeros((3, 1), jnp.int32))
+    given = {**given, "test": None, "global": oracles.examples(*test)}
     with jax.set_mesh(mesh):
         out = jax.device_get(jax.jit(found.observe)(witness_of(*stacks), given, shard))
     count = len(given["measured"]["count"])

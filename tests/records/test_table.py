@@ -1,4 +1,5 @@
 import dataclasses
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_a_table_as_a_data_frame_has_its_rows(monkeypatch):
     frame = Table(ROWS).to_pandas()
     assert [Row(*values) for values in frame[list(Row._fields)].itertuples(index=False)] == ROWS
     assert frame[frame.metric == "accuracy"].value.tolist() == [0.1, 0.2]
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"to_pandas.*pip install pandas\), or take to_arrow"):
         Table(ROWS).to_pandas()
 

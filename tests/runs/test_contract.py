@@ -16,7 +16,7 @@ from fedjax_sim.algorithms.shared import by_samples
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import LocalRule, Starts, plain_gradient
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.task import cross_entropy
+from fedjax_sim.core.task import task_loss
 from fedjax_sim.engine import placement
 from fedjax_sim.runs import assemble, contract
 
@@ -82,7 +82,7 @@ def tripped(state, cohort, starts, results, key):
 
 
 def branching(apply, variables, batch, extra):
-    loss, variables = cross_entropy(apply, variables, batch, extra)
+    loss, variables = task_loss(apply, variables, batch, extra)
     return (loss if loss > 1 else 2 * loss), variables
 
 
@@ -198,7 +198,7 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
     "too few arguments": (
         own(merge=lambda state, results: (state, {})),
         "merge",
-        "positional argument.*base.py says which",
+        "positional argument.*core/algorithm.py says which",
     ),
     "NumPy": (
         own(weights=lambda cohort: np.sqrt(np.asarray(cohort.counts))),
@@ -245,7 +245,7 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         r"a loss of float32\[8\], not one number.*masked_mean",
     ),
     "a loss alone": (
-        rule(loss=lambda apply, variables, batch, extra: cross_entropy(apply, variables, batch, extra)[0]),
+        rule(loss=lambda apply, variables, batch, extra: task_loss(apply, variables, batch, extra)[0]),
         "local.loss",
         r"returned float32\[\], not \(loss, variables\)",
     ),
@@ -338,7 +338,7 @@ def test_it_is_found_inside_of_a_method_of_the_package():
 
 
 def randomly(apply, variables, batch, extra):
-    loss, variables = cross_entropy(apply, variables, batch, extra)
+    loss, variables = task_loss(apply, variables, batch, extra)
     return loss * jax.random.uniform(batch.rng), variables
 
 

@@ -16,7 +16,7 @@ from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.cli import commands
 from fedjax_sim.config import CohortConfig, LocalConfig, ModelConfig, OutputConfig, RunConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.runs import export
+from fedjax_sim.runs import export, loading
 from fedjax_sim.runs.checkpoint import Checkpoints
 
 
@@ -56,7 +56,7 @@ def broken(*args, **kwargs):
 def test_final_weights_are_read_without_data_model_and_algorithm(done, monkeypatch):
     for name in ("load", "partition"):
         monkeypatch.setattr(data, name, broken)
-    monkeypatch.setattr(runs, "prepare", broken)
+    monkeypatch.setattr(loading, "prepare", broken)
     found = runs.load(done.folder).variables
     assert same(found, done.variables) and isinstance(found["params"]["fc1"]["kernel"], np.ndarray)
 

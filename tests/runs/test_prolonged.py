@@ -16,6 +16,7 @@ from fedjax_sim.runs import drive
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
+from tests import oracles
 
 SMALL = RunConfig(
     rounds=7,
@@ -27,7 +28,9 @@ SMALL = RunConfig(
 
 def test_of_these_algorithms_lips_alone_goes_by_the_number_of_rounds():
     model = models.create("cnn8", (8, 8, 1), 10, norm="batch")
-    context = Prolonged(model, num_clients=6, cohort_size=3, rounds=7, epochs=5, began=3)
+    context = Prolonged(
+        model, oracles.task_of(model), num_clients=6, cohort_size=3, rounds=7, epochs=5, began=3
+    )
     refused, options = set(), {"partial": {"first": 2}}
     for name, config in CONFIGS.items():
         try:

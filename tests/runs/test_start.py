@@ -28,6 +28,7 @@ from fedjax_sim.data import PartitionConfig
 from fedjax_sim.runs import finetune, memory
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.folder import Folder
 from fedjax_sim.runs.start import STREAM, central, with_start
 from tests import oracles
 from tests.runs.test_runs import RECORDS, Crash, crash, records_of, same, stop_at
@@ -280,7 +281,7 @@ def test_another_model_is_named_with_its_first_differing_leaf(other):
 
 def test_a_run_that_another_process_writes_is_left_alone(other, copied):
     (copied / "metrics.parquet").unlink()
-    with runs.Folder(copied).claimed():
+    with Folder(copied).claimed():
         assert "another process" in str(refused(starting(copied)))
     oracles.assert_trees_equal(Simulation(starting(copied)).variables, other.variables)
 

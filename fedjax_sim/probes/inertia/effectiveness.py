@@ -55,7 +55,7 @@ class Effectiveness:
         self._config, self._seed = config.inertia, config.seed
         self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
         self._batch = placement.forward_batch(config.evaluation, model)
-        self._tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
+        self._tests = {key: put(leaf) for key, leaf in dataset.test.items()}
         self.observers = {NAME: self}
 
     # --- on the host, before ------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class Effectiveness:
     def given(self, ids: np.ndarray) -> dict[str, Any]:
         """What the observer wants at hand for these clients, i32[m]: samples by index and count, test set."""
         draw, most = np.random.default_rng([self._seed, INERTIA]), self._config.samples
-        everything = draw.permutation(len(self._dataset.test_labels))[:most].astype(np.int32)
+        everything = draw.permutation(self._dataset.test_size)[:most].astype(np.int32)
         given: dict[str, Any] = {"global": everything, "tests": self._tests, "own": None}
         if self._partition.test is not None:
             draws = (np.random.default_rng([self._seed, INERTIA, int(i)]) for i in ids)
@@ -88,10 +88,10 @@ class Effectiveness:
     # --- inside the round ---------------------------------------------------------------------------
 
     def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
-        """f32[m, 2] by client and state, for each metric."""
+        """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""
         pools = {"global": given["tests"], "own": given["tests"]}
         if self._partition.test_from != "test":
-            pools["own"] = {"images": shard.images, "labels": shard.labels}
+            pools["own"] = shard.example
         count = len(witness.cohort.ids)
         everything = jnp.broadcast_to(given["global"], (count, *given["global"].shape))
         chosen = {
@@ -109,33 +109,32 @@ class Effectiveness:
                 self._figures(fill(models), fill(part), pools[name])
                 for models in (witness.before, witness.after)
             ]
-            for place, metric in enumerate(("accuracy", "loss")):
-                out[f"merge_{name}_{metric}"] = jnp.stack([state[place][:count] for state in found], 1)
+            for metric in found[0]:
+                out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)
         return out
 
     def _figures(self, models, part, pool):
-        """(accuracy, loss), f32[m] each."""
-        losses, guesses = evaluation.of_clients(
-            self._model,
-            self._dataset.preprocessing,
-            self._mesh,
-            self._batch,
-            models,
-            part["index"],
-            pool["images"],
-            pool["labels"],
+        """Means over each client's samples: of the headline's statistics f32[m, s], and `loss` f32[m]."""
+        task = self._dataset.task
+        losses, statistics = evaluation.of_clients(
+            self._model, task, self._mesh, self._batch, models, part["index"], pool
         )
         mask = jnp.arange(losses.shape[1], dtype=jnp.int32)[None] < part["count"][:, None]
         total = part["count"].astype(jnp.float32)
-        right = (guesses == pool["labels"][part["index"]]) & mask
-        return right.sum(1).astype(jnp.float32) / total, jnp.where(mask, losses, 0).sum(1) / total
+        named = statistics[task.headline.name]
+        figures = jnp.where(mask[..., None], named, 0).sum(1) / total[:, None]
+        return {task.headline.name: figures, "loss": jnp.where(mask, losses, 0).sum(1) / total}
 
     # --- on the host, after -------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
         """The tidy rows of round `number`."""
         del given
-        out = cast(dict[str, np.ndarray], observed[NAME])
+        headline = self._dataset.task.headline
+        out = {
+            metric: headline.finish(values) if metric.endswith(f"_{headline.name}") else values
+            for metric, values in cast(dict[str, np.ndarray], observed[NAME]).items()
+        }
         made = [
             tidy(number, metric, values[place, s], client=client, state=state)
             for metric, values in out.items()
@@ -143,8 +142,8 @@ class Effectiveness:
             for s, state in enumerate(STATES)
         ]
         for name in ("own", "global"):
-            values = out.get(f"merge_{name}_accuracy")
+            values = out.get(f"merge_{name}_{headline.name}")
             if values is not None:
-                gain = values.astype(np.float64)
+                gain = values.astype(np.float64) * (1 if headline.goal == "max" else -1)
                 made.append(tidy(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean())))
         return made

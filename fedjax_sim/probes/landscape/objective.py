@@ -25,11 +25,14 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS, averages
-from fedjax_sim.data import Preprocessing, normalise
+from fedjax_sim.core.task import Task, evaluate
 from fedjax_sim.engine.placement import make_mesh, replicated, sharded
+from fedjax_sim.tasks.preprocessing import Preprocessing, normalise
 
-Function = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-"""(variables, inputs [B, …], labels [B]) -> (losses f32[B], whether right bool[B]).
+Function = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
+"""(variables, inputs [B, …], targets [B, …]) -> (losses f32[B], figures [B], whether right for classes).
+
+Inputs and targets may be trees of arrays, or None.
 
 Differentiable twice in reverse mode.
 """
@@ -51,11 +54,7 @@ class CrossEntropy:
     preprocessing: Preprocessing | None = None
 
     def __post_init__(self):
-        module = self.model.module
-        if any(field.name == "dtype" for field in dataclasses.fields(module)):
-            module = module.clone(dtype=jnp.float32)
-        spelling = "auto" if jax.default_backend() == "cpu" else "xla"
-        object.__setattr__(self, "model", dataclasses.replace(self.model, module=module, conv=spelling))
+        object.__setattr__(self, "model", _exact(self.model))
 
     def __call__(self, variables: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `Function`."""
@@ -66,13 +65,46 @@ class CrossEntropy:
         return losses, jnp.argmax(logits, -1).astype(labels.dtype) == labels
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskLoss:
+    """A task's loss and its headline metric of a model, likewise in evaluation mode and in float32.
+
+    Called with samples as they are stored; there are no targets besides.
+
+    Attributes:
+      model: the network.
+      task: whose loss; its headline must be a mean over samples.
+    """
+
+    model: Model
+    task: Task
+
+    def __post_init__(self):
+        object.__setattr__(self, "model", _exact(self.model))
+
+    def __call__(self, variables: Any, example: Any, targets: None) -> tuple[jax.Array, jax.Array]:
+        """See `Function`."""
+        del targets
+        losses, statistics = evaluate(self.model, self.task, variables, example)
+        return losses, statistics[self.task.headline.name][:, 0]
+
+
+def _exact(model: Model) -> Model:
+    """The model computing in float32, its convolutions spelled as is fastest for one model."""
+    module = model.module
+    if any(field.name == "dtype" for field in dataclasses.fields(module)):
+        module = module.clone(dtype=jnp.float32)
+    spelling = "auto" if jax.default_backend() == "cpu" else "xla"
+    return dataclasses.replace(model, module=module, conv=spelling)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Values:
     """Loss and accuracy at n points.
 
     Attributes:
       loss: f64[n], mean over the samples.
-      accuracy: f64[n], share of the samples that is right.
+      accuracy: f64[n], share of the samples that is right; without classes the mean of the task's headline.
     """
 
     loss: np.ndarray
@@ -90,8 +122,8 @@ class Objective:
     def __init__(
         self,
         function: Model | Function,
-        images: np.ndarray,
-        labels: np.ndarray,
+        images: Any,
+        labels: Any,
         *,
         preprocessing: Preprocessing | None = None,
         batch_size: int = 250,
@@ -101,8 +133,8 @@ class Objective:
 
         Args:
           function: a model, whose cross-entropy it is then; or any loss.
-          images: [n, …], u8 with `preprocessing`, else f32.
-          labels: i32[n].
+          images: [n, …], u8 with `preprocessing`, else f32; or a tree of arrays [n, …].
+          labels: i32[n]; likewise, or None.
           preprocessing: of a model's images.
           batch_size: samples that one device takes at once.
           mesh: devices; None: all.
@@ -110,9 +142,10 @@ class Objective:
         Raises:
           UserError: no samples, or not as many labels as images.
         """
-        count = len(labels)
-        if not count or len(images) != count:
-            why = f"there are {len(images)} images and {count} labels"
+        sizes = [len(leaf) for leaf in jax.tree.leaves((images, labels))]
+        count = sizes[-1]
+        if not count or len(set(sizes)) > 1:
+            why = f"there are {len(images)} images and {len(labels)} labels"
             raise UserError("samples", count, why, "Give one label or more, and an image for each.")
         self.function = CrossEntropy(function, preprocessing) if isinstance(function, Model) else function
         self.samples = count
@@ -125,7 +158,8 @@ class Objective:
             index = np.arange(first, first + width)
             counted = index < count  # the others fill the batch up, with samples over again
             index %= count
-            self._batches.append((place(images[index]), place(labels[index]), place(counted)))
+            pick = lambda tree, index=index: jax.tree.map(lambda leaf: place(leaf[index]), tree)  # noqa: E731
+            self._batches.append((pick(images), pick(labels), place(counted)))
 
     def values(self, variables: Any, directions: Any, coefficients: np.ndarray) -> Values:
         """Loss and accuracy at variables + Σ_j c_j · direction j, for n lists of coefficients.

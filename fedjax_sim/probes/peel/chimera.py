@@ -62,7 +62,7 @@ class Chimeras:
         spare = -count % self.mesh.size
         own = (witness.before, witness.after, given["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
-        pool = given["test"] or {"images": shard.images, "labels": shard.labels}
+        pool = given["test"] or shard.example
 
         def share(own, pool):
             return jax.lax.map(lambda one: self._client(one, pool), own)

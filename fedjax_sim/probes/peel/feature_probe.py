@@ -94,7 +94,7 @@ class Probe:
         own = (witness.start, witness.before, witness.after, given["fit"], given["measured"], keys)
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
 
-        train = {"images": shard.images, "labels": shard.labels}
+        train = shard.example
         pools = {"fit": train, "measured": given["test"] or train}
 
         def share(own, pools):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Preprocessing, normalise
+from fedjax_sim.core.task import Task
 from fedjax_sim.probes.peel import moments as class_moments
 
 
@@ -18,25 +18,28 @@ class Forward:
 
     Attributes:
       model: the network.
-      preprocessing: its normalisation.
+      task: what the samples are; they have classes.
       config: what to measure.
-      num_classes: C.
       batch_size: samples in one forward pass.
     """
 
     model: Model
-    preprocessing: Preprocessing
+    task: Task
     config: PeelConfig
-    num_classes: int
     batch_size: int
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.task.num_classes
 
     def over(self, chosen, pool, measure, merge):
         """Measures batch by batch and merges.
 
         Args:
           chosen: index i32[s], whole batches of it; count i32[].
-          pool: images and labels that the index counts in.
-          measure: (images, labels, mask) -> what a batch says.
+          pool: samples that the index counts in.
+          measure: (what the model is called with, labels, mask) -> what a batch says.
           merge: (two of these) -> of both; zeros must be nothing to it.
         """
         index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
@@ -44,9 +47,9 @@ class Forward:
 
         def batch(number):
             rows = index[number]
-            images = normalise(pool["images"][rows], self.preprocessing)
+            example = self.task.prepare({key: leaf[rows] for key, leaf in pool.items()})
             mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
-            return measure(images, pool["labels"][rows], mask)
+            return measure(*self.task.inputs(example), example[self.task.label], mask)
 
         if len(index) == 1:
             return batch(0)

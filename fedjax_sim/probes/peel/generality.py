@@ -62,7 +62,7 @@ class Generality:
 
         Args:
           witness: the models.
-          given: `fit`, `measured` and `test` as for the probe, and `global`: images and labels of the global
+          given: `fit`, `measured` and `test` as for the probe, and `global`: the samples of the global
             test set.
           shard: the training set.
 
@@ -74,7 +74,7 @@ class Generality:
         spare = -count % self.mesh.size
         models = (witness.start, witness.before, witness.after)
         models = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), models)
-        train = {"images": shard.images, "labels": shard.labels}
+        train = shard.example
         samples = {name: given[name] for name in ("fit", "measured")}
         pools = {"fit": train, "measured": given["test"] or train, "global": given["global"]}
 
@@ -109,7 +109,7 @@ class Generality:
     def _model(self, model, samples, pools):
         """One model on every client's samples, and on the global test set."""
         others = jax.lax.map(lambda one: self._client(model, one, pools), samples)
-        count = len(pools["global"]["labels"])
+        count = len(jax.tree.leaves(pools["global"])[0])
         size = min(self.forward.batch_size, count)
         everything = jnp.arange(-(-count // size) * size, dtype=jnp.int32)
         chosen = {"index": jnp.minimum(everything, count - 1), "count": jnp.int32(count)}

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, stream
 from fedjax_sim.core.stacked import AXIS
-from fedjax_sim.core.task import cross_entropy
+from fedjax_sim.core.task import Training, task_loss
 from fedjax_sim.engine.clients import Lanes, Shard, Trainer
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import moments
@@ -56,12 +56,13 @@ class Finetuning:
 
     def classifier_trainer(self, width: int) -> Trainer:
         """The run's trainer, `width` clients side by side, of the last block alone."""
-        model, place = self.trainer.model, self.trainer.model.blocks()
+        place = self.trainer.model.blocks()
+        still = Training(self.trainer.model, self.trainer.task, train=False)
         last = max(place.values())
 
         def loss(apply, variables, batch, extra):
             del apply  # which is in training mode
-            return cross_entropy(lambda v, b: model.apply(v, b.images), variables, batch, extra)
+            return task_loss(still, variables, batch, extra)
 
         def trains(variables, batch):
             del batch
@@ -114,7 +115,7 @@ class Finetuning:
         run = jax.shard_map(
             share, mesh=mesh, in_specs=(P(AXIS), P(), P(), P(), P()), out_specs=P(AXIS), check_vma=False
         )
-        pool = given["test"] or {"images": shard.images, "labels": shard.labels}
+        pool = given["test"] or shard.example
         return jax.tree.map(lambda leaf: leaf[:count], run(own, witness.lr, key, shard, pool))
 
     def _measured(self, own, pool) -> dict[str, jax.Array]:

@@ -59,6 +59,13 @@ class Peeling:
                 f"{model.name} declares no peel points",
                 "Mark the input of each weight layer with fedjax_sim.models.peel, or set peel.every to 0.",
             )
+        if dataset.task.label is None:
+            raise UserError(
+                "peel.every",
+                peel.every,
+                f"the probe measures features by class, and the samples of {dataset.name} have no classes",
+                "Set peel.every to 0, or take a classification set.",
+            )
         self._every = peel.every
         batch, width = placement.forward_batch(config.evaluation, model), trainer.width
         if jax.default_backend() == "cpu":
@@ -68,7 +75,7 @@ class Peeling:
             # over the very threads that wait for it: with as many devices as cores, for ever.
             width = 1
         self._samples = Samples(peel, dataset, partition, config.seed, batch)
-        forward = Forward(model, dataset.preprocessing, peel, dataset.num_classes, batch)
+        forward = Forward(model, dataset.task, peel, batch)
         probe = Probe(forward, mesh, width)
         instruments: list[tuple[str, Instrument, bool]] = [
             ("probe", probe, True),
@@ -79,7 +86,7 @@ class Peeling:
         self.observers = {name: instrument for name, instrument, wanted in instruments if wanted}
         tests = None
         if self._samples.of_test or peel.others:
-            tests = {"images": put(dataset.test_images), "labels": put(dataset.test_labels)}
+            tests = {key: put(leaf) for key, leaf in dataset.test.items()}
         self._pools = {"test": tests if self._samples.of_test else None, "global": tests}
 
     def due(self, number: int, rounds: int) -> bool:

@@ -1,7 +1,7 @@
 """Which clients a probe measures, and on which of their samples. On the host, from the seed alone."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -89,7 +89,8 @@ class Samples:
         else:
             half = len(own) // 2
             fit, measured = own[half:][:most], own[:half]
-        labels = (self.dataset.test_labels if self.of_test else self.dataset.train_labels)[measured]
+        held = self.dataset.test if self.of_test else self.dataset.train
+        labels = held[cast(str, self.dataset.task.label)][measured]
         enough = np.bincount(labels, minlength=1)[labels] >= self.config.class_samples
         return fit, measured[enough][:most]
 

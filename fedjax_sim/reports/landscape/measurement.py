@@ -16,7 +16,7 @@ from fedjax_sim.engine.round import Round, Watched
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.probes.landscape.curvature import Spectrum, spectrum
 from fedjax_sim.probes.landscape.directions import filter_normalised
-from fedjax_sim.probes.landscape.objective import CrossEntropy, Objective
+from fedjax_sim.probes.landscape.objective import Objective, TaskLoss
 from fedjax_sim.probes.landscape.sharpness import Scale, Sharpness, sharpness
 from fedjax_sim.probes.landscape.surfaces import Barrier, Curve, Plane, Surface, barrier, line, plane, surface
 from fedjax_sim.runs import Run
@@ -137,17 +137,20 @@ def objectives(simulation: Simulation, settings: Settings) -> dict[str, Objectiv
     """
     setup, dataset = simulation.setup, simulation.setup.dataset
     draw = np.random.default_rng(settings.seed)
-    train = draw.permutation(len(dataset.train_labels))
+    train = draw.permutation(dataset.train_size)
     train = train[np.isin(train, np.concatenate(setup.partition.train))][: settings.samples]
-    test = draw.permutation(len(dataset.test_labels))[: settings.samples]
-    function = CrossEntropy(setup.model, dataset.preprocessing)
-    chosen = {
-        "train": (dataset.train_images[train], dataset.train_labels[train]),
-        "test": (dataset.test_images[test], dataset.test_labels[test]),
-    }
+    test = draw.permutation(dataset.test_size)[: settings.samples]
+    function = TaskLoss(setup.model, dataset.task)
+    chosen = {"train": (dataset.train, train), "test": (dataset.test, test)}
     return {
-        name: Objective(function, *pair, batch_size=settings.batch, mesh=simulation.mesh)
-        for name, pair in chosen.items()
+        name: Objective(
+            function,
+            {key: leaf[index] for key, leaf in samples.items()},
+            None,
+            batch_size=settings.batch,
+            mesh=simulation.mesh,
+        )
+        for name, (samples, index) in chosen.items()
     }
 
 
