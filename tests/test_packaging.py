@@ -314,7 +314,7 @@ def test_an_environment_of_another_lock_is_brought_up_to_date(stand_in):
         )
         assert uv_lock == "uv pip install --python .venv/bin/python --require-hashes -r requirements.lock"
         assert uv_project == "uv pip install --python .venv/bin/python --no-deps --no-build-isolation -e ."
-        assert tests == "python -m pytest -n2"
+        assert tests == "python -m pytest -n2 --dist=worksteal"
         assert re.fullmatch(r"[0-9a-f]{64}\n", stamp.read_text())
         assert not (checkout / ".venv/.lock").exists(), "uv's own lock: uv waits for its holder"
     only_uv = (checkout / ".venv/uv.lock").read_text()
@@ -325,7 +325,11 @@ def test_a_ready_environment_is_used_as_it_is_and_arguments_pass_through(stand_i
     _, call = stand_in
     call("scripts/test.sh")
     for script, arguments, expected in [
-        ("scripts/test.sh", ["tests/models", "-m", "a b"], "python -m pytest -n2 tests/models -m a b"),
+        (
+            "scripts/test.sh",
+            ["tests/models", "-m", "a b"],
+            "python -m pytest -n2 --dist=worksteal tests/models -m a b",
+        ),
         ("scripts/test.sh", ["-n", "0"], "python -m pytest -n 0"),
         ("scripts/test.sh", ["-x", "--pdb"], "python -m pytest -x --pdb"),
         ("scripts/demo.sh", ["--out", "x"], "fedjax-sim sweep experiments/demo.yaml --out x"),
@@ -340,7 +344,7 @@ def test_continuous_integration_tests_lints_and_types_and_passes_over_a_python_t
     _, call = stand_in
     call("scripts/test.sh")
     calls, said = call(".ci/run", "-x")
-    assert calls == ["python -m pytest -n2 -x", *CHECKS]
+    assert calls == ["python -m pytest -n2 --dist=worksteal -x", *CHECKS]
     assert said.count(f"no Python {NEWEST} on the path or under pyenv") == 1
 
 
@@ -354,7 +358,7 @@ def test_continuous_integration_tries_the_newest_python_in_an_environment_of_its
     name = f"python{NEWEST}" if place == "path" else "python"
     _executable(tmp_path / place / name, f"echo {NEWEST}\n")
     calls, said = call(".ci/run")
-    assert calls[:4] == ["python -m pytest -n2", *CHECKS]
+    assert calls[:4] == ["python -m pytest -n2 --dist=worksteal", *CHECKS]
     assert f"installing requirements.lock into .venv-{NEWEST}" in said
     assert all(line.startswith(f"{NEWEST}:") for line in calls[4:])
     assert (
@@ -373,7 +377,7 @@ def test_a_step_of_continuous_integration_that_fails_is_named_at_the_end_and_kee
     python = checkout / ".venv/bin/python"
     python.write_text(python.read_text() + 'case "$2 $3" in "ruff check" | "pytest -n2") exit 3 ;; esac\n')
     calls, said = call(".ci/run", code=1)
-    assert calls == ["python -m pytest -n2", *CHECKS]
+    assert calls == ["python -m pytest -n2 --dist=worksteal", *CHECKS]
     failed = said.split("failed:")[1].split("\n")
     assert [line.strip() for line in failed if line] == [
         "scripts/test.sh",

@@ -28,8 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import pdist, squareform
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.core import stacked
@@ -160,6 +158,10 @@ def distributions(
 
 def _clusters(distances: np.ndarray, weights: np.ndarray, points: str) -> list[np.ndarray]:
     """Ward's tree, cut into the largest branches of weight at most 1. f64[N], each below 1 -> ids."""
+    # Here, as they take a tenth of every start of the program, and no other algorithm needs them.
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import pdist, squareform
+
     ids = np.flatnonzero(weights)
     if len(ids) == 1:
         return [ids]

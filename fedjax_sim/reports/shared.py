@@ -6,19 +6,20 @@ import dataclasses
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from fedjax_sim import algorithms, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import sweep_files
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.records import plots
 from fedjax_sim.runs import Run
 from fedjax_sim.runs.folder import Folder
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # --- which runs ---------------------------------------------------------------------------------------
 
@@ -239,8 +240,10 @@ class Figures:
         return lines + [f"- {name} was not drawn: {why}" for name, why in self.missing.items()]
 
 
-def draw(home: Folder, figures: Mapping[str, Callable[[], Figure]], tell: Callable[[str], None]) -> Figures:
+def draw(home: Folder, figures: Mapping[str, Callable[[], "Figure"]], tell: Callable[[str], None]) -> Figures:
     """Draws figures by name, as PNG and PDF; of one that raises `Missing`, older files are removed."""
+    from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
+
     out = Figures()
     for name, make in figures.items():
         paths = [home.path / f"{name}.{suffix}" for suffix in ("png", "pdf")]
@@ -261,8 +264,10 @@ def draw(home: Folder, figures: Mapping[str, Callable[[], Figure]], tell: Callab
     return out
 
 
-def captioned(figure: Figure, about: str, found: Sequence[Group]) -> Figure:
+def captioned(figure: "Figure", about: str, found: Sequence[Group]) -> "Figure":
     """Gives a figure its caption: what it shows, and of which runs."""
+    from fedjax_sim.records import plots
+
     titles = "; ".join(dict.fromkeys(group.title for group in found))
     return plots.captioned(figure, f"{about} Runs: {titles}.")
 

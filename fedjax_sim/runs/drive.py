@@ -17,7 +17,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import cohorts, hosts
 from fedjax_sim.engine.setup import Setup
-from fedjax_sim.records import Journal, Lap, Table, plots
+from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
 from fedjax_sim.runs import provenance
 from fedjax_sim.runs.checkpoint import Checkpoints
@@ -197,6 +197,8 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
 def _figures(run: Run, setup: Setup) -> None:
     if run.folder is None or not run.config.output.figures:
         return
+    from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
+
     home = run.folder / "figures"
     home.mkdir(exist_ok=True)
     plots.save(run.plot(), home / "curves.png")

@@ -5,15 +5,16 @@ import functools
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from fedjax_sim import algorithms
 from fedjax_sim.config import RunConfig
 from fedjax_sim.data import Partition
-from fedjax_sim.records import Table, plots
+from fedjax_sim.records import Table
 from fedjax_sim.runs import export
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Interrupted(KeyboardInterrupt):
@@ -106,8 +107,10 @@ class Run:
         """One line: method, data, partition."""
         return title_of(self.config, self.recipe)
 
-    def plot(self, *names: str) -> Figure:
+    def plot(self, *names: str) -> "Figure":
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
+        from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
+
         return plots.run_curves(self.metrics, self.title, names or None)
 
     def export(self, path: str | Path) -> Path:

@@ -11,7 +11,6 @@ from pathlib import Path
 from fedjax_sim.config.sweep_files import Job, Sweep, goal_of
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import nearest
-from fedjax_sim.records import plots
 from fedjax_sim.reports import shared
 from fedjax_sim.reports.shared import Given, Group
 from fedjax_sim.runs import Run
@@ -91,6 +90,8 @@ def _kind(run: Run) -> str:
 
 def write(place: Folder, table: Comparison) -> list[Path]:
     """Writes table.md, table.csv, table.tex and the curves as PNG and PDF. -> the files."""
+    from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
+
     contents = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
     for name, content in contents.items():
         place.write(name, content)

@@ -20,11 +20,13 @@ from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
+    ExecutionConfig,
     LocalConfig,
     ModelConfig,
     OutputConfig,
     RunConfig,
 )
+from fedjax_sim.records import table
 
 pytestmark = [
     pytest.mark.faults,
@@ -35,7 +37,7 @@ ROUNDS = 600
 LOCAL = LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.05, momentum=0.9, keep_optimizer=True)
 
 
-def make(folder, **changes):
+def make(folder, devices=None, **changes):
     return RunConfig(
         rounds=changes.pop("rounds", ROUNDS),
         partition=changes.pop("partition", data.PartitionConfig(kind="dirichlet", clients=8, alpha=1.0)),
@@ -44,16 +46,20 @@ def make(folder, **changes):
         local=changes.pop("local", LOCAL),
         cohort=CohortConfig(size=4),
         evaluation=changes.pop("evaluation", EvaluationConfig(every=10)),
+        execution=ExecutionConfig(devices=devices),
         output=OutputConfig(
-            dir=str(folder), checkpoint_every=7, tensorboard=False, figures=False, progress=False, **changes
+            dir=str(folder), checkpoint_every=25, tensorboard=False, figures=False, progress=False, **changes
         ),
     )
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that was never cut, in this process."""
-    return runs.run(make(tmp_path_factory.mktemp("whole") / "run"))
+    """The run that was never cut, on one device, whose programs the other processes find on disk.
+
+    Runs on several are killed by the slow tests below, and cut short in `tests/runs/test_runs.py`.
+    """
+    return runs.run(make(tmp_path_factory.mktemp("whole") / "run", devices=1))
 
 
 def command(*words):
@@ -88,7 +94,7 @@ def check_same(folder, whole):
     """Metrics and final parameters, bit for bit."""
     found = runs.load(folder)
     assert found.finished
-    one, other = (records.read_parquet(Path(f) / records.METRICS) for f in (folder, whole.folder))
+    one, other = (records.read_parquet(Path(f) / table.METRICS) for f in (folder, whole.folder))
     assert list(one) == list(other) == list(whole.metrics)
     for a, b in zip(jax.tree.leaves(found.variables), jax.tree.leaves(whole.variables), strict=True):
         assert a.dtype == b.dtype and np.array_equal(a, b)
@@ -156,7 +162,7 @@ def test_every_method_killed_once(tmp_path, name):
 def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path, whole):
     folder = tmp_path / "run"
     path = tmp_path / "run.yaml"
-    path.write_text(config_lib.dump(make(folder)))
+    path.write_text(config_lib.dump(make(folder, devices=1)))
     process = command("run", str(path))
     end = time.monotonic() + 120
     while lines(folder) < 20 and process.poll() is None and time.monotonic() < end:
@@ -176,7 +182,7 @@ def cut_short(tmp_path, whole):
     """A folder as a kill leaves it: of the finished run, without its table, which comes last."""
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
-    (folder / records.METRICS).unlink()
+    (folder / table.METRICS).unlink()
     return folder
 
 
