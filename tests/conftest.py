@@ -14,7 +14,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Most of the time goes into compiling, and the programs are small: what LLVM's optimisation and XLA's
 # newer emitter of fusions would gain is less than they cost. CPU seconds of a test with two rounds
 # to compile: 18 with that emitter, 16 without, 14 at level 0, 12 with the last two flags.
-# Other runs keep XLA's choices. XLA after jaxlib 0.10 has no other emitter, and a flag that it does not know ends the process.
+# Other runs keep XLA's choices. XLA after jaxlib 0.10 has no other emitter, and a flag that it does not
+# know ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
