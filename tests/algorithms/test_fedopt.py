@@ -12,6 +12,7 @@ from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import personal
+from tests.algorithms.families import one_of_each
 
 SIZES = (12, 7, 20, 3, 31)
 CONTEXT = oracles.context(
@@ -135,7 +136,7 @@ def simulated(algorithm):
     return oracles.simulate(SIZES, algorithm=algorithm, model=personal.deep(), cohort=3, momentum=0.5)
 
 
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize("name", one_of_each(AVERAGING))
 def test_an_optimiser_that_takes_the_step_as_it_is_does_not_show(name):
     inner = CONFIGS[name](**NEEDED.get(name, {}))
     alone, around = simulated(inner), simulated(FedOpt(inner=inner))
