@@ -82,6 +82,26 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return [sorted(ring) for ring in rings]
 
 
+def loaded(package: Path) -> set[str]:
+    """What importing the package imports, of itself and of others; not what functions import later."""
+    known = modules(package)
+    seen, todo = set(), [package.name]
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        if "." in name:
+            todo.append(name.rpartition(".")[0])
+        if name in known:
+            for node in ast.parse(known[name].read_text()).body:
+                if isinstance(node, ast.ImportFrom) and node.module:
+                    todo += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+                elif isinstance(node, ast.Import):
+                    todo += [each.name for each in node.names]
+    return seen
+
+
 @pytest.fixture(scope="module")
 def graph():
     return arrows(PACKAGE)
@@ -105,6 +125,15 @@ def test_some_rooms_do_not_know_others_below_them(graph):
     for room, unknown in NEVER.items():
         of_room = [(a, b) for a, wanted in graph.items() for b in wanted if a.split(".")[1:2] == [room]]
         assert not [pair for pair in of_room if pair[1].split(".")[1] in unknown]
+
+
+def test_what_few_commands_need_is_not_loaded_at_every_start():
+    """Matplotlib and SciPy's clusters were a third of the start of `fedjax-sim`."""
+    found = loaded(PACKAGE)
+    assert (
+        "fedjax_sim.algorithms.clusamp" in found and "fedjax_sim.studies.tables" in found and "jax" in found
+    )
+    assert not found & {"matplotlib", "scipy.cluster", "scipy.spatial", "pandas", "tyro", "sklearn"}
 
 
 def test_inside_a_room_nobody_goes_through_its_front_door(graph):
