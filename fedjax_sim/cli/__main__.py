@@ -1,5 +1,7 @@
 """`python -m fedjax_sim.cli`."""
 
+import sys
+
 from fedjax_sim.cli.commands import main
 
-main()
+sys.exit(main())
