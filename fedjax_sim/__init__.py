@@ -69,12 +69,16 @@ from fedjax_sim.config import (  # noqa: E402
     PeelConfig,
     RunConfig,
 )
+from fedjax_sim.config.callbacks import EarlyStopping, KeepBest  # noqa: E402
 from fedjax_sim.core import stacked  # noqa: E402
 from fedjax_sim.core.errors import UserError  # noqa: E402
 from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
 from fedjax_sim.engine.clients import batch_order  # noqa: E402
+from fedjax_sim.engine.observing import Measurement  # noqa: E402
+from fedjax_sim.engine.setup import DiagnosticContext  # noqa: E402
 from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
 from fedjax_sim.probes import landscape  # noqa: E402
+from fedjax_sim.records import Row  # noqa: E402
 from fedjax_sim.reports import inertia, peel  # noqa: E402
 from fedjax_sim.runs import Run, Simulation, load, resume, run  # noqa: E402
 from fedjax_sim.studies import sweep  # noqa: E402
@@ -91,7 +95,9 @@ __all__ = [
     "Context",
     "DataConfig",
     "Dataset",
+    "DiagnosticContext",
     "Ditto",
+    "EarlyStopping",
     "EvaluationConfig",
     "ExecutionConfig",
     "FedASAM",
@@ -118,11 +124,13 @@ __all__ = [
     "FedYogi",
     "InertiaConfig",
     "InitialConfig",
+    "KeepBest",
     "LGFedAvg",
     "LayerInterpolation",
     "Local",
     "LocalConfig",
     "LocalRule",
+    "Measurement",
     "Model",
     "ModelConfig",
     "OutputConfig",
@@ -132,6 +140,7 @@ __all__ = [
     "PartitionConfig",
     "PeelConfig",
     "PeelPoint",
+    "Row",
     "Run",
     "RunConfig",
     "Scaffold",

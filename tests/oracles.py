@@ -26,7 +26,7 @@ from fedjax_sim.core.task import Task
 from fedjax_sim.data import Dataset, Partition, Preprocessing
 from fedjax_sim.engine.clients import batch_order
 from fedjax_sim.engine.setup import Setup
-from fedjax_sim.runs import assemble
+from fedjax_sim.runs import diagnostics
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.tasks import classification
 
@@ -230,8 +230,8 @@ def examples(images, labels) -> dict[str, Any]:
 
 def configured(setup: Setup, config: RunConfig) -> Setup:
     """The same world under another configuration of what is measured."""
-    measured = {"meters": assemble.meters(config, setup.model), "instruments": assemble.instruments(config)}
-    return dataclasses.replace(setup, config=config, **measured)
+    setup = dataclasses.replace(setup, config=config)
+    return dataclasses.replace(setup, **diagnostics.of(setup))
 
 
 def simulate(

@@ -1,7 +1,6 @@
 """Algorithms: one short file each, and the table of their names."""
 
 import dataclasses
-import re
 from typing import Any
 
 from fedjax_sim.algorithms.clusamp import CluSamp
@@ -32,10 +31,8 @@ from fedjax_sim.algorithms.partial import PartialAveraging
 from fedjax_sim.algorithms.pfedsd import PFedSD
 from fedjax_sim.algorithms.scaffold import Scaffold
 from fedjax_sim.algorithms.shared import nested
-from fedjax_sim.core import imports
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, LocalRule, Results, Starts
-from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.fields import nearest
+from fedjax_sim.core.plugins import Names, written
 from fedjax_sim.core.task import Batch
 
 CONFIGS: dict[str, type] = {
@@ -75,8 +72,7 @@ CONFIGS: dict[str, type] = {
 """Name -> hyper-parameters, whose `build(context)` makes the record."""
 
 
-_OTHERS: dict[str, type] = {}
-"""`module:Class` -> one's own that were asked for by that name."""
+_NAMES = Names("algorithm", "build(context)", CONFIGS)
 
 
 def named(name: Any, field: str = "algorithm.name") -> type:
@@ -90,21 +86,12 @@ def named(name: Any, field: str = "algorithm.name") -> type:
     Raises:
       UserError: there is none.
     """
-    if isinstance(name, str) and name in CONFIGS:
-        return CONFIGS[name]
-    if not imports.is_own(name):
-        raise UserError(field, name, "no such algorithm", nearest(str(name), CONFIGS))
-    found = imports.imported(name, field)
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, "build")):
-        raise UserError(
-            field, name, "it is no algorithm", "Give a frozen dataclass with a method build(context)."
-        )
-    return _OTHERS.setdefault(name, found)
+    return _NAMES.named(name, field)
 
 
 def name_of(config: Any) -> str | None:
     """The name by which `named` finds an algorithm's configuration; None if it has none."""
-    return next((name for name, cls in (CONFIGS | _OTHERS).items() if type(config) is cls), None)
+    return _NAMES.name_of(config)
 
 
 def builtin(config: Any) -> bool:
@@ -125,7 +112,7 @@ def label(config: Any) -> str:
     """
     name = name_of(config)
     if name is None:
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(config))
+        return written(config)
     fields = (getattr(config, field.name) for field in dataclasses.fields(config))
     inside = [label(one) for one in fields if isinstance(one, AlgorithmConfig)]
     inside = [one for one in inside if one != "fedavg"]

@@ -402,12 +402,13 @@ def _export(words: list[str]) -> int:
     from fedjax_sim import runs
     from fedjax_sim.runs import export
 
-    usage = "fedjax-sim export FOLDER FILE"
-    given, _ = _given(words, usage, _EXPORT)
+    usage = "fedjax-sim export FOLDER FILE [--best]"
+    best = "--best" in words
+    given, _ = _given([word for word in words if word != "--best"], usage, _EXPORT)
     if isinstance(given, str) or len(given) != 2:
         raise UserError("export", " ".join(words), "it takes a FOLDER and a FILE", f"Write {usage}.")
     export.check(given[1])
-    print(f"wrote {runs.load(given[0]).export(given[1])}")
+    print(f"wrote {runs.load(given[0]).export(given[1], best=best)}")
     return 0
 
 

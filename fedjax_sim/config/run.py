@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 from fedjax_sim import algorithms
+from fedjax_sim.config import plugins
 from fedjax_sim.config.sections import (
     CohortConfig,
     DataConfig,
@@ -28,7 +29,7 @@ from fedjax_sim.data import PartitionConfig
 VERSION = 2
 """Of the configuration's layout. Raised when a field changes its meaning; older ones are read."""
 
-GIVEN = ("dataset", "partition", "model", "algorithm")
+GIVEN = ("dataset", "partition", "model", "algorithm", *plugins.LISTS)
 """What `run` takes from Python."""
 
 NAMED_BY = {"data": "source", "partition": "kind", "model": "name"}
@@ -54,10 +55,17 @@ class RunConfig:
       evaluation: what is measured of the deployed model.
       peel: what is measured of every layer, before against after the merge.
       inertia: what is measured of layers' movement from round to round, and of the merge's gain.
+      observers: diagnostics of one's own that look into measured rounds; in YAML a list of mappings with
+        `name: module:Class` and its settings. See `fedjax_sim.engine.setup.ObserverConfig`.
+      meters: diagnostics of one's own that look at every round, likewise; see
+        `fedjax_sim.engine.setup.MeterConfig`.
+      callbacks: what acts between rounds, likewise; `early_stopping` and `keep_best` have names. See
+        `fedjax_sim.config.callbacks`.
       execution: layout; speed only.
       output: what is written.
       given: what the run had from Python and no file can hold, with a word for each: `dataset`, `partition`,
-        `model`, `algorithm`. `run` sets it; whoever runs this configuration again must give the same.
+        `model`, `algorithm`, `observers`, `meters`, `callbacks`. `run` sets it; whoever
+        runs this configuration again must give the same.
     """
 
     version: int = VERSION
@@ -73,6 +81,9 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     peel: PeelConfig = PeelConfig()
     inertia: InertiaConfig = InertiaConfig()
+    observers: tuple[Any, ...] = ()
+    meters: tuple[Any, ...] = ()
+    callbacks: tuple[Any, ...] = ()
     execution: ExecutionConfig = ExecutionConfig()
     output: OutputConfig = OutputConfig()
     given: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -88,6 +99,8 @@ class RunConfig:
                 f"Give one with a `build(context)` method, such as fs.{wanted}; names are for YAML.",
             )
         check(self)
+        for kind in plugins.LISTS:
+            plugins.check(kind, getattr(self, kind))
         _check_version(self.version)
         at_least("rounds", self.rounds, 1)
         within("seed", self.seed, 0, 2**31 - 1)
@@ -127,7 +140,10 @@ def nested(
 def check_given(config: RunConfig, **given: Any) -> None:
     """Raises UserError if the run that the configuration is of had from Python what is not among `given`."""
     for name, told in config.given.items():
-        own = name == "algorithm" and not algorithms.namable(config.algorithm)
+        if name in plugins.LISTS:
+            own = not plugins.namable(getattr(config, name))
+        else:
+            own = name == "algorithm" and not algorithms.namable(config.algorithm)
         if given.get(name) is None and not own:
             raise UserError(
                 f"given.{name}",

@@ -36,6 +36,7 @@ from fedjax_sim.config.sections import OutputConfig
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import nearest
+from fedjax_sim.records import goal_of
 
 _FIELDS = (
     "base",
@@ -185,11 +186,6 @@ def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str =
             why, fix = f"no run records it without evaluation.{field}", f"Set evaluation.{field} in base."
             raise UserError("sweep.metric", metric, why, fix)
     return Sweep(tuple(jobs), mapping.get("reference"), metric, goal, mapping.get("last_k", 1), rounds, out)
-
-
-def goal_of(metric: str) -> str:
-    """`max` or `min`: which is better of a metric, by its name."""
-    return "min" if re.search("loss|waste|time", metric) else "max"
 
 
 def _check(methods: Any, grid: Any, seeds: Any, mapping: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_sim import algorithms
+from fedjax_sim.config import plugins
 from fedjax_sim.config.run import NAMED_BY, VERSION, RunConfig, _check_version
 from fedjax_sim.core import paths
 from fedjax_sim.core.algorithm import AlgorithmConfig
@@ -20,21 +21,27 @@ from fedjax_sim.core.fields import coerce, nearest
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain dicts and lists that YAML can hold; an algorithm gains its `name`."""
     out: dict[str, Any] = {}
-    name = algorithms.name_of(config)
+    name = algorithms.name_of(config) or plugins.name_of(config)
     if name is not None:
         out["name"] = name
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if isinstance(config, RunConfig) and field.name in plugins.LISTS:
+            if value:  # as before there were such lists, where there are none
+                out[field.name] = plugins.plain(value, to_dict)
+            continue
         out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
     return out
 
 
 def flat(config: Any) -> dict[str, Any]:
-    """`to_dict` by dotted field: `partition.alpha`, `algorithm.name`, `algorithm.inner.mu` …"""
+    """`to_dict` by dotted field: `partition.alpha`, `algorithm.inner.mu`, `callbacks.0.patience` …"""
     out: dict[str, Any] = {}
 
     def walk(mapping: Mapping[str, Any], path: str) -> None:
         for key, value in mapping.items():
+            if not path and key in plugins.LISTS:
+                value = {str(place): entry for place, entry in enumerate(value)}
             if isinstance(value, Mapping) and value:
                 walk(value, f"{path}{key}.")
             else:
@@ -69,7 +76,9 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
         if key not in names:
             raise UserError(dotted, value, "no such field", _nearest(str(key), names))
         inner = values.get(key)
-        if hints[key] is AlgorithmConfig:
+        if cls is RunConfig and key in plugins.LISTS:
+            values[key] = plugins.entries_of(key, value, from_dict)
+        elif hints[key] is AlgorithmConfig:
             values[key] = _algorithm(value, dotted, inner)
         elif dataclasses.is_dataclass(hints[key]):
             values[key] = from_dict(value, typing.cast(type, hints[key]), f"{dotted}.", inner)

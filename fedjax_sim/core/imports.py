@@ -113,13 +113,19 @@ def place_of(error: BaseException) -> str:
     return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 
 
+def told_of(error: BaseException) -> str:
+    """`ValueError: its first line (FILE, line N)`, the line being the user's own."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}{place_of(error)}"
+
+
 def own_lines(error: BaseException) -> list[traceback.FrameSummary]:
     """The lines of the user's own code that an exception went through, outermost first.
 
     That is code which is neither this package's nor installed nor Python's.
     """
     library = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    theirs = (str(Path(__file__).parent), *library)
+    theirs = (str(Path(__file__).parents[1]), *library)
     lines = []
     for frame in traceback.extract_tb(error.__traceback__):
         typed = frame.filename.startswith(("<stdin", "<ipython")) or os.path.isabs(frame.filename)

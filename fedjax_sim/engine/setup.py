@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,8 +18,37 @@ from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.observing import Instrument
 from fedjax_sim.engine.round import Meter
 
-MakeInstrument = Callable[["Setup", Mesh, Callable[[np.ndarray], Any]], Instrument]
-"""Makes an instrument for a run: its setup, the devices, and what places an array on all of them."""
+
+@dataclass(frozen=True)
+class DiagnosticContext:
+    """What a diagnostic is built for.
+
+    Attributes:
+      setup: the run: its config, dataset, partition, model, algorithm … For a meter it has no meters yet, so
+        that a meter must not take its trainer.
+      mesh: the devices.
+      put: places an array on all of them.
+    """
+
+    setup: "Setup"
+    mesh: Mesh
+    put: Callable[[np.ndarray], Any]
+
+
+class ObserverConfig(Protocol):
+    """The settings of a diagnostic of measured rounds, a frozen dataclass."""
+
+    def build(self, context: DiagnosticContext) -> Instrument:
+        """The instrument. It may be built several times, also for a mere plan of memory."""
+        ...
+
+
+class MeterConfig(Protocol):
+    """The settings of a diagnostic of every round, a frozen dataclass."""
+
+    def build(self, context: DiagnosticContext) -> Meter:
+        """The meter."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +67,7 @@ class Setup:
       wave: clients side by side on a device.
       devices: how many.
       meters: diagnostics of every round, by name.
-      instruments: what makes the diagnostics of measured rounds, see
+      observers: what builds the diagnostics of measured rounds, see
         `fedjax_sim.engine.observing.Instrument`.
       initial: gives the model that the first round starts from, NumPy leaves; None: a fresh one.
     """
@@ -54,7 +83,7 @@ class Setup:
     wave: int
     devices: int
     meters: Mapping[str, Meter] = field(default_factory=dict)
-    instruments: Sequence[MakeInstrument] = ()
+    observers: Sequence[ObserverConfig] = ()
     initial: Callable[[], Any] | None = None
 
     @property

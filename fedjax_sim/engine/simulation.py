@@ -18,7 +18,7 @@ from fedjax_sim.engine.observing import Instrument, watch
 from fedjax_sim.engine.programs import Program
 from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.engine.scores import Scores, client_rows
-from fedjax_sim.engine.setup import Setup
+from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.records import Row
 
 
@@ -61,7 +61,8 @@ class Simulation:
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
-        self._instruments = [make(setup, self.mesh, put) for make in setup.instruments]
+        context = DiagnosticContext(setup, self.mesh, put)
+        self._instruments = [observer.build(context) for observer in setup.observers]
         observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
         streams = None if population.streams is None else put(population.streams)
@@ -317,8 +318,13 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             return self._deploy(self.state.algorithm)
 
-    def evaluate(self) -> Callable[[], list[Row]]:
-        """Starts an evaluation of the model as it now is; call the result for its rows."""
+    def evaluate(self, *, last: bool = False) -> Callable[[], list[Row]]:
+        """Starts an evaluation of the model as it now is; call the result for its rows.
+
+        Args:
+          last: whether the run ends here, before the last of its rounds.
+        """
+        del last  # for those who do more after the last round
         number, config = self.round, self.setup.config.evaluation
         variables = self.variables
         deployed = self._scores.deployed(number, variables)

@@ -25,6 +25,7 @@ import csv
 import importlib.util
 import json
 import math
+import re
 import warnings
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -66,6 +67,11 @@ def tidy(number: int, metric: str, value: float, **where: Any) -> Row:
     if math.isfinite(value):
         return Row(number, metric, float(value), **where)
     return Row(number, f"undefined/{metric}", 1.0, **where)
+
+
+def goal_of(metric: str) -> str:
+    """`max` or `min`: which is better of a metric, by its name."""
+    return "min" if re.search("loss|waste|time", metric) else "max"
 
 
 def finite(rows: Iterable[Row]) -> list[Row]:
@@ -328,6 +334,11 @@ class Journal:
         """
         rows = finite(rows)
         self.table.extend(rows)
+        self.write(rows, lap, ending)
+        return rows
+
+    def write(self, rows: Sequence[Row], lap: Lap, ending: Collection[str] = ()) -> None:
+        """As `append`, of rows that are finite and in the table already."""
         entry: dict[str, Any] = {"round": lap.round, "rows": rows}
         if ending:
             entry["ending"] = sorted(ending)
@@ -337,7 +348,6 @@ class Journal:
         self._times.flush()
         self.laps.append(lap)
         self.last = lap.round
-        return rows
 
     def sync(self) -> None:
         """Brings journal and times to the disk itself: a power cut spares them."""

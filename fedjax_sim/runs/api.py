@@ -9,8 +9,10 @@ A run's folder:
     timing.csv        what each round cost
     tensorboard/      events
     checkpoints/      of the newest rounds
+    best/             the model that a callback kept as the best
     figures/          curves, clients, partition
-    metrics.parquet   the rows, tidy; written last: a run whose last round is in it is finished
+    metrics.parquet   the rows, tidy; written last: a run whose last round is in it is finished. If a callback
+                      stopped it in an earlier round, provenance.json says so (`stopped`)
 
 Of a finished run config.yaml, provenance.json, metrics.parquet and timing.csv are enough: `load` and sweeps
 need no more, in any place. They may lie in the pack of a study (`fedjax_sim.runs.packs`) instead of this
@@ -75,6 +77,9 @@ def run(
     partition: Partition | Sequence[np.ndarray] | Mapping[int, np.ndarray] | None = None,
     model: Any = None,
     algorithm: Any = None,
+    observers: Sequence[Any] | None = None,
+    meters: Sequence[Any] | None = None,
+    callbacks: Sequence[Any] | None = None,
 ) -> Run:
     """Runs a configuration to its end.
 
@@ -86,6 +91,10 @@ def run(
         number.
       model: likewise; or what `fedjax_sim.models.adapted` makes one of, such as a Flax linen module.
       algorithm: likewise.
+      observers: diagnostics that look into measured rounds (`fedjax_sim.engine.setup.ObserverConfig`), in the
+        place of the configuration's list, as the next two; beside what `peel` and `inertia` ask for.
+      meters: diagnostics that look at every round (`fedjax_sim.engine.setup.MeterConfig`).
+      callbacks: what acts between rounds (`fedjax_sim.config.callbacks`).
 
     Raises:
       UserError: a setting that cannot work, before anything is compiled; or an update that is not finite.
@@ -96,7 +105,8 @@ def run(
         data.as_dataset(dataset),
         data.as_partition(partition),
     )
-    config = with_given(config, dataset, partition, model, algorithm)
+    lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
+    config = with_given(config, dataset, partition, model, algorithm, **lists)
     return _started(config, dataset=dataset, partition=partition, model=model)
 
 
@@ -134,32 +144,40 @@ def resume(
     dataset: Dataset | None = None,
     model: Model | None = None,
     algorithm: Any = None,
+    observers: Sequence[Any] | None = None,
+    meters: Sequence[Any] | None = None,
+    callbacks: Sequence[Any] | None = None,
 ) -> Run:
     """Continues a run that was cut, to the same metrics and the same model, bit for bit.
 
     A finished run is only loaded, unless more rounds are asked of it: then it goes on, its config.yaml says
     so, and its numbers are those of a run that had as many from the start. Where they would not be, because
-    the rounds that are done went by the number of all (a cosine, LIPS's density), it is refused.
+    the rounds that are done went by the number of all (a cosine, LIPS's density), it is refused; likewise
+    where a callback has stopped it.
 
     Args:
       folder: of the run.
       rounds: how many it is to have in all; None: those of its config.yaml.
-      dataset: what `run` was given, as the next two.
+      dataset: what `run` was given, as the next five.
       model: likewise.
       algorithm: likewise.
+      observers: likewise.
+      meters: likewise.
+      callbacks: likewise.
 
     Raises:
       UserError: no run is there, its configuration is of another version or not the one that it was started
         with, or the data are not the same; or it cannot get that number of rounds.
     """
     place = Folder(folder)
-    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm, **lists}
     config, _ = _resumable(place, given, rounds)
-    if not hosts.agreed(lambda: place.records.reached() >= config.rounds):
+    if not hosts.agreed(lambda: place.done(config.rounds)):
         with hosts.held(place.claimed):
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
-            if not hosts.agreed(lambda: place.records.reached() >= config.rounds):
+            if not hosts.agreed(lambda: place.done(config.rounds)):
                 provenance.check_jax_settings(about.get("jax", {}))
                 began, kept = hosts.agreed(lambda: rounds_before(place, config, about))
                 make = functools.partial(setup_of, place, config, about, **given)
@@ -169,7 +187,7 @@ def resume(
                 simulation = Simulation(setup)
                 with place.writing():
                     return run_rounds(simulation, place, began)
-    return load(folder, **given)
+    return load(folder, dataset=dataset, model=model, algorithm=algorithm, meters=meters)
 
 
 def _resumable(
@@ -182,6 +200,11 @@ def _resumable(
         asked = config if rounds is None else dataclasses.replace(config, rounds=rounds)
         check_unchanged(place, asked, about)
         began = about.get("config", {}).get("rounds", config.rounds)
+        stopped = place.stopped
+        if stopped is not None and not asked.rounds == config.rounds == began:
+            why = f"the run was {stopped}, and would have been so with any number of rounds"
+            fix = "Start another run from its model, in a folder of its own (initial.run)."
+            raise UserError("rounds", asked.rounds, why, fix)
         if asked.rounds != config.rounds or asked.rounds < began:
             done = place.records.read(config.rounds)[1]
             if done >= asked.rounds:

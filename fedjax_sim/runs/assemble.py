@@ -1,14 +1,12 @@
 """From a configuration to what a run is made of: `prepare`."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
 
 from fedjax_sim import algorithms, data, models
 from fedjax_sim.config import RunConfig, as_config, check_given
@@ -18,13 +16,8 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.data import Dataset, Partition, Population, as_dataset, as_partition
 from fedjax_sim.engine import hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
-from fedjax_sim.engine.observing import Instrument
-from fedjax_sim.engine.round import Meter
-from fedjax_sim.engine.setup import MakeInstrument, Setup
-from fedjax_sim.probes.inertia.effectiveness import Effectiveness
-from fedjax_sim.probes.inertia.movement import Movement
-from fedjax_sim.probes.peel.instrument import Peeling
-from fedjax_sim.runs import contract
+from fedjax_sim.engine.setup import Setup
+from fedjax_sim.runs import contract, diagnostics
 
 
 def prepare(
@@ -34,16 +27,22 @@ def prepare(
     partition: Partition | None = None,
     model: Model | None = None,
     algorithm: AlgorithmConfig | None = None,
+    observers: Sequence[Any] | None = None,
+    meters: Sequence[Any] | None = None,
+    callbacks: Sequence[Any] | None = None,
     began: int | None = None,
 ) -> Setup:
     """Resolves a RunConfig; the keywords take the place of what it would load or build.
 
     Args:
       config: what to run.
-      dataset: in the place of what `config` names, as the next three.
+      dataset: in the place of what `config` names, as the next six.
       partition: likewise.
       model: likewise.
       algorithm: likewise.
+      observers: likewise.
+      meters: likewise.
+      callbacks: likewise; whoever drives the run calls them.
       began: rounds that the run was to have when its first ones were done, if it has others now.
 
     Raises:
@@ -52,9 +51,11 @@ def prepare(
     """
     hosts.check_backend()
     config, dataset, partition = as_config(config), as_dataset(dataset), as_partition(partition)
-    check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm)
+    lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
+    check_given(config, dataset=dataset, partition=partition, model=model, algorithm=algorithm, **lists)
     if algorithm is not None:
         config = replace(config, algorithm=algorithm)
+    config = replace(config, **{name: entries for name, entries in lists.items() if entries is not None})
     dataset = dataset or config.data.load()
     task = dataset.task
     shape, outputs = task.abstract_inputs(1)[0].shape[1:], task.outputs
@@ -139,10 +140,10 @@ def prepare(
         cohort_size=cohort_size,
         wave=wave,
         devices=devices,
-        meters=meters(config, model),
-        instruments=instruments(config),
     )
+    setup = replace(setup, **diagnostics.of(setup))
     _ = setup.draw  # which may find fault with a schedule
+    diagnostics.check(setup)
     if not algorithms.builtin(config.algorithm):  # those are held to it by a test
         contract.check(
             record,
@@ -153,26 +154,3 @@ def prepare(
             mesh=placement.make_mesh(setup.devices),
         )
     return setup
-
-
-def meters(config: RunConfig, model: Model) -> dict[str, Meter]:
-    """The diagnostics of every round that the configuration asks for."""
-    return {"movement": Movement(model, config.inertia.reference)} if config.inertia.measure else {}
-
-
-def instruments(config: RunConfig) -> list[MakeInstrument]:
-    """What makes the diagnostics of measured rounds that the configuration asks for."""
-    made: list[MakeInstrument] = []
-    if config.peel.every:
-        made.append(_peeling)
-    if config.inertia.every:
-        made.append(_effectiveness)
-    return made
-
-
-def _peeling(setup: Setup, mesh: Mesh, put: Callable[[np.ndarray], Any]) -> Instrument:
-    return Peeling(setup.config, setup.dataset, setup.partition, setup.trainer, mesh, put)
-
-
-def _effectiveness(setup: Setup, mesh: Mesh, put: Callable[[np.ndarray], Any]) -> Instrument:
-    return Effectiveness(setup.config, setup.model, setup.dataset, setup.partition, mesh, put)

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedjax_sim import algorithms, data, models
 from fedjax_sim import config as config_lib
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import RunConfig, plugins
 from fedjax_sim.core import imports
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
@@ -50,9 +50,18 @@ def with_given(
     partition: Partition | None = None,
     model: Model | None = None,
     algorithm: Any = None,
+    **lists: Sequence[Any] | None,
 ) -> RunConfig:
-    """`config` with the algorithm, saying in `given` what of all this a file cannot hold."""
+    """`config` with the algorithm and the `lists` (observers, meters, callbacks) that are given, saying in
+    `given` what of all this a file cannot hold.
+    """  # fmt: skip
     said = dict(config.given)
+    for kind, entries in lists.items():
+        if entries is not None:
+            if not isinstance(entries, list | tuple):
+                raise UserError(kind, type(entries).__name__, "a list is wanted", f"Write {kind}=[…].")
+            config = dataclasses.replace(config, **{kind: tuple(entries)})
+            said.pop(kind, None)
     if algorithm is not None:
         config = dataclasses.replace(config, algorithm=algorithm)
         said.pop("algorithm", None)
@@ -64,11 +73,18 @@ def with_given(
         said["model"] = models.name_of(model)
     if not algorithms.namable(config.algorithm):
         said["algorithm"] = algorithms.label(config.algorithm)
+    for kind in plugins.LISTS:
+        if not plugins.namable(getattr(config, kind)):
+            said[kind] = plugins.label(getattr(config, kind))
     return dataclasses.replace(config, given=said)
 
 
 def yaml_safe(config: RunConfig) -> RunConfig:
-    """The configuration as YAML can hold it: the default stands for an algorithm without a name."""
+    """The configuration as YAML can hold it: the default stands for an algorithm without a name, and none for
+    a list in which something has no name.
+    """  # fmt: skip
+    lists = {kind: () for kind in plugins.LISTS if not plugins.namable(getattr(config, kind))}
+    config = dataclasses.replace(config, **lists)
     if not algorithms.namable(config.algorithm):
         return dataclasses.replace(config, algorithm=RunConfig().algorithm)
     return config

@@ -20,9 +20,11 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
 from fedjax_sim.runs import provenance
+from fedjax_sim.runs.callbacks import Callbacks, UnderWay
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.federation import Simulation
-from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.folder import Folder, Stopped
+from fedjax_sim.runs.loading import best_of
 from fedjax_sim.runs.progress import Bar, Clock, signals
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, known
 
@@ -31,21 +33,26 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`."""
     setup = simulation.setup
     config = setup.config
-    checkpoints = journal = events = None
+    checkpoints = journal = events = best = stopped = None
     table, laps = Table(), []
+    kept: tuple[int | None, Callable[[], Any] | None] = (None, None)
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
+        best, kept = Checkpoints(folder.best, keep=1), hosts.agreed(lambda: best_of(folder))
         start = _restored(simulation, checkpoints, folder)
         if began is not None:
             _prolong(folder, simulation, began)
+        stopped = hosts.agreed(lambda: _still_stopped(folder, start))
         if hosts.first():
-            journal = Journal(folder.path, start, config.rounds)
+            journal = Journal(folder.path, start, config.rounds if stopped is None else stopped.round)
             table, laps = journal.table, journal.laps
             if config.output.tensorboard:
                 events = Events(folder.path / "tensorboard", start)
         table, laps = hosts.agreed(lambda: (table, laps))
     clock = Clock()
     saved = simulation.round
+    run = UnderWay(config, None if folder is None else folder.path, table, lambda: simulation.variables)
+    callbacks = Callbacks(config, run)
 
     def outcome() -> Run:
         things = setup.partition, jax.device_get(simulation.variables)
@@ -54,50 +61,69 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        return Run(config, path, table, recipe, seconds, cpu, done, *made)
+        return Run(config, path, table, recipe, seconds, cpu, done, *made, stopped, *kept)
 
-    def write(number: int, rows: list[records.Row]) -> None:
+    def write(number: int, rows: list[records.Row]) -> bool:
+        """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
+        nonlocal stopped, kept
+        rows = records.finite(rows)
+        table.extend(rows)
+        wishes = callbacks.on_round(number, rows)
+        if wishes.stopped is not None and number < config.rounds:
+            stopped = wishes.stopped
+            last = records.finite(_last_rows(simulation, rows))
+            table.extend(last)
+            rows = rows + last
+            wishes.keep |= bool(last) and callbacks.on_round(number, last).keep
         lap = Lap(number, *clock.lap(), setup.cohort_size)
         if journal is None:
-            rows = records.finite(rows)
-            table.extend(rows)
             laps.append(lap)
         else:
-            rows = journal.append(rows, lap, simulation.ending)
+            journal.write(rows, lap, simulation.ending)
         if events is not None:
             events.write(rows)
         bar.advance(rows, lap.seconds)
+        if wishes.keep:
+            kept = _keep(best, number, simulation.variables)
+        return wishes.checkpoint
 
     def save() -> None:
         nonlocal saved
-        if checkpoints is None:
+        if folder is None or checkpoints is None or best is None:
             return
-        # Rows first: a checkpoint must never be ahead of the journal.
+        # Rows first: a checkpoint must never be ahead of the journal, nor of what callbacks have decided.
         if journal is not None:
             journal.sync()
         if events is not None:
             events.flush()
+        best.wait()
+        if stopped is not None and hosts.first():
+            folder.write_stopped(stopped)
         if saved < simulation.round:
             checkpoints.save(simulation.round, simulation.state, simulation.variables)
             saved = simulation.round
-        if journal is not None and simulation.round < config.rounds:  # the whole table comes last
+        # The whole table comes last.
+        if journal is not None and stopped is None and simulation.round < config.rounds:
             journal.tabulate()
 
     bar = Bar(config, simulation.round, setup.cohort_size, table)
     waiting: list[Callable[[], list[records.Row]]] = []
     ended = False
     try:
+        callbacks.on_start()
         with signals() as asked:
             stopping = hosts.Votes(lambda: bool(asked))
-            while simulation.round < config.rounds and not stopping():
+            while simulation.round < config.rounds and stopped is None and not stopping():
                 under_way = simulation.step()
                 # The round before is written down while this one is under way.
                 for part in waiting:
                     write(simulation.round - 1, part())
                 waiting = [under_way]
                 every = config.output.checkpoint_every
-                if every and simulation.round % every == 0:
-                    write(simulation.round, waiting.pop()())
+                due = every > 0 and simulation.round % every == 0
+                if due or callbacks:  # which decide before the next round starts
+                    due |= write(simulation.round, waiting.pop()())
+                if due:
                     save()
             while waiting:
                 write(simulation.round, waiting.pop()())
@@ -105,13 +131,15 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
             if checkpoints is not None:
                 checkpoints.wait()
         result = outcome()
+        if result.finished:
+            callbacks.on_end()
         if journal is not None and result.finished:
             _figures(result, setup)
             journal.tabulate()
         hosts.agreed(lambda: None)  # nobody looks into the folder before all is in it
         ended = True
     finally:
-        for thing in (bar, events, journal, checkpoints):
+        for thing in (bar, events, journal, best, checkpoints):
             # After an error closing may fail as well: the first error is the one to tell.
             with contextlib.nullcontext() if ended else contextlib.suppress(Exception):
                 if thing is not None:
@@ -134,6 +162,37 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
     if found is not None:
         simulation.restore(*found)
     return simulation.round
+
+
+def _still_stopped(folder: Folder, done: int) -> Stopped | None:
+    """Why a run of which so many rounds are kept has ended; None if it has not, or will come to it again."""
+    stopped = folder.stopped
+    if stopped is not None and done < stopped.round:
+        folder.write_stopped(None)
+        return None
+    return stopped
+
+
+def _last_rows(simulation: Simulation, rows: list[records.Row]) -> list[records.Row]:
+    """What any run records after its last round, of one that a callback ends here; without what is known."""
+    asked = simulation.setup.config.evaluation
+    if not asked.every or (simulation.due() and not asked.finetune):
+        return []
+    known = {row.metric for row in rows}
+    return [row for row in simulation.evaluate(last=True)() if row.metric not in known]
+
+
+def _keep(
+    best: Checkpoints | None, number: int, variables: Any
+) -> tuple[int | None, Callable[[], Any] | None]:
+    """Keeps a model as the best of a run. -> (its round, what gives it)."""
+    if best is None:
+        return number, functools.partial(known, jax.device_get(variables))
+    # A run that goes on from before a cut comes to the same rounds again: a newer one is there already.
+    newest = max(hosts.agreed(best.rounds), default=0)
+    if newest < number:
+        best.save(number, {"round": np.int32(number)}, variables)
+    return max(newest, number), functools.partial(best.model, max(newest, number))
 
 
 def rounds_before(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -> tuple[int | None, bool]:

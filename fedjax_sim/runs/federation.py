@@ -32,18 +32,21 @@ class Simulation(simulation.Simulation):
             super().__init__(with_start(prepare(config, **replacements)))
             _ = self.state
 
-    def evaluate(self) -> Callable[[], list[Row]]:
+    def evaluate(self, *, last: bool = False) -> Callable[[], list[Row]]:
         """Starts an evaluation of the model as it now is; call the result for its rows.
 
         After the last round, clients are fine-tuned if the configuration says so.
+
+        Args:
+          last: whether the run ends here, before the last of its rounds.
         """
-        evaluated, config = super().evaluate(), self.setup.config
-        if not config.evaluation.finetune or self.round != config.rounds:
+        evaluated, config = super().evaluate(last=last), self.setup.config
+        if not config.evaluation.finetune or not (last or self.round == config.rounds):
             return evaluated
-        state = self.state  # which no later round overwrites
+        state, number = self.state, self.round  # which no later round overwrites
 
         def rows() -> list[Row]:
-            tuned = finetune.rows(self.setup, self._function, state)
+            tuned = finetune.rows(self.setup, self._function, state, number)
             self.ending.update(row.metric for row in tuned)
             return evaluated() + tuned
 

@@ -29,48 +29,55 @@ from fedjax_sim.records import Row
 from fedjax_sim.runs.assemble import prepare
 
 
-def rows(setup: Setup, function: Round, state: ServerState) -> list[Row]:
+def rows(setup: Setup, function: Round, state: ServerState, number: int) -> list[Row]:
     """Fine-tunes all clients and says what came of it.
 
     Args:
       setup: of the run.
       function: its round.
       state: after the last one.
+      number: the last round, from 1.
 
     Raises:
       NonFiniteUpdate: a client's model is no longer finite.
     """
     config, mesh = setup.config, function.mesh
     given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
-    alone = Simulation(prepare(apart(config), **given, algorithm=Local()))
+    alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()))
     ids = np.arange(setup.num_clients, dtype=np.int32)
     cut = placement.sharded(mesh, setup.num_clients)
     with jax.set_mesh(mesh):
         models = Program(function.personal, mesh, out_shardings=cut)(state, ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
-    alone.round = config.rounds
+    alone.round = number
     out, accuracies = [], np.zeros(0)
     for epoch in range(1, config.evaluation.finetune + 1):
         alone.step()()
         accuracies = alone.client_figures()()
-        out.append(Row(config.rounds, f"finetuned_mean_{epoch}", float(np.nanmean(accuracies))))
-    return [*client_rows(config.rounds, accuracies, "finetuned"), *out]
+        out.append(Row(number, f"finetuned_mean_{epoch}", float(np.nanmean(accuracies))))
+    return [*client_rows(number, accuracies, "finetuned"), *out]
 
 
-def apart(config: RunConfig) -> RunConfig:
-    """The run of the phase: one epoch a round, all clients, nothing measured, nothing written."""
+def apart(config: RunConfig, number: int | None = None) -> RunConfig:
+    """The run of the phase: one epoch a round, all clients, nothing measured, nothing written.
+
+    Args:
+      config: of the run.
+      number: its last round, from 1; None: of `config.rounds`.
+    """
+    number = config.rounds if number is None else number
     local = dataclasses.replace(
         config.local,
         epochs=1,
         steps=None,
-        lr=config.local.last_lr(config.rounds, config.rounds),
+        lr=config.local.last_lr(number, config.rounds),
         schedule="constant",
         decay=1.0,
         keep_optimizer=True,
     )
     return nested(
         config,
-        rounds=config.rounds + config.evaluation.finetune,
+        rounds=number + config.evaluation.finetune,
         algorithm=Local(),
         local=local,
         cohort=CohortConfig(fraction=1.0),

@@ -1,8 +1,10 @@
 """A run's folder: its paths, its checks, and the lock that keeps a second process out."""
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,24 @@ from fedjax_sim.core import paths
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.runs import packs
 from fedjax_sim.runs.packs import Files, Packed, Records
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """Why a run ended before the last of its rounds.
+
+    Attributes:
+      round: its last one, from 1.
+      by: the callback that stopped it.
+      reason: in its words.
+    """
+
+    round: int
+    by: str
+    reason: str
+
+    def __str__(self):
+        return f"stopped after round {self.round} by {self.by}" + (f": {self.reason}" if self.reason else "")
 
 
 class Folder:
@@ -42,6 +62,11 @@ class Folder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """Where the model lies that was kept as the best, a checkpoint without a state."""
+        return self.path / "best"
+
+    @property
     def records(self) -> Records:
         """What the run recorded, in this folder or in the pack of its study (`fedjax_sim.runs.packs`)."""
         return self.packed or Files(self.path)
@@ -58,8 +83,34 @@ class Folder:
 
     @property
     def finished(self) -> bool:
-        """Whether the table, which is written last, reaches the last round of the configuration."""
-        return self.started and self.records.reached() >= self.records.config().rounds
+        """Whether the run that is here is `done`."""
+        return self.started and self.done(self.records.config().rounds)
+
+    def done(self, rounds: int) -> bool:
+        """Whether the table, which is written last, reaches the end of a run of so many rounds."""
+        return self.records.reached() >= self.end(rounds)
+
+    def end(self, rounds: int) -> int:
+        """The last round of a run of so many: that in which it was stopped, if it was."""
+        stopped = self.stopped
+        return rounds if stopped is None else stopped.round
+
+    @property
+    def stopped(self) -> Stopped | None:
+        """Why the run ended early, by its provenance; None if it did not."""
+        try:
+            told = self.records.provenance().get("stopped")
+        except UserError:  # of which whoever reads it for itself will say more
+            return None
+        return None if told is None else Stopped(**told)
+
+    def write_stopped(self, stopped: Stopped | None) -> None:
+        """Writes down that the run has ended early, or that it has not."""
+        about = self.records.provenance()
+        about.pop("stopped", None)
+        if stopped is not None:
+            about["stopped"] = dataclasses.asdict(stopped)
+        self.write("provenance.json", json.dumps(about, indent=2) + "\n")
 
     def check_new(self) -> None:
         """Makes the folder, for a new run.

@@ -1,7 +1,9 @@
 """Opens runs that lie on disk: their records, their model, and the simulation that they were."""
 
+import dataclasses
 import functools
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,56 +33,85 @@ from fedjax_sim.runs.result import Run
 
 
 def load(
-    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+    folder: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
+    meters: Sequence[Any] | None = None,
 ) -> Run:
-    """Opens a run's folder to look at it. Nothing is trained; `variables` are read when asked for.
+    """Opens a run's folder to look at it. Nothing is trained; `variables` and `best_variables` are read when
+    asked for. What Python gave is mostly not needed; where it is, the error says so.
 
     Raises:
       UserError: no run is there, or its configuration is of another version.
     """
     place = Folder(folder)
     config, about = read_run(place)
-    table, rounds = place.records.read(config.rounds)
+    stopped = place.stopped
+    table, rounds = place.records.read(place.end(config.rounds))
 
     # Not closures: a Run can be pickled, and one that was loaded reads these wherever it is by then.
     partition = functools.partial(partition_of, place, config, about, dataset)
-    variables = functools.partial(_deployed, place, dataset, model, algorithm)
+    variables = functools.partial(_deployed, place, dataset, model, algorithm, meters)
     seconds, cpu = records.total(place.records.laps(), rounds)
     recipe = recipe_of(place, config, about, partition)
-    return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables)
+    if stopped is not None and rounds < stopped.round:
+        stopped = None  # it was cut before that was in place, and will come to it again
+    kept = best_of(place)
+    return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables, stopped, *kept)
 
 
-def _deployed(place: Folder, dataset: Dataset | None, model: Model | None, algorithm: Any) -> Any:
+def best_of(place: Folder) -> tuple[int | None, Callable[[], Any] | None]:
+    """(round, what reads it) of the model that a run has kept as its best; (None, None) if it has not."""
+    kept = Checkpoints(place.best)
+    numbers = kept.rounds()
+    return (numbers[-1], functools.partial(kept.model, numbers[-1])) if numbers else (None, None)
+
+
+def _deployed(
+    place: Folder, dataset: Dataset | None, model: Model | None, algorithm: Any, meters: Any
+) -> Any:
     """The deployed model of the newest checkpoint: as it lies there by itself, else of the state."""
     config, _ = read_run(place)
     checkpoints = Checkpoints(place.checkpoints)
     numbers = checkpoints.rounds()
-    if numbers and (numbers[-1] == config.rounds or not place.finished):
+    if numbers and (numbers[-1] == place.end(config.rounds) or not place.finished):
         try:
             found = checkpoints.model(numbers[-1])
         except Exception:  # damaged, of which `restored` will say more
             found = None
         if found is not None:
             return found
-    given = {"dataset": dataset, "model": model, "algorithm": algorithm}
+    given = {"dataset": dataset, "model": model, "algorithm": algorithm, "meters": meters}
     return jax.device_get(restored(place.path, **given).variables)
 
 
 def restored(
-    folder: str | Path, *, dataset: Dataset | None = None, model: Model | None = None, algorithm: Any = None
+    folder: str | Path,
+    *,
+    dataset: Dataset | None = None,
+    model: Model | None = None,
+    algorithm: Any = None,
+    meters: Sequence[Any] | None = None,
 ) -> Simulation:
     """A run as a simulation at its newest sound checkpoint, to look into. Nothing in its folder is touched.
+
+    It has neither the run's own observers nor its callbacks; meters carry numbers from round to round, which
+    are part of its state.
 
     Raises:
       UserError: as `resume`; no checkpoint is sound; or the run is finished and its last one is not.
     """
     place = Folder(folder)
     config, about = read_run(place)
+    given = {name: told for name, told in config.given.items() if name not in ("observers", "callbacks")}
+    config = dataclasses.replace(config, observers=(), callbacks=(), given=given)
     checkpoints = Checkpoints(place.checkpoints)
     if checkpoints.rounds():
-        simulation = Simulation(setup_of(place, config, about, dataset, model, algorithm))
+        simulation = Simulation(setup_of(place, config, about, dataset, model, algorithm, meters=meters))
         found = checkpoints.restore(simulation.abstract_state(), mend=False)
-        if found is not None and (found[1] == config.rounds or not place.finished):
+        if found is not None and (found[1] == place.end(config.rounds) or not place.finished):
             simulation.restore(*found)
             return simulation
     fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
@@ -96,6 +127,7 @@ def setup_of(
     model: Any,
     algorithm: Any,
     began: int | None = None,
+    **lists: Sequence[Any] | None,
 ) -> Setup:
     """The setup of a run on disk.
 
@@ -107,11 +139,12 @@ def setup_of(
       model: likewise.
       algorithm: likewise.
       began: see `fedjax_sim.runs.assemble.prepare`.
+      **lists: what the run was given as observers, meters and callbacks.
 
     Raises:
       UserError: what is given is not what the run had, or the data are not the same.
     """
-    said = with_given(config, model=model, algorithm=algorithm)
+    said = with_given(config, model=model, algorithm=algorithm, **lists)
     changed = differences(config, yaml_safe(said))
     if changed:
         why = f"what is given now is not what its run had: {'; '.join(changed[:3])}"
@@ -119,7 +152,7 @@ def setup_of(
     dataset = dataset_of(config, about, dataset)
     partition = partition_of(folder, config, about, dataset)
     setup = prepare(
-        config, dataset=dataset, partition=partition, model=model, algorithm=algorithm, began=began
+        config, dataset=dataset, partition=partition, model=model, algorithm=algorithm, began=began, **lists
     )
     own = about.get("own", {})
     for name, checksum in imports.checksums(own).items():

@@ -25,7 +25,7 @@ from fedjax_sim.engine.clients import Shard, make_optimizer
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import watch
 from fedjax_sim.engine.round import Witness
-from fedjax_sim.engine.setup import Setup
+from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.provenance import total_memory
@@ -438,7 +438,7 @@ def _evaluation_parts(setup: Setup) -> list[Part]:
 
 def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     """What measured rounds need besides, from the traced observers."""
-    if not (setup.config.peel.every or setup.config.inertia.every):
+    if not setup.observers:
         return []
     held = 0
 
@@ -448,7 +448,8 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
         return _abstract(array.shape, array.dtype)
 
     mesh = placement.make_mesh(setup.devices)
-    due = [make(setup, mesh, put) for make in setup.instruments]  # all of them are, in the first round
+    context = DiagnosticContext(setup, mesh, put)
+    due = [observer.build(context) for observer in setup.observers]  # as if all were, in one round
     ids = setup.draw(0)
     watched: Any = watch(due, ids)
     count = len(watched.slots)

@@ -237,6 +237,12 @@ def find(folder: Path) -> Packed | None:
     return None
 
 
+def end(source: Records) -> int:
+    """The last round of a run: that in which a callback stopped it, if one did."""
+    stopped = source.provenance().get("stopped")
+    return source.config().rounds if stopped is None else stopped["round"]
+
+
 def differing(one: Records, other: Records) -> str:
     """In what two records differ: "configuration", "provenance", "times", "metrics", or "" if in nothing."""
     if _exact(one.settings()) != _exact(other.settings()):
@@ -245,8 +251,8 @@ def differing(one: Records, other: Records) -> str:
         return "provenance"
     if _exact(_timing(one)) != _exact(_timing(other)):
         return "times"
-    rounds = other.config().rounds
-    tables = [kept.read(rounds)[0] for kept in (one, other)]
+    last = end(other)
+    tables = [kept.read(last)[0] for kept in (one, other)]
     return "" if all(_alike(*(table.column(name) for table in tables)) for name in Row._fields) else "metrics"
 
 
@@ -288,7 +294,7 @@ def _write_tables(sources: Mapping[str, Records], file: IO[bytes]) -> None:
     options: dict[str, Any] = {"use_dictionary": texts, "write_statistics": ["run"]}
     with pq.ParquetWriter(file, schema, compression="zstd", compression_level=9, **options) as writer:
         for name, source in sources.items():
-            table = source.read(source.config().rounds)[0].to_arrow()
+            table = source.read(end(source))[0].to_arrow()
             names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(len(table), np.int32)), pa.array([name]))
             writer.write_table(table.add_column(0, run, names))
 

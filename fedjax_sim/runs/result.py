@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedjax_sim import algorithms
 from fedjax_sim.config import RunConfig
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Partition
 from fedjax_sim.records import Table
 from fedjax_sim.runs import export
+from fedjax_sim.runs.folder import Stopped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +74,8 @@ class Run:
       seconds: wall-clock time of all its rounds, compilation included, over all its starts.
       cpu_seconds: CPU time of the process in them, all threads; None if not all rounds recorded it.
       rounds: how many are done.
+      stopped: why it ended before the last of `config.rounds`; None if it did not.
+      best_round: whose deployed model was kept as the best (`fs.KeepBest`), from 1; None if none was.
     """
 
     config: RunConfig
@@ -83,11 +87,14 @@ class Run:
     rounds: int
     _partition: Callable[[], Partition] = dataclasses.field(repr=False)
     _model: Callable[[], Any] = dataclasses.field(repr=False)
+    stopped: Stopped | None = None
+    best_round: int | None = None
+    _best: Callable[[], Any] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are done."""
-        return self.rounds >= self.config.rounds
+        """Whether all rounds are done, or it was stopped by a callback."""
+        return self.rounds >= (self.config.rounds if self.stopped is None else self.stopped.round)
 
     @functools.cached_property
     def partition(self) -> Partition:
@@ -102,6 +109,18 @@ class Run:
         """
         return self._model()
 
+    @functools.cached_property
+    def best_variables(self) -> Any:
+        """The model that was kept as the best (`best_round`), nested dicts of NumPy leaves.
+
+        Raises:
+          UserError: none was.
+        """
+        if self._best is None:
+            fix = "Give the run a callback that does: callbacks=[fs.KeepBest(metric)]."
+            raise UserError("best_variables", self.title, "no model of this run was kept as its best", fix)
+        return self._best()
+
     @property
     def title(self) -> str:
         """One line: method, data, partition."""
@@ -113,20 +132,23 @@ class Run:
 
         return plots.run_curves(self.metrics, self.title, names or None)
 
-    def export(self, path: str | Path) -> Path:
+    def export(self, path: str | Path, *, best: bool = False) -> Path:
         """Writes the deployed model's weights into one file, see `fedjax_sim.runs.export`. -> its path.
 
         Args:
           path: ends in `.npz`, or in `.safetensors`, for which that package has to be installed.
+          best: whether `best_variables` are meant, not `variables`.
 
         Raises:
           UserError: it ends otherwise, cannot be written, or the run has no model.
         """
         export.check(path)
-        return export.write(self.variables, path)
+        return export.write(self.best_variables if best else self.variables, path)
 
     def __repr__(self):
         state = "finished" if self.finished else f"{self.rounds} of {self.config.rounds} rounds"
+        if self.finished and self.stopped is not None:
+            state = str(self.stopped)
         known = self.metrics.series("accuracy")[1]
         accuracy = f", accuracy {known[-1]:.4f}" if len(known) else ""
         return f"Run({self.title}: {state}{accuracy}, {self.seconds:.1f} s)"

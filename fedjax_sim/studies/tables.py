@@ -8,9 +8,10 @@ print(fs.compare(["runs/first", "runs/second"], reference="fedavg").markdown())
 import dataclasses
 from pathlib import Path
 
-from fedjax_sim.config.sweep_files import Job, Sweep, goal_of
+from fedjax_sim.config.sweep_files import Job, Sweep
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import nearest
+from fedjax_sim.records import goal_of
 from fedjax_sim.reports import shared
 from fedjax_sim.reports.shared import Given, Group
 from fedjax_sim.runs import Run

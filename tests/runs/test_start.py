@@ -111,7 +111,7 @@ def test_a_run_inside_a_run_only_trains():
     for made, taken in ((central(config), {}), (finetune.apart(config), {"algorithm": Local()})):
         setup = prepare(made, dataset=dataset, partition=partition, **taken)
         assert not setup.meters and not setup.trainer.gradients
-        assert setup.instruments == []
+        assert setup.observers == []
         for name in ("initial", "peel", "inertia", "output", "given"):
             assert getattr(made, name) == getattr(RunConfig(), name)
         assert made.evaluation == EvaluationConfig(every=0, batch_size=7)

@@ -12,6 +12,7 @@ Rows: `merge_own_accuracy`, `merge_own_loss`, `merge_global_accuracy`, `merge_gl
 state; and over clients `effectiveness_own` and `effectiveness_global`, mean accuracy after minus before.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -21,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import InertiaConfig, RunConfig
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.samples import best_ranked
 from fedjax_sim.records import Row, tidy
 
@@ -147,3 +149,20 @@ class Effectiveness:
                 gain = values.astype(np.float64) * (1 if headline.goal == "max" else -1)
                 made.append(tidy(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean())))
         return made
+
+
+@dataclasses.dataclass(frozen=True)
+class AggregationEffectiveness:
+    """The diagnostic, as it plugs into a run.
+
+    Attributes:
+      settings: the section `inertia` of a configuration.
+    """
+
+    settings: InertiaConfig
+
+    def build(self, context: DiagnosticContext) -> Effectiveness:
+        """See `fedjax_sim.engine.setup.ObserverConfig`."""
+        setup = context.setup
+        config = dataclasses.replace(setup.config, inertia=self.settings)
+        return Effectiveness(config, setup.model, setup.dataset, setup.partition, context.mesh, context.put)

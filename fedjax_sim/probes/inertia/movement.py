@@ -31,8 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct, traverse_util
 
+from fedjax_sim.config import InertiaConfig
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.model import Model
+from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.records import Row, tidy
 
 Path = tuple[str, ...]
@@ -143,6 +145,21 @@ class Movement:
             if number > self.reference or metric not in OF_REFERENCE
             for layer, value in zip(self._paths, said[metric], strict=True)
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerMovement:
+    """The diagnostic, as it plugs into a run.
+
+    Attributes:
+      settings: the section `inertia` of a configuration.
+    """
+
+    settings: InertiaConfig
+
+    def build(self, context: DiagnosticContext) -> Movement:
+        """See `fedjax_sim.engine.setup.MeterConfig`."""
+        return Movement(context.setup.model, self.settings.reference)
 
 
 def _norms(leaves: list[jax.Array]) -> jax.Array:

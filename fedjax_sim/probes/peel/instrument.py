@@ -1,5 +1,6 @@
 """Layer-peeled measurement as part of a run: when, whom, and what it hands to the compiled round."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -7,12 +8,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import PeelConfig, RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Dataset, Partition
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.round import Observer
+from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.chimera import Chimeras
 from fedjax_sim.probes.peel.feature_probe import Probe
 from fedjax_sim.probes.peel.forward import Forward
@@ -110,3 +112,20 @@ class Peeling:
             for name, instrument in self.observers.items()
             for row in instrument.rows(number, ids, observed[name], counts)
         ]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPeeled:
+    """The diagnostic, as it plugs into a run.
+
+    Attributes:
+      settings: the section `peel` of a configuration.
+    """
+
+    settings: PeelConfig
+
+    def build(self, context: DiagnosticContext) -> Peeling:
+        """See `fedjax_sim.engine.setup.ObserverConfig`."""
+        setup = context.setup
+        config = dataclasses.replace(setup.config, peel=self.settings)
+        return Peeling(config, setup.dataset, setup.partition, setup.trainer, context.mesh, context.put)

@@ -122,7 +122,7 @@ def check(run: Run) -> None:
         why, fix = "the run is in memory and has no folder", "Use measure() with its Simulation."
         raise UserError("run", str(run.title), why, fix)
     for name, told in run.config.given.items():
-        if name != "partition":
+        if name not in ("partition", "observers", "callbacks"):
             why = f"the run was given this {name} from Python, which its folder does not hold: {told}"
             raise UserError("run", str(run.folder), why, "Use measure() with its Simulation.")
     if not Checkpoints(Folder(run.folder).checkpoints).rounds():

@@ -1,0 +1,130 @@
+"""Calls a run's callbacks (`fedjax_sim.config.callbacks`), and remembers what they ask for."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fedjax_sim.config import RunConfig, plugins
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.imports import told_of
+from fedjax_sim.engine import hosts
+from fedjax_sim.records import Row, Table
+from fedjax_sim.runs.folder import Stopped
+from fedjax_sim.runs.result import resume_hint
+
+
+@dataclasses.dataclass
+class Wishes:
+    """What callbacks asked for after a round.
+
+    Attributes:
+      stopped: that the run ends here; None: that it goes on.
+      checkpoint: that one is written.
+      keep: that the model is kept as the best.
+    """
+
+    stopped: Stopped | None = None
+    checkpoint: bool = False
+    keep: bool = False
+
+
+class UnderWay:
+    """A run under way (`fedjax_sim.config.callbacks.UnderWay`).
+
+    Attributes:
+      config: its configuration.
+      folder: where it is; None if nothing is written.
+      metrics: the rows of all rounds so far.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path | None, metrics: Table, variables: Callable[[], Any]):
+        """`variables`: gives the deployed model as it now is, on the devices."""
+        self.config, self.folder, self.metrics = config, folder, metrics
+        self._variables, self._made = variables, None
+        self._number = 0
+        self._by = ""
+        self._wishes = Wishes()
+
+    def model(self) -> Any:
+        """The deployed model, nested dicts of NumPy arrays."""
+        return jax.device_get(self._variables() if self._made is None else self._made)
+
+    def stop(self, reason: str = "") -> None:
+        """Ends the run after this round; of several that ask for it the first is named."""
+        self._in_a_round("stop")
+        self._wishes.stopped = self._wishes.stopped or Stopped(self._number, self._by, str(reason))
+
+    def checkpoint(self) -> None:
+        """Has a checkpoint written after this round."""
+        self._in_a_round("checkpoint")
+        self._wishes.checkpoint = True
+
+    def keep(self) -> None:
+        """Keeps this round's model as the best."""
+        self._in_a_round("keep")
+        self._wishes.keep = True
+
+    def _in_a_round(self, what: str) -> None:
+        if not self._number:
+            raise UserError(f"run.{what}", self._by, "no round is to be looked at", "Call it in on_round.")
+
+
+class Callbacks:
+    """The callbacks of one run."""
+
+    def __init__(self, config: RunConfig, run: UnderWay):
+        """`run`: what they are given."""
+        self._entries, self._run = config.callbacks, run
+
+    def __bool__(self) -> bool:
+        return bool(self._entries)
+
+    def on_start(self) -> None:
+        """Tells those who want to know that the run starts, in the first process.
+
+        Raises:
+          UserError: one fails; likewise of the others.
+        """
+        self._all("on_start", 0)
+
+    def on_round(self, number: int, rows: Sequence[Row]) -> Wishes:
+        """Tells all of a round, in the first process, and all processes what they ask for."""
+        return self._all("on_round", number, number, rows)
+
+    def on_end(self) -> None:
+        """Tells those who want to know that the run has ended."""
+        self._all("on_end", 0)
+
+    def _all(self, name: str, number: int, *args: Any) -> Wishes:
+        if not self._entries:
+            return Wishes()
+        if jax.process_count() > 1:  # here, where all take part: only the first will ask for it
+            self._run._made = self._run._variables()
+        return hosts.agreed(lambda: self._call(name, number, *args))
+
+    def _call(self, name: str, number: int, *args: Any) -> Wishes:
+        run = self._run
+        run._number, run._wishes = number, Wishes()
+        for place, callback in enumerate(self._entries):
+            run._by = plugins.LISTS["callbacks"].name_of(callback) or type(callback).__name__
+            function = getattr(callback, name, None)
+            if function is None:
+                continue
+            try:
+                function(*args, run)
+            except UserError:
+                raise
+            except Exception as error:
+                when = f" in round {number}" if number else ""
+                fix = (
+                    f"Correct that line; then {resume_hint(run.folder)}."
+                    if run.folder
+                    else "Correct that line."
+                )
+                why = f"it fails{when}: {told_of(error)}"
+                raise UserError(f"callbacks.{place}.{name}", run._by, why, fix) from error
+        run._number = 0
+        return run._wishes

@@ -1,0 +1,241 @@
+"""The diagnostics of a run: the package's own and anybody else's, all built in the same way.
+
+What somebody else wrote is guarded: an error in it is a UserError that names the diagnostic, its function,
+the round and the line, and what it returns is looked at before the engine takes it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim.core.algorithm import Cohort
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.imports import told_of
+from fedjax_sim.core.plugins import written
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.observing import Instrument
+from fedjax_sim.engine.round import Meter, Observer, Witness
+from fedjax_sim.engine.setup import DiagnosticContext, ObserverConfig, Setup
+from fedjax_sim.probes import table
+from fedjax_sim.records import Row
+
+
+def of(setup: Setup) -> dict[str, Any]:
+    """The fields `observers` and `meters` of a setup, by its configuration.
+
+    Raises:
+      UserError: a meter cannot be built.
+    """
+    config, mesh = setup.config, placement.make_mesh(setup.devices)
+    observers: list[ObserverConfig] = table.observers(config)
+    observers += [_Observer(entry, f"observers.{i}") for i, entry in enumerate(config.observers)]
+    meters = {**table.meters(config)}
+    meters |= {f"meters.{i}": _Meter(entry, f"meters.{i}") for i, entry in enumerate(config.meters)}
+    context = DiagnosticContext(setup, mesh, lambda array: placement.put_replicated(array, mesh=mesh))
+    return {"observers": observers, "meters": {name: m.build(context) for name, m in meters.items()}}
+
+
+def check(setup: Setup) -> None:
+    """Follows what somebody else wrote through a round, on shapes; nothing is computed.
+
+    Raises:
+      UserError: a function fails, or does not return what the engine wants of it.
+    """
+    config, mesh = setup.config, placement.make_mesh(setup.devices)
+    if not (config.observers or config.meters):
+        return
+    of: Any = jax.ShapeDtypeStruct
+
+    def stack(count: int, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: of((count, *leaf.shape), leaf.dtype), tree)
+
+    def cohort(count: int) -> Cohort:
+        return Cohort(
+            *[stack(count, of((), jnp.int32))] * 2, of((), jnp.int32), stack(count, of((), jnp.int32))
+        )
+
+    population, ids = setup.population, setup.draw(0)
+    tables = (dict(population.example), population.indices, population.streams)
+    shard: Any = Shard(*jax.tree.map(lambda array: of(array.shape, array.dtype), tables))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    model = jax.eval_shape(setup.model.init, key)
+    context = DiagnosticContext(setup, mesh, lambda array: array)
+    with jax.set_mesh(mesh):
+        for observer in setup.observers:
+            if isinstance(observer, _Observer):
+                instrument = observer.build(context)
+                slots = instrument.slots(ids)
+                models, given = stack(len(slots), model), instrument.given(ids[slots])
+                them = dataclasses.replace(cohort(len(slots)), steps=None)
+                witness = Witness(them, models, models, models, of((), jnp.float32), key)
+                for name, one in instrument.observers.items():
+                    jax.eval_shape(one.observe, witness, given[name], shard)
+        for meter in setup.meters.values():
+            if isinstance(meter, _Metering):
+                gradient = model["params"] if meter.gradients else None
+                carried = jax.eval_shape(meter.init, model)
+                each, mean = (jax.eval_shape(f, model, model, gradient) for f in (meter.each, meter.share))
+                mean = jax.tree.map(lambda leaf: of(leaf.shape, jnp.float32), mean)
+                count = setup.cohort_size
+                jax.eval_shape(meter.read, carried, cohort(count), model, model, stack(count, each), mean)
+
+
+# --- what somebody else wrote -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guard:
+    """Calls functions of a diagnostic.
+
+    Attributes:
+      own: its settings.
+      field: where it stands in the configuration.
+    """
+
+    own: Any
+    field: str
+
+    def call(self, name: str, function: Callable[..., Any], *args: Any, number: int | None = None) -> Any:
+        """What the function gives. Raises UserError if it fails."""
+        try:
+            return function(*args)
+        except UserError:
+            raise
+        except Exception as error:
+            where = "" if number is None else f" in round {number}"
+            raise self.wrong(name, f"it fails{where}: {told_of(error)}", "Correct that line.") from error
+
+    def has(self, made: Any, *names: str) -> None:
+        """Raises UserError unless `build` has made something of that protocol."""
+        missing = [name for name in names if not hasattr(made, name)]
+        if missing:
+            why = f"it returned a {type(made).__name__}, which has no {missing[0]}"
+            fix = f"It needs {', '.join(names)}; an observer's are those of fs.Measurement(measure, records)."
+            raise self.wrong("build", why, fix)
+
+    def rows(self, number: int, function: Callable[..., Any], *args: Any) -> list[Row]:
+        """The rows that a function gives, as the journal can hold them. Raises UserError otherwise."""
+        made = self.call("rows", function, number, *args, number=number)
+        try:
+            rows = [Row(*row) for row in made]
+            return [
+                row._replace(round=int(row.round), value=float(row.value), client=int(row.client))
+                for row in rows
+            ]
+        except (TypeError, ValueError):
+            why = f"it did not return rows in round {number}, but {str(made)[:80]}"
+            raise self.wrong("rows", why, "Return a list of fs.Row(round, metric, value).") from None
+
+    def wrong(self, name: str, why: str, fix: str) -> UserError:
+        return UserError(f"{self.field}.{name}", written(self.own), why, fix)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observer:
+    """Settings of an observer, guarded. Its own observers get names that no other has."""
+
+    own: Any
+    field: str
+
+    def build(self, context: DiagnosticContext) -> Instrument:
+        guard = _Guard(self.own, self.field)
+        made = guard.call("build", self.own.build, context)
+        guard.has(made, "observers", "due", "slots", "given", "rows")
+        return _Instrument(guard, made)
+
+
+class _Instrument:
+    """An instrument, guarded."""
+
+    def __init__(self, guard: _Guard, own: Instrument):
+        self._guard, self._own = guard, own
+        self._names = {f"{guard.field}.{name}": name for name in own.observers}
+        self.observers: Mapping[str, Observer] = {
+            full: _Observing(guard, own.observers[name]) for full, name in self._names.items()
+        }
+
+    def due(self, number: int, rounds: int) -> bool:
+        return bool(self._guard.call("due", self._own.due, number, rounds, number=number))
+
+    def slots(self, cohort: np.ndarray) -> np.ndarray:
+        slots = np.asarray(self._guard.call("slots", self._own.slots, cohort))
+        distinct = slots.ndim == 1 and len(set(slots.tolist())) == len(slots) > 0
+        if not (
+            distinct and np.issubdtype(slots.dtype, np.integer) and slots.max() < len(cohort) > -slots.min()
+        ):
+            fix = f"Return some of 0 to {len(cohort) - 1}, each once."
+            raise self._guard.wrong("slots", f"it returned {slots.tolist()}, of {len(cohort)} slots", fix)
+        return slots.astype(np.int32)
+
+    def given(self, ids: np.ndarray) -> dict[str, Any]:
+        found = self._guard.call("given", self._own.given, ids)
+        return {full: found.get(name) for full, name in self._names.items()}
+
+    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+        mine = [{name: of[full] for full, name in self._names.items()} for of in (given, observed)]
+        return self._guard.rows(number, self._own.rows, ids, *mine)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observing:
+    """An observer, guarded."""
+
+    guard: _Guard
+    own: Observer
+
+    def observe(self, witness: Any, given: Any, shard: Any) -> Any:
+        return self.guard.call("observe", self.own.observe, witness, given, shard)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meter:
+    """Settings of a meter, guarded."""
+
+    own: Any
+    field: str
+
+    def build(self, context: DiagnosticContext) -> Meter:
+        guard = _Guard(self.own, self.field)
+        made = guard.call("build", self.own.build, context)
+        guard.has(made, "gradients", "init", "each", "share", "read", "rows")
+        return _Metering(guard, made, bool(made.gradients))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Metering:
+    """A meter, guarded."""
+
+    guard: _Guard
+    own: Meter
+    gradients: bool
+
+    def init(self, deployed: Any) -> Any:
+        return self.guard.call("init", self.own.init, deployed)
+
+    def each(self, start: Any, trained: Any, gradient: Any) -> Any:
+        return self.guard.call("each", self.own.each, start, trained, gradient)
+
+    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
+        return self.guard.call("share", self.own.share, start, trained, gradient)
+
+    def read(self, carried: Any, cohort: Any, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
+        made = self.guard.call("read", self.own.read, carried, cohort, old, new, each, mean)
+        if not (isinstance(made, tuple) and len(made) == 2):
+            raise self.guard.wrong("read", "it did not return two things", "Return (carried, said).")
+        before, after = (jax.tree.map(_shape, tree) for tree in (carried, made[0]))
+        if before != after:
+            why = f"it carries on {after}, where init or the round before gave {before}"
+            raise self.guard.wrong("read", why, "Keep shapes, dtypes and containers.")
+        return made
+
+    def rows(self, number: int, said: Any) -> list[Row]:
+        return self.guard.rows(number, self.own.rows, said)
+
+
+def _shape(leaf: Any) -> str:
+    return f"{getattr(leaf, 'dtype', type(leaf).__name__)}{list(np.shape(leaf))}"
