@@ -1,5 +1,7 @@
 """Chimeras: which leaves go together, the decomposition's laws, and the models themselves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,25 +32,30 @@ def test_every_leaf_has_a_block_and_blocks_follow_the_network(name):
         assert place.get(("params", *point.kernel[:-1], "bias"), number) == number
 
 
-def made(before_after_same=False):
+@functools.cache
+def world():
+    """A model, and the compiled function that looks at its chimeras, on two devices."""
     model = models.create("mlp", (8, 8, 1), 4, hidden=[12, 10, 8])
+    forward = Forward(model, oracles.task_of(model), PeelConfig(every=1), 20)
+    return model, jax.jit(chimera.Chimeras(forward, placement.make_mesh(2)).observe)
+
+
+@functools.cache
+def made(before_after_same=False):
+    model, observe = world()
     draw = np.random.default_rng(0)
     x = draw.integers(0, 256, (120, 8, 8, 1)).astype(np.uint8)
     y = draw.integers(0, 4, 120).astype(np.int32)
-    stacks = [
-        jax.tree.map(lambda *v: jnp.stack(v), *[model.init(jax.random.key(10 * s + k)) for k in range(3)])
-        for s in range(2)
-    ]
+    inits = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(0), 6))
+    stacks = [jax.tree.map(lambda leaf, s=s: leaf[3 * s :][:3], inits) for s in range(2)]
     if before_after_same:
         stacks[1] = stacks[0]
     index = draw.permutation(120).reshape(3, 40).astype(np.int32)
     given = {"measured": {"index": index, "count": np.asarray([40, 40, 29], np.int32)}, "test": None}
-    mesh = placement.make_mesh(2)
-    found = chimera.Chimeras(Forward(model, oracles.task_of(model), PeelConfig(every=1), 20), mesh)
     witness = witness_of(stacks[0], *stacks)
     shard = Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros((3, 1), jnp.int32))
-    with jax.set_mesh(mesh):
-        out = jax.jit(found.observe)(witness, given, shard)
+    with jax.set_mesh(placement.make_mesh(2)):
+        out = observe(witness, given, shard)
     return model, stacks, x, y, given["measured"], jax.device_get(out)
 
 

@@ -69,7 +69,7 @@ def observed(made, **layout):
     return jax.device_get(out)
 
 
-MODELS = {"mlp": {"hidden": [9, 7]}, "resnet8": {"norm": "batch"}}
+MODELS = {"mlp": {"hidden": [9, 7]}, "resnet6": {"norm": "batch"}}
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -84,8 +84,10 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
         one = jax.tree.map(lambda leaf, place=place: leaf[place], witness.after)
 
         def features(samples, one=one):
-            images = jnp.asarray((x[samples] / 255 - 0.5) / 0.5, jnp.float32)
-            return np.asarray(jax.jit(model.features)(one, images)[1][point], np.float64), y[samples]
+            padded = np.resize(samples, 40)  # one program for all numbers of samples
+            images = jnp.asarray((x[padded] / 255 - 0.5) / 0.5, jnp.float32)
+            found = np.asarray(jax.jit(model.features)(one, images)[1][point], np.float64)
+            return found[: len(samples)], y[samples]
 
         key, batches = stream(root(0), PEEL, ROUND, client), []
         for epoch in range(EPOCHS):
@@ -109,7 +111,7 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_body_and_its_statistics_stay_bit_for_bit(width):
-    model, witness, shard, _ = world("resnet8", MODELS["resnet8"])
+    model, witness, shard, _ = world("resnet6", MODELS["resnet6"])
     trainer = instrument(model, flip=True).classifier_trainer(width)
     start = jax.tree.map(lambda leaf: leaf[:width], witness.after)
     lanes = Lanes(

@@ -1,5 +1,7 @@
 """Models on other clients' samples: against plain loops in float64, and what may be left out of the work."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,17 +21,36 @@ from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
 CLASSES, COUNTS = 3, {"fit": (40, 31, 22), "measured": (40, 17, 33)}
 
 
+@functools.cache
+def network():
+    return models.create("mlp", (4, 4, 1), CLASSES, hidden=[10, 6])
+
+
+@functools.cache
+def start():
+    """The compiled function that makes models of a vector of keys."""
+    return jax.jit(jax.vmap(network().init))
+
+
+@functools.cache
+def instrument(devices, batch):
+    """What measures, and its compiled function."""
+    forward = Forward(network(), oracles.task_of(network()), PeelConfig(every=1), batch)
+    found = Generality(forward, placement.make_mesh(devices))
+    return found, jax.jit(found.observe)
+
+
 def world(same=(), counts=COUNTS, clients=3):
     """Random models of clients, samples of which a class shows in the mean, and where they are measured.
 
     Models of the states `same` are one for all clients.
     """
-    model = models.create("mlp", (4, 4, 1), CLASSES, hidden=[10, 6])
+    model, init = network(), start()
     draw = np.random.default_rng(3)
     y = draw.integers(0, CLASSES, 300).astype(np.int32)
     patterns = draw.uniform(0, 255, (CLASSES, 4, 4, 1))
     x = np.clip(0.3 * patterns[y] + draw.uniform(0, 178, (300, 4, 4, 1)), 0, 255).astype(np.uint8)
-    init, stacks = jax.jit(jax.vmap(model.init)), []
+    stacks = []
     for s, state in enumerate(STATES):
         seeds = [10 * s + (0 if state in same else k) for k in range(clients)]
         stacks.append(init(jnp.stack([jax.random.key(seed) for seed in seeds])))
@@ -42,13 +63,12 @@ def world(same=(), counts=COUNTS, clients=3):
 
 
 def observed(made, devices=2, batch=20):
-    model, stacks, train, test, given = made
-    mesh = placement.make_mesh(devices)
-    found = Generality(Forward(model, oracles.task_of(model), PeelConfig(every=1), batch), mesh)
+    _, stacks, train, test, given = made
+    found, observe = instrument(devices, batch)
     shard = Shard(oracles.examples(*map(jnp.asarray, train)), jnp.zeros((3, 1), jnp.int32))
     given = {**given, "test": None, "global": oracles.examples(*test)}
-    with jax.set_mesh(mesh):
-        out = jax.device_get(jax.jit(found.observe)(witness_of(*stacks), given, shard))
+    with jax.set_mesh(found.mesh):
+        out = jax.device_get(observe(witness_of(*stacks), given, shard))
     count = len(given["measured"]["count"])
     rows = found.rows(4, np.arange(count) + 7, out, given["measured"]["count"])
     return out, {(row.client - 7, row.state, row.layer, row.metric): row.value for row in rows}
@@ -99,7 +119,7 @@ def test_figures_agree_with_plain_loops_in_float64():
 @pytest.mark.parametrize("same", [("start", "after"), STATES])
 def test_one_model_for_all_is_measured_as_if_each_had_it(same):
     made = world(same=same)
-    wanted, (out, got) = by_hand(made), observed(made, devices=1)
+    wanted, (out, got) = by_hand(made), observed(made, devices=1, batch=40)
     for key, value in wanted.items():
         assert got[key] == pytest.approx(value, abs=1e-4), key
     for figures in out.values():
