@@ -21,6 +21,7 @@ from fedjax_sim.config import (
     ModelConfig,
     OutputConfig,
     RunConfig,
+    plugins,
     sweep_files,
 )
 from fedjax_sim.core.errors import UserError
@@ -118,9 +119,8 @@ def test_a_folder_holds_all_and_says_the_same(tmp_path):
         assert (folder / name).stat().st_size > 0, name
     assert list((folder / "tensorboard").iterdir())
     assert runs.portable(config_lib.load(folder / "config.yaml")) == runs.portable(config)
-    assert set(yaml.safe_load((folder / "config.yaml").read_text())) == {
-        f.name for f in dataclasses.fields(config)
-    }
+    named = {f.name for f in dataclasses.fields(config)}
+    assert set(yaml.safe_load((folder / "config.yaml").read_text())) == named - set(plugins.LISTS)
     memory = runs.run(dataclasses.replace(config, output=tiny().output))
     assert (
         list(records.read_parquet(folder / "metrics.parquet")) == list(memory.metrics) == list(done.metrics)
