@@ -72,7 +72,7 @@ from fedjax_sim.config import (  # noqa: E402
 from fedjax_sim.config.callbacks import EarlyStopping, KeepBest  # noqa: E402
 from fedjax_sim.core import stacked  # noqa: E402
 from fedjax_sim.core.errors import UserError  # noqa: E402
-from fedjax_sim.data import Dataset, Partition, PartitionConfig  # noqa: E402
+from fedjax_sim.data import Dataset, Partition, PartitionConfig, TableDataset  # noqa: E402
 from fedjax_sim.engine.clients import batch_order  # noqa: E402
 from fedjax_sim.engine.observing import Measurement  # noqa: E402
 from fedjax_sim.engine.setup import DiagnosticContext  # noqa: E402
@@ -146,6 +146,7 @@ __all__ = [
     "Scaffold",
     "Simulation",
     "Starts",
+    "TableDataset",
     "UserError",
     "algorithms",
     "batch_order",

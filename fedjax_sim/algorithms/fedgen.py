@@ -111,6 +111,7 @@ class FedGen:
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model marks no representation."""
         model = context.model
+        context.needs_classes("FedGen")
         model.check_classifier("FedGen")
         return _Built(self, context).algorithm()
 

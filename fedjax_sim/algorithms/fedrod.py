@@ -64,6 +64,7 @@ class FedRoD:
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the model marks no representation."""
         model = context.model
+        context.needs_classes("FedRoD")
         model.check_classifier("FedRoD")
 
         def receive(variables, client, broadcast, key):

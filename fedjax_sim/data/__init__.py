@@ -1,4 +1,4 @@
-"""The data room: image sets, their partition over clients, and the population on the device."""
+"""Sets, where they come from, and who holds what of them."""
 
 from fedjax_sim.data import presets
 from fedjax_sim.data.dataset import Dataset, as_dataset, union
@@ -8,7 +8,9 @@ from fedjax_sim.data.partition_reports import effective_classes, label_counts, p
 from fedjax_sim.data.partitions import partition
 from fedjax_sim.data.population import Population
 from fedjax_sim.data.presets import PRESETS
+from fedjax_sim.data.samples import Samples
 from fedjax_sim.data.sources import SCHEMES, default_data_dir, load, names
+from fedjax_sim.data.tables import TableDataset
 from fedjax_sim.tasks.preprocessing import Preprocessing, augment, normalise
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "PartitionConfig",
     "Population",
     "Preprocessing",
+    "Samples",
+    "TableDataset",
     "as_dataset",
     "as_partition",
     "augment",

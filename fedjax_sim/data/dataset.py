@@ -12,6 +12,7 @@ import numpy as np
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Example, Task
 from fedjax_sim.data.images import resize, with_channels
+from fedjax_sim.data.samples import Samples
 from fedjax_sim.tasks.classification import classification
 from fedjax_sim.tasks.preprocessing import Preprocessing
 
@@ -20,7 +21,7 @@ _ANY_COUNT = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Samples):
     """A train and a test set, checked once, here.
 
     Attributes:
@@ -98,7 +99,7 @@ class Dataset:
             self._check_count("train_domains", count, "domains")
             object.__setattr__(self, "domain_names", tuple(f"domain {d}" for d in range(count)))
         self.preprocessing.check_channels(self.image_shape[-1])
-        self._warn_of_empty_classes()
+        warn_of_empty_classes(self.name, self.train_labels, self.num_classes)
 
     @functools.cached_property
     def task(self) -> Task:
@@ -114,16 +115,6 @@ class Dataset:
     def test(self) -> Example:
         """The test samples, likewise."""
         return {"image": self.test_images, "label": self.test_labels}
-
-    @property
-    def train_size(self) -> int:
-        """n, training samples."""
-        return len(self.train_labels)
-
-    @property
-    def test_size(self) -> int:
-        """m, test samples."""
-        return len(self.test_labels)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -161,16 +152,6 @@ class Dataset:
             )
             raise UserError(f"data.{field}", count, why, fix)
 
-    def _warn_of_empty_classes(self) -> None:
-        empty = np.flatnonzero(np.bincount(self.train_labels, minlength=self.num_classes) == 0)
-        if len(empty):
-            warnings.warn(
-                f"{self.name}: {len(empty)} of {self.num_classes} classes have no training sample "
-                f"({in_ranges(empty.tolist())}), and the model gets an output for each. If they are not "
-                "meant: number the classes 0, 1, 2 … without gaps (a -1 that is stored as uint8 is 255)",
-                stacklevel=4,
-            )
-
     def _check_ids(self, part: str, kind: str, bound: int | None) -> None:
         """Checks one id for each image in 0..bound-1, and stores the ids as i32."""
         name = f"{part}_{kind}"
@@ -193,9 +174,25 @@ class Dataset:
         object.__setattr__(self, name, np.ascontiguousarray(ids, np.int32))
 
 
-def as_dataset(given: Any) -> Dataset | None:
-    """`given`, which is a Dataset or None. Raises UserError for anything else, with what to write."""
-    if given is None or isinstance(given, Dataset):
+def warn_of_empty_classes(name: str, labels: np.ndarray, num_classes: int) -> None:
+    """Tells in a warning which classes have no sample among the training labels i32[n] of the set `name`."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)
+    if len(empty):
+        warnings.warn(
+            f"{name}: {len(empty)} of {num_classes} classes have no training sample "
+            f"({in_ranges(empty.tolist())}), and the model gets an output for each. If they are not "
+            "meant: number the classes 0, 1, 2 … without gaps (a -1 that is stored as uint8 is 255)",
+            stacklevel=4,
+        )
+
+
+def as_dataset(given: Any) -> Any:
+    """`given`, which is a Dataset, another `Samples`, or None.
+
+    Raises:
+      UserError: it is anything else; says what to write.
+    """
+    if given is None or isinstance(given, Samples):
         return given
     fix = (
         "Write fs.Dataset(name, train_images, train_labels, test_images, test_labels, num_classes), images "

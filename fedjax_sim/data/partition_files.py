@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from fedjax_sim.core.documents import parse_json
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local, whole
-from fedjax_sim.data.dataset import Dataset
+from fedjax_sim.data.samples import Samples
 
 FORMAT = "fedjax_sim.partition"
 VERSION = 1
@@ -130,17 +129,17 @@ def as_partition(given: Any) -> Partition | None:
     return Partition(tuple(given))
 
 
-def describe(dataset: Dataset) -> dict[str, Any]:
+def describe(dataset: Samples) -> dict[str, Any]:
     """What a recipe says of the set, so that indices are not used on another one by mistake."""
     return {
         "dataset": dataset.name,
-        "num_train": len(dataset.train_labels),
-        "num_test": len(dataset.test_labels),
-        "labels_crc32": zlib.crc32(dataset.train_labels.astype("<i4").tobytes()),
+        "num_train": dataset.train_size,
+        "num_test": dataset.test_size,
+        "labels_crc32": dataset.answers_crc32,
     }
 
 
-def check(partition: Partition, dataset: Dataset) -> None:
+def check(partition: Partition, dataset: Samples) -> None:
     """Raises UserError unless the indices lie inside the set, and the set is the one they were made for."""
     crc = partition.recipe.get("labels_crc32")
     if crc is not None and crc != describe(dataset)["labels_crc32"]:
@@ -148,7 +147,7 @@ def check(partition: Partition, dataset: Dataset) -> None:
         why = f"made for {made_for}; the training labels of {dataset.name} are not the same"
         fix = "Load that set. (If other labels of the same images are meant: remove `labels_crc32` from it.)"
         raise UserError("partition.recipe", made_for, why, fix)
-    bounds = {"train": len(dataset.train_labels), "test": len(dataset.test_labels)}
+    bounds = {"train": dataset.train_size, "test": dataset.test_size}
     for part, bound in (("train", bounds["train"]), ("test", bounds[partition.test_from])):
         for k, indices in enumerate(getattr(partition, part) or ()):
             if len(indices) and indices.max() >= bound:
@@ -181,7 +180,7 @@ def save(partition: Partition, path: str | Path) -> None:
         unfinished.write_text(json.dumps(content, separators=(",", ":")))
 
 
-def load_partition(path: str | Path, dataset: Dataset | None = None) -> Partition:
+def load_partition(path: str | Path, dataset: Samples | None = None) -> Partition:
     """Reads our own format, or a `{"train_data": {client: [index]}}` file of FedMR's authors.
 
     Args:

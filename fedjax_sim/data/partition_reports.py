@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_files import Partition
+from fedjax_sim.data.samples import Samples
 
 
 def label_counts(partition: Partition, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -27,22 +27,23 @@ def effective_classes(counts: np.ndarray) -> np.ndarray:
     return np.exp(-(shares * logs).sum(1))
 
 
-def held_by_nobody(partition: Partition, dataset: Dataset) -> tuple[int, list[str]]:
+def held_by_nobody(partition: Partition, dataset: Samples) -> tuple[int, list[str]]:
     """Training samples that neither a client nor the server holds, and the classes that no client trains on.
 
     Of the classes only those of which the set has training samples.
     """
     aside = () if partition.server is None else partition.server
-    count = len(dataset.train_labels) - len(partition.held()) - len(aside)
-    trained = np.unique(dataset.train_labels[np.concatenate(partition.train)])
-    return count, [dataset.class_names[c] for c in np.setdiff1d(dataset.train_labels, trained)]
+    count, labels = dataset.train_size - len(partition.held()) - len(aside), dataset.train_classes
+    if labels is None:
+        return count, []
+    trained = np.unique(labels[np.concatenate(partition.train)])
+    return count, [dataset.class_names[c] for c in np.setdiff1d(labels, trained)]
 
 
-def summary(partition: Partition, dataset: Dataset) -> str:
+def summary(partition: Partition, dataset: Samples) -> str:
     """A few lines for a person: sizes, heterogeneity, overlap, local tests."""
     sizes = partition.sizes()
-    classes = effective_classes(label_counts(partition, dataset.train_labels, dataset.num_classes))
-    held = np.zeros(len(dataset.train_labels), np.int64)
+    held = np.zeros(dataset.train_size, np.int64)
     for part in partition.train:
         held[np.unique(part)] += 1
     recipe = partition.recipe
@@ -56,14 +57,13 @@ def summary(partition: Partition, dataset: Dataset) -> str:
         )
     how = ", ".join([str(recipe.get("kind", "?")), *facts])
     spread = f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,}"
-    mixes = f"{classes.min():.2f} / {np.median(classes):.2f} / {classes.max():.2f} of {dataset.num_classes}"
     used, shared = int((held > 0).sum()), int((held > 1).sum())
     left, lost = held_by_nobody(partition, dataset)
     nobody = f"; {left:,} by nobody" + (f", all of {named(lost)} among them" if lost else "")
     lines = [
         f"{partition.num_clients:,} clients of {dataset.name}, {how}",
         f"  samples a client   {spread} (min / median / max)",
-        f"  effective classes  {mixes} (exp of the label entropy)",
+        *_mixes(partition, dataset),
         f"  samples used       {used:,} of {len(held):,}; {shared:,} by more than one client{nobody}",
         f"  local tests        {tests}",
     ]
@@ -72,6 +72,16 @@ def summary(partition: Partition, dataset: Dataset) -> str:
     if partition.streams is not None:
         lines.append(f"  randomness         {len(np.unique(partition.streams)):,} streams for all clients")
     return "\n".join(lines)
+
+
+def _mixes(partition: Partition, dataset: Samples) -> list[str]:
+    """The line of `summary` about classes, if the samples have them."""
+    if dataset.train_classes is None:
+        return []
+    counts = label_counts(partition, dataset.train_classes, dataset.task.num_classes)
+    classes = effective_classes(counts)
+    mixes = f"{classes.min():.2f} / {np.median(classes):.2f} / {classes.max():.2f} of {counts.shape[1]}"
+    return [f"  effective classes  {mixes} (exp of the label entropy)"]
 
 
 def named(classes: Sequence[str], most: int = 5) -> str:
@@ -97,7 +107,7 @@ _FACTS = {
 }
 
 
-def plot(partition: Partition, dataset: Dataset, path: str | Path) -> None:
+def plot(partition: Partition, dataset: Samples, path: str | Path) -> None:
     """Draws clients by classes, with sizes above, and saves it (the suffix says the format).
 
     Clients are sorted by their most frequent class and its share. A cell's colour is the class's
@@ -107,7 +117,10 @@ def plot(partition: Partition, dataset: Dataset, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    counts = label_counts(partition, dataset.train_labels, dataset.num_classes)
+    if dataset.train_classes is None:
+        counts = partition.sizes()[:, None]
+    else:
+        counts = label_counts(partition, dataset.train_classes, dataset.task.num_classes)
     shares = counts / counts.sum(1, keepdims=True)
     top = shares.argmax(1)
     order = np.lexsort((-shares[np.arange(len(top)), top], top))
@@ -125,8 +138,8 @@ def plot(partition: Partition, dataset: Dataset, path: str | Path) -> None:
     )
     figure.colorbar(picture, ax=cells, label="share of the client's samples", fraction=0.03, pad=0.01)
     if classes <= 30:
-        cells.set_yticks(range(classes), dataset.class_names, fontsize=8)
-    cells.set_ylabel("class")
+        cells.set_yticks(range(classes), dataset.class_names or ("all",), fontsize=8)
+    cells.set_ylabel("class" if dataset.class_names else "samples")
     if clients <= 40:
         cells.set_xticks(range(clients), order, fontsize=7)
         cells.set_xlabel("client")

@@ -12,14 +12,14 @@ import numpy as np
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import partition_files, splits
-from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
 from fedjax_sim.data.partition_reports import held_by_nobody, named
+from fedjax_sim.data.samples import Samples
 
 
 def partition(
-    dataset: Dataset,
+    dataset: Samples,
     config: PartitionConfig,
     seed: int = 0,
     put_aside: float = 0.0,
@@ -50,13 +50,13 @@ def partition(
     return made
 
 
-def _partition(dataset: Dataset, config: PartitionConfig, seed: int, put_aside: float) -> Partition:
+def _partition(dataset: Samples, config: PartitionConfig, seed: int, put_aside: float) -> Partition:
     seed = config.seed if config.seed is not None else seed
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise wrong("seed", seed, "not a whole number >= 0", "Use 0.")
     if config.kind == "file":
         return for_server(_from_file(dataset, config, int(seed)), dataset, put_aside, int(seed))
-    pool, server = np.arange(len(dataset.train_labels)), None
+    pool, server = np.arange(dataset.train_size), None
     if put_aside:
         server = _drawn_for_server(dataset, pool, put_aside, int(seed))
         pool = np.setdiff1d(pool, server)
@@ -74,12 +74,12 @@ def _partition(dataset: Dataset, config: PartitionConfig, seed: int, put_aside: 
     return made if server is None else _with_server(made, server, put_aside)
 
 
-def _warn_of_unheld(made: Partition, dataset: Dataset, config: PartitionConfig) -> None:
+def _warn_of_unheld(made: Partition, dataset: Samples, config: PartitionConfig) -> None:
     count, classes = held_by_nobody(made, dataset)
     asked = _leaves_samples(made.recipe) or (config.kind == "natural" and config.clients is not None)
     if not classes and (asked or not count):
         return
-    why = f"{count:,} of {len(dataset.train_labels):,} training samples are held by nobody"
+    why = f"{count:,} of {dataset.train_size:,} training samples are held by nobody"
     if classes:
         why += f", and nobody trains on {named(classes)}, which the model is tested on all the same"
     if config.kind == "pathological":
@@ -102,7 +102,7 @@ def _leaves_samples(recipe: Mapping[str, Any]) -> bool:
     )
 
 
-def for_server(given: Partition, dataset: Dataset, fraction: float, seed: int) -> Partition:
+def for_server(given: Partition, dataset: Samples, fraction: float, seed: int) -> Partition:
     """`given`, with samples put aside that none of its clients holds; one that has such already stays.
 
     So many as `fraction` of all training images, with the classes in the shares that the free ones have.
@@ -113,26 +113,30 @@ def for_server(given: Partition, dataset: Dataset, fraction: float, seed: int) -
     if not fraction or given.server is not None:
         return given
     partition_files.check(given, dataset)
-    free = np.setdiff1d(np.arange(len(dataset.train_labels)), given.held())
+    free = np.setdiff1d(np.arange(dataset.train_size), given.held())
     return _with_server(given, _drawn_for_server(dataset, free, fraction, seed), fraction)
 
 
-def _drawn_for_server(dataset: Dataset, free: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def _drawn_for_server(dataset: Samples, free: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """i64[h], sorted, out of the indices `free`: stratified by class, uniform inside a class."""
-    labels, count = dataset.train_labels[free], max(1, round(fraction * len(dataset.train_labels)))
-    if count >= len(dataset.train_labels):
-        why = f"it leaves none of the {len(dataset.train_labels)} training samples to clients"
+    count = max(1, round(fraction * dataset.train_size))
+    if count >= dataset.train_size:
+        why = f"it leaves none of the {dataset.train_size} training samples to clients"
         raise UserError("initial.holdout", fraction, why, "Lower it.")
     if count > len(free):
         why = (
-            f"of the {len(dataset.train_labels)} training samples the partition gives all but {len(free)} to "
+            f"of the {dataset.train_size} training samples the partition gives all but {len(free)} to "
             f"clients, and these {count} are to be nobody's"
         )
         fix = "Lower it, or use a partition that leaves more (a kind that is drawn makes room by itself)."
         raise UserError("initial.holdout", fraction, why, fix)
-    held = np.bincount(labels, minlength=dataset.num_classes)
+    rng = _rng(seed, "server")
+    if dataset.train_classes is None:
+        return np.sort(rng.choice(free, count, replace=False))
+    labels = dataset.train_classes[free]
+    held = np.bincount(labels, minlength=dataset.task.num_classes)
     counts = splits.largest_remainder(held / held.sum(), count)
-    (chosen,) = splits.draw_counts(labels, counts[None], _rng(seed, "server"), "initial.holdout")
+    (chosen,) = splits.draw_counts(labels, counts[None], rng, "initial.holdout")
     return free[chosen]
 
 
@@ -141,39 +145,20 @@ def _with_server(made: Partition, server: np.ndarray, fraction: float) -> Partit
 
 
 def _split(
-    dataset: Dataset, pool: np.ndarray, config: PartitionConfig, seed: int
+    dataset: Samples, pool: np.ndarray, config: PartitionConfig, seed: int
 ) -> tuple[splits.Parts, dict[str, Any], np.ndarray | None, np.ndarray | None]:
     """Parts of 0..len(pool)-1 (for `identical` the one that all share), what to add to the recipe,
     f64[N, C] class mixes where drawn, i64[N] groups where used.
     """
-    labels, rng = dataset.train_labels[pool], _rng(seed, config.kind)
-    clients = config.clients or 0
+    rng, clients = _rng(seed, config.kind), config.clients or 0
     if config.kind == "identical":
-        return [np.arange(len(labels))], {}, None, None
+        return [np.arange(len(pool))], {}, None, None
     if config.kind == "iid":
-        return splits.iid(len(labels), clients, rng), {}, None, None
-    if config.kind == "dirichlet":
-        parts, tries = splits.dirichlet(labels, clients, config.alpha, config.min_size, config.max_tries, rng)
-        return parts, {"tries": tries}, None, None
-    if config.kind == "dirichlet-classes":
-        size = config.samples_per_client or len(labels) // clients
-        mixes = splits.class_mixes(config.alpha, clients, dataset.num_classes, rng)
-        counts = splits.counts_of_mixes(mixes, size)
-        return splits.draw_counts(labels, counts, rng, "data.train_labels"), {}, mixes, None
-    if config.kind in ("pathological", "shards"):
-        classes = len(np.unique(labels))
-        if config.kind == "pathological" and config.classes_per_client > classes:
-            why = f"the set has {classes} classes"
-            raise wrong("classes_per_client", config.classes_per_client, why, f"Use {classes} or fewer.")
-        if config.classes_per_client * clients > len(labels):
-            why = f"{clients} clients with so many pieces each need more than {len(labels)} samples"
-            raise wrong(
-                "classes_per_client", config.classes_per_client, why, "Lower it, or use fewer clients."
-            )
-        recipe = splits.pathological if config.kind == "pathological" else splits.shards
-        return recipe(labels, clients, config.classes_per_client, rng), {}, None, None
+        return splits.iid(len(pool), clients, rng), {}, None, None
     if config.kind == "quantity":
-        return splits.quantity(len(labels), clients, config.sigma, config.min_size, rng), {}, None, None
+        return splits.quantity(len(pool), clients, config.sigma, config.min_size, rng), {}, None, None
+    if config.kind not in ("domain", "natural"):
+        return _split_by_class(dataset, pool, config, rng)
     if config.kind == "domain":
         if dataset.train_domains is None:
             why = f"{dataset.name} has no domain ids"
@@ -197,8 +182,35 @@ def _split(
     return parts, {"writers": writers.tolist(), "writers_too_small": too_small}, None, writers
 
 
+def _split_by_class(
+    dataset: Samples, pool: np.ndarray, config: PartitionConfig, rng: np.random.Generator
+) -> tuple[splits.Parts, dict[str, Any], np.ndarray | None, np.ndarray | None]:
+    """`_split` for the kinds that go by the samples' classes."""
+    if dataset.train_classes is None:
+        why = f"it goes by classes, and the samples of {dataset.name} have none"
+        raise wrong("kind", config.kind, why, "Use iid, quantity, identical, natural or file.")
+    labels, clients = dataset.train_classes[pool], config.clients or 0
+    if config.kind == "dirichlet":
+        parts, tries = splits.dirichlet(labels, clients, config.alpha, config.min_size, config.max_tries, rng)
+        return parts, {"tries": tries}, None, None
+    if config.kind == "dirichlet-classes":
+        size = config.samples_per_client or len(labels) // clients
+        mixes = splits.class_mixes(config.alpha, clients, dataset.task.num_classes, rng)
+        counts = splits.counts_of_mixes(mixes, size)
+        return splits.draw_counts(labels, counts, rng, "data.train_labels"), {}, mixes, None
+    classes = len(np.unique(labels))
+    if config.kind == "pathological" and config.classes_per_client > classes:
+        why = f"the set has {classes} classes"
+        raise wrong("classes_per_client", config.classes_per_client, why, f"Use {classes} or fewer.")
+    if config.classes_per_client * clients > len(labels):
+        why = f"{clients} clients with so many pieces each need more than {len(labels)} samples"
+        raise wrong("classes_per_client", config.classes_per_client, why, "Lower it, or use fewer clients.")
+    recipe = splits.pathological if config.kind == "pathological" else splits.shards
+    return recipe(labels, clients, config.classes_per_client, rng), {}, None, None
+
+
 def _finish(
-    dataset: Dataset,
+    dataset: Samples,
     config: PartitionConfig,
     seed: int,
     parts: splits.Parts,
@@ -217,15 +229,18 @@ def _finish(
         ids = dataset.test_domains if config.kind == "domain" else dataset.test_writers
         test = _matching_groups(np.asarray(ids), groups, config.test_samples_per_client, rng)
     elif config.local_test == "matching":
-        size = config.test_samples_per_client or max(1, len(dataset.test_labels) // (alike * len(parts)))
+        if dataset.train_classes is None or dataset.test_classes is None:
+            why = f"it matches classes, and the samples of {dataset.name} have none"
+            raise wrong("local_test", "matching", why, "Use holdout, or a partition of kind natural.")
+        size = config.test_samples_per_client or max(1, dataset.test_size // (alike * len(parts)))
         if mixes is not None:
             counts = splits.counts_of_mixes(mixes, size)
         else:
             shares = np.stack(
-                [np.bincount(dataset.train_labels[p], minlength=dataset.num_classes) for p in parts]
+                [np.bincount(dataset.train_classes[p], minlength=dataset.task.num_classes) for p in parts]
             )
             counts = splits.largest_remainder(shares / shares.sum(1, keepdims=True), size)
-        test = splits.draw_counts(dataset.test_labels, counts, rng, "data.test_labels")
+        test = splits.draw_counts(dataset.test_classes, counts, rng, "data.test_labels")
     parts, test = alike * parts, None if test is None else tuple(alike * test)
     recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
     recipe |= partition_files.describe(dataset)
@@ -248,7 +263,7 @@ def _matching_groups(
     return test
 
 
-def _from_file(dataset: Dataset, config: PartitionConfig, seed: int) -> Partition:
+def _from_file(dataset: Samples, config: PartitionConfig, seed: int) -> Partition:
     loaded = partition_files.load_partition(Path(str(config.path)), dataset)
     if config.clients is not None and config.clients != loaded.num_clients:
         why = f"{config.path} has {loaded.num_clients} clients"

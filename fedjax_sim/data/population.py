@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from fedjax_sim.core.task import Example
-from fedjax_sim.data.dataset import Dataset
 from fedjax_sim.data.partition_files import Partition, check
+from fedjax_sim.data.samples import Samples
 
 Array = Any
 """NumPy as built; jax.Array once the engine has put it on devices."""
@@ -34,7 +34,7 @@ class Population:
     streams: Array = None
 
     @classmethod
-    def build(cls, dataset: Dataset, partition: Partition) -> "Population":
+    def build(cls, dataset: Samples, partition: Partition) -> "Population":
         """Pads every client's indices to the longest.
 
         Raises:

@@ -1,4 +1,4 @@
-"""One way in for every image set: `load("cifar10")`, `load("npz:my.npz")`, `load("folder:cats#size=64")`."""
+"""One way in for every set: `load("cifar10")`, `load("npz:my.npz")`, `load("folder:cats#size=64")`."""
 
 import difflib
 import os
@@ -10,21 +10,23 @@ from typing import Any
 from fedjax_sim.core import imports
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local
-from fedjax_sim.data import digits
+from fedjax_sim.data import digits, tables
 from fedjax_sim.data.dataset import Dataset, union
 from fedjax_sim.data.folders import read_folder
 from fedjax_sim.data.idx import read_idx
 from fedjax_sim.data.npz import read_npz
 from fedjax_sim.data.presets import PRESETS, Preset
+from fedjax_sim.data.samples import Samples
 from fedjax_sim.data.tfds_sets import find_prepared, how_to_prepare, read_tfds
 from fedjax_sim.tasks.preprocessing import Preprocessing
 
 ENVIRONMENT = "FEDJAX_SIM_DATA"
-EMBEDDED = ("digits", "digits-domains")
+EMBEDDED = ("digits", "digits-domains", *tables.EMBEDDED)
 SCHEMES = {
     "npz": "NumPy arrays in one file; npz:PATH#coarse for other labels",
     "folder": "folders of pictures, one for each class; #size=64, #classes=cat+dog, #test=0.25",
     "idx": "a folder with the four idx files of MNIST, Fashion-MNIST, EMNIST …; idx:PATH#letters",
+    "table": "rows of a CSV or Parquet file; table:PATH#target=price,user=town,task=regression,test=0.25",
     "tfds": "a prepared tensorflow-datasets set; #coarse_label, #size=64",
 }
 """The words before a colon, and what follows them."""
@@ -37,13 +39,14 @@ def load(
     preprocessing: Preprocessing | None = None,
     size: int | tuple[int, int] | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Dataset:
-    """Loads an image set. Nothing is ever downloaded.
+) -> Any:
+    """Loads a set. Nothing is ever downloaded.
 
     Args:
       source: one of
 
         - `digits`, `digits-domains`: embedded, see `fedjax_sim.data.digits`;
+        - `diabetes` (regression), `breast-cancer`, `wine`: embedded tables, see `fedjax_sim.data.tables`;
         - the name of a preset (`cifar10`, `cifar100-coarse`, `femnist`, `digit-five`, …), looked for
           in `data_dir` as `NAME.npz`, then as an image folder, then as a prepared
           tensorflow-datasets set;
@@ -52,6 +55,8 @@ def load(
           several joined by commas;
         - `idx:PATH`, a folder with the four files of MNIST and its kin, or `idx:PATH#letters` (which of
           several sets in it; see `fedjax_sim.data.idx`);
+        - `table:PATH#target=price`, a CSV or Parquet file, with `user=town`, `task=classification` and
+          `test=0.25` or a column, see `fedjax_sim.data.tables.read_table`;
         - `tfds:NAME`, `tfds:NAME/CONFIG`, with `#coarse_label` and `#size=64`;
         - `module:function`, one's own, whose value is a `Dataset`; the module lies in the working directory
           or is installed.
@@ -94,12 +99,15 @@ def load(
     if source in EMBEDDED:
         if shape is not None:
             raise UserError("data.size", size, f"{source} has one size only", "Leave `size` out.")
+        if source in tables.EMBEDDED:
+            _check_no_images(source, preprocessing)
+            return tables.EMBEDDED[source]()
         return {"digits": digits.digits, "digits-domains": digits.digits_domains}[source](preprocessing)
     if source in PRESETS:
         return load_preset(source, place, preprocessing, shape)
     near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
     why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
-    ways = "npz:PATH, folder:PATH, idx:PATH, tfds:NAME, module:function"
+    ways = "npz:PATH, folder:PATH, idx:PATH, table:PATH, tfds:NAME, module:function"
     raise UserError("data.source", source, why, f"Known: {', '.join(names())}; or {ways}.")
 
 
@@ -110,13 +118,14 @@ def _of_scheme(
     place: Path,
     shape: tuple[int, int] | None,
     preprocessing: Preprocessing | None,
-) -> Dataset:
+) -> Samples:
     """What `scheme:rest` names."""
     path, fragment = rest.split("#", 1) if scheme == "tfds" and "#" in rest else _path_first(rest)
     if not path:
         raise UserError("data.source", source, "nothing after the colon", f"Write {scheme}:PATH.")
     # A comma inside a class's name is none between options.
-    parts = re.split(r",(?=(?:size|classes|test)=)" if scheme == "folder" else ",", fragment)
+    keys = {"folder": "size|classes|test", "table": "target|user|task|test"}
+    parts = re.split(rf",(?=(?:{keys[scheme]})=)" if scheme in keys else ",", fragment)
     word, options = _options(parts, source)
     if "size" in options:
         shape = _size(options.pop("size"))
@@ -127,6 +136,9 @@ def _of_scheme(
             return read_folder(
                 path, size=shape, classes=classes, test_share=share, preprocessing=preprocessing
             )
+    if scheme == "table" and not word and shape is None and set(options) <= set(keys["table"].split("|")):
+        _check_no_images(source, preprocessing)
+        return tables.read_table(path, **options)
     if scheme == "tfds" and not options:
         return read_tfds(path, place, label=word or "label", size=shape, preprocessing=preprocessing)
     if scheme == "npz" and not options and shape is None:
@@ -134,8 +146,17 @@ def _of_scheme(
     if scheme == "idx" and not options and shape is None:
         return read_idx(path, member=word, preprocessing=preprocessing)
     why = f"{fragment or 'size'!r} is not an option of {scheme}"
-    fix = "npz:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label."
+    fix = (
+        "npz:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label, "
+        "table:PATH#target=price."
+    )
     raise UserError("data.source", source, why, fix)
+
+
+def _check_no_images(source: str, preprocessing: Preprocessing | None) -> None:
+    if preprocessing is not None:
+        why = f"{source} is a table, and preprocessing is of images"
+        raise UserError("data.preprocessing", preprocessing, why, "Leave it out.")
 
 
 def _path_first(rest: str) -> tuple[str, str]:
@@ -152,7 +173,7 @@ def _path_first(rest: str) -> tuple[str, str]:
     return rest[: places[-1]], rest[places[-1] + 1 :]
 
 
-def _own(source: str, options: Mapping[str, Any]) -> Dataset:
+def _own(source: str, options: Mapping[str, Any]) -> Samples:
     """The value of a user's own function."""
     try:
         function = imports.imported(source, "data.source")
@@ -165,7 +186,7 @@ def _own(source: str, options: Mapping[str, Any]) -> Dataset:
     if not callable(function):
         raise UserError("data.source", source, "it is no function", "Give a function that makes a Dataset.")
     made = imports.called(function, source, "data.source", "data.options", **options)
-    if not isinstance(made, Dataset):
+    if not isinstance(made, Samples):
         why = f"its value is a {type(made).__name__}, not a Dataset"
         fix = "Let it return fedjax_sim.Dataset(name=…, train_images=…, train_labels=…, test_images=…, …)."
         raise UserError("data.source", source, why, fix)

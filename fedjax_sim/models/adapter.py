@@ -223,20 +223,22 @@ class Adapted(nn.Module):
         return out.astype(jnp.float32) if isinstance(out, jax.Array) else out
 
 
-def check_shapes(input_shape: Sequence[int], num_classes: int) -> tuple[int, int, int]:
-    """(H, W, C) as integers.
+def check_shapes(input_shape: Sequence[int], num_classes: int) -> tuple[int, ...]:
+    """(H, W, C) of an image or (d,) of a vector, as integers.
 
     Raises:
-      UserError: not three positive integers, or fewer than two classes.
+      UserError: neither three positive integers nor one, or no output.
     """
     shape = tuple(input_shape) if isinstance(input_shape, list | tuple) else ()
-    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+    if len(shape) not in (1, 3) or not all(isinstance(n, int) and n > 0 for n in shape):
         raise UserError(
-            "model.input_shape", input_shape, "an image is (height, width, channels), positive integers",
+            "model.input_shape", input_shape,
+            "an image is (height, width, channels) and a vector (features,), positive integers",
             "Grey images have one channel: (28, 28, 1).",
         )  # fmt: skip
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-        raise UserError("model.num_classes", num_classes, "a classifier needs two classes", "Give 2 or more.")
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        why = "a classifier needs two classes or more, a regression one output"
+        raise UserError("model.num_classes", num_classes, why, "Give 2 or more, or 1.")
     return shape
 
 

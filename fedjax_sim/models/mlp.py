@@ -1,4 +1,4 @@
-"""Multi-layer perceptron on flattened images."""
+"""Multi-layer perceptron on flattened images, or on vectors."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
-        """f32[B, H, W, C] -> f32[B, num_classes]."""
+        """f32[B, H, W, C] or f32[B, d] -> f32[B, num_classes]."""
         x = layers.flatten(x)
         for i, width in enumerate(self.hidden, start=1):
             x = nn.relu(layers.dense(self, x, f"fc{i}", width))

@@ -33,6 +33,7 @@ class Entry:
       options: fields of the module which a user may set.
       preset: fields that make this network out of the class.
       min_side: smallest height and width at which every layer still has something to read.
+      vectors: whether it takes vectors (d,) as well as images.
     """
 
     module: type[nn.Module]
@@ -40,6 +41,7 @@ class Entry:
     options: tuple[str, ...] = ()
     preset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     min_side: int = 1
+    vectors: bool = False
 
 
 _VGG11 = {"stages": ((64,), (128,), (256,), (512,), (512,)), "hidden": (), "weights": "kaiming"}
@@ -51,7 +53,9 @@ def _lips(blocks: tuple[int, ...], summary: str, **preset: Any) -> Entry:
 
 
 TABLE: dict[str, Entry] = {
-    "mlp": Entry(MLP, "dense layers, by default the 2NN (200, 200) of the FedAvg paper", ("hidden",)),
+    "mlp": Entry(
+        MLP, "dense layers, by default the 2NN (200, 200) of the FedAvg paper", ("hidden",), vectors=True
+    ),
     "mcmahan": Entry(
         McMahanCNN, "two 5x5 convolutions and a dense 512, the CNN of the FedAvg paper", (), {}, 4
     ),
@@ -118,8 +122,8 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
     Args:
       name: one of `names()`; or `module:Class` or `module:function` of one's own, see
         `fedjax_sim.models.adapter.adapted`.
-      input_shape: (H, W, C) of one image.
-      num_classes: width of the logits, at least 2.
+      input_shape: (H, W, C) of one image, or (d,) of a vector.
+      num_classes: width of the outputs.
       **options: `dtype` ("float32" or "bfloat16", the precision of the computation; parameters and logits are
         float32 always), and what the network allows, for example `norm="group"`, `hidden=(64,)`, `patch=8`.
 
@@ -143,6 +147,10 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
     fields = {**entry.preset}
     for option, value in options.items():
         fields[option] = _check_option(name, entry, option, value)
+    if len(shape) == 1 and not entry.vectors:
+        fitting = " or ".join(other for other, found in TABLE.items() if found.vectors)
+        why = f"it takes images, and these samples are vectors of {shape[0]} numbers"
+        raise UserError("model.name", name, why, f"Choose {fitting}, or one's own (module:Class).")
     if min(shape[:2]) < entry.min_side:
         raise UserError(
             "model.name", name,

@@ -32,7 +32,6 @@ _LABELS = {
     "slot_similarity": "cosine similarity of the slots",
     "client_accuracy_mean": "mean accuracy of clients",
 }
-_PANELS = ("accuracy", "loss", "train_loss", "slot_similarity", "client_accuracy_mean")
 
 
 def label_of(metric: str) -> str:
@@ -76,13 +75,16 @@ def save(figure: Figure, path: str | Path) -> None:
         figure.savefig(Path(path), dpi=160)
 
 
-def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -> Figure:
+def run_curves(
+    metrics: Table, title: str, names: Sequence[str] | None = None, headline: str = "accuracy"
+) -> Figure:
     """A run's curves, one panel a metric.
 
     Args:
       metrics: of the run.
       title: what the data and their partition are.
-      names: which metrics; None: accuracy, losses, similarity and the clients' accuracy, where recorded.
+      names: which metrics; None: the headline, losses, similarity and the clients' headline, where recorded.
+      headline: the task's first metric.
 
     Raises:
       UserError: one of `names` was never recorded.
@@ -90,13 +92,15 @@ def run_curves(metrics: Table, title: str, names: Sequence[str] | None = None) -
     known = metrics.names()
     for name in names or ():
         metrics.last(name)  # or raises
-    chosen = [name for name in (names or _PANELS) if name in known] or known[:1]
+    clients = f"client_{headline}"
+    usual = (headline, "loss", "train_loss", "slot_similarity", f"{clients}_mean")
+    chosen = [name for name in (names or usual) if name in known] or known[:1]
     figure, axes = new_figure(*grid_shape(len(chosen)))
     for axis, name in zip(axes.flat, chosen, strict=False):
         rounds, values = metrics.series(name)
         _line(axis, rounds, values, COLOURS[0], "-", label_of(name))
-        if name == "client_accuracy_mean":
-            low, high = (metrics.series(f"client_accuracy_{p}")[1] for p in ("p10", "p90"))
+        if name == f"{clients}_mean":
+            low, high = (metrics.series(f"{clients}_{p}")[1] for p in ("p10", "p90"))
             if len(low) == len(high) == len(rounds):
                 axis.fill_between(
                     rounds, low, high, color=COLOURS[0], alpha=0.2, lw=0, label="10th to 90th percentile"
@@ -146,22 +150,31 @@ def compared_curves(
     return figure
 
 
-def client_accuracies(metrics: Table, title: str) -> Figure | None:
-    """How accurate the model is at each client, in the last round that says so; None if none does."""
-    wanted = metrics.column("metric") == "client_accuracy"
+def client_figures(metrics: Table, title: str, headline: str = "accuracy") -> Figure | None:
+    """How good the model is at each client, in the last round that says so; None if none does.
+
+    Args:
+      metrics: of the run.
+      title: what the data and their partition are.
+      headline: the task's first metric.
+    """
+    name = f"client_{headline}"
+    wanted = metrics.column("metric") == name
     if not wanted.any():
         return None
     number = int(metrics.column("round")[wanted].max())
-    values = np.sort(metrics.by_client("client_accuracy", number)[1])
+    values = np.sort(metrics.by_client(name, number)[1])
     figure, axes = new_figure(2)
     left, right = axes.flat
-    left.hist(values, bins=np.linspace(0, 1, 21), color=COLOURS[0])
-    left.set_xlabel("accuracy on the client's own test samples")
+    share = headline == "accuracy"
+    left.hist(values, bins=np.linspace(0, 1, 21) if share else 20, color=COLOURS[0])
+    left.set_xlabel(f"{headline} on the client's own test samples")
     left.set_ylabel("clients")
     right.plot(values, (np.arange(len(values)) + 1) / len(values), color=COLOURS[0], drawstyle="steps-post")
-    right.set_xlabel("accuracy on the client's own test samples")
+    right.set_xlabel(f"{headline} on the client's own test samples")
     right.set_ylabel("share of clients at or below")
-    right.set_xlim(0, 1)
+    if share:
+        right.set_xlim(0, 1)
     right.set_ylim(0, 1)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)

@@ -71,7 +71,7 @@ def tidy(number: int, metric: str, value: float, **where: Any) -> Row:
 
 def goal_of(metric: str) -> str:
     """`max` or `min`: which is better of a metric, by its name."""
-    return "min" if re.search("loss|waste|time", metric) else "max"
+    return "min" if re.search("loss|waste|time|mse", metric) else "max"
 
 
 def finite(rows: Iterable[Row]) -> list[Row]:

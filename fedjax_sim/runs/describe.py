@@ -35,6 +35,7 @@ def describe(folder: Folder, setup: Setup) -> None:
     """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
     config = portable(yaml_safe(setup.config))
     about = provenance.describe(setup.dataset, setup.partition)
+    about["headline"] = setup.task.headline.name
     about["config"] = config_lib.to_dict(config)
     own = imports.checksums(config_lib.flat(config).values())
     if own:

@@ -61,7 +61,8 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        return Run(config, path, table, recipe, seconds, cpu, done, *made, stopped, *kept)
+        headline = setup.task.headline.name
+        return Run(config, path, table, recipe, seconds, cpu, done, *made, stopped, *kept, headline)
 
     def write(number: int, rows: list[records.Row]) -> bool:
         """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
@@ -106,7 +107,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         if journal is not None and stopped is None and simulation.round < config.rounds:
             journal.tabulate()
 
-    bar = Bar(config, simulation.round, setup.cohort_size, table)
+    bar = Bar(config, simulation.round, setup.cohort_size, table, setup.task.headline.name)
     waiting: list[Callable[[], list[records.Row]]] = []
     ended = False
     try:
@@ -261,7 +262,7 @@ def _figures(run: Run, setup: Setup) -> None:
     home = run.folder / "figures"
     home.mkdir(exist_ok=True)
     plots.save(run.plot(), home / "curves.png")
-    clients = plots.client_accuracies(run.metrics, run.title)
+    clients = plots.client_figures(run.metrics, run.title, run.headline)
     if clients is not None:
         plots.save(clients, home / "clients.png")
     data.plot(setup.partition, setup.dataset, home / "partition.png")

@@ -58,7 +58,7 @@ def load(
     recipe = recipe_of(place, config, about, partition)
     if stopped is not None and rounds < stopped.round:
         stopped = None  # it was cut before that was in place, and will come to it again
-    kept = best_of(place)
+    kept = (*best_of(place), about.get("headline", "accuracy"))  # which runs of before all had
     return Run(config, place.path, table, recipe, seconds, cpu, rounds, partition, variables, stopped, *kept)
 
 

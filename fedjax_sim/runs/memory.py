@@ -257,7 +257,7 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
     table = population.indices.nbytes
     tests = sum(leaf.nbytes for leaf in population.test.values())
     parts = [
-        Part("training images and labels", images, images * copies, "always", "smaller images, or fewer"),
+        Part("training samples", images, images * copies, "always", "smaller samples, or fewer"),
         Part(
             "clients' index table",
             table,
@@ -265,11 +265,11 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
             "always",
             "a less skewed partition, or fewer clients",
         ),
-        Part("test images and labels", -(-tests // setup.devices), tests, "always", "fewer test images"),
+        Part("test samples", -(-tests // setup.devices), tests, "always", "fewer test samples"),
     ]
     if platform == "cpu":
         held = images + tests
-        parts.append(Part(_ON_HOST, held, held, "always", "smaller images, or fewer"))
+        parts.append(Part(_ON_HOST, held, held, "always", "smaller samples, or fewer"))
     return parts
 
 
@@ -471,7 +471,7 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     remedy = "a smaller peel.clients or inertia.clients"
     copies = 1 if platform == "cpu" else setup.devices
     return [
-        Part("test images that observers read", held, held * copies, "always", "peel.split = train"),
+        Part("test samples that observers read", held, held * copies, "always", "peel.split = train"),
         Part(f"models of {count} measured clients", stacks, stacks * setup.devices, "round", remedy),
         Part(f"models of {count} clients at the probe", stacks, stacks * setup.devices, "probe", remedy),
         Part("the probe's features and moments", peak, peak * setup.devices, "probe", remedy),

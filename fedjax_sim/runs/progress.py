@@ -53,16 +53,16 @@ class Bar:
     """How far a run is, on standard error.
 
     On a terminal and in a notebook a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the
-    newest accuracy. Elsewhere (a log file, a pipe) the same in a plain line: after the first round, then at
-    most one in `EVERY` seconds, and after the last. A run that is `part_of` a sweep has only those between:
-    the sweep tells of its end.
+    newest headline metric. Elsewhere (a log file, a pipe) the same in a plain line: after the first round,
+    then at most one in `EVERY` seconds, and after the last. A run that is `part_of` a sweep has only those
+    between: the sweep tells of its end.
     """
 
-    def __init__(self, config: RunConfig, start: int, clients: int, table: Table):
+    def __init__(self, config: RunConfig, start: int, clients: int, table: Table, headline: str = "accuracy"):
         self._clients, self._pace = clients, 0.0
         self._done, self._start, self._rounds = start, start, config.rounds
-        known = table.series("accuracy")[1]
-        self._accuracy = float(known[-1]) if len(known) else None
+        known = table.series(headline)[1]
+        self._headline, self._newest = headline, float(known[-1]) if len(known) else None
         job = _JOB.get()
         self._name = job or algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
         self._brief, self._said = bool(job), time.monotonic()
@@ -84,11 +84,11 @@ class Bar:
             self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
         self._done += 1
         for row in rows:
-            if row.metric == "accuracy":
-                self._accuracy = row.value
+            if row.metric == self._headline:
+                self._newest = row.value
         told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
-        if self._accuracy is not None:
-            told["accuracy"] = f"{self._accuracy:.4f}"
+        if self._newest is not None:
+            told[self._headline] = f"{self._newest:.4f}"
         if self._plain:
             self._say(told)
         else:

@@ -74,6 +74,7 @@ class Run:
       seconds: wall-clock time of all its rounds, compilation included, over all its starts.
       cpu_seconds: CPU time of the process in them, all threads; None if not all rounds recorded it.
       rounds: how many are done.
+      headline: the metric that the task shows first.
       stopped: why it ended before the last of `config.rounds`; None if it did not.
       best_round: whose deployed model was kept as the best (`fs.KeepBest`), from 1; None if none was.
     """
@@ -90,6 +91,7 @@ class Run:
     stopped: Stopped | None = None
     best_round: int | None = None
     _best: Callable[[], Any] | None = dataclasses.field(default=None, repr=False)
+    headline: str = "accuracy"
 
     @property
     def finished(self) -> bool:
@@ -130,7 +132,7 @@ class Run:
         """Learning curves, a Matplotlib figure; `names` chooses metrics."""
         from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
 
-        return plots.run_curves(self.metrics, self.title, names or None)
+        return plots.run_curves(self.metrics, self.title, names or None, self.headline)
 
     def export(self, path: str | Path, *, best: bool = False) -> Path:
         """Writes the deployed model's weights into one file, see `fedjax_sim.runs.export`. -> its path.
@@ -149,9 +151,9 @@ class Run:
         state = "finished" if self.finished else f"{self.rounds} of {self.config.rounds} rounds"
         if self.finished and self.stopped is not None:
             state = str(self.stopped)
-        known = self.metrics.series("accuracy")[1]
-        accuracy = f", accuracy {known[-1]:.4f}" if len(known) else ""
-        return f"Run({self.title}: {state}{accuracy}, {self.seconds:.1f} s)"
+        known = self.metrics.series(self.headline)[1]
+        newest = f", {self.headline} {known[-1]:.4f}" if len(known) else ""
+        return f"Run({self.title}: {state}{newest}, {self.seconds:.1f} s)"
 
 
 def title_of(config: RunConfig, recipe: Mapping[str, Any]) -> str:

@@ -173,10 +173,10 @@ class _Shared:
     """Data sets and partitions that several runs of a sweep have in common."""
 
     def __init__(self):
-        self._datasets: dict[Any, data.Dataset] = {}
+        self._datasets: dict[Any, data.Samples] = {}
         self._partitions: dict[Any, data.Partition] = {}
 
-    def dataset(self, config: RunConfig) -> data.Dataset:
+    def dataset(self, config: RunConfig) -> data.Samples:
         key = repr(config.data)
         if key not in self._datasets:
             self._datasets[key] = config.data.load()
@@ -191,13 +191,23 @@ class _Shared:
         return self._partitions[key]
 
 
+def _check_metric(sweep: Sweep, dataset: data.Samples) -> None:
+    """Raises UserError where the table is to show accuracy, as by default, and the task has none."""
+    names = [metric.name for metric in dataset.task.metrics]
+    if sweep.metric == "accuracy" and "accuracy" not in names:
+        why = f"the task {dataset.task.name} of {dataset.name} has none"
+        raise UserError("sweep.metric", sweep.metric, why, f"Write metric: {names[0]}, say.")
+
+
 def _check(sweep: Sweep, shared: _Shared) -> None:
     """Raises UserError for the first run that has not begun and cannot."""
     for job in sweep.jobs:
         if hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
             continue
         try:
-            runs.validate(job.config, shared.dataset(job.config), shared.partition(job.config))
+            dataset = shared.dataset(job.config)
+            _check_metric(sweep, dataset)
+            runs.validate(job.config, dataset, shared.partition(job.config))
         except UserError as error:
             raise UserError(f"{job.name}: {error.field}", error.value, error.why, error.fix) from None
 

@@ -34,10 +34,13 @@ def _with_targets(outputs: jax.Array, example: Example) -> jax.Array:
 
 
 def _r2(means: np.ndarray) -> np.ndarray:
-    """1 - MSE / variance of the targets; NaN where all targets are one."""
+    """1 - MSE / variance of the targets; NaN where all targets are one.
+
+    The squares are float32, of which a variance below a millionth of their mean is rounding.
+    """
     variance = means[..., 2] - means[..., 1] ** 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(variance > 0, 1 - means[..., 0] / variance, np.nan)
+        return np.where(variance > 1e-6 * means[..., 2], 1 - means[..., 0] / variance, np.nan)
 
 
 R2 = Metric("r2", "max", _with_targets, _r2)

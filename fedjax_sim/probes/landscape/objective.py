@@ -30,7 +30,7 @@ from fedjax_sim.engine.placement import make_mesh, replicated, sharded
 from fedjax_sim.tasks.preprocessing import Preprocessing, normalise
 
 Function = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
-"""(variables, inputs [B, …], targets [B, …]) -> (losses f32[B], figures [B], whether right for classes).
+"""(variables, inputs [B, …], targets [B, …]) -> (losses f32[B], whether right [B], NaN without classes).
 
 Inputs and targets may be trees of arrays, or None.
 
@@ -67,13 +67,13 @@ class CrossEntropy:
 
 @dataclasses.dataclass(frozen=True)
 class TaskLoss:
-    """A task's loss and its headline metric of a model, likewise in evaluation mode and in float32.
+    """A task's loss of a model, and with classes its accuracy; likewise in evaluation mode and in float32.
 
     Called with samples as they are stored; there are no targets besides.
 
     Attributes:
       model: the network.
-      task: whose loss; its headline must be a mean over samples.
+      task: whose loss.
     """
 
     model: Model
@@ -86,6 +86,8 @@ class TaskLoss:
         """See `Function`."""
         del targets
         losses, statistics = evaluate(self.model, self.task, variables, example)
+        if self.task.label is None:
+            return losses, jnp.full_like(losses, jnp.nan)
         return losses, statistics[self.task.headline.name][:, 0]
 
 
@@ -104,7 +106,7 @@ class Values:
 
     Attributes:
       loss: f64[n], mean over the samples.
-      accuracy: f64[n], share of the samples that is right; without classes the mean of the task's headline.
+      accuracy: f64[n], share of the samples that is right; NaN where they have no classes.
     """
 
     loss: np.ndarray

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from fedjax_sim.algorithms.lips import LIPS, densities
 from fedjax_sim.probes.inertia.movement import METRICS
-from fedjax_sim.records import plots
+from fedjax_sim.records import goal_of, plots
 from fedjax_sim.reports import shared
 from fedjax_sim.reports.inertia.profile import Profile, profile
 from fedjax_sim.reports.shared import Missing, captioned, spread
@@ -38,10 +38,6 @@ LABELS = {
 EFFECTIVENESS = {
     "effectiveness_own": "clients' own test samples",
     "effectiveness_global": "global test set",
-}
-_ACCURACY = {
-    "accuracy": "deployed model, global test set",
-    "client_accuracy_mean": "clients' own test samples",
 }
 
 
@@ -229,7 +225,7 @@ def reference(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
 
 
 def effectiveness(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
-    """Mean accuracy after a merge minus before, over rounds; before sparse starts it is marked.
+    """Mean of the headline metric after a merge minus before, over rounds; before sparse starts it is marked.
 
     Raises:
       Missing: it was not recorded.
@@ -237,7 +233,8 @@ def effectiveness(found: Sequence[Group], metric: str = "inertia_step") -> Figur
     del metric
     shown = _having(found, list(EFFECTIVENESS), "effectiveness", "Run with --inertia.every.")
     kinds = {name: label for name, label in EFFECTIVENESS.items() if any(g.has(name) for g in shown)}
-    figure = _curves(shown, kinds, "accuracy after − before the merge")
+    headline, change = _change(shown)
+    figure = _curves(shown, kinds, f"{headline} {change} the merge")
     told = []
     for axis, (name, label) in zip(figure.axes, kinds.items(), strict=False):
         axis.axhline(0, color="0.6", lw=0.8, zorder=0)
@@ -252,7 +249,7 @@ def effectiveness(found: Sequence[Group], metric: str = "inertia_step") -> Figur
             parts = [f"{kind} {mean:+.3f}" for kind, mean in means.items() if np.isfinite(mean)]
             told.append(f"{group.name}, {label}: {', '.join(parts) or 'none'}")
     about = (
-        "Aggregation effectiveness: mean over clients of accuracy after the merge minus before; mean and "
+        f"Aggregation effectiveness: mean over clients of {headline} {_IN_WORDS[change]}; mean and "
         "standard deviation over seeds. Triangles: after the merge clients hold a sparse model. Means over "
         f"the rounds from {START} on, dense and sparse ones apart: {'; '.join(told)}."
     )
@@ -302,16 +299,40 @@ def density(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
 
 
 def accuracy(found: Sequence[Group], metric: str = "inertia_step") -> Figure:
-    """Accuracy over rounds, a line for each group.
+    """The headline metric over rounds, accuracy for classes; a line for each group.
 
     Raises:
       Missing: it was not recorded.
     """
     del metric
-    shown = _having(found, list(_ACCURACY), "accuracy", "Run with --evaluation.every.")
-    kinds = {name: label for name, label in _ACCURACY.items() if any(g.has(name) for g in shown)}
-    figure = _curves(shown, kinds, "accuracy")
-    return captioned(figure, "Accuracy over rounds; mean and standard deviation over seeds.", shown)
+    headline = _headline(found)
+    labels = {
+        headline: "deployed model, global test set",
+        f"client_{headline}_mean": "clients' own test samples",
+    }
+    shown = _having(found, list(labels), "accuracy", "Run with --evaluation.every.")
+    kinds = {name: label for name, label in labels.items() if any(g.has(name) for g in shown)}
+    figure = _curves(shown, kinds, headline)
+    return captioned(
+        figure, f"{headline.capitalize()} over rounds; mean and standard deviation over seeds.", shown
+    )
+
+
+_IN_WORDS = {
+    "after − before": "after the merge minus before",
+    "before − after": "before the merge minus after",
+}
+
+
+def _headline(found: Sequence[Group]) -> str:
+    """The metric that the groups' task shows first."""
+    return found[0].runs[0].headline
+
+
+def _change(found: Sequence[Group]) -> tuple[str, str]:
+    """(headline metric, which difference of it is a gain)."""
+    headline = _headline(found)
+    return headline, "after − before" if goal_of(headline) == "max" else "before − after"
 
 
 PICTURES: dict[str, Callable[[Sequence[Group], str], Figure]] = {

@@ -25,21 +25,23 @@ Results = Sequence[Sequence[Measured]]
 
 
 def random_line(found: Sequence[Group], results: Results, settings: Settings) -> Figure:
-    """Loss and accuracy along a random direction, all groups in one panel."""
-    figure, axes = plots.new_figure(2, 1, 4.6, 3.4)
-    for axis, part in zip(axes.flat, ("loss", "accuracy"), strict=True):
+    """Loss, and of classes accuracy, along a random direction, all groups in one panel."""
+    classes = all(np.isfinite(one.lines["test"].accuracy).any() for part in results for one in part)
+    parts = ("loss", "accuracy") if classes else ("loss",)
+    figure, axes = plots.new_figure(len(parts), 1, 4.6, 3.4)
+    for axis, part in zip(axes.flat, parts, strict=True):
         for place, (group, measured) in enumerate(zip(found, results, strict=True)):
             for name, dash in _DASH.items():
                 curves = [one.lines[name] for one in measured]
                 _band(axis, curves, part, plots.COLOURS[place % 8], dash, _label(found, group, name))
         plots.dress(axis, part, "step along the direction")
     _by_decades(axes.flat[0])
-    axes.flat[1].legend(fontsize=7, frameon=False)
+    axes.flat[-1].legend(fontsize=7, frameon=False)
     about = (
-        f"Loss and accuracy on {settings.samples} random training and test samples (or all, if there are "
-        "fewer) along one Gaussian direction, every filter of which has the norm of the model's own; biases, "
-        "parameters of normalisation and batch statistics stay. 0 is the deployed model. The same direction "
-        f"for all runs (seed {settings.seed}); mean and standard deviation over seeds."
+        f"{' and '.join(parts).capitalize()} on {settings.samples} random training and test samples (or all, "
+        "if there are fewer) along one Gaussian direction, every filter of which has the norm of the model's "
+        "own; biases, parameters of normalisation and batch statistics stay. 0 is the deployed model. The "
+        f"same direction for all runs (seed {settings.seed}); mean and standard deviation over seeds."
     )
     return captioned(figure, about, found)
 

@@ -84,7 +84,9 @@ def numbers(measured: Measured) -> dict[str, float]:
     one, ball = measured.spectrum, measured.sharpness
     out = {}
     for name in measured.loss:
-        out[f"{name}_loss"], out[f"{name}_accuracy"] = measured.loss[name], measured.accuracy[name]
+        out[f"{name}_loss"] = measured.loss[name]
+        if np.isfinite(measured.accuracy[name]):  # else the samples have no classes
+            out[f"{name}_accuracy"] = measured.accuracy[name]
     for place, (value, residual) in enumerate(zip(one.eigenvalues, one.residuals, strict=True), 1):
         out[f"eigenvalue_{place}"], out[f"eigenvalue_{place}_residual"] = float(value), float(residual)
     out |= {"eigenvalue_least": one.least, "trace": one.trace, "trace_error": one.trace_error}
