@@ -464,7 +464,7 @@ def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context)
     variables: Any = context.model.abstract
     last = jnp.int32((context.epochs or 1) - 1)
     empty: Any = None
-    moves = inner.local.trains(variables, Batch(empty, empty, None, None, last))
+    moves = inner.local.trains(variables, Batch(empty, None, None, last))
     flags: Any = traverse_util.flatten_dict(moves)
     frozen = [path for path in leaves if not bool(flags[path])]
     if frozen:

@@ -30,7 +30,7 @@ def test_a_network_is_traced_once_for_all_places_that_look_at_its_features(monke
 
     def look(variables, images):
         chosen = {"index": jnp.arange(20, dtype=jnp.int32), "count": jnp.int32(17)}
-        pool = {"images": images, "labels": jnp.zeros(20, jnp.int32)}
+        pool = oracles.examples(images, jnp.zeros(20, jnp.int32))
         one = lambda x, *_: forward.features(variables, x)[1]  # noqa: E731
         return [forward.over(chosen, pool, one, lambda a, b: jax.tree.map(jnp.add, a, b)) for _ in range(3)]
 
