@@ -27,6 +27,7 @@ NEAREST = {
     "engine/waves": ["tests/engine/test_waves.py"],
     "engine/clients": ["tests/engine/test_clients.py", "tests/engine/test_round.py"],
     "engine/evaluation": ["tests/engine/test_evaluation.py"],
+    "tasks/regression": ["tests/tasks/test_regression.py"],
     "engine/placement": [
         "tests/engine/test_placement.py",
         PRIMITIVES,
@@ -38,6 +39,8 @@ NEAREST = {
     "probes/peel/alignment": ["tests/peel/test_alignment.py"],
     "probes/peel/linear_probes": ["tests/peel/test_linear_probes.py"],
 }
+EVALUATED = ["tests/engine/test_evaluation.py"]
+REGRESSED = ["tests/tasks/test_regression.py"]
 MOVEMENT = ["tests/inertia/test_movement.py"]
 PEELED = ["tests/peel/test_feature_probe.py"]
 BY_HAND = ["tests/algorithms/test_server_rules.py", "-k", "fednova or scaffold"]
@@ -137,15 +140,21 @@ MUTANTS: list[tuple] = [
     ),
     ("engine/clients", "new_memory = stacked.select(active, new_memory, memory)", "new_memory = new_memory"),
     ("engine/clients", "loss_sum + loss * size, seen + size", "loss_sum + loss, seen + 1"),
-    ("engine/evaluation", "losses.reshape(-1)[:count], predicted", "losses.reshape(-1)[-count:], predicted"),
+    ("engine/evaluation", "leaf.shape[2:])[: self._count]", "leaf.shape[2:])[-self._count :]"),
     ("engine/evaluation", "batch = max(1, min(batch_size, width))", "batch = max(1, width)"),
+    ("engine/evaluation", "leaf.shape[3:])[:, :width]", "leaf.shape[3:])[:, -width:]"),
+    ("engine/evaluation", "weights=column, minlength", "weights=1 - column, minlength"),
+    ("engine/evaluation", "metric.finish(sums / sizes[:, None])", "metric.finish(sums)"),
+    ("tasks/classification", "jnp.argmax(logits, -1)", "jnp.argmin(logits, -1)", EVALUATED),
+    ("tasks/regression", "1 - means[..., 0] / variance", "means[..., 0] / variance"),
+    ("tasks/regression", "self.scale**2", "self.scale"),
     (
-        "engine/evaluation",
-        "predicted.reshape(-1, padded)[:, :width]",
-        "predicted.reshape(-1, padded)[:, -width:]",
+        "tasks/vectors",
+        '(example["target"] - centre) / width',
+        '(example["target"] - centre) * width',
+        REGRESSED,
     ),
-    ("engine/evaluation", "jnp.argmax(logits, -1)", "jnp.argmin(logits, -1)"),
-    ("engine/evaluation", "weights=correct, minlength", "weights=1 - correct, minlength"),
+    ("tasks/vectors", "np.where(deviation > 0, deviation, 1.0)", "deviation", ["tests/data/test_tables.py"]),
     ("engine/placement", "if count > len(present):", "if count >= len(present):"),
     ("engine/placement", "leading % mesh.size == 0", "leading % mesh.size != 1"),
     ("engine/placement", "-raw.ctypes.data % boundary", "raw.ctypes.data % boundary"),

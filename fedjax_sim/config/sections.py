@@ -8,7 +8,7 @@ from fedjax_sim import data
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check, positive, within
-from fedjax_sim.data import Dataset, sources
+from fedjax_sim.data import Samples, sources
 
 
 def _check_paths(config: Any, section: str, *names: str) -> None:
@@ -27,7 +27,7 @@ class DataConfig:
 
     Attributes:
       source: `digits`, `digits-domains`, a preset (`fedjax-sim list`), `tfds:NAME`, `npz:PATH`,
-        `folder:PATH`, `idx:PATH`, or `module:function` of one's own, whose value is a `Dataset`.
+        `folder:PATH`, `idx:PATH`, `table:PATH`, or `module:function` of one's own, which returns a set.
       data_dir: where presets look for their files; default $FEDJAX_SIM_DATA, then ~/fedjax_sim_data.
       options: arguments of one's own function (`{side: 28}`).
     """
@@ -41,7 +41,7 @@ class DataConfig:
         sources.check_path(self.source)
         _check_paths(self, "data.", "data_dir")
 
-    def load(self) -> Dataset:
+    def load(self) -> Samples:
         """The images. Raises UserError as `fedjax_sim.data.load` does."""
         return data.load(self.source, data_dir=self.data_dir, options=self.options)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -117,7 +117,7 @@ class Scores:
         rows = [Row(number, m.name, evaluation.figure(m, statistics[m.name])) for m in task.metrics]
         rows.append(Row(number, "loss", float(losses.astype(np.float64).mean())))
         if setup.config.evaluation.per_class:
-            first, classes = task.headline, setup.dataset.test[task.label]
+            first, classes = task.headline, cast(np.ndarray, setup.dataset.test_classes)
             each = evaluation.by_group(first, statistics[first.name], classes, task.num_classes)
             rows += [
                 Row(number, f"{first.name}_class_{c}", float(value))

@@ -12,7 +12,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Task
-from fedjax_sim.data import Dataset, Partition, Population
+from fedjax_sim.data import Partition, Population, Samples
 from fedjax_sim.engine import cohorts, waves
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.observing import Instrument
@@ -73,7 +73,7 @@ class Setup:
     """
 
     config: RunConfig
-    dataset: Dataset
+    dataset: Samples
     partition: Partition
     population: Population
     model: Model

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -151,7 +151,7 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
         fitting = " or ".join(other for other, found in TABLE.items() if found.vectors)
         why = f"it takes images, and these samples are vectors of {shape[0]} numbers"
         raise UserError("model.name", name, why, f"Choose {fitting}, or one's own (module:Class).")
-    if min(shape[:2]) < entry.min_side:
+    if len(shape) == 3 and min(shape[:2]) < entry.min_side:
         raise UserError(
             "model.name", name,
             f"it needs images of at least {entry.min_side}×{entry.min_side}, these are {shape[0]}×{shape[1]}",
@@ -159,7 +159,7 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
         )  # fmt: skip
     module: Any = entry.module(num_classes=num_classes, **fields)  # pyright: ignore[reportCallIssue]
     if isinstance(module, ViT):
-        _check_vit(module, shape)
+        _check_vit(module, cast(tuple[int, int, int], shape))
     points = tracing.peel_points(tracing.trace(module, shape, train=False, mask=None))
     return Model(name, module, shape, num_classes, points)
 

@@ -33,7 +33,7 @@ from fedjax_sim import data
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import hosts
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import memory, provenance
@@ -73,7 +73,7 @@ __all__ = [
 def run(
     config: RunConfig | str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     partition: Partition | Sequence[np.ndarray] | Mapping[int, np.ndarray] | None = None,
     model: Any = None,
     algorithm: Any = None,
@@ -110,12 +110,12 @@ def run(
     return _started(config, dataset=dataset, partition=partition, model=model)
 
 
-def run_prepared(config: RunConfig, dataset: Dataset, partition: Partition) -> Run:
+def run_prepared(config: RunConfig, dataset: Samples, partition: Partition) -> Run:
     """`run` with data that `config` describes but that are in memory already; `resume` will load them."""
     return _started(config, dataset=dataset, partition=partition)
 
 
-def validate(config: RunConfig, dataset: Dataset, partition: Partition) -> None:
+def validate(config: RunConfig, dataset: Samples, partition: Partition) -> None:
     """Raises UserError for a run that `run_prepared` would refuse, whatever its folder holds."""
     checked_setup(lambda: with_start(prepare(config, dataset=dataset, partition=partition)))
 
@@ -141,7 +141,7 @@ def resume(
     folder: str | Path,
     *,
     rounds: int | None = None,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     model: Model | None = None,
     algorithm: Any = None,
     observers: Sequence[Any] | None = None,

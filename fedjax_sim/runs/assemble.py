@@ -13,7 +13,7 @@ from fedjax_sim.config import RunConfig, as_config, check_given
 from fedjax_sim.core.algorithm import AlgorithmConfig, Context, Prolonged
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Dataset, Partition, Population, as_dataset, as_partition
+from fedjax_sim.data import Partition, Population, Samples, as_dataset, as_partition
 from fedjax_sim.engine import hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
@@ -23,7 +23,7 @@ from fedjax_sim.runs import contract, diagnostics
 def prepare(
     config: RunConfig,
     *,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     partition: Partition | None = None,
     model: Model | None = None,
     algorithm: AlgorithmConfig | None = None,

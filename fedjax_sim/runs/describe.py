@@ -13,7 +13,7 @@ from fedjax_sim.config import RunConfig, plugins
 from fedjax_sim.core import imports
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import provenance
 from fedjax_sim.runs.folder import Folder
@@ -47,7 +47,7 @@ def describe(folder: Folder, setup: Setup) -> None:
 
 def with_given(
     config: RunConfig,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     partition: Partition | None = None,
     model: Model | None = None,
     algorithm: Any = None,
@@ -128,7 +128,7 @@ def read_run(folder: Folder) -> tuple[RunConfig, dict[str, Any]]:
     return dataclasses.replace(config, output=output, given=given), about
 
 
-def dataset_of(config: RunConfig, about: dict[str, Any], given: Dataset | None) -> Dataset:
+def dataset_of(config: RunConfig, about: dict[str, Any], given: Samples | None) -> Samples:
     """The run's data: what is given, or what its configuration names.
 
     Raises:
@@ -140,7 +140,7 @@ def dataset_of(config: RunConfig, about: dict[str, Any], given: Dataset | None) 
 
 
 def partition_of(
-    folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Dataset | None
+    folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Samples | None
 ) -> Partition:
     """The run's partition: from its file, or drawn again where that was not kept."""
     if folder.partition.is_file():

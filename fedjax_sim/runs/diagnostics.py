@@ -55,9 +55,8 @@ def check(setup: Setup) -> None:
         return jax.tree.map(lambda leaf: of((count, *leaf.shape), leaf.dtype), tree)
 
     def cohort(count: int) -> Cohort:
-        return Cohort(
-            *[stack(count, of((), jnp.int32))] * 2, of((), jnp.int32), stack(count, of((), jnp.int32))
-        )
+        each, one = stack(count, of((), jnp.int32)), of((), jnp.int32)
+        return Cohort(each, each, one, each)
 
     population, ids = setup.population, setup.draw(0)
     tables = (dict(population.example), population.indices, population.streams)

@@ -55,14 +55,14 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     callbacks = Callbacks(config, run)
 
     def outcome() -> Run:
-        things = setup.partition, jax.device_get(simulation.variables)
-        made = (functools.partial(known, thing) for thing in things)
+        partition = functools.partial(known, setup.partition)
+        model = functools.partial(known, jax.device_get(simulation.variables))
         path = None if folder is None else folder.path
         recipe = provenance.describe_partition(setup.partition)
         done = simulation.round
         seconds, cpu = records.total(laps, done)
-        headline = setup.task.headline.name
-        return Run(config, path, table, recipe, seconds, cpu, done, *made, stopped, *kept, headline)
+        of = (path, table, recipe, seconds, cpu, done, partition, model)
+        return Run(config, *of, stopped, *kept, setup.task.headline.name)
 
     def write(number: int, rows: list[records.Row]) -> bool:
         """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""

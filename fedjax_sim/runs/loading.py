@@ -14,7 +14,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core import imports
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Dataset
+from fedjax_sim.data import Samples
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.assemble import prepare
@@ -35,7 +35,7 @@ from fedjax_sim.runs.result import Run
 def load(
     folder: str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     model: Model | None = None,
     algorithm: Any = None,
     meters: Sequence[Any] | None = None,
@@ -70,7 +70,7 @@ def best_of(place: Folder) -> tuple[int | None, Callable[[], Any] | None]:
 
 
 def _deployed(
-    place: Folder, dataset: Dataset | None, model: Model | None, algorithm: Any, meters: Any
+    place: Folder, dataset: Samples | None, model: Model | None, algorithm: Any, meters: Any
 ) -> Any:
     """The deployed model of the newest checkpoint: as it lies there by itself, else of the state."""
     config, _ = read_run(place)
@@ -90,7 +90,7 @@ def _deployed(
 def restored(
     folder: str | Path,
     *,
-    dataset: Dataset | None = None,
+    dataset: Samples | None = None,
     model: Model | None = None,
     algorithm: Any = None,
     meters: Sequence[Any] | None = None,
@@ -127,7 +127,7 @@ def setup_of(
     model: Any,
     algorithm: Any,
     began: int | None = None,
-    **lists: Sequence[Any] | None,
+    **lists: Any,
 ) -> Setup:
     """The setup of a run on disk.
 

@@ -251,7 +251,7 @@ _ON_HOST = "data set in host memory"
 
 def _data_parts(setup: Setup, platform: str) -> list[Part]:
     population = setup.population
-    # CPU devices share one buffer, see placement.put_replicated; the Dataset itself is host memory.
+    # CPU devices share one buffer, see placement.put_replicated; the set itself is host memory.
     copies = 1 if platform == "cpu" else setup.devices
     images = sum(leaf.nbytes for leaf in population.example.values())
     table = population.indices.nbytes

@@ -17,13 +17,13 @@ import jax
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine.placement import cores
 
 PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe(dataset: Dataset, partition: Partition) -> dict[str, Any]:
+def describe(dataset: Samples, partition: Partition) -> dict[str, Any]:
     """Everything that is written to `provenance.json`, JSON as it stands."""
     return {
         "versions": describe_versions(),
@@ -114,7 +114,7 @@ def machine() -> str:
     return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
 
 
-def fingerprint(dataset: Dataset) -> dict[str, Any]:
+def fingerprint(dataset: Samples) -> dict[str, Any]:
     """Shapes and checksums of a data set, by which another one is recognised."""
     out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.task.num_classes}
     for name, values in dataset.arrays.items():
@@ -123,7 +123,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     return out
 
 
-def check_fingerprint(dataset: Dataset, recorded: dict[str, Any]) -> None:
+def check_fingerprint(dataset: Samples, recorded: dict[str, Any]) -> None:
     """Raises UserError unless `dataset` is the one that was recorded."""
     found = fingerprint(dataset)
     for name, value in recorded.items():

@@ -21,7 +21,7 @@ from fedjax_sim.algorithms import FedAvg
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import hosts
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate, Simulation
@@ -64,7 +64,7 @@ def _known(model: Any) -> Any:
 # --- from another run ---------------------------------------------------------------------------------
 
 
-def of_run(folder: str, model: Model, dataset: Dataset) -> Any:
+def of_run(folder: str, model: Model, dataset: Samples) -> Any:
     """The deployed model of the run in `folder` at the newest checkpoint that holds it sound. NumPy leaves.
 
     Args:

@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from fedjax_sim.config import InertiaConfig, RunConfig
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.engine.round import Witness
@@ -48,7 +48,7 @@ class Effectiveness:
         self,
         config: RunConfig,
         model: Model,
-        dataset: Dataset,
+        dataset: Samples,
         partition: Partition,
         mesh: Mesh,
         put: Callable[[np.ndarray], jax.Array],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Forward:
             rows = index[number]
             example = self.task.prepare({key: leaf[rows] for key, leaf in pool.items()})
             mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
-            return measure(*self.task.inputs(example), example[self.task.label], mask)
+            return measure(*self.task.inputs(example), example[cast(str, self.task.label)], mask)
 
         if len(index) == 1:
             return batch(0)

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from fedjax_sim import data
 from fedjax_sim.config import PeelConfig, RunConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.round import Observer
@@ -42,7 +43,7 @@ class Peeling:
     def __init__(
         self,
         config: RunConfig,
-        dataset: Dataset,
+        dataset: data.Samples,
         partition: Partition,
         trainer: Trainer,
         mesh: Mesh,

@@ -5,10 +5,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from fedjax_sim import data
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import PEEL
-from fedjax_sim.data import Dataset, Partition
+from fedjax_sim.data import Partition
 
 
 def best_ranked(seed: int, num_clients: int, cohort: np.ndarray, count: int) -> np.ndarray:
@@ -42,7 +43,7 @@ class Samples:
     """
 
     config: PeelConfig
-    dataset: Dataset
+    dataset: data.Samples
     partition: Partition
     seed: int
     batch_size: int
