@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fedjax_sim import algorithms, data, models
 from fedjax_sim.config import RunConfig, as_config, check_given
-from fedjax_sim.core.algorithm import AlgorithmConfig, Context, Prolonged
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Prolonged
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Population, Samples, as_dataset, as_partition
@@ -57,25 +57,7 @@ def prepare(
         config = replace(config, algorithm=algorithm)
     config = replace(config, **{name: entries for name, entries in lists.items() if entries is not None})
     dataset = dataset or config.data.load()
-    task = dataset.task
-    shape, outputs = task.abstract_inputs(1)[0].shape[1:], task.outputs
-    if model is None:
-        options = dict(config.model.options)
-        if config.model.norm is not None:
-            options["norm"] = config.model.norm
-        if config.model.dtype != "float32":
-            options["dtype"] = jnp.dtype(config.model.dtype)
-        model = models.create(config.model.name, shape, outputs, **options)
-    else:
-        model = models.adapted(model, shape, outputs, name=models.name_of(model))
-    if tuple(model.input_shape) != tuple(shape) or model.outputs < outputs:
-        raise UserError(
-            "model",
-            model.name,
-            f"it takes samples of shape {tuple(model.input_shape)} and has {model.outputs} outputs, and "
-            f"{dataset.name} has samples of {tuple(shape)} and wants {outputs}",
-            "Make the model for these samples.",
-        )
+    task, model = dataset.task, _model(config, dataset, model)
     if config.evaluation.per_class and task.label is None:
         why = f"the samples of {dataset.name} have no classes"
         raise UserError("evaluation.per_class", True, why, "Leave it out.")
@@ -108,27 +90,7 @@ def prepare(
     )
     name = algorithms.label(config.algorithm)
     record = contract.build(config.algorithm, context, name)
-    if record.local.send is not None and config.local.keep_optimizer:
-        raise UserError(
-            "local.keep_optimizer",
-            True,
-            "the algorithm's clients train more than the model that they are sent; of that no state is kept",
-            "Leave it out, or take another algorithm.",
-        )
-    if record.selection is not None and config.cohort.sampling != "uniform":
-        raise UserError(
-            "cohort.sampling",
-            config.cohort.sampling,
-            "the algorithm chooses its clients itself",
-            "Leave cohort.sampling out, or take another algorithm.",
-        )
-    if config.cohort.sampling == "by_size" and record.weighs_by_samples:
-        warnings.warn(
-            "cohort.sampling = 'by_size' draws large clients more often, and the algorithm weighs those that "
-            "it got by their samples: a client's size enters the mean model twice. Unless that is meant, set "
-            "the algorithm's weights to uniform, or leave cohort.sampling at uniform.",
-            stacklevel=2,
-        )
+    _check_together(config, record)
     setup = Setup(
         config=config,
         dataset=dataset,
@@ -154,3 +116,51 @@ def prepare(
             mesh=placement.make_mesh(setup.devices),
         )
     return setup
+
+
+def _model(config: RunConfig, dataset: Samples, given: Any) -> Model:
+    """The network: `given`, or the one that `config` names, for the samples of `dataset`."""
+    shape, outputs = dataset.task.abstract_inputs(1)[0].shape[1:], dataset.task.outputs
+    if given is None:
+        options = dict(config.model.options)
+        if config.model.norm is not None:
+            options["norm"] = config.model.norm
+        if config.model.dtype != "float32":
+            options["dtype"] = jnp.dtype(config.model.dtype)
+        model = models.create(config.model.name, shape, outputs, **options)
+    else:
+        model = models.adapted(given, shape, outputs, name=models.name_of(given))
+    if tuple(model.input_shape) != tuple(shape) or model.outputs < outputs:
+        raise UserError(
+            "model",
+            model.name,
+            f"it takes samples of shape {tuple(model.input_shape)} and has {model.outputs} outputs, and "
+            f"{dataset.name} has samples of {tuple(shape)} and wants {outputs}",
+            "Make the model for these samples.",
+        )
+    return model
+
+
+def _check_together(config: RunConfig, record: Algorithm) -> None:
+    """Raises UserError, or warns, for settings that do not go with the algorithm."""
+    if record.local.send is not None and config.local.keep_optimizer:
+        raise UserError(
+            "local.keep_optimizer",
+            True,
+            "the algorithm's clients train more than the model that they are sent; of that no state is kept",
+            "Leave it out, or take another algorithm.",
+        )
+    if record.selection is not None and config.cohort.sampling != "uniform":
+        raise UserError(
+            "cohort.sampling",
+            config.cohort.sampling,
+            "the algorithm chooses its clients itself",
+            "Leave cohort.sampling out, or take another algorithm.",
+        )
+    if config.cohort.sampling == "by_size" and record.weighs_by_samples:
+        warnings.warn(
+            "cohort.sampling = 'by_size' draws large clients more often, and the algorithm weighs those that "
+            "it got by their samples: a client's size enters the mean model twice. Unless that is meant, set "
+            "the algorithm's weights to uniform, or leave cohort.sampling at uniform.",
+            stacklevel=3,
+        )
