@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.data import load, names
+from fedjax_sim.data import PRESETS, load
 from fedjax_sim.data.sources import how_to_get
 
 RNG = np.random.default_rng(0)
@@ -122,5 +122,5 @@ def test_files_that_are_missing_or_cut_off(tmp_path):
 
 
 def test_presets_that_are_published_so_say_it(tmp_path):
-    told = {name for name in names() if "digits" not in name and "idx:" in how_to_get(name, tmp_path)}
+    told = {name for name in PRESETS if "idx:" in how_to_get(name, tmp_path)}
     assert told == {"mnist", "fashion_mnist", "emnist"}

@@ -353,7 +353,7 @@ def test_names_and_summaries():
         ("vgg16_bn", GREY, 10, {}, "model.name", "32×32"),
         ("lenet", (8, 8, 1), 10, {}, "model.name", "resnet20"),
         ("lenet", (28, 28), 10, {}, "model.input_shape", "(28, 28, 1)"),
-        ("lenet", CIFAR, 1, {}, "model.num_classes", "2"),
+        ("lenet", CIFAR, 0, {}, "model.num_classes", "2"),
         ("lenet", CIFAR, True, {}, "model.num_classes", "2"),
     ],
 )

@@ -71,10 +71,10 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message_and_resume_loses_not
     [
         "fedjax_sim.runs.describe.data.save",
         "fedjax_sim.runs.folder.Folder.write",
-        "fedjax_sim.records.Journal.append",
+        "fedjax_sim.records.Journal.write",
         "fedjax_sim.records.table.pq.write_table",
         "fedjax_sim.runs.drive.Events.write",
-        "fedjax_sim.runs.drive.plots.save",
+        "fedjax_sim.records.plots.save",
     ],
 )
 def test_whatever_of_a_run_cannot_be_written_is_the_same_message(target, tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_other_errors_of_a_run_keep_their_own_name(tmp_path, monkeypatch):
     def wrong(*given):
         raise ValueError("of mine")
 
-    monkeypatch.setattr("fedjax_sim.records.Journal.append", wrong)
+    monkeypatch.setattr("fedjax_sim.records.Journal.write", wrong)
     with pytest.raises(ValueError, match="of mine") as caught:
         runs.run(tiny(tmp_path / "run", rounds=1))
     assert not isinstance(caught.value, UserError)

@@ -146,7 +146,7 @@ def test_measured_rounds_are_counted_and_do_not_grow_with_samples():
     assert part(few, "the probe's").device * 1.2 >= part(many, "the probe's").device
     everything = of(clients=2, chimeras=True, others=True, finetune=1)
     assert everything.peak >= two.peak > plain.peak
-    assert part(everything, "test images that observers").device > 0
+    assert part(everything, "test samples that observers").device > 0
 
 
 def test_a_run_that_cannot_be_held_is_refused_before_anything_is_made(tmp_path, monkeypatch):
