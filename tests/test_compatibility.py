@@ -54,11 +54,11 @@ def check_model(variables, name):
             np.testing.assert_allclose(leaf, wanted[path], rtol=1e-4, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["fedavg", "scaffold", "lips_fedmr"])
-def test_an_unfinished_run_goes_on_to_what_its_own_revision_got(copied, name):
+@pytest.mark.parametrize(("name", "cut"), [("fedavg", 2), ("scaffold", 2), ("lips_fedmr", 3)])
+def test_an_unfinished_run_goes_on_to_what_its_own_revision_got(copied, name, cut):
     folder = copied(name)
     early = fs.load(folder)
-    assert (early.rounds, early.config.rounds, early.finished) == (2, 4, False)
+    assert (early.rounds, early.config.rounds, early.finished) == (cut, 4, False)
     kept = traverse_util.flatten_dict(early.variables, sep="/")
     with np.load(REVISION / name / "model.npz") as wanted:
         assert {path: leaf.shape for path, leaf in kept.items()} == {p: wanted[p].shape for p in wanted.files}
