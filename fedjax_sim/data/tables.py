@@ -180,10 +180,12 @@ class TableDataset(Samples):
     def training_on(self, index: np.ndarray) -> "TableDataset":
         """The set with the training rows i64[n'] alone, and without users.
 
-        They are standardised by their own mean and deviation.
+        The task stays: rows are standardised as they are in the whole set, so that a model can go on there.
         """
         users = dict.fromkeys(("train_users", "test_users"))
-        return dataclasses.replace(self, train_x=self.train_x[index], train_y=self.train_y[index], **users)
+        made = dataclasses.replace(self, train_x=self.train_x[index], train_y=self.train_y[index], **users)
+        vars(made)["task"] = self.task  # where the cached property keeps it
+        return made
 
     @property
     def train_writers(self) -> np.ndarray | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -60,6 +60,14 @@ def test_features_and_targets_are_standardised_by_the_training_rows():
     np.testing.assert_array_equal(flat.task.prepare(flat.train)["x"], 0)
 
 
+def test_some_of_the_rows_are_standardised_as_all_of_them():
+    table = data.load("diabetes")
+    some = table.training_on(np.argsort(table.train_y)[:40])
+    assert some.train_size == 40 and some.task == table.task
+    few = {key: leaf[:3] for key, leaf in some.train.items()}
+    np.testing.assert_array_equal(some.task.prepare(few)["x"], table.task.prepare(few)["x"])
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_file_gives_features_targets_and_users(tmp_path, rng, suffix):
     table = columns(rng)
