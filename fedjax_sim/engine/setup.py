@@ -12,7 +12,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Task
-from fedjax_sim.data import Partition, Population, Samples
+from fedjax_sim.data import Partition, Population, Samples, label_counts
 from fedjax_sim.engine import cohorts, waves
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.observing import Instrument
@@ -130,9 +130,7 @@ class Setup:
     @functools.cached_property
     def label_counts(self) -> np.ndarray:
         """i32[N, C], training samples of each class that each client has; C is 0 without classes."""
-        if self.task.label is None:
+        labels = self.dataset.train_classes
+        if labels is None:
             return np.zeros((self.num_clients, 0), np.int32)
-        labels, classes = self.dataset.train[self.task.label], self.model.outputs
-        return np.stack([np.bincount(labels[own], minlength=classes) for own in self.partition.train]).astype(
-            np.int32
-        )
+        return label_counts(self.partition, labels, self.model.outputs).astype(np.int32)

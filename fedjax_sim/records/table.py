@@ -327,18 +327,14 @@ class Journal:
             unfinished.write_text(timing(self.laps))
         self._times = (folder / TIMING).open("ab")
 
-    def append(self, rows: Iterable[Row], lap: Lap, ending: Collection[str] = ()) -> list[Row]:
-        """Writes a round's rows and what it cost. Returns the rows as they were written.
-
-        `ending`: the metrics that are there only because the round is the run's last.
-        """
-        rows = finite(rows)
-        self.table.extend(rows)
-        self.write(rows, lap, ending)
-        return rows
-
     def write(self, rows: Sequence[Row], lap: Lap, ending: Collection[str] = ()) -> None:
-        """As `append`, of rows that are finite and in the table already."""
+        """Writes a round's rows, which are finite and in the table already, and what it cost.
+
+        Args:
+          rows: of the round.
+          lap: what it cost.
+          ending: the metrics that are there only because the round is the run's last.
+        """
         entry: dict[str, Any] = {"round": lap.round, "rows": rows}
         if ending:
             entry["ending"] = sorted(ending)

@@ -41,8 +41,6 @@ from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.describe import (
     check_unchanged,
     describe,
-    differing,
-    portable,
     read_run,
     with_given,
     yaml_safe,
@@ -50,24 +48,9 @@ from fedjax_sim.runs.describe import (
 from fedjax_sim.runs.drive import rounds_before, run_rounds
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
-from fedjax_sim.runs.loading import load, restored, setup_of
-from fedjax_sim.runs.result import Interrupted, Run, Terminated, title_of
+from fedjax_sim.runs.loading import load, setup_of
+from fedjax_sim.runs.result import Run
 from fedjax_sim.runs.start import with_start
-
-__all__ = [
-    "Interrupted",
-    "Run",
-    "Terminated",
-    "differing",
-    "load",
-    "portable",
-    "restored",
-    "resume",
-    "run",
-    "run_prepared",
-    "title_of",
-    "validate",
-]
 
 
 def run(

@@ -62,7 +62,7 @@ def check(setup: Setup) -> None:
     tables = (dict(population.example), population.indices, population.streams)
     shard: Any = Shard(*jax.tree.map(lambda array: of(array.shape, array.dtype), tables))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    model = jax.eval_shape(setup.model.init, key)
+    model = setup.model.abstract
     context = DiagnosticContext(setup, mesh, lambda array: array)
     with jax.set_mesh(mesh):
         for observer in setup.observers:

@@ -276,7 +276,7 @@ def _data_parts(setup: Setup, platform: str) -> list[Part]:
 def _shapes(setup: Setup) -> tuple[Any, Any, Any]:
     """(variables of one model, the algorithm's state, all clients' kept state), abstract."""
     key = jax.random.key(0)
-    variables = jax.eval_shape(setup.model.init, key)
+    variables = setup.model.abstract
     state = jax.eval_shape(setup.algorithm.init, key, variables)
     one = jax.eval_shape(partial(_one_client, setup), variables)
     grown = lambda leaf: _abstract((setup.num_clients, *leaf.shape), leaf.dtype)  # noqa: E731
@@ -418,7 +418,7 @@ def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
 def _evaluation_parts(setup: Setup) -> list[Part]:
     batch = placement.forward_batch(setup.config.evaluation, setup.model)
     size = min(batch, -(-setup.dataset.test_size // setup.devices))
-    variables = jax.eval_shape(setup.model.init, jax.random.key(0))
+    variables = setup.model.abstract
     inputs = setup.task.abstract_inputs(size)
     forward = lambda variables, *inputs: setup.model.apply(variables, *inputs)[0]  # noqa: E731
     peak = peak_bytes(jax.make_jaxpr(forward)(variables, *inputs)) + bytes_of(inputs)

@@ -93,7 +93,9 @@ def test_values_that_are_not_finite_get_a_name_and_a_code(value, code):
 
 def add(journal, first, last):
     for number in range(first, last + 1):
-        journal.append([Row(number, "accuracy", number / 7)], Lap(number, 0.5, 0.25, 10))
+        rows = [Row(number, "accuracy", number / 7)]
+        journal.table.extend(rows)
+        journal.write(rows, Lap(number, 0.5, 0.25, 10))
 
 
 def written(folder, count):
