@@ -78,7 +78,7 @@ class CluSamp:
         def merge(state, cohort, starts, results, key):
             del starts, key
             old = stacked.take_rows(state.updates, cohort.ids)
-            new = stacked.select(results.included, results.uploads, old)
+            new = stacked.where_slot(results.included, results.uploads, old)
             updates = stacked.put_rows(state.updates, cohort.ids, new)
             rows = jax.lax.map(lambda one: self._distances(one, updates), new)
             distances = state.distances.at[cohort.ids].set(rows).at[:, cohort.ids].set(rows.T)

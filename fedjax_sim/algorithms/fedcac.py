@@ -33,7 +33,7 @@ from fedjax_sim.algorithms.shared import mean_of_included, weighing
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.fields import at_least, check, within
-from fedjax_sim.core.top_k import largest
+from fedjax_sim.core.top_k import top_k_mask
 
 
 @struct.dataclass
@@ -82,7 +82,7 @@ class FedCAC:
             params = jax.tree.map(mixed, masks, trained, mean["params"])
             models = {**results.models, "params": params}
             # Who was left out keeps what it had.
-            models = stacked.select(results.included, models, starts.models)
+            models = stacked.where_slot(results.included, models, starts.models)
             metrics = {"collaborators": (sharing.sum(1) - 1).mean()}
             return FedCACState(mean, stacked.put_rows(state.models, cohort.ids, models)), metrics
 
@@ -106,7 +106,7 @@ class FedCAC:
         count = jnp.int32(int(self.critical * start[0].size))
         score = jnp.abs((trained - start) * trained).reshape(len(start), -1)
         # One after another: the search stays in the cache with one tensor, and not with K.
-        return jax.lax.map(lambda row: largest(row, count), score).reshape(start.shape)
+        return jax.lax.map(lambda row: top_k_mask(row, count), score).reshape(start.shape)
 
     def _collaborators(self, masks: Any, included: jax.Array, number: jax.Array) -> jax.Array:
         """Who takes from whom, with themselves. -> f32[K, K], of 0 and 1; a row is a client."""

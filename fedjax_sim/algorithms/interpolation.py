@@ -104,7 +104,7 @@ class LayerInterpolation:
                 lambda s, w, centre: s * (w - centre[None]), share, results.models["params"], mean["params"]
             )
             old = stacked.take_rows(state.deviation, cohort.ids)
-            rows = stacked.select(results.included, new, old)
+            rows = stacked.where_slot(results.included, new, old)
             return InterpolationState(mean, stacked.put_rows(state.deviation, cohort.ids, rows)), {}
 
         return Algorithm(

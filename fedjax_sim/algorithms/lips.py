@@ -55,7 +55,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check, within
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Batch
-from fedjax_sim.core.top_k import largest
+from fedjax_sim.core.top_k import top_k_mask
 
 Path = private.Path
 
@@ -342,7 +342,7 @@ class _Wrapped:
                 score = jnp.abs(w)
                 if self._stores:
                     score = jnp.where(trained, score * jnp.abs(gradient[name].astype(jnp.float32)), score)
-            out[name] = largest(score.reshape(-1), keep[number]).reshape(w.shape)
+            out[name] = top_k_mask(score.reshape(-1), keep[number]).reshape(w.shape)
         return out
 
     def _refilled(self, w, mask, name, sent, key):

@@ -15,7 +15,7 @@ INIT, SERVER, CLIENTS, COHORTS, PEEL, INERTIA = range(6)
 whom and what diagnostics measure: the layer-peeled probe, and effectiveness."""
 
 
-def root(seed: int) -> jax.Array:
+def run_key(seed: int) -> jax.Array:
     """The run's key. Always Threefry, whose draws for one client do not depend on who is drawn beside it.
 
     Made by hand of a seed from 0 to 2**32 - 1: `jax.random.key` adds `jax_random_seed_offset` to it.
@@ -35,7 +35,7 @@ def settled() -> contextlib.AbstractContextManager[None]:
     return jax.threefry_partitionable(True)
 
 
-def stream(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:
+def key_for(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:
     """The key that is named by `numbers` below `key`."""
     for number in numbers:
         key = jax.random.fold_in(key, number)

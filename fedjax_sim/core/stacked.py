@@ -93,7 +93,7 @@ def mean(tree: Any, weights: jax.Array | None = None) -> Any:
     return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), weighted_sum(tree, weights), tree)
 
 
-def select(flags: jax.Array, yes: Any, no: Any) -> Any:
+def where_slot(flags: jax.Array, yes: Any, no: Any) -> Any:
     """Slot by slot: yes[k] where flags[k], else no[k]. bool[K], [K, …], [K, …] -> [K, …]."""
     return jax.tree.map(lambda a, b: jnp.where(_column(flags, a), a, b), yes, no)
 
@@ -196,7 +196,7 @@ def take_rows(tree: Any, ids: jax.Array) -> Any:
         """`rows`, with those filled in that this device holds."""
         local = own_ids - jax.lax.axis_index(AXIS) * leaf.shape[0]
         mine = (local >= 0) & (local < leaf.shape[0])
-        return select(mine, jnp.take(leaf, local, axis=0, mode="clip"), rows)
+        return where_slot(mine, jnp.take(leaf, local, axis=0, mode="clip"), rows)
 
     def ring(tree, ids):
         def hop(number, rows):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 
-def largest(scores: jax.Array, count: jax.Array) -> jax.Array:
+def top_k_mask(scores: jax.Array, count: jax.Array) -> jax.Array:
     """Which are the `count` largest: exactly so many; of equal ones those that come first. NaN is the least.
 
     Args:

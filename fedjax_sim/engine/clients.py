@@ -24,7 +24,7 @@ from fedjax_sim.config import LocalConfig
 from fedjax_sim.core import optimizers, stacked
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.model import Model
-from fedjax_sim.core.rng import CLIENTS, root, settled, stream
+from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
 from fedjax_sim.core.task import Batch, Example, Task, Training
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
@@ -35,7 +35,7 @@ _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; aug
 
 def client_key(seed: int, round_index: int, client: int) -> jax.Array:
     """The key from which everything random of a client in a round comes; `client` as in `batch_order`."""
-    return stream(root(seed), CLIENTS, round_index, client)
+    return key_for(run_key(seed), CLIENTS, round_index, client)
 
 
 def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) -> jax.Array:
@@ -44,7 +44,7 @@ def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) ->
     Does not depend on `length`: a client's order is the same beside larger ones.
     """
     with settled():  # by itself; inside of a program that program's own counts
-        bits = jax.random.bits(stream(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
+        bits = jax.random.bits(key_for(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
     ranks = jnp.where(jnp.arange(length, dtype=jnp.int32) < count, bits, jnp.uint32(0xFFFFFFFF))
     return jnp.argsort(ranks, stable=True).astype(jnp.int32)
 
@@ -221,7 +221,7 @@ class Trainer:
             return sent
         over = _vmapped if len(keys) > 1 else _single
         receive = over(self.rule.receive, (0, 0, None, 0))
-        return receive(sent, kept["rule"], broadcast, jax.vmap(lambda key: stream(key, _RECEIVE))(keys))
+        return receive(sent, kept["rule"], broadcast, jax.vmap(lambda key: key_for(key, _RECEIVE))(keys))
 
     def send(self, variables: Any) -> Any:
         """The model that goes back to the server, of leaves with any leading axes."""
@@ -294,10 +294,10 @@ class Trainer:
             size = mask.sum(1).astype(jnp.float32)
             if self.ragged and self.width > 1:
                 active = t < total
-                new = stacked.select(active, new, variables)
-                new_memory = stacked.select(active, new_memory, memory)
+                new = stacked.where_slot(active, new, variables)
+                new_memory = stacked.where_slot(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
-                more = stacked.select(active, more, gathered) if gathers else None
+                more = stacked.where_slot(active, more, gathered) if gathers else None
             return samples, loss_sum + loss * size, seen + size, bare((new, new_memory, last_gradient, more))
 
         carried = bare((start, memory, last_gradient, extra if gathers else None))
@@ -361,7 +361,7 @@ class Trainer:
     def _step_keys(self, keys, t):
         if not (self.stochastic or self.task.augment):
             return None
-        return jax.vmap(lambda key: stream(key, _STEP, t))(keys)
+        return jax.vmap(lambda key: key_for(key, _STEP, t))(keys)
 
     def _masked(self) -> bool:
         return self.partial or (self.ragged and self.width > 1)
@@ -369,7 +369,7 @@ class Trainer:
 
 def _written(flags, new, old):
     """Lane by lane new or old, [L, …]; at no cost where no flag of bool[L] is set."""
-    branches = (lambda new, old: stacked.select(flags, new, old)), (lambda new, old: old)
+    branches = (lambda new, old: stacked.where_slot(flags, new, old)), (lambda new, old: old)
     return jax.lax.cond(flags.any(), *branches, new, old)
 
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Cohort, Results, Starts
-from fedjax_sim.core.rng import CLIENTS, SERVER, stream
+from fedjax_sim.core.rng import CLIENTS, SERVER, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Lanes, Shard, Trainer, all_finite
 from fedjax_sim.engine.waves import Plan
@@ -229,7 +229,7 @@ class Round:
         starts = self._dispatched(state.algorithm, cohort, inputs)
         kept = stacked.take_rows(state.clients, cohort.ids)
         results, handed, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
-        key = stream(stream(inputs.key, SERVER, cohort.round), _MERGE)
+        key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
         merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
         observed, meters = {}, {}
@@ -240,7 +240,7 @@ class Round:
             if self.trainer.rule.receive is not None:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast
-                keys = self.trainer.keys(stream(inputs.key, CLIENTS, upcoming.round), ids, shard.streams)
+                keys = self.trainer.keys(key_for(inputs.key, CLIENTS, upcoming.round), ids, shard.streams)
                 kept = stacked.take_rows(clients, ids)
                 after = self.trainer.send(self.trainer.receive(after, broadcast, kept, keys))
             them = Cohort(ids, counts, cohort.round)
@@ -270,7 +270,7 @@ class Round:
 
     def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:
         """What this cohort starts from in its round."""
-        key = stream(stream(inputs.key, SERVER, cohort.round), _DISPATCH)
+        key = key_for(key_for(inputs.key, SERVER, cohort.round), _DISPATCH)
         return self.algorithm.dispatch(state, cohort, key)
 
     def _train(
@@ -317,7 +317,7 @@ class Round:
             lanes,
             plan.bounds,
             inputs.lr,
-            stream(inputs.key, CLIENTS, cohort.round),
+            key_for(inputs.key, CLIENTS, cohort.round),
             shard,
             rank,
         )
@@ -367,11 +367,11 @@ class Round:
             trained, kept, faults = jax.lax.cond(
                 finite.all(),
                 lambda new, old: (*new, jnp.full(width, _NONE)),
-                lambda new, old: (*stacked.select(finite, new, old), _faults(finite, old[0], broadcast)),
+                lambda new, old: (*stacked.where_slot(finite, new, old), _faults(finite, old[0], broadcast)),
                 (trained, kept),
                 (begin, own.kept),
             )
-            uploads = jax.tree.map(lambda u: stacked.select(finite, u, jnp.zeros_like(u)), uploads)
+            uploads = jax.tree.map(lambda u: stacked.where_slot(finite, u, jnp.zeros_like(u)), uploads)
             if wants_mean:
                 # A slot that has a model of its own keeps it; a shared start has nothing to add.
                 share = jnp.where(finite, own.weights, 0) if shared else own.weights
@@ -432,7 +432,7 @@ class Round:
             seen = (start, trained, gradient if meter.gradients else None)
             each[name], share = (jax.vmap(function)(*seen) for function in (meter.each, meter.share))
             each[name], share = (
-                jax.tree.map(lambda leaf: stacked.select(counted, leaf, jnp.zeros_like(leaf)), part)
+                jax.tree.map(lambda leaf: stacked.where_slot(counted, leaf, jnp.zeros_like(leaf)), part)
                 for part in (each[name], share)
             )
             share = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), share)

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import INIT, root, stream
+from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.engine.observing import Instrument, watch
@@ -53,7 +53,7 @@ class Simulation:
         self.round = 0
         self.ending: set[str] = set()
         put = partial(placement.put_replicated, mesh=self.mesh)
-        key = root(setup.config.seed)
+        key = run_key(setup.config.seed)
         self._key = jax.random.wrap_key_data(
             put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
         )
@@ -92,19 +92,19 @@ class Simulation:
     def _make_state(self, key: jax.Array, variables: Any = None) -> ServerState:
         """The state before the first round; `variables` None: of a fresh model."""
         if variables is None:
-            variables = self.setup.model.init(stream(key, 0))
+            variables = self.setup.model.init(key_for(key, 0))
         else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
             variables = jax.tree.map(jnp.copy, variables)
         labels = jnp.asarray(self.setup.label_counts)
         clients = jax.vmap(self._trainer.init_client, in_axes=(None, 0))(variables, labels)
-        state = self.setup.algorithm.init(stream(key, 1), variables)
+        state = self.setup.algorithm.init(key_for(key, 1), variables)
         deployed = self.setup.algorithm.deploy(state)
         meters = {name: meter.init(deployed) for name, meter in self.setup.meters.items()}
         # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
         return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
 
     def _state_shardings(self) -> ServerState:
-        shapes = jax.eval_shape(self._make_state, root(0))
+        shapes = jax.eval_shape(self._make_state, run_key(0))
         same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
         inner = jax.tree.map(
             lambda stack, leaf: cut(leaf.shape[0]) if stack else same,
@@ -115,7 +115,7 @@ class Simulation:
         return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
 
     def _initial_state(self) -> ServerState:
-        key, given = stream(self._key, INIT), self.setup.initial
+        key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh):
             return Program(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
@@ -124,7 +124,7 @@ class Simulation:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(self._make_state, root(0)),
+            jax.eval_shape(self._make_state, run_key(0)),
             self._shardings,
         )
 

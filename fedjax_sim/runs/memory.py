@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import root
+from fedjax_sim.core.rng import run_key
 from fedjax_sim.core.task import Batch, Training
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Shard, make_optimizer
@@ -457,7 +457,7 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     models = jax.tree.map(lambda leaf: _abstract((count, *leaf.shape), leaf.dtype), variables)
     integers, lr = _abstract((count,), jnp.int32), _abstract((), jnp.float32)
     them = Cohort(integers, integers, _abstract((), jnp.int32))
-    witness = Witness(them, models, models, models, lr, jax.eval_shape(lambda: root(0)))
+    witness = Witness(them, models, models, models, lr, jax.eval_shape(lambda: run_key(0)))
     tables = (dict(population.example), population.indices, population.streams)
     like: Any = jax.tree.map(lambda array: _abstract(array.shape, array.dtype), tables)
     shard = Shard(*like)

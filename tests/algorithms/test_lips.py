@@ -31,7 +31,7 @@ from fedjax_sim.algorithms import (
 from fedjax_sim.algorithms.lips import densities, eligible, kept_counts
 from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import root
+from fedjax_sim.core.rng import run_key
 from fedjax_sim.engine import waves
 from fedjax_sim.engine.round import Round, Watched
 from fedjax_sim.models import norms, peel
@@ -115,7 +115,7 @@ def watch(simulation, ids=None, seeds=(None,)):
         for index in range(setup.config.rounds):
             inputs, _ = simulation.inputs(index)
             if seed is not None:
-                inputs = inputs.replace(key=root(seed))
+                inputs = inputs.replace(key=run_key(seed))
             if ids is not None:
                 counts = setup.population.counts[ids].astype(np.int32)
                 inputs = inputs.replace(
@@ -385,7 +385,7 @@ def test_random_masks_come_from_the_seed_and_differ_between_clients_and_rounds()
 
 NET = convolutional()
 CONTEXT = oracles.context(NET, num_clients=4, cohort_size=4, rounds=4, epochs=1)
-KEY = root(5)
+KEY = run_key(5)
 
 
 def draw(seed):
@@ -441,7 +441,7 @@ def test_noise_is_as_long_as_what_zeroing_takes_away():
     model, gradient = draw(1), draw(2)["params"]
     weights = by_name(model)
     sparse, _ = received(model, gradient=gradient, density=0.3)
-    starts = [received(model, key, gradient, refill="noise", density=0.3)[0] for key in (KEY, root(6))]
+    starts = [received(model, key, gradient, refill="noise", density=0.3)[0] for key in (KEY, run_key(6))]
     for name, leaf in weights.items():
         changes = [start[name].astype(np.float64) - leaf for start in starts]
         removed = np.linalg.norm((sparse[name] - leaf).astype(np.float64))

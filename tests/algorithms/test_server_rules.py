@@ -12,7 +12,7 @@ from fedjax_sim.algorithms import CONFIGS, FedDyn, FedExP, FedMut, FedNova, Scaf
 from fedjax_sim.algorithms.fednova import total
 from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import SERVER, stream
+from fedjax_sim.core.rng import SERVER, key_for
 from fedjax_sim.engine.round import _DISPATCH
 from tests import oracles
 from tests.engine.test_round import poisoned
@@ -415,7 +415,7 @@ def test_fednova_averages_statistics_with_its_own_weights():
 def starts_of(simulation, index):
     """What the slots of the round to come start from, in float64."""
     inputs, _ = simulation.inputs(index)
-    key = stream(stream(inputs.key, SERVER, np.int32(index)), _DISPATCH)
+    key = key_for(key_for(inputs.key, SERVER, np.int32(index)), _DISPATCH)
     starts = simulation.setup.algorithm.dispatch(simulation.state.algorithm, inputs.cohort, key)
     stack = oracles.doubled(starts.models["params"])
     return [map_trees(lambda leaf, k=k: leaf[k], stack) for k in range(simulation.setup.cohort_size)]

@@ -38,7 +38,7 @@ def test_weighted_sum_and_mean(tree, rng):
 def test_select_takes_whole_slots(tree):
     flags = np.array([True, False, False, True, False])
     other = jax.tree.map(lambda leaf: leaf + 1, tree)
-    out = stacked.select(jnp.asarray(flags), tree, other)
+    out = stacked.where_slot(jnp.asarray(flags), tree, other)
     for k, flag in enumerate(flags):
         source = tree if flag else other
         oracles.assert_trees_equal(

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.core.top_k import largest
+from fedjax_sim.core.top_k import top_k_mask
 
 TINY = 1e-45  # the least float32 above zero
 ODD = [0.0, -0.0, TINY, -TINY, 1e-40, 2e-40, 1.0, 1.0000001, -1.0, 3e38, -3e38, math.inf, -math.inf, math.nan]
 
-one = jax.jit(largest)
-side_by_side = jax.jit(jax.vmap(largest))
-in_turn = jax.jit(lambda scores, counts: jax.lax.map(lambda pair: largest(*pair), (scores, counts)))
+one = jax.jit(top_k_mask)
+side_by_side = jax.jit(jax.vmap(top_k_mask))
+in_turn = jax.jit(lambda scores, counts: jax.lax.map(lambda pair: top_k_mask(*pair), (scores, counts)))
 
 
 def wanted(scores: np.ndarray, count: int) -> np.ndarray:
@@ -97,5 +97,5 @@ def test_side_by_side_and_in_turn_are_the_same(rng):
     expected = np.stack([wanted(row, count) for row, count in zip(scores, counts, strict=True)])
     np.testing.assert_array_equal(side_by_side(scores, counts), expected)
     np.testing.assert_array_equal(in_turn(scores, counts), expected)
-    shared = jax.jit(jax.vmap(largest, in_axes=(0, None)))(scores, jnp.int32(7))
+    shared = jax.jit(jax.vmap(top_k_mask, in_axes=(0, None)))(scores, jnp.int32(7))
     np.testing.assert_array_equal(shared, np.stack([wanted(row, 7) for row in scores]))

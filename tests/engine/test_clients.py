@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import INIT, SERVER, root, stream
+from fedjax_sim.core.rng import INIT, SERVER, key_for, run_key
 from fedjax_sim.engine.clients import all_finite, batch_order, client_key, make_optimizer, shuffled
 
 _shuffled = jax.jit(shuffled, static_argnums=3)
@@ -49,7 +49,7 @@ def test_orders_are_the_same_under_any_setting_of_jaxs_generator():
 def test_the_root_is_the_key_of_the_seed():
     for seed in (0, 1, 2**31 - 1):
         want = jax.random.key(seed, impl="threefry2x32")
-        np.testing.assert_array_equal(jax.random.key_data(root(seed)), jax.random.key_data(want))
+        np.testing.assert_array_equal(jax.random.key_data(run_key(seed)), jax.random.key_data(want))
 
 
 def test_batch_order_differs_by_epoch_round_client_and_seed():
@@ -71,11 +71,11 @@ def test_orders_are_uniform():
 def test_all_streams_of_a_seed_are_disjoint():
     """The initial model, the server of each round, each client of each round: no key twice."""
     root = jax.random.key(7)
-    keys = [stream(root, INIT, n) for n in range(2)]
-    keys += [stream(root, SERVER, r, n) for r in range(4) for n in range(2)]
-    keys += [stream(root, SERVER, r) for r in range(4)]
+    keys = [key_for(root, INIT, n) for n in range(2)]
+    keys += [key_for(root, SERVER, r, n) for r in range(4) for n in range(2)]
+    keys += [key_for(root, SERVER, r) for r in range(4)]
     keys += [client_key(7, r, c) for r in range(4) for c in range(4)]
-    keys += [stream(client_key(7, r, c), n) for r in range(4) for c in range(4) for n in range(2)]
+    keys += [key_for(client_key(7, r, c), n) for r in range(4) for c in range(4) for n in range(2)]
     assert len({np.asarray(jax.random.key_data(key)).tobytes() for key in keys}) == len(keys)
 
 

@@ -12,7 +12,7 @@ from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, Cohort
 from fedjax_sim.config import PeelConfig, from_dict
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import root
+from fedjax_sim.core.rng import run_key
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Shard
@@ -67,7 +67,7 @@ def witness_of(*stacks):
     """A round's witness with clients 0, 1 … and stacks of models: start, before, after."""
     count = jax.tree.leaves(stacks)[0].shape[0]
     cohort = Cohort(jnp.arange(count, dtype=jnp.int32), jnp.full((count,), 10, jnp.int32), jnp.int32(0))
-    return Witness(cohort, *stacks, jnp.float32(0.1), root(0))
+    return Witness(cohort, *stacks, jnp.float32(0.1), run_key(0))
 
 
 @functools.cache

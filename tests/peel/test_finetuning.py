@@ -12,7 +12,7 @@ from fedjax_sim import models
 from fedjax_sim.algorithms import Cohort
 from fedjax_sim.config import LocalConfig, PeelConfig
 from fedjax_sim.core.algorithm import LocalRule
-from fedjax_sim.core.rng import PEEL, root, stream
+from fedjax_sim.core.rng import PEEL, key_for, run_key
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Lanes, Shard, Trainer, shuffled
 from fedjax_sim.engine.observing import watch
@@ -89,7 +89,7 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
             found = np.asarray(jax.jit(model.features)(one, images)[1][point], np.float64)
             return found[: len(samples)], y[samples]
 
-        key, batches = stream(root(0), PEEL, ROUND, client), []
+        key, batches = key_for(run_key(0), PEEL, ROUND, client), []
         for epoch in range(EPOCHS):
             order = np.asarray(shuffled(key, jnp.int32(epoch), jnp.int32(count), count))
             batches += [order[first : first + 8] for first in range(0, count, 8)]
@@ -122,7 +122,7 @@ def test_the_body_and_its_statistics_stay_bit_for_bit(width):
     )
 
     def train(start, lanes, shard):
-        ready = trainer.ready(lanes, root(1), shard.indices)
+        ready = trainer.ready(lanes, run_key(1), shard.indices)
         return trainer.train_wave(start, None, ready, jnp.int32(8), jnp.float32(LR), shard)[0]
 
     trained, place = jax.jit(train)(start, lanes, shard), model.blocks()

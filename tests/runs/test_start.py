@@ -23,7 +23,7 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import INIT, root, stream
+from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.data import PartitionConfig
 from fedjax_sim.runs import finetune, memory
 from fedjax_sim.runs.assemble import prepare
@@ -57,7 +57,7 @@ def tiny(folder=None, **changes):
 
 
 def fresh(model, seed):
-    return model.init(stream(stream(root(seed), INIT), 0))
+    return model.init(key_for(key_for(run_key(seed), INIT), 0))
 
 
 def refused(config, **given):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import settled, stream
+from fedjax_sim.core.rng import key_for, settled
 from fedjax_sim.probes.landscape.objective import Objective, size
 
 
@@ -72,12 +72,12 @@ def spectrum(
 
     def start(number: int) -> np.ndarray:
         with settled():
-            drawn = jax.random.normal(stream(key, 0, number), (length,), jnp.float32)
+            drawn = jax.random.normal(key_for(key, 0, number), (length,), jnp.float32)
         return np.asarray(drawn, np.float64)
 
     def sign(probe: int) -> np.ndarray:
         with settled():
-            drawn = jax.random.rademacher(stream(key, 1, probe), (length,), jnp.float32)
+            drawn = jax.random.rademacher(key_for(key, 1, probe), (length,), jnp.float32)
         return np.asarray(drawn)
 
     values, vectors = lanczos(product, length, steps, start, k)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.core.rng import settled, stream
+from fedjax_sim.core.rng import key_for, settled
 from fedjax_sim.core.stacked import averages
 
 
@@ -36,7 +36,7 @@ def filter_normalised(key: jax.Array, variables: Any) -> Any:
 @jax.jit
 def _drawn(key, params):
     leaves, structure = jax.tree.flatten(params)
-    drawn = [jax.random.normal(stream(key, n), leaf.shape, jnp.float32) for n, leaf in enumerate(leaves)]
+    drawn = [jax.random.normal(key_for(key, n), leaf.shape, jnp.float32) for n, leaf in enumerate(leaves)]
     direction = structure.unflatten(drawn)
     wanted, own = (filter_norms({"params": tree}) for tree in (params, direction))
     scale = jax.tree.map(lambda to, norm: jnp.where(norm > 0, to / norm, 0), wanted, own)

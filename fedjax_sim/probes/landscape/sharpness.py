@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import settled, stream
+from fedjax_sim.core.rng import key_for, settled
 from fedjax_sim.probes.landscape.directions import filter_norms, stack, zeros_like
 from fedjax_sim.probes.landscape.objective import Objective
 
@@ -82,7 +82,7 @@ def sharpness(
 
     def on_surface(number: int) -> np.ndarray:
         with settled():
-            drawn = jax.random.normal(stream(key, number), flat.shape, jnp.float32)
+            drawn = jax.random.normal(key_for(key, number), flat.shape, jnp.float32)
         drawn = np.array(drawn, np.float64)
         drawn[stretch == 0] = 0
         return rho * drawn / np.linalg.norm(drawn)

@@ -44,7 +44,7 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.core.rng import PEEL, stream
+from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.engine.round import Witness
@@ -89,7 +89,7 @@ class Probe:
         """
         count = len(witness.cohort.ids)
         spare = -count % self.mesh.size
-        key = stream(witness.key, PEEL, witness.cohort.round)
+        key = key_for(witness.key, PEEL, witness.cohort.round)
         keys = jax.vmap(partial(jax.random.fold_in, key))(witness.cohort.ids)
         own = (witness.start, witness.before, witness.after, given["fit"], given["measured"], keys)
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)

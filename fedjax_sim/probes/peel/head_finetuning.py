@@ -28,7 +28,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.algorithm import LocalRule
-from fedjax_sim.core.rng import PEEL, stream
+from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Training, task_loss
 from fedjax_sim.engine.clients import Lanes, Shard, Trainer
@@ -89,7 +89,7 @@ class Finetuning:
         spare = -count % (mesh.size * trainer.width)
         own = (witness.after, witness.cohort.ids, witness.cohort.counts, given["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), own)
-        key = stream(witness.key, PEEL, witness.cohort.round)
+        key = key_for(witness.key, PEEL, witness.cohort.round)
 
         def share(own, lr, key, shard, pool):
             models, ids, counts, measured = own

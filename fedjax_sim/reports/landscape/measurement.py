@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import root, stream
+from fedjax_sim.core.rng import key_for, run_key
 from fedjax_sim.engine.programs import Program
 from fedjax_sim.engine.round import Round, Watched
 from fedjax_sim.engine.simulation import Simulation
@@ -211,8 +211,8 @@ def measure(simulation: Simulation, settings: Settings | None = None, *, planes:
     """
     settings = settings or Settings()
     variables = jax.device_get(simulation.variables)
-    wanted, key = objectives(simulation, settings), root(settings.seed)
-    first, second = (filter_normalised(stream(key, number), variables) for number in (_LINE, _SURFACE))
+    wanted, key = objectives(simulation, settings), run_key(settings.seed)
+    first, second = (filter_normalised(key_for(key, number), variables) for number in (_LINE, _SURFACE))
     reach, train = settings.radius, wanted["train"]
     here = {name: line(one, variables, first, np.zeros(1)) for name, one in wanted.items()}
     along = np.linspace(-reach, reach, settings.points)
@@ -233,7 +233,7 @@ def measure(simulation: Simulation, settings: Settings | None = None, *, planes:
         spectrum=spectrum(
             train,
             variables,
-            stream(key, _HESSIAN),
+            key_for(key, _HESSIAN),
             k=settings.eigenvalues,
             steps=settings.lanczos,
             probes=settings.probes,
@@ -241,7 +241,7 @@ def measure(simulation: Simulation, settings: Settings | None = None, *, planes:
         sharpness=sharpness(
             train,
             variables,
-            stream(key, _BALL),
+            key_for(key, _BALL),
             rho=settings.rho,
             scale=settings.scale,
             steps=settings.ascent,
