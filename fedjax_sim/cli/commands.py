@@ -196,7 +196,7 @@ def _sweep(words: list[str]) -> int:
         why = "--part, --pack and --unpack exclude each other"
         raise UserError("sweep", " ".join(words), why, f"Write {usage}.")
     if chosen:
-        moved = hosts.agreed(lambda: moves[chosen[0]](asked))
+        moved = hosts.on_first(lambda: moves[chosen[0]](asked))
         if hosts.first():
             print(moved.report())
         return 0

@@ -18,7 +18,7 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.engine.placement import put, readable, sharded
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 
 Outcome = tuple[jax.Array, dict[str, jax.Array]]
 """(loss f32[n], metric -> statistics f32[n, s]), of each sample."""
@@ -58,7 +58,7 @@ class Evaluator:
 
         object.__setattr__(self, "_count", count)
         object.__setattr__(self, "_data", {key: place(leaf) for key, leaf in self.example.items()})
-        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh, **readable(self.mesh)))
+        object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
 
     def __call__(self, variables: Any) -> Outcome:
         """One model on all samples, on the device."""
@@ -96,7 +96,7 @@ class ClientEvaluator:
     _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        object.__setattr__(self, "_forward", Program(self._compiled, self.mesh, **readable(self.mesh)))
+        object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
 
     def __call__(self, variables: Any, indices: np.ndarray) -> Outcome:
         """Model c on the samples indices[c].

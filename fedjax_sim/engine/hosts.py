@@ -36,7 +36,7 @@ START = 300.0
 """Seconds after which it gives up waiting for the first to start; JAX's own limit."""
 
 
-class Elsewhere(UserError):
+class OtherProcessFailed(UserError):
     """Another process failed, and says itself why. All have been told."""
 
 
@@ -111,13 +111,13 @@ def check_backend() -> None:
         ) from None
 
 
-def agreed(action: Callable[[], T]) -> T:
+def on_first(action: Callable[[], T]) -> T:
     """What `action` gives, or raises, in the first process: known to all, done there alone.
 
     All have to call it, and none goes on before it is done; `action` must not call it again.
 
     Raises:
-      Elsewhere: one of the others has failed on its way here, in an action of `together`.
+      OtherProcessFailed: one of the others has failed on its way here, in an action of `all_or_none`.
       UserError: JAX cannot start (`check_backend`).
     """
     check_backend()
@@ -138,13 +138,13 @@ def agreed(action: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def together(action: Callable[[], T]) -> T:
+def all_or_none(action: Callable[[], T]) -> T:
     """What `action` gives in each process. Where it fails in one, all stop, instead of waiting for it.
 
-    `action` may call `agreed`: those who come so far hear there of one who does not.
+    `action` may call `on_first`: those who come so far hear there of one who does not.
 
     Raises:
-      Elsewhere: another process has failed.
+      OtherProcessFailed: another process has failed.
       UserError: JAX cannot start (`check_backend`).
     """
     check_backend()
@@ -153,7 +153,7 @@ def together(action: Callable[[], T]) -> T:
     error = value = None
     try:
         value = action()
-    except Elsewhere:
+    except OtherProcessFailed:
         raise
     except Exception as raised:
         error = raised
@@ -167,7 +167,7 @@ def check_same(told: Mapping[str, Any]) -> None:
     """Raises UserError in all processes unless `told`, plain values by name, is the same in each."""
     if jax.process_count() == 1:
         return
-    expected = agreed(lambda: told)
+    expected = on_first(lambda: told)
     names = [name for name in {**expected, **told} if told.get(name) != expected.get(name)]
     differing = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(names))))
     fix = "Start all processes with the same settings and the same data."
@@ -182,14 +182,14 @@ def check_same(told: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def held(claim: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+def locked_by_first(claim: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """A context that the first process enters for all, such as the lock on a folder."""
     with contextlib.ExitStack() as stack:
-        agreed(lambda: stack.enter_context(claim()) and None)
+        on_first(lambda: stack.enter_context(claim()) and None)
         yield
 
 
-class Votes:
+class StopVote:
     """Whether one of the processes wants to stop; the same answer in all, asked once a round.
 
     Others hear of it two rounds later, so that no round under way is waited for. At once in one process.
@@ -216,11 +216,12 @@ class Votes:
 
 
 def _meet(*, failed: bool = False) -> None:
-    """Waits until all processes are here; raises Elsewhere in those who have not failed if one has."""
+    """Waits until all processes are here. If one has failed, the others raise OtherProcessFailed."""
     with _waiting(BUSY, f"process {jax.process_index()} of {jax.process_count()}"):
         found = np.flatnonzero(multihost_utils.process_allgather(np.asarray(failed)))
     if len(found) and not failed:
-        raise Elsewhere("process", int(found[0]), "it failed", "See what it says, and start all again.")
+        failing = int(found[0])
+        raise OtherProcessFailed("process", failing, "it failed", "See what it says, and start all again.")
 
 
 def _initialize(address: str, fix: str, *where: Any) -> None:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from fedjax_sim.core.rng import settled
 
 
-class Program:
+class CachedJit:
     """A function under `jax.jit`, for arguments on the devices of a mesh; called as the function is."""
 
     def __init__(self, function: Callable[..., Any], mesh: Mesh, **options: Any):
@@ -72,7 +72,7 @@ class Program:
         with settled():
             return self._jitted.lower(packing, words, *rest)
 
-    def variants(self) -> int:
+    def num_compiled(self) -> int:
         """For how many shapes of arguments it has been called."""
         return self._jitted._cache_size() if self._plain else len(self._compiled)
 
@@ -130,7 +130,7 @@ def _pack(args: Any) -> tuple[_Packing, np.ndarray, Any]:
 
 
 _RECENT: OrderedDict[Any, jax.stages.Compiled] = OrderedDict()
-_MOST = 16
+MAX_CACHED = 16
 _ON_DISK = "jax_enable_compilation_cache"
 
 
@@ -144,7 +144,7 @@ def _compile(lowered: jax.stages.Lowered, shape: Any) -> jax.stages.Compiled:
     if name not in _RECENT:
         with _without_disk():
             _RECENT[name] = lowered.compile()
-        if len(_RECENT) > _MOST:
+        if len(_RECENT) > MAX_CACHED:
             _RECENT.popitem(last=False)
     _RECENT.move_to_end(name)
     return _RECENT[name]

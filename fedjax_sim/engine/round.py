@@ -289,21 +289,21 @@ class Round:
         weights, cohort, plan = jax.tree.map(
             lambda leaf: jax.lax.with_sharding_constraint(leaf, same), (weights, cohort, plan)
         )
-        place = lambda tree: self._move(tree, plan.layout)  # noqa: E731
-        back = lambda tree: self._move(tree, plan.places)  # noqa: E731
+        place = lambda tree: self._move(tree, plan.slot_of_place)  # noqa: E731
+        back = lambda tree: self._move(tree, plan.place_of_slot)  # noqa: E731
 
-        occupied = plan.layout < cohort.ids.shape[0]
+        occupied = plan.slot_of_place < cohort.ids.shape[0]
         lanes = Lanes(
             kept=place(kept),
-            ids=_take(cohort.ids, plan.layout),
-            counts=jnp.where(occupied, _take(cohort.counts, plan.layout), 0),
-            weights=jnp.where(occupied, _take(weights, plan.layout), 0),
+            ids=_take(cohort.ids, plan.slot_of_place),
+            counts=jnp.where(occupied, _take(cohort.counts, plan.slot_of_place), 0),
+            weights=jnp.where(occupied, _take(weights, plan.slot_of_place), 0),
         )
         rank = None
         if watched is not None:  # of each place among those watched; one past the last for the others
             count = watched.slots.shape[0]
-            rank = jnp.full(plan.layout.shape, count, jnp.int32)
-            rank = rank.at[_take(plan.places, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
+            rank = jnp.full(plan.slot_of_place.shape, count, jnp.int32)
+            rank = rank.at[_take(plan.place_of_slot, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
         run = jax.shard_map(
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
@@ -315,7 +315,7 @@ class Round:
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
             lanes,
-            plan.bounds,
+            plan.wave_steps,
             inputs.lr,
             key_for(inputs.key, CLIENTS, cohort.round),
             shard,
@@ -324,14 +324,14 @@ class Round:
         if watched is not None and seen[0] is None:
             seen = (stacked.broadcast(starts.models, count), seen[1])
         kept, uploads, loss, faults, each = rest
-        loss, faults = _take(loss, plan.places), _take(faults, plan.places)
-        each = jax.tree.map(lambda leaf: _take(leaf, plan.places), each)
+        loss, faults = _take(loss, plan.place_of_slot), _take(faults, plan.place_of_slot)
+        each = jax.tree.map(lambda leaf: _take(leaf, plan.place_of_slot), each)
         readings = {name: (each[name], means[name]) for name in self.meters}
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
         return results, faults != _SERVERS, back(kept), seen, readings
 
-    def _on_device(self, shared, watched, start, broadcast, lanes, bounds, lr, key, shard, rank):
-        """One device's waves. Leaves of `lanes` and `rank` lead with S places; bounds: i32[W]."""
+    def _on_device(self, shared, watched, start, broadcast, lanes, wave_steps, lr, key, shard, rank):
+        """One device's waves. Leaves of `lanes` and `rank` lead with S places; wave_steps: i32[W]."""
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
         # Of slots only the shape: reading one after the waves would keep all starts beside the trained.
@@ -358,7 +358,7 @@ class Round:
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
             received = trainer.receive(begin, broadcast, own.kept, own.keys)
             trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
-                received, broadcast, own, bounds[w], lr, shard
+                received, broadcast, own, wave_steps[w], lr, shard
             )
             received, trained = trainer.send(received), trainer.send(trained)
             metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
@@ -391,7 +391,7 @@ class Round:
                 )
             return (models, total, weight, seen, metered), (kept, uploads, loss, faults, each)
 
-        numbers = jnp.arange(bounds.shape[0], dtype=jnp.int32)
+        numbers = jnp.arange(wave_steps.shape[0], dtype=jnp.int32)
         (models, total, weight, seen, metered), rest = jax.lax.scan(
             wave, (models, total, jnp.float32(0), seen, metered), numbers
         )

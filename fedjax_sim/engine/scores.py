@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim.engine import evaluation, placement
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
@@ -26,7 +26,7 @@ class Scores:
 
     def __init__(self, setup: Setup, mesh: Mesh, personal: Callable[[ServerState, jax.Array], Any]):
         self._setup, self._mesh = setup, mesh
-        self._personal = Program(personal, mesh)
+        self._personal = CachedJit(personal, mesh)
         self._evaluators: dict[str, Any] = {}
 
     def deployed(self, number: int, variables: Any) -> Callable[[], list[Row]]:

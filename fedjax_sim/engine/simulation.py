@@ -15,7 +15,7 @@ from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
 from fedjax_sim.engine.clients import Shard
 from fedjax_sim.engine.observing import Instrument, watch
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
 from fedjax_sim.engine.scores import Scores, client_rows
 from fedjax_sim.engine.setup import DiagnosticContext, Setup
@@ -69,7 +69,7 @@ class Simulation:
         example = {key: put(leaf) for key, leaf in population.example.items()}
         self.shard = Shard(example, put(population.indices), streams)
         self._shardings = self._state_shardings()
-        self.program = Program(
+        self.program = CachedJit(
             _named(self._function),
             self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
@@ -77,8 +77,8 @@ class Simulation:
         )
         self._scores = Scores(setup, self.mesh, self._function.personal)
         chooser = setup.algorithm.selection
-        self._measure = chooser and Program(chooser.measure, self.mesh, **placement.readable(self.mesh))
-        self._deploy = Program(
+        self._measure = chooser and CachedJit(chooser.measure, self.mesh, **placement.readable(self.mesh))
+        self._deploy = CachedJit(
             setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
         )
 
@@ -118,7 +118,7 @@ class Simulation:
         key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh):
-            return Program(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
+            return CachedJit(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""

@@ -17,14 +17,14 @@ class Plan:
     """Which slot trains where and when.
 
     Attributes:
-      layout: i32[D * S], slot in each execution place, device after device; K for an empty place.
-      places: i32[K], where each slot is.
-      bounds: i32[D * W], steps of each wave.
+      slot_of_place: i32[D * S], slot in each execution place, device after device; K for an empty place.
+      place_of_slot: i32[K], where each slot is.
+      wave_steps: i32[D * W], steps of each wave.
     """
 
-    layout: np.ndarray | jax.Array
-    places: np.ndarray | jax.Array
-    bounds: np.ndarray | jax.Array
+    slot_of_place: np.ndarray | jax.Array
+    place_of_slot: np.ndarray | jax.Array
+    wave_steps: np.ndarray | jax.Array
 
 
 def steps_of(counts: np.ndarray, local: LocalConfig) -> np.ndarray:
@@ -48,8 +48,8 @@ def make_plan(steps: np.ndarray, devices: int, width: int) -> Plan:
     if in_order(steps, devices, width):
         padded = np.concatenate([steps, np.zeros(devices * places_each - count, steps.dtype)])
         places = np.arange(devices * places_each, dtype=np.int32)
-        bounds = padded.reshape(devices * waves, width).max(1).astype(np.int32)
-        return Plan(np.minimum(places, count).astype(np.int32), places[:count], bounds)
+        wave_steps = padded.reshape(devices * waves, width).max(1).astype(np.int32)
+        return Plan(np.minimum(places, count).astype(np.int32), places[:count], wave_steps)
     ranked = np.argsort(-steps, kind="stable")
     groups = [ranked[start : start + width] for start in range(0, count, width)]
     load = np.zeros(devices)
@@ -59,16 +59,16 @@ def make_plan(steps: np.ndarray, devices: int, width: int) -> Plan:
         target = min(free, key=lambda d: (load[d], d))
         lists[target].append(group)
         load[target] += steps[group].max()
-    layout = np.full((devices, places_each), count, np.int32)
-    bounds = np.zeros((devices, waves), np.int32)
+    slot_of_place = np.full((devices, places_each), count, np.int32)
+    wave_steps = np.zeros((devices, waves), np.int32)
     for d, own in enumerate(lists):
         for w, group in enumerate(own):
-            layout[d, w * width : w * width + len(group)] = group
-            bounds[d, w] = steps[group].max()
-    flat = layout.reshape(-1)
-    places = np.zeros(count, np.int32)
-    places[flat[flat < count]] = np.flatnonzero(flat < count)
-    return Plan(flat, places, bounds.reshape(-1))
+            slot_of_place[d, w * width : w * width + len(group)] = group
+            wave_steps[d, w] = steps[group].max()
+    flat = slot_of_place.reshape(-1)
+    place_of_slot = np.zeros(count, np.int32)
+    place_of_slot[flat[flat < count]] = np.flatnonzero(flat < count)
+    return Plan(flat, place_of_slot, wave_steps.reshape(-1))
 
 
 def in_order(steps: np.ndarray, devices: int, width: int) -> bool:
@@ -79,7 +79,7 @@ def in_order(steps: np.ndarray, devices: int, width: int) -> bool:
 def padding_waste(counts: np.ndarray, plan: Plan, local: LocalConfig, width: int) -> float:
     """Samples that go through the network over samples that should (1.0 is none wasted)."""
     counts = np.asarray(counts)
-    done = int(np.asarray(plan.bounds, np.int64).sum()) * width * local.batch_size
+    done = int(np.asarray(plan.wave_steps, np.int64).sum()) * width * local.batch_size
     if local.epochs is not None:
         wanted = int(counts.sum()) * local.epochs
     else:

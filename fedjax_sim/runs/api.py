@@ -106,17 +106,18 @@ def validate(config: RunConfig, dataset: Samples, partition: Partition) -> None:
 def _started(config: RunConfig, **given: Any) -> Run:
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
-        hosts.agreed(folder.check_new)
-        hosts.together(folder.check_seen)
+        hosts.on_first(folder.check_new)
+        hosts.all_or_none(folder.check_seen)
     setup = checked_setup(lambda: with_start(prepare(config, **given)))
     if folder is None:
         return run_rounds(Simulation(setup), None)
-    with hosts.held(folder.claimed):
-        hosts.agreed(folder.check_new)  # again: another start may have come and gone while this one prepared
+    with hosts.locked_by_first(folder.claimed):
+        # Again: another start may have come and gone while this one prepared.
+        hosts.on_first(folder.check_new)
         simulation = Simulation(setup)
         _ = simulation.state  # made first: a mistake that shows only here leaves no half-begun run behind
         with folder.writing():
-            hosts.agreed(lambda: describe(folder, setup))
+            hosts.on_first(lambda: describe(folder, setup))
             return run_rounds(simulation, folder)
 
 
@@ -156,13 +157,13 @@ def resume(
     lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
     given = {"dataset": dataset, "model": model, "algorithm": algorithm, **lists}
     config, _ = _resumable(place, given, rounds)
-    if not hosts.agreed(lambda: place.done(config.rounds)):
-        with hosts.held(place.claimed):
+    if not hosts.on_first(lambda: place.done(config.rounds)):
+        with hosts.locked_by_first(place.claimed):
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
-            if not hosts.agreed(lambda: place.done(config.rounds)):
+            if not hosts.on_first(lambda: place.done(config.rounds)):
                 provenance.check_jax_settings(about.get("jax", {}))
-                began, kept = hosts.agreed(lambda: rounds_before(place, config, about))
+                began, kept = hosts.on_first(lambda: rounds_before(place, config, about))
                 make = functools.partial(setup_of, place, config, about, **given)
                 if kept:
                     make = functools.partial(make, began=began)
@@ -198,7 +199,7 @@ def _resumable(
                 raise UserError("rounds", asked.rounds, why, fix)
         return asked, about
 
-    config, about = hosts.together(read)
+    config, about = hosts.all_or_none(read)
     for name, value in given.items():
         if name in config.given and value is None:
             raise UserError(
@@ -218,7 +219,7 @@ def checked_setup(make: Callable[[], Setup]) -> Setup:
         memory.check(setup)
         return setup
 
-    setup = hosts.together(made)
+    setup = hosts.all_or_none(made)
     if jax.process_count() > 1:
         told = {"data": provenance.fingerprint(setup.dataset)}
         told["partition"] = provenance.describe_partition(setup.partition)

@@ -103,7 +103,7 @@ class Callbacks:
             return Wishes()
         if jax.process_count() > 1:  # here, where all take part: only the first will ask for it
             self._run._made = self._run._variables()
-        return hosts.agreed(lambda: self._call(name, number, *args))
+        return hosts.on_first(lambda: self._call(name, number, *args))
 
     def _call(self, name: str, number: int, *args: Any) -> Wishes:
         run = self._run

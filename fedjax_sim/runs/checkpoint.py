@@ -124,15 +124,15 @@ class Checkpoints:
           UserError: a sound checkpoint holds a state of other shapes than `abstract`.
         """
         if mend:
-            hosts.agreed(self._remove_unfinished)
-        for number in reversed(hosts.agreed(self.rounds)):
+            hosts.on_first(self._remove_unfinished)
+        for number in reversed(hosts.on_first(self.rounds)):
             if at_most is not None and number > at_most:
                 warnings.warn(
                     f"checkpoint of round {number} passed over: the journal ends at round {at_most}",
                     stacklevel=2,
                 )
                 if mend:
-                    hosts.agreed(partial(self._put_aside, number))
+                    hosts.on_first(partial(self._put_aside, number))
                 continue
             wanted = jax.tree.map(_on_host, abstract)
             try:
@@ -143,7 +143,7 @@ class Checkpoints:
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                 warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
                 if mend:
-                    hosts.agreed(partial(self._put_aside, number))
+                    hosts.on_first(partial(self._put_aside, number))
                 continue
             return jax.tree.map(_from_host, state, abstract), number
         return None

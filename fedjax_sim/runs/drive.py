@@ -38,17 +38,17 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     kept: tuple[int | None, Callable[[], Any] | None] = (None, None)
     if folder is not None:
         checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
-        best, kept = Checkpoints(folder.best, keep=1), hosts.agreed(lambda: best_of(folder))
+        best, kept = Checkpoints(folder.best, keep=1), hosts.on_first(lambda: best_of(folder))
         start = _restored(simulation, checkpoints, folder)
         if began is not None:
             _prolong(folder, simulation, began)
-        stopped = hosts.agreed(lambda: _still_stopped(folder, start))
+        stopped = hosts.on_first(lambda: _still_stopped(folder, start))
         if hosts.first():
             journal = Journal(folder.path, start, config.rounds if stopped is None else stopped.round)
             table, laps = journal.table, journal.laps
             if config.output.tensorboard:
                 events = Events(folder.path / "tensorboard", start)
-        table, laps = hosts.agreed(lambda: (table, laps))
+        table, laps = hosts.on_first(lambda: (table, laps))
     clock = Clock()
     saved = simulation.round
     run = UnderWay(config, None if folder is None else folder.path, table, lambda: simulation.variables)
@@ -113,7 +113,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     try:
         callbacks.on_start()
         with signals() as asked:
-            stopping = hosts.Votes(lambda: bool(asked))
+            stopping = hosts.StopVote(lambda: bool(asked))
             while simulation.round < config.rounds and stopped is None and not stopping():
                 under_way = simulation.step()
                 # The round before is written down while this one is under way.
@@ -137,7 +137,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         if journal is not None and result.finished:
             _figures(result, setup)
             journal.tabulate()
-        hosts.agreed(lambda: None)  # nobody looks into the folder before all is in it
+        hosts.on_first(lambda: None)  # nobody looks into the folder before all is in it
         ended = True
     finally:
         for thing in (bar, events, journal, best, checkpoints):
@@ -159,7 +159,7 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
             pass
         return last
 
-    found = checkpoints.restore(simulation.abstract_state(), at_most=hosts.agreed(reached))
+    found = checkpoints.restore(simulation.abstract_state(), at_most=hosts.on_first(reached))
     if found is not None:
         simulation.restore(*found)
     return simulation.round
@@ -190,7 +190,7 @@ def _keep(
     if best is None:
         return number, functools.partial(known, jax.device_get(variables))
     # A run that goes on from before a cut comes to the same rounds again: a newer one is there already.
-    newest = max(hosts.agreed(best.rounds), default=0)
+    newest = max(hosts.on_first(best.rounds), default=0)
     if newest < number:
         best.save(number, {"round": np.int32(number)}, variables)
     return max(newest, number), functools.partial(best.model, max(newest, number))
@@ -251,7 +251,7 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
             about["config"]["rounds"] = config.rounds
             folder.write("provenance.json", json.dumps(about, indent=2) + "\n")
 
-    hosts.agreed(write)
+    hosts.on_first(write)
 
 
 def _figures(run: Run, setup: Setup) -> None:

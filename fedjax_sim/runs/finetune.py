@@ -20,7 +20,7 @@ import numpy as np
 from fedjax_sim.algorithms.independent import Local, LocalState
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import Round, ServerState
 from fedjax_sim.engine.scores import client_rows
 from fedjax_sim.engine.setup import Setup
@@ -47,7 +47,7 @@ def rows(setup: Setup, function: Round, state: ServerState, number: int) -> list
     ids = np.arange(setup.num_clients, dtype=np.int32)
     cut = placement.sharded(mesh, setup.num_clients)
     with jax.set_mesh(mesh):
-        models = Program(function.personal, mesh, out_shardings=cut)(state, ids)
+        models = CachedJit(function.personal, mesh, out_shardings=cut)(state, ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
     alone.round = number
     out, accuracies = [], np.zeros(0)

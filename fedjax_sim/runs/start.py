@@ -92,9 +92,10 @@ def of_run(folder: str, model: Model, dataset: Samples) -> Any:
         own = {"model": model, "dataset": dataset}
         other = load(folder, **{name: own[name] for name in own if name in other.config.given})
         # Of a run that another process drives, the newest model would be a matter of luck.
-        with nullcontext() if hosts.agreed(lambda: place.finished) else hosts.held(place.claimed):
+        finished = hosts.on_first(lambda: place.finished)
+        with nullcontext() if finished else hosts.locked_by_first(place.claimed):
             found = other.variables
-    except hosts.Elsewhere:
+    except hosts.OtherProcessFailed:
         raise
     except UserError as error:
         raise _wrong(folder, f"its model cannot be had ({error})", "Give another run.") from None

@@ -117,7 +117,7 @@ def run(
             "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
         )
     place = Folder(sweep.out)
-    hosts.agreed(lambda: _check_writable(place))
+    hosts.on_first(lambda: _check_writable(place))
     failures: dict[str, str] = {}
     left: list[str] = []
     done: dict[str, runs.Run] = {}
@@ -155,7 +155,7 @@ def run(
     cpu = {name: result.cpu_seconds for name, result in done.items()}
     outcome = Outcome(sweep, compared, failures, wall, cpu, tuple(left))
     with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
-        hosts.agreed(lambda: _write(place, outcome, time.perf_counter() - began))
+        hosts.on_first(lambda: _write(place, outcome, time.perf_counter() - began))
     return outcome
 
 
@@ -202,7 +202,7 @@ def _check_metric(sweep: Sweep, dataset: data.Samples) -> None:
 def _check(sweep: Sweep, shared: _Shared) -> None:
     """Raises UserError for the first run that has not begun and cannot."""
     for job in sweep.jobs:
-        if hosts.agreed(lambda job=job: Folder(str(job.config.output.dir)).started):
+        if hosts.on_first(lambda job=job: Folder(str(job.config.output.dir)).started):
             continue
         try:
             dataset = shared.dataset(job.config)
@@ -215,7 +215,7 @@ def _check(sweep: Sweep, shared: _Shared) -> None:
 def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None]:
     """Runs, resumes or loads. -> (what was done, the run; None if it is another part's and not finished)."""
     folder = Folder(str(job.config.output.dir))
-    started = hosts.agreed(lambda: folder.started)
+    started = hosts.on_first(lambda: folder.started)
     if started:
         if differing := runs.differing(folder.path, job.config):
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
@@ -227,7 +227,7 @@ def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None
                 f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
                 f"{way}, or choose another out.",
             )
-        if hosts.agreed(lambda: folder.finished):
+        if hosts.on_first(lambda: folder.finished):
             return "finished before", runs.load(folder.path)
     if not mine:
         return "another part's", None

@@ -211,14 +211,14 @@ def test_a_port_in_use_is_an_error_and_no_crash():
 
 def test_alone_everything_is_done_here_at_once():
     asked = []
-    votes = hosts.Votes(lambda: bool(asked))
+    votes = hosts.StopVote(lambda: bool(asked))
     assert not votes()
     asked.append(signal.SIGTERM)
     assert votes()
     assert hosts.first()
-    assert hosts.agreed(lambda: 3) == hosts.together(lambda: 3) == 3
+    assert hosts.on_first(lambda: 3) == hosts.all_or_none(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
-        hosts.agreed(lambda: 1 // 0)
+        hosts.on_first(lambda: 1 // 0)
     hosts.check_same({"seed": 1})
 
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.config import from_dict
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine import placement, programs
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.runs.federation import Simulation
 
 
@@ -47,13 +47,13 @@ def disk(tmp_path):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_values_are_those_of_jit(devices):
     mesh = placement.make_mesh(devices)
-    program = Program(exchange(mesh), mesh)
+    program = CachedJit(exchange(mesh), mesh)
     for size in (4, 4, 8):
         x = np.arange(size, dtype=np.float32)
         moved, total = program(x)
         np.testing.assert_array_equal(moved, np.roll(x.reshape(devices, -1), 1, axis=0).reshape(-1))
         np.testing.assert_array_equal(total, x.reshape(devices, -1).sum(0))
-    assert program.variants() == 2
+    assert program.num_compiled() == 2
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -66,7 +66,7 @@ def test_arguments_from_the_host_arrive_as_they_are(devices):
         "u32": np.array([[2**32 - 1]], np.uint32), "u8": np.arange(3, dtype=np.uint8),
         "bool": np.array([True, False]), "device": jnp.arange(3),
     }  # fmt: skip
-    program = Program(lambda state, given: (state + 1, given), mesh, donate_argnums=(0,))
+    program = CachedJit(lambda state, given: (state + 1, given), mesh, donate_argnums=(0,))
     state = jax.device_put(jnp.zeros(4), placement.replicated(mesh))
     for _ in range(2):
         held, (state, got) = state, program(state, host)
@@ -77,17 +77,17 @@ def test_arguments_from_the_host_arrive_as_they_are(devices):
                 assert (got[name].shape, got[name].dtype) == (np.shape(value), value.dtype), name
                 assert np.asarray(got[name]).tobytes() == np.asarray(value).tobytes(), name
     np.testing.assert_array_equal(state, np.full(4, 2))
-    assert program.variants() == 1
+    assert program.num_compiled() == 1
     program(state, host | {"scalar": np.int32(2)})
-    assert program.variants() == 2
+    assert program.num_compiled() == 2
 
 
 def test_several_cpu_devices_leave_nothing_on_disk_and_one_does(disk):
     mesh = placement.make_mesh(2)
-    Program(exchange(mesh), mesh)(np.arange(6, dtype=np.float32))
+    CachedJit(exchange(mesh), mesh)(np.arange(6, dtype=np.float32))
     assert not list(disk.glob("*")), "a program with exchanges was written"
     one = placement.make_mesh(1)
-    Program(lambda x: jnp.sin(x) * 3, one)(np.arange(6, dtype=np.float32))
+    CachedJit(lambda x: jnp.sin(x) * 3, one)(np.arange(6, dtype=np.float32))
     assert list(disk.glob("*")), "JAX's cache is off for good"
 
 
@@ -121,10 +121,10 @@ def test_the_second_seed_compiles_nothing(monkeypatch):
 
 def test_only_so_many_are_kept(monkeypatch):
     monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
-    monkeypatch.setattr(programs, "_MOST", 2)
+    monkeypatch.setattr(programs, "MAX_CACHED", 2)
     mesh = placement.make_mesh(2)
     for factor in (2.0, 3.0, 4.0):
-        program = Program(lambda x, factor=factor: x * factor, mesh)
+        program = CachedJit(lambda x, factor=factor: x * factor, mesh)
         np.testing.assert_array_equal(program(np.ones(2, np.float32)), np.full(2, factor, np.float32))
     assert len(programs._RECENT) == 2
 
@@ -133,7 +133,7 @@ def test_arguments_that_go_unused_tell_programs_apart():
     mesh = placement.make_mesh(2)
     for count in (5, 6):
         unused, used = np.zeros(count, np.float32), np.ones(2, np.float32)
-        np.testing.assert_array_equal(Program(lambda a, b: b + 1, mesh)(unused, used), [2, 2])
+        np.testing.assert_array_equal(CachedJit(lambda a, b: b + 1, mesh)(unused, used), [2, 2])
 
 
 @pytest.mark.parametrize("size", [3, 5000])
@@ -141,7 +141,7 @@ def test_what_a_function_holds_tells_programs_apart(size):
     mesh = placement.make_mesh(2)
     for value in (1.0, 2.0):
         held = jnp.full(size, value)
-        got = Program(lambda x, held=held: x + held, mesh)(np.zeros(size, np.float32))
+        got = CachedJit(lambda x, held=held: x + held, mesh)(np.zeros(size, np.float32))
         np.testing.assert_array_equal(got, np.full(size, value))
 
 
@@ -164,7 +164,7 @@ def test_llvms_level_changes_rounding_at_most(monkeypatch):
     got = []
     for level in (1, 3):
         monkeypatch.setattr(programs, "CPU_LEVEL", level)
-        got.append(jax.device_get(Program(function, placement.make_mesh(1))(x)))
+        got.append(jax.device_get(CachedJit(function, placement.make_mesh(1))(x)))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *got)
 
 
@@ -176,10 +176,10 @@ def test_draws_are_the_same_under_any_setting_of_the_generator(devices):
         return jax.random.normal(key, (7,)), jax.random.permutation(jax.random.split(key)[0], 11)
 
     mesh, key = placement.make_mesh(devices), jax.random.key(3)
-    wanted = Program(draw, mesh)(key)
+    wanted = CachedJit(draw, mesh)(key)
     with jax.threefry_partitionable(False):
         assert not np.array_equal(jax.jit(draw)(key)[0], wanted[0])
-        program = Program(draw, mesh)
+        program = CachedJit(draw, mesh)
         found, lowered = program(key), program.lower(key).as_text()
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert lowered == Program(draw, mesh).lower(key).as_text()
+    assert lowered == CachedJit(draw, mesh).lower(key).as_text()

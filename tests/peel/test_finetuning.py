@@ -156,7 +156,7 @@ def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
     plain = [row for row in told if row.client < 0]
     assert plain == rows_of(without)
     jax.tree.map(np.testing.assert_array_equal, simulation.variables, without.variables)
-    assert simulation.program.variants() == 1
+    assert simulation.program.num_compiled() == 1
 
     metrics = {row.metric for row in told}
     assert {"log_c", "chimera_total", "ridge_others", "peel_accuracy_global"} <= metrics

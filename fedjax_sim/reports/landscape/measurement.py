@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import key_for, run_key
-from fedjax_sim.engine.programs import Program
+from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import Round, Watched
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.probes.landscape.curvature import Spectrum, spectrum
@@ -183,7 +183,7 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
 
     with jax.set_mesh(simulation.mesh):
         watched = Watched(cast(Any, slots), {"trained": None})
-        found = Program(models, simulation.mesh)(simulation.state, inputs, simulation.shard, watched)
+        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.shard, watched)
     found = jax.device_get(found)
     clients = tuple(int(client) for client in np.asarray(inputs.cohort.ids)[slots])
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(slots))], clients
