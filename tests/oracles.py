@@ -218,9 +218,9 @@ def task_of(model: Model, **preprocessing: Any) -> Task:
     return classification(model.input_shape, model.outputs, Preprocessing(**preprocessing))
 
 
-def context(model: Model, *rest: Any, **more: Any) -> Context:
-    """An algorithm's context, of classification."""
-    return Context(model, task_of(model), *rest, **more)
+def context(model: Model, num_clients: int, cohort_size: int, rounds: int, **local: Any) -> Context:
+    """An algorithm's context, of classification; `local`: settings of local training."""
+    return Context(model, task_of(model), num_clients, cohort_size, rounds, LocalConfig(**local))
 
 
 def examples(images, labels) -> dict[str, Any]:

@@ -261,7 +261,7 @@ class Watched:
 
         def merge(state, cohort, starts, results, key):
             new, metrics = record.merge(state, cohort, starts, results, key)
-            trained, held = results.models, record.held(new, slots, cohort.ids)
+            trained, held = results.models, record.client_models(new, slots, cohort.ids)
             moved = [
                 jnp.abs(a.mean(0) - b.mean(0)).max()
                 for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(held), strict=True)

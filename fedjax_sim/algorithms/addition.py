@@ -25,24 +25,24 @@ class Addition:
     """What is added; see `LocalRule`. None leaves what is there.
 
     Attributes:
-      begin: (start, kept) -> extra.
+      start_round: (start, kept) -> extra.
       loss: (the loss inside, apply, variables, batch, extra) -> (scalar, variables).
       direction: (the gradient inside, variables, batch, extra) -> ((loss, variables), gradient). The gradient
         inside is zero where the algorithm inside holds a leaf fixed.
-      end: (start, trained, kept) -> kept.
+      finish_round: (start, trained, kept) -> kept.
       init_client: variables -> kept, of the addition alone.
       personal: (kept, model) -> what a client uses itself.
     """
 
-    begin: Callable[[Variables, Any], Any] = lambda start, kept: None
+    start_round: Callable[[Variables, Any], Any] = lambda start, kept: None
     loss: Callable[[Loss, Apply, Variables, Batch, Any], tuple[jax.Array, Variables]] | None = None
     direction: Callable[[LossAndGrad, Variables, Batch, Any], Any] | None = None
-    end: Callable[[Variables, Variables, Any], Any] = lambda start, trained, kept: kept
+    finish_round: Callable[[Variables, Variables, Any], Any] = lambda start, trained, kept: kept
     init_client: Callable[[Variables], Any] = lambda variables: None
     personal: Callable[[Any, Variables], Variables] | None = None
 
 
-class _Seeing:
+class RecordingApply:
     """An `Apply` that remembers its first pass: (logits, representation if wanted)."""
 
     def __init__(self, apply: Apply, represents: bool):
@@ -50,6 +50,7 @@ class _Seeing:
         self.first: Any = None
 
     def __call__(self, variables, batch):
+        """See `Apply`."""
         if self.represents:
             logits, _, moved = self.represent(variables, batch)
             return logits, moved
@@ -58,15 +59,17 @@ class _Seeing:
         return logits, moved
 
     def represent(self, variables, batch):
+        """See `Apply`."""
         logits, z, moved = self.apply.represent(variables, batch)
         self.first = self.first or (logits, z)
         return logits, z, moved
 
     def losses(self, outputs, batch):
+        """See `Apply`."""
         return self.apply.losses(outputs, batch)
 
 
-def seeing(
+def loss_and_outputs(
     inner: Loss, apply: Apply, variables: Variables, batch: Batch, *, represents: bool = False
 ) -> tuple[jax.Array, Variables, jax.Array, jax.Array | None]:
     """The loss inside, and what the model said of the batch, in one pass.
@@ -74,12 +77,12 @@ def seeing(
     Returns:
       (loss, variables, logits f32[B, C], representation f32[B, d] if `represents`).
     """
-    watched = _Seeing(apply, represents)
+    watched = RecordingApply(apply, represents)
     value, moved = inner(watched, variables, batch)
     return value, moved, *watched.first
 
 
-def on(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) -> Algorithm:
+def with_addition(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) -> Algorithm:
     """The algorithm `inner` with an addition on its clients.
 
     Args:
@@ -105,10 +108,10 @@ def on(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) 
         inside = rule.init_client(variables, labels) if rule.init_client else None
         return {"inner": inside, "own": addition.init_client(variables)}
 
-    def begin(start, kept, broadcast):
+    def start_round(start, kept, broadcast):
         return {
-            "inner": rule.begin(start, kept["inner"], broadcast),
-            "own": addition.begin(start, kept["own"]),
+            "inner": rule.start_round(start, kept["inner"], broadcast),
+            "own": addition.start_round(start, kept["own"]),
         }
 
     def inner_loss(extra):
@@ -135,9 +138,9 @@ def on(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) 
         assert rule.gather is not None
         return extra | {"inner": rule.gather(loss_and_grad, batch, extra["inner"])}
 
-    def end(start, trained, kept, extra, steps, lr, gradient):
-        inside, upload = rule.end(start, trained, kept["inner"], extra["inner"], steps, lr, gradient)
-        return {"inner": inside, "own": addition.end(start, trained, kept["own"])}, upload
+    def finish_round(start, trained, kept, extra, steps, lr, gradient):
+        inside, upload = rule.finish_round(start, trained, kept["inner"], extra["inner"], steps, lr, gradient)
+        return {"inner": inside, "own": addition.finish_round(start, trained, kept["own"])}, upload
 
     def receive(model, kept, broadcast, key):
         assert rule.receive is not None
@@ -153,11 +156,11 @@ def on(inner: AlgorithmConfig, addition: Addition, context: Context, name: str) 
         local=dataclasses.replace(
             rule,
             init_client=init_client,
-            begin=begin,
+            start_round=start_round,
             loss=loss,
             direction=direction,
             gather=rule.gather and gather,
-            end=end,
+            finish_round=finish_round,
             receive=rule.receive and receive,
             personal=personal if rule.personal or addition.personal else None,
         ),

@@ -31,7 +31,7 @@ from flax import struct
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.core import stacked
-from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Selection, Starts
+from fedjax_sim.core.algorithm import Algorithm, CohortChooser, Context, LocalRule, Starts
 from fedjax_sim.core.fields import check
 
 
@@ -70,7 +70,7 @@ class CluSamp:
             size = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
             return CluSampState(variables, jnp.zeros((clients, size)), jnp.zeros((clients, clients)))
 
-        def end(start, trained, kept, extra, steps, lr, gradient):
+        def finish_round(start, trained, kept, extra, steps, lr, gradient):
             del extra, steps, lr, gradient
             moved = jax.tree.map(jnp.subtract, trained["params"], start["params"])
             return kept, jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(moved)])
@@ -93,12 +93,12 @@ class CluSamp:
             dispatch=lambda state, cohort, key: Starts(state.model),
             merge=merge,
             deploy=lambda state: state.model,
-            local=LocalRule(end=end),
+            local=LocalRule(finish_round=finish_round),
             weights=shared.weighing(self.weights),
             needs_models=False,
             stacked=("updates",),
-            replaced=lambda state, model: state.replace(model=model),
-            selection=Selection(lambda state: state.distances, choose),
+            with_model=lambda state, model: state.replace(model=model),
+            cohort_chooser=CohortChooser(lambda state: state.distances, choose),
         )
 
     def _distances(self, one: jax.Array, others: jax.Array) -> jax.Array:

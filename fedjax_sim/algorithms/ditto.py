@@ -70,9 +70,9 @@ class Ditto:
                 model = rule.receive(model, kept["inner"], broadcast, key)
             return _joined(model, kept["v"])
 
-        def begin(start, kept, broadcast):
+        def start_round(start, kept, broadcast):
             x = _shared(start)
-            return {"x": x["params"], "inner": rule.begin(x, kept["inner"], broadcast)}
+            return {"x": x["params"], "inner": rule.start_round(x, kept["inner"], broadcast)}
 
         # The gradient is asked for twice: of the model inside, and of v alone.
         def loss(apply, variables, batch, extra):
@@ -98,10 +98,12 @@ class Ditto:
             every = jax.tree.map(lambda leaf: True, _own(variables))
             return _joined(rule.trains(_shared(variables), batch), every)
 
-        def end(start, trained, kept, extra, steps, lr, gradient):
+        def finish_round(start, trained, kept, extra, steps, lr, gradient):
             gradient = gradient and _without(gradient)
             start, model = _shared(start), _shared(trained)
-            inside, upload = rule.end(start, model, kept["inner"], extra["inner"], steps, lr, gradient)
+            inside, upload = rule.finish_round(
+                start, model, kept["inner"], extra["inner"], steps, lr, gradient
+            )
             return {"v": _own(trained), "inner": inside}, upload
 
         return dataclasses.replace(
@@ -111,12 +113,12 @@ class Ditto:
                 init_client=init_client,
                 receive=receive,
                 send=_shared,
-                begin=begin,
+                start_round=start_round,
                 loss=loss,
                 direction=direction,
                 gather=rule.gather and gather,
                 trains=rule.trains and trains,
-                end=end,
+                finish_round=finish_round,
                 personal=lambda kept, model: kept["v"],
             ),
         )

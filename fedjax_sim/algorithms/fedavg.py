@@ -49,5 +49,5 @@ class FedAvg:
             deploy=lambda state: state.model,
             weights=shared.weighing(self.weights),
             needs_models=False,
-            replaced=lambda state, model: state.replace(model=model),
+            with_model=lambda state, model: state.replace(model=model),
         )

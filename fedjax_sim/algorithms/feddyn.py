@@ -57,7 +57,7 @@ class FedDyn:
         """The record of pure functions."""
         alpha = self.alpha
 
-        def begin(start, kept, broadcast):
+        def start_round(start, kept, broadcast):
             del broadcast
             return {"x": start["params"], "gradient": kept}
 
@@ -71,7 +71,7 @@ class FedDyn:
                 extra["x"],
             )
 
-        def end(start, trained, kept, extra, steps, lr, gradient):
+        def finish_round(start, trained, kept, extra, steps, lr, gradient):
             del extra, steps, lr, gradient
             new = jax.tree.map(
                 lambda own, w, x: own - alpha * (w - x), kept, trained["params"], start["params"]
@@ -95,9 +95,9 @@ class FedDyn:
             merge=merge,
             deploy=lambda state: state.model,
             local=LocalRule(
-                begin=begin,
+                start_round=start_round,
                 direction=direction,
-                end=end,
+                finish_round=finish_round,
                 init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
             ),
             weights=shared.uniform,

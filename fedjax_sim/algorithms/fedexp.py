@@ -62,7 +62,7 @@ class FedExP:
         weights = shared.uniform if paper else shared.by_samples
         epsilon = self.epsilon or (1e-3 if paper else 0.1 * context.cohort_size)
 
-        def end(start, trained, kept, extra, steps, lr, gradient):
+        def finish_round(start, trained, kept, extra, steps, lr, gradient):
             del extra, steps, lr, gradient
             return kept, squared(trained["params"], start["params"])
 
@@ -95,12 +95,12 @@ class FedExP:
             dispatch=lambda state, cohort, key: Starts(state.model),
             merge=merge,
             deploy=deploy,
-            local=LocalRule(end=end),
+            local=LocalRule(finish_round=finish_round),
             weights=weights,
             needs_models=False,
-            extrapolates=True,
+            steps_beyond_mean=True,
             # What a client holds is the iterate that it will train, not the mean that is evaluated.
-            slot=lambda state, slots, ids: stacked.broadcast(state.model, len(ids)),
+            slot_models=lambda state, slots, ids: stacked.broadcast(state.model, len(ids)),
         )
 
 

@@ -132,9 +132,9 @@ class _Built:
             merge=self.merge,
             deploy=lambda state: state.model,
             local=LocalRule(
-                begin=lambda start, labels, sent: {"labels": labels, "sent": sent},
+                start_round=lambda start, labels, sent: {"labels": labels, "sent": sent},
                 loss=self.loss,
-                end=self.end,
+                finish_round=self.finish_round,
                 init_client=lambda variables, labels: labels,
                 random=True,
             ),
@@ -239,7 +239,7 @@ class _Built:
         told = told + self.config.b * divergence(generated(keys[2], batch["label"]), logits, batch.mask, 1)
         return own + jnp.where(sent.known.sum() > 0, told, 0), moved
 
-    def end(self, start, trained, labels, extra, steps, lr, gradient):
+    def finish_round(self, start, trained, labels, extra, steps, lr, gradient):
         """Sends the classifier and the label counts."""
         del start, extra, steps, lr, gradient
         return labels, {"head": self.context.model.head(trained), "labels": labels.astype(jnp.float32)}

@@ -107,5 +107,5 @@ class FedMut:
             merge=merge,
             deploy=lambda state: state.model,
             weights=shared.uniform,
-            extrapolates=True,
+            steps_beyond_mean=True,
         )

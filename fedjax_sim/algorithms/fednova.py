@@ -46,21 +46,21 @@ class FedNova:
         Raises:
           UserError: the clients' optimiser is not SGD, and there is no ‖a_i‖₁ for it.
         """
-        if context.optimizer != "sgd":
+        if context.local.optimizer != "sgd":
             raise UserError(
                 "local.optimizer",
-                context.optimizer,
+                context.local.optimizer,
                 "FedNova knows how much a step of SGD counts, and no other's",
                 "Set local.optimizer to sgd, or choose another algorithm.",
             )
         share = shared.weighing(self.weights)
 
         def normalised(cohort):
-            return share(cohort) / total(cohort.steps, context.momentum, context.nesterov)
+            return share(cohort) / total(cohort.steps, context.local.momentum, context.local.nesterov)
 
         def merge(state, cohort, starts, results, key):
             del starts, key
-            a = total(cohort.steps, context.momentum, context.nesterov)
+            a = total(cohort.steps, context.local.momentum, context.local.nesterov)
             p = jnp.where(results.included, share(cohort), 0)
             p = p / jnp.maximum(p.sum(), 1e-30)
             # results.mean is the mean with weights p_i/‖a_i‖₁; these add up to the second factor.
@@ -75,8 +75,8 @@ class FedNova:
             deploy=lambda state: state,
             weights=normalised,
             needs_models=False,
-            replaced=lambda state, model: model,
-            extrapolates=True,
+            with_model=lambda state, model: model,
+            steps_beyond_mean=True,
         )
 
 

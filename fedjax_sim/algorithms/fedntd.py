@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms.addition import Addition, on, seeing
+from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
@@ -47,11 +47,13 @@ class FedNTD:
         context.needs_classes("FedNTD")
 
         def loss(inner, apply, variables, batch, x):
-            value, moved, logits, _ = seeing(inner, apply, variables, batch)
+            value, moved, logits, _ = loss_and_outputs(inner, apply, variables, batch)
             teacher, _ = context.model.apply(x, *context.task.inputs(batch.example))
             true = jax.nn.one_hot(batch["label"], teacher.shape[-1], dtype=bool)
             without = lambda logits: jnp.where(true, -jnp.inf, logits)  # noqa: E731
             kept = divergence(without(teacher), without(logits), batch.mask, self.temperature)
             return value + self.beta * kept, moved
 
-        return on(self.inner, Addition(begin=lambda start, kept: start, loss=loss), context, "FedNTD")
+        return with_addition(
+            self.inner, Addition(start_round=lambda start, kept: start, loss=loss), context, "FedNTD"
+        )

@@ -22,7 +22,7 @@ et al.'s experiments.
 
 Batch statistics do not pass through the optimiser. After a round in which every client was left out nothing
 has changed, the optimiser's memory neither. An algorithm is refused whose rounds are more than an
-average (`Algorithm.replaced`): it has a step rule of its own, K models, or makes clients start from another
+average (`Algorithm.with_model`): it has a step rule of its own, K models, or makes clients start from another
 model than x (LIPS), of which the optimiser would take the difference for progress.
 """
 
@@ -85,7 +85,7 @@ class FedOpt:
           UserError: optax has no such optimiser, or it takes no such option; it wants more than a gradient;
             the server inside does more than to average.
         """
-        return _on(
+        return with_server_optimizer(
             self.inner,
             optimizers.make(self.optimizer, self.lr or 1.0, self.options, "algorithm"),
             context,
@@ -116,7 +116,9 @@ class FedAvgM:
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         momentum = self.momentum or None  # optax would keep one for 0 as well
-        return _on(self.inner, optax.sgd(self.lr, momentum=momentum, nesterov=self.nesterov), context)
+        return with_server_optimizer(
+            self.inner, optax.sgd(self.lr, momentum=momentum, nesterov=self.nesterov), context
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +153,9 @@ class FedAdam(_Adaptive):
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
-        return _on(self.inner, optax.adam(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context)
+        return with_server_optimizer(
+            self.inner, optax.adam(self.lr, b1=self.b1, b2=self.b2, eps=self.tau), context
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +177,21 @@ class FedYogi(_Adaptive):
         def init(params):
             return optax.tree.set(yogi.init(params), mu=optax.tree.zeros_like(params))
 
-        return _on(self.inner, optax.GradientTransformation(init, yogi.update), context)
+        return with_server_optimizer(self.inner, optax.GradientTransformation(init, yogi.update), context)
 
 
-def _on(config: AlgorithmConfig, optimizer: optax.GradientTransformation, context: Context) -> Algorithm:
+def with_server_optimizer(
+    config: AlgorithmConfig, optimizer: optax.GradientTransformation, context: Context
+) -> Algorithm:
     """The algorithm of `config` with an optimiser on its server."""
     inner = shared.build_inner(config, context)
-    replaced = inner.replaced
-    if replaced is None:
+    with_model = inner.with_model
+    if with_model is None:
         # What goes around another algorithm has as much of a server as that one.
         depth, culprit = max(
             (depth, one)
             for depth, one in enumerate([config, *shared.nested(config)], 1)
-            if one.build(context).replaced is None
+            if one.build(context).with_model is None
         )
         raise UserError(
             "algorithm" + depth * ".inner",
@@ -206,7 +212,7 @@ def _on(config: AlgorithmConfig, optimizer: optax.GradientTransformation, contex
         keep = lambda new, old: jnp.where(anyone, new, old)  # noqa: E731
         params = jax.tree.map(keep, optax.apply_updates(x, updates), x)
         memory = jax.tree.map(keep, memory, state.memory)
-        return FedOptState(replaced(new, {**model, "params": params}), memory), metrics
+        return FedOptState(with_model(new, {**model, "params": params}), memory), metrics
 
     def init(key, variables):
         return FedOptState(inner.init(key, variables), optimizer.init(variables["params"]))
@@ -214,4 +220,6 @@ def _on(config: AlgorithmConfig, optimizer: optax.GradientTransformation, contex
     def dispatch(state, cohort, key):
         return inner.dispatch(state.inner, cohort, key)
 
-    return shared.around(inner, init=init, dispatch=dispatch, merge=merge, replaced=None, extrapolates=True)
+    return shared.around(
+        inner, init=init, dispatch=dispatch, merge=merge, with_model=None, steps_beyond_mean=True
+    )

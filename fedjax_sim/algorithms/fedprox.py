@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms import shared
-from fedjax_sim.algorithms.addition import Addition, on
+from fedjax_sim.algorithms.addition import Addition, with_addition
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.fednova import FedNova
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
@@ -47,7 +47,7 @@ class FedProx:
         at_least("algorithm.mu", self.mu, 0)
 
     def build(self, context: Context) -> Algorithm:
-        """The record of pure functions. Raises UserError around FedNova, or as `addition.on`."""
+        """The record of pure functions. Raises UserError around FedNova, or as `with_addition`."""
         if self.mu and any(isinstance(config, FedNova) for config in shared.nested(self)):
             raise UserError(
                 "algorithm.inner",
@@ -61,8 +61,8 @@ class FedProx:
             pull = jax.tree.map(self._pull, variables["params"], x)
             return value, jax.tree.map(lambda g, p: g + self.mu * p, g, pull)
 
-        addition = Addition(begin=lambda start, kept: start["params"], direction=direction)
-        return on(self.inner, addition, context, "FedProx")
+        addition = Addition(start_round=lambda start, kept: start["params"], direction=direction)
+        return with_addition(self.inner, addition, context, "FedProx")
 
     def _pull(self, w, x):
         """Gradient of a tensor's term, over μ."""

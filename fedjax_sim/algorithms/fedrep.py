@@ -53,18 +53,18 @@ class FedRep:
         Raises:
           UserError: the run counts steps or leaves no epoch to the body, or the model no block.
         """
-        if context.epochs is None:
+        if context.local.epochs is None:
             raise UserError(
                 "local.epochs",
                 None,
                 "fedrep divides a client's epochs between head and body, and this run counts steps",
                 "Set local.epochs, and local.steps to null.",
             )
-        if context.epochs <= self.head_epochs:
+        if context.local.epochs <= self.head_epochs:
             raise UserError(
                 "algorithm.head_epochs",
                 self.head_epochs,
-                f"of local.epochs = {context.epochs} none is left to the body",
+                f"of local.epochs = {context.local.epochs} none is left to the body",
                 "Lower it, or raise local.epochs.",
             )
         head = private.head(context.model, self.blocks)

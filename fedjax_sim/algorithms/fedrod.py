@@ -75,7 +75,7 @@ class FedRoD:
             params = {name: part for name, part in variables["params"].items() if name != OWN}
             return {**variables, "params": params}
 
-        def begin(start, client, broadcast):
+        def start_round(start, client, broadcast):
             del start, broadcast
             n = client.labels
             return jnp.where(n > 0, jnp.log(jnp.maximum(n, 1).astype(jnp.float32)), -1e9)
@@ -91,7 +91,7 @@ class FedRoD:
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}
 
-        def end(start, trained, client, extra, steps, lr, gradient):
+        def finish_round(start, trained, client, extra, steps, lr, gradient):
             del start, extra, steps, lr, gradient
             return Client(trained["params"][OWN], client.labels), None
 
@@ -106,9 +106,9 @@ class FedRoD:
             local=LocalRule(
                 receive=receive,
                 send=send,
-                begin=begin,
+                start_round=start_round,
                 loss=loss,
-                end=end,
+                finish_round=finish_round,
                 init_client=init_client,
                 personal=personal,
             ),

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms.addition import Addition, on
+from fedjax_sim.algorithms.addition import Addition, with_addition
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.fields import at_least, check
@@ -101,4 +101,4 @@ def _climbing(config: Any, scale: Any, context: Context, name: str) -> Algorithm
         above = jax.tree.map(lambda w, t, g: w + config.rho / length * t * t * g, w, t, g)
         return value, gradient({**variables, "params": above}, batch)[1]
 
-    return on(config.inner, Addition(direction=direction), context, name)
+    return with_addition(config.inner, Addition(direction=direction), context, name)

@@ -50,7 +50,7 @@ class FedIndep:
             deploy=lambda state: state.mean,
             weights=shared.uniform,
             stacked=("slots",),
-            slot=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
+            slot_models=lambda state, slots, ids: stacked.take_rows(state.slots, slots),
         )
 
 

@@ -152,7 +152,7 @@ class LIPS:
 
         Raises:
           UserError: no tensor of the model is eligible, or the score wants gradients that training never
-            makes; the server inside goes further than the mean (`Algorithm.extrapolates`).
+            makes; the server inside goes further than the mean (`Algorithm.steps_beyond_mean`).
         """
         inner = build_inner(self.inner, context)
         if self.sync == "weights_only":
@@ -162,7 +162,7 @@ class LIPS:
             _check_trained(inner, leaves, context)
         if self.density == 1 or self.period >= context.rounds:
             return inner
-        if inner.extrapolates:
+        if inner.steps_beyond_mean:
             raise UserError(
                 "algorithm.inner",
                 type(self.inner).__name__,
@@ -196,16 +196,18 @@ class _Wrapped:
             gather=own.gather and self.gather,
             personal=own.personal and self.personal,
             receive=self.receive,
-            gradient=self.wants_gradient if self._stores or self.inner.local.gradient else None,
-            begin=self.begin,
+            wants_last_gradient=self.wants_last_gradient
+            if self._stores or self.inner.local.wants_last_gradient
+            else None,
+            start_round=self.start_round,
             loss=lambda apply, variables, batch, extra: own.loss(apply, variables, batch, extra["inner"]),
             direction=lambda loss_and_grad, variables, batch, extra: own.direction(
                 loss_and_grad, variables, batch, extra["inner"]
             ),
-            end=self.end,
+            finish_round=self.finish_round,
         )
         return around(
-            self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, replaced=None
+            self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, with_model=None
         )
 
     @property
@@ -356,11 +358,11 @@ class _Wrapped:
         removed = jnp.where(mask, 0, w)
         return w + noise * jnp.sqrt((removed * removed).sum() / (noise * noise).sum())
 
-    def wants_gradient(self, sent):
-        rule = self.inner.local.gradient
+    def wants_last_gradient(self, sent):
+        rule = self.inner.local.wants_last_gradient
         return sent.wanted if rule is None else sent.wanted | rule(sent.inner)
 
-    def begin(self, start, client, sent):
+    def start_round(self, start, client, sent):
         own = list(self._of(start).values())
         total = sum(leaf.size for leaf in own)
         nonzero = jax.lax.cond(
@@ -368,8 +370,8 @@ class _Wrapped:
             lambda: jnp.stack([(w != 0).sum() for w in own]).sum().astype(jnp.float32) / total,
             lambda: jnp.float32(1),
         )
-        extra = {"inner": self.inner.local.begin(start, client.inner, sent.inner), "nonzero": nonzero}
-        rule = self.inner.local.gradient
+        extra = {"inner": self.inner.local.start_round(start, client.inner, sent.inner), "nonzero": nonzero}
+        rule = self.inner.local.wants_last_gradient
         asked = jnp.asarray(False) if rule is None else rule(sent.inner)
         return extra | {"wanted": sent.wanted, "asked": asked, "sparse": sent.sparse}
 
@@ -383,11 +385,13 @@ class _Wrapped:
         assert gather is not None
         return extra | {"inner": gather(loss_and_grad, batch, extra["inner"])}
 
-    def end(self, start, trained, client, extra, steps, lr, gradient):
+    def finish_round(self, start, trained, client, extra, steps, lr, gradient):
         asked = None
-        if self.inner.local.gradient is not None:
+        if self.inner.local.wants_last_gradient is not None:
             asked = jax.tree.map(lambda g: jnp.where(extra["asked"], g, 0), gradient)
-        inner, upload = self.inner.local.end(start, trained, client.inner, extra["inner"], steps, lr, asked)
+        inner, upload = self.inner.local.finish_round(
+            start, trained, client.inner, extra["inner"], steps, lr, asked
+        )
         report = {"nonzero": extra["nonzero"]}
         stored, seen = client.gradient, client.trained
         if self._stores:
@@ -462,7 +466,7 @@ def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context)
     if inner.local.trains is None:
         return
     variables: Any = context.model.abstract
-    last = jnp.int32((context.epochs or 1) - 1)
+    last = jnp.int32((context.local.epochs or 1) - 1)
     empty: Any = None
     moves = inner.local.trains(variables, Batch(empty, None, None, last))
     flags: Any = traverse_util.flatten_dict(moves)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from fedjax_sim.algorithms import shared
-from fedjax_sim.algorithms.addition import Addition, on, seeing
+from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.independent import Local
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Variables
@@ -91,7 +91,7 @@ class MOON:
 
         def loss(inner, apply, variables, batch, extra):
             x, previous = extra
-            value, moved, _, z = seeing(inner, apply, variables, batch, represents=True)
+            value, moved, _, z = loss_and_outputs(inner, apply, variables, batch, represents=True)
             inputs = context.task.inputs(batch.example)
             others = [model.represent(other, *inputs)[1] for other in (x, previous.model)]
             similarity = jnp.stack([cosine(z, other) for other in others], -1)
@@ -100,12 +100,12 @@ class MOON:
             return value + jnp.where(previous.exists, self.mu * term, 0), moved
 
         addition = Addition(
-            begin=lambda start, kept: (start, kept),
+            start_round=lambda start, kept: (start, kept),
             loss=loss,
-            end=remembered,
+            finish_round=remembered,
             init_client=Previous.none,
         )
-        return on(self.inner, addition, context, "MOON")
+        return with_addition(self.inner, addition, context, "MOON")
 
 
 def cosine(a: Any, b: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.algorithms.addition import Addition, on, seeing
+from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.moon import Previous, remembered
@@ -51,7 +51,7 @@ class PFedSD:
         context.needs_classes("pFedSD")
 
         def loss(inner, apply, variables, batch, previous):
-            value, moved, logits, _ = seeing(inner, apply, variables, batch)
+            value, moved, logits, _ = loss_and_outputs(inner, apply, variables, batch)
             teacher, _ = context.model.apply(previous.model, *context.task.inputs(batch.example))
             term = divergence(teacher, logits, batch.mask, self.temperature)
             return value + jnp.where(previous.exists, self.weight * term, 0), moved
@@ -60,10 +60,10 @@ class PFedSD:
             return jax.tree.map(lambda own, new: jnp.where(previous.exists, own, new), previous.model, model)
 
         addition = Addition(
-            begin=lambda start, previous: previous,
+            start_round=lambda start, previous: previous,
             loss=loss,
-            end=remembered,
+            finish_round=remembered,
             init_client=Previous.none,
             personal=personal,
         )
-        return on(self.inner, addition, context, "pFedSD")
+        return with_addition(self.inner, addition, context, "pFedSD")

@@ -77,7 +77,7 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
         return joined(stacked.broadcast(inner.deploy(state.inner), len(ids)), state, ids)
 
     def slot(state, slots, ids):
-        return joined(inner.held(state.inner, slots, ids), state, ids)
+        return joined(inner.client_models(state.inner, slots, ids), state, ids)
 
     return around(
         inner,
@@ -87,7 +87,7 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
         needs_models=True,
         stacked=(*inner.stacked, "private"),
         personal=personal,
-        slot=slot,
+        slot_models=slot,
     )
 
 

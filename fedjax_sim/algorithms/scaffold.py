@@ -75,10 +75,10 @@ class Scaffold:
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError for option II with an optimiser other than SGD."""
-        if self.option == "II" and context.optimizer != "sgd":
+        if self.option == "II" and context.local.optimizer != "sgd":
             raise UserError(
                 "local.optimizer",
-                context.optimizer,
+                context.local.optimizer,
                 "SCAFFOLD's option II takes what a client moved for a sum of gradients, as only SGD's is",
                 "Set local.optimizer to sgd, or algorithm.option to I.",
             )
@@ -104,14 +104,14 @@ class Scaffold:
             local=self._on_client(context),
             weights=shared.uniform,
             needs_models=False,
-            replaced=lambda state, model: state.replace(model=model),
-            extrapolates=self.server_lr != 1,
+            with_model=lambda state, model: state.replace(model=model),
+            steps_beyond_mean=self.server_lr != 1,
         )
 
     def _on_client(self, context: Context) -> LocalRule:
-        momentum = context.momentum if self.divisor == "gradients" else 0.0
+        momentum = context.local.momentum if self.divisor == "gradients" else 0.0
 
-        def begin(start, c_i, c):
+        def start_round(start, c_i, c):
             extra = {"c": c, "c_i": c_i}
             if self.option == "I":
                 extra |= {"x": start, "sum": optax.tree.zeros_like(start["params"]), "seen": jnp.float32(0)}
@@ -133,12 +133,12 @@ class Scaffold:
             total, seen = jax.lax.cond(first, added, lambda: (extra["sum"], extra["seen"]))
             return extra | {"sum": total, "seen": seen}
 
-        def end(start, trained, c_i, extra, steps, lr, gradient):
+        def finish_round(start, trained, c_i, extra, steps, lr, gradient):
             del gradient
             if self.option == "I":
                 new = jax.tree.map(lambda s: s / jnp.maximum(extra["seen"], 1), extra["sum"])
             else:
-                scale = 1 / (fednova.total(steps, momentum, context.nesterov) * lr)
+                scale = 1 / (fednova.total(steps, momentum, context.local.nesterov) * lr)
 
                 def renewed(c_i, c, x, y):
                     known = (lr >= SMALLEST) & ((x != y) | (lr >= _LOST))
@@ -148,9 +148,9 @@ class Scaffold:
             return new, jax.tree.map(jnp.subtract, new, c_i)
 
         return LocalRule(
-            begin=begin,
+            start_round=start_round,
             direction=direction,
             gather=gather if self.option == "I" else None,
-            end=end,
+            finish_round=finish_round,
             init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
         )

@@ -26,13 +26,15 @@ def around(inner: Algorithm, **own: Any) -> Algorithm:
     def of_inner(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
         return function and (lambda state, *args: function(state.inner, *args))
 
-    asked: dict[str, Any] = {name: of_inner(getattr(inner, name)) for name in ("deploy", "personal", "slot")}
-    if inner.selection is not None:
-        measure = of_inner(inner.selection.measure)
-        asked["selection"] = dataclasses.replace(inner.selection, measure=measure)
-    if inner.replaced is not None:
-        replaced = inner.replaced
-        asked["replaced"] = lambda state, model: state.replace(inner=replaced(state.inner, model))
+    asked: dict[str, Any] = {
+        name: of_inner(getattr(inner, name)) for name in ("deploy", "personal", "slot_models")
+    }
+    if inner.cohort_chooser is not None:
+        measure = of_inner(inner.cohort_chooser.measure)
+        asked["cohort_chooser"] = dataclasses.replace(inner.cohort_chooser, measure=measure)
+    if inner.with_model is not None:
+        with_model = inner.with_model
+        asked["with_model"] = lambda state, model: state.replace(inner=with_model(state.inner, model))
     return dataclasses.replace(inner, **asked | own)
 
 

@@ -69,7 +69,7 @@ class Results:
       models: trained models [K, …]; None if the algorithm said that it does not need them.
       mean: their mean with the algorithm's `weights`; None if it has none. Dtypes are the models'; of a leaf
         that is no float it is the largest, see `fedjax_sim.core.stacked`.
-      uploads: what `LocalRule.end` sent, [K, …].
+      uploads: what `LocalRule.finish_round` sent, [K, …].
       included: bool[K], False where an update was not finite and has been left out; such a slot of
         `models` holds its start.
       loss: f32[K], mean training loss over all samples that the client saw in the round.
@@ -88,6 +88,12 @@ def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batc
     return loss_and_grad(variables, batch)
 
 
+def nothing_sent(start, trained, client_state, extra, steps, lr, gradient):
+    """The end of a client's round that changes nothing and sends nothing besides the model."""
+    del start, trained, extra, steps, lr, gradient
+    return client_state, None
+
+
 @dataclasses.dataclass(frozen=True)
 class LocalRule:
     """What a client does differently from plain SGD on the task's loss. All functions are of one client.
@@ -102,15 +108,15 @@ class LocalRule:
         sent before it trains; key: the client's in this round. None: nothing.
       send: variables -> what of them is the model that goes back, like the one that was sent; for a rule
         whose `receive` puts something beside it. None: all.
-      gradient: broadcast -> bool[]: whether `end` is to see, in this round, the gradient of the client's last
-        step (by `params`, as the optimiser gets it). None: in none.
-      begin: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
+      wants_last_gradient: broadcast -> bool[]: whether `finish_round` gets, in this round, the gradient of
+        the client's last step (by `params`, as the optimiser gets it). None: in none.
+      start_round: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
         variate, a teacher).
       gather: (loss_and_grad, batch, extra) -> extra; what a step adds to `extra`, which is kept from step to
         step. None: `extra` stays as it began.
       random: whether steps draw at random, from `Batch.rng`.
-      end: (start, trained, client_state, extra, steps, lr, gradient) -> (client_state, upload); gradient as
-        asked for, zero in rounds that do not ask, None if none does.
+      finish_round: (start, trained, client_state, extra, steps, lr, gradient) -> (client_state, upload);
+        gradient as asked for, zero in rounds that do not ask, None if none does.
       init_client: (variables, labels) -> a client's own state, kept from round to round in a stack over all
         N clients; labels: i32[C], how many training samples of each class it has, i32[0] where samples have
         no classes. None keeps none.
@@ -123,20 +129,17 @@ class LocalRule:
     trains: Callable[[Variables, Batch], Any] | None = None
     receive: Callable[[Variables, Any, Any, jax.Array], Variables] | None = None
     send: Callable[[Variables], Variables] | None = None
-    gradient: Callable[[Any], jax.Array] | None = None
-    begin: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
+    wants_last_gradient: Callable[[Any], jax.Array] | None = None
+    start_round: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
     gather: Callable[[LossAndGrad, Batch, Any], Any] | None = None
     random: bool = False
-    end: Callable[..., tuple[Any, Any]] = lambda start, trained, client_state, extra, steps, lr, gradient: (
-        client_state,
-        None,
-    )
+    finish_round: Callable[..., tuple[Any, Any]] = nothing_sent
     init_client: Callable[[Variables, jax.Array], Any] | None = None
     personal: Callable[[Any, Variables], Variables] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class CohortChooser:
     """A cohort chosen by what the server knows of its clients, instead of `cohort.sampling`.
 
     Attributes:
@@ -166,14 +169,14 @@ class Algorithm:
         over devices.
       personal: (state, ids) -> variables [len(ids), …], what each client itself would use; None: the
         deployed model.
-      slot: (state, slots, ids) -> variables [len(slots), …], what slots hold after the merge of a round in
-        which they served the clients `ids`, of an algorithm whose slots have models of their own; None: what
-        their clients would use.
-      selection: who takes part; None: the run's configuration says.
-      replaced: (state, variables) -> state with these as the model that `deploy` gives and that the next
+      slot_models: (state, slots, ids) -> variables [len(slots), …], what slots hold after the merge of a
+        round in which they served the clients `ids`, of an algorithm whose slots have models of their own;
+        None: what their clients would use.
+      cohort_chooser: who takes part; None: the run's configuration says.
+      with_model: (state, variables) -> state with these as the model that `deploy` gives and that the next
         round starts from; None if the two are not one, or the state has more to say about the next start.
-      extrapolates: whether the merge goes on from the model that was sent by more than the mean of what came
-        back, so that a client must have started from just that model.
+      steps_beyond_mean: whether the merge goes on from the model that was sent by more than the mean of what
+        came back, so that a client must have started from just that model.
     """
 
     init: Callable[[jax.Array, Variables], State]
@@ -185,18 +188,18 @@ class Algorithm:
     needs_models: bool = True
     stacked: tuple[str, ...] = ()
     personal: Callable[[State, jax.Array], Variables] | None = None
-    slot: Callable[[State, jax.Array, jax.Array], Variables] | None = None
-    selection: Selection | None = None
-    replaced: Callable[[State, Variables], State] | None = None
-    extrapolates: bool = False
+    slot_models: Callable[[State, jax.Array, jax.Array], Variables] | None = None
+    cohort_chooser: CohortChooser | None = None
+    with_model: Callable[[State, Variables], State] | None = None
+    steps_beyond_mean: bool = False
 
-    def held(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
+    def client_models(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
         """What a round's clients hold once its models are merged. i32[m] slots and ids -> [m, …] models.
 
         What a client makes of that and of its own state (`LocalRule.personal`) is not looked at.
         """
-        if self.slot is not None:
-            return self.slot(state, slots, ids)
+        if self.slot_models is not None:
+            return self.slot_models(state, slots, ids)
         if self.personal is not None:
             return self.personal(state, ids)
         return stacked.broadcast(self.deploy(state), len(ids))
@@ -220,6 +223,45 @@ class Algorithm:
         return jax.tree_util.tree_map_with_path(below, state)
 
 
+class LocalSettings(Protocol):
+    """How clients train: of `fedjax_sim.LocalConfig`, which has them all, what an algorithm may ask for."""
+
+    @property
+    def epochs(self) -> int | None:
+        """Passes over a client's samples in a round; None if the run counts steps instead."""
+        ...
+
+    @property
+    def steps(self) -> int | None:
+        """Optimiser steps of a client in a round; None if the run counts epochs instead."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in a step."""
+        ...
+
+    @property
+    def optimizer(self) -> str:
+        """Name of the clients' optimiser."""
+        ...
+
+    @property
+    def lr(self) -> float:
+        """Its learning rate in round 0."""
+        ...
+
+    @property
+    def momentum(self) -> float:
+        """Its momentum, if it is sgd."""
+        ...
+
+    @property
+    def nesterov(self) -> bool:
+        """Whether that is Nesterov's."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What an algorithm may know of the run when it is built.
@@ -231,10 +273,7 @@ class Context:
       cohort_size: K.
       rounds: of the run. An algorithm that asks for it makes runs that get no more rounds later, see
         `Prolonged`.
-      epochs: passes over a client's samples in a round; None if the run counts steps instead.
-      optimizer: name of the clients' optimiser.
-      momentum: its momentum, if it is sgd.
-      nesterov: whether that is Nesterov's.
+      local: how clients train.
     """
 
     model: Model
@@ -242,10 +281,7 @@ class Context:
     num_clients: int
     cohort_size: int
     rounds: int
-    epochs: int | None = None
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    nesterov: bool = False
+    local: LocalSettings
 
     def needs_classes(self, name: str) -> None:
         """Raises UserError where the samples have no classes. name: of the algorithm that asks."""

@@ -255,7 +255,7 @@ class Trainer:
         total = jnp.where(counts > 0, length, 0)
 
         rule, kept = self.rule, lanes.kept
-        extra = over(rule.begin, (0, 0, None))(start, kept["rule"], broadcast)
+        extra = over(rule.start_round, (0, 0, None))(start, kept["rule"], broadcast)
         params = start["params"]
         optimizer = self.optimizer if is_scaled(self.local) else make_optimizer(self.local, lr)
         memory = kept["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
@@ -305,7 +305,7 @@ class Trainer:
         trained, memory, last_gradient, gathered = laned(carried)
         extra = gathered if gathers else extra
         finite = jnp.isfinite(loss_sum) & all_finite(trained)
-        rule_state, uploads = over(rule.end, (0, 0, 0, 0, 0, None, 0))(
+        rule_state, uploads = over(rule.finish_round, (0, 0, 0, 0, 0, None, 0))(
             start, trained, kept["rule"], extra, total, lr, last_gradient
         )
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
@@ -315,7 +315,7 @@ class Trainer:
         """Whether the last gradient is kept in this round, bool[]; None: in none."""
         if self.gradients:
             return jnp.asarray(True)
-        return None if self.rule.gradient is None else self.rule.gradient(broadcast)
+        return None if self.rule.wants_last_gradient is None else self.rule.wants_last_gradient(broadcast)
 
     def _batch(self, shard, index, mask, rngs, epoch) -> Batch:
         """All lanes' samples: one gather, prepared at once. index: i32[L, B] -> leaves [L, B, …]."""

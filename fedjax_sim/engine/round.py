@@ -236,7 +236,7 @@ class Round:
         if watched is not None:
             ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
             start, before = seen
-            after = self.algorithm.held(merged, watched.slots, ids)
+            after = self.algorithm.client_models(merged, watched.slots, ids)
             if self.trainer.rule.receive is not None:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast

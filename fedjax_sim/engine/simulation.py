@@ -76,7 +76,7 @@ class Simulation:
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
         self._scores = Scores(setup, self.mesh, self._function.personal)
-        chooser = setup.algorithm.selection
+        chooser = setup.algorithm.cohort_chooser
         self._measure = chooser and CachedJit(chooser.measure, self.mesh, **placement.readable(self.mesh))
         self._deploy = CachedJit(
             setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
@@ -163,7 +163,7 @@ class Simulation:
 
     def _selected(self, round_index: int) -> np.ndarray:
         """The cohort that the algorithm chooses."""
-        chooser = self.setup.algorithm.selection
+        chooser = self.setup.algorithm.cohort_chooser
         assert chooser is not None
         assert self._measure is not None
         with jax.set_mesh(self.mesh):
@@ -174,7 +174,7 @@ class Simulation:
         integers = np.issubdtype(chosen.dtype, np.integer)
         if chosen.shape != (wanted,) or not integers or chosen.min() < 0 or chosen.max() >= len(counts):
             raise UserError(
-                "algorithm.selection.choose",
+                "algorithm.cohort_chooser.choose",
                 chosen[:8].tolist() if chosen.ndim else chosen.tolist(),
                 f"in round {round_index + 1} it did not choose {wanted} of clients 0 to {len(counts) - 1}",
                 f"Return i32[{wanted}], their numbers.",

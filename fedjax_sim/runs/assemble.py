@@ -83,10 +83,7 @@ def prepare(
         num_clients=partition.num_clients,
         cohort_size=cohort_size,
         rounds=config.rounds,
-        epochs=config.local.epochs,
-        optimizer=config.local.optimizer,
-        momentum=config.local.momentum,
-        nesterov=config.local.nesterov,
+        local=config.local,
     )
     name = algorithms.label(config.algorithm)
     record = contract.build(config.algorithm, context, name)
@@ -150,7 +147,7 @@ def _check_together(config: RunConfig, record: Algorithm) -> None:
             "the algorithm's clients train more than the model that they are sent; of that no state is kept",
             "Leave it out, or take another algorithm.",
         )
-    if record.selection is not None and config.cohort.sampling != "uniform":
+    if record.cohort_chooser is not None and config.cohort.sampling != "uniform":
         raise UserError(
             "cohort.sampling",
             config.cohort.sampling,

@@ -1,9 +1,9 @@
 """What an algorithm's functions owe the engine, checked on shapes before anything is compiled.
 
-The engine takes an algorithm at its word: what `merge` returns is the next round's state, what `end` returns
-goes back into the stack of clients. A mistake there ends deep inside JAX, in an error that names neither.
-Here every function is called once on abstract values, in the order of a round, and what it returns is held
-against what it was given. Nothing is computed.
+The engine takes an algorithm at its word: what `merge` returns is the next round's state, what
+`finish_round` returns goes back into the stack of clients. A mistake there ends deep inside JAX, in an error
+that names neither. Here every function is called once on abstract values, in the order of a round, and what
+it returns is compared with what it was given. Nothing is computed.
 """
 
 import dataclasses
@@ -73,13 +73,13 @@ def check(
         starts = guarded.dispatch(state, cohort, key)
         sent = starts.models if starts.shared else jax.tree.map(lambda leaf: leaf[0], starts.models)
         start = rule.receive(sent, kept["rule"], starts.broadcast, key) if rule.receive else sent
-        extra = rule.begin(start, kept["rule"], starts.broadcast)
+        extra = rule.start_round(start, kept["rule"], starts.broadcast)
         memory = kept["optimizer"] if local.keep_optimizer else trainer.optimizer.init(start["params"])
         trained, _, _, gradient, gathered = trainer._step(
             trainer.optimizer, start, memory, batch, extra, key, lr
         )
         wanted = trainer._wants_gradient(starts.broadcast)
-        _, upload = rule.end(
+        _, upload = rule.finish_round(
             start,
             trained,
             kept["rule"],
@@ -102,12 +102,12 @@ def check(
         slots = jnp.arange(cohort_size, dtype=jnp.int32)
         if guarded.personal is not None:
             guarded.personal(merged, cohort.ids)
-        if guarded.slot is not None:
-            guarded.slot(merged, slots, cohort.ids)
-        if guarded.replaced is not None:
-            guarded.replaced(merged, variables)
-        if guarded.selection is not None:
-            guarded.selection.measure(merged)
+        if guarded.slot_models is not None:
+            guarded.slot_models(merged, slots, cohort.ids)
+        if guarded.with_model is not None:
+            guarded.with_model(merged, variables)
+        if guarded.cohort_chooser is not None:
+            guarded.cohort_chooser.measure(merged)
         if rule.personal is not None:
             rule.personal(kept["rule"], sent)
 
@@ -147,9 +147,11 @@ class _Contract:
     def algorithm(self, own: Algorithm) -> Algorithm:
         """The record, checked as it is called."""
         around = partial(self._around, "")
-        chooser = own.selection
+        chooser = own.cohort_chooser
         if chooser is not None:
-            chooser = dataclasses.replace(chooser, measure=around("selection.measure", chooser.measure, None))
+            chooser = dataclasses.replace(
+                chooser, measure=around("cohort_chooser.measure", chooser.measure, None)
+            )
         return dataclasses.replace(
             own,
             init=around("init", own.init, partial(self._stacks, own)),
@@ -158,13 +160,15 @@ class _Contract:
             deploy=around("deploy", own.deploy, lambda out, state: self._one_model("deploy", out)),
             weights=around("weights", own.weights, self._weighed),
             personal=around("personal", own.personal, lambda out, *args: self._models("personal", out)),
-            slot=around("slot", own.slot, lambda out, *args: self._models("slot", out)),
-            replaced=around(
-                "replaced",
-                own.replaced,
-                lambda out, state, model: self._same("replaced", out, state, "it got"),
+            slot_models=around(
+                "slot_models", own.slot_models, lambda out, *args: self._models("slot_models", out)
             ),
-            selection=chooser,
+            with_model=around(
+                "with_model",
+                own.with_model,
+                lambda out, state, model: self._same("with_model", out, state, "it got"),
+            ),
+            cohort_chooser=chooser,
             local=self._rule(own.local),
         )
 
@@ -178,8 +182,8 @@ class _Contract:
                 raise self._wrong("local.receive", f"returned {_told(out)}", "A start has `params`.")
 
         def told(out, start, trained, kept, *args):
-            self._pair("local.end", out, "(client_state, upload)")
-            self._same("local.end", out[0], kept, "init_client gave", "of the client's state ")
+            self._pair("local.finish_round", out, "(client_state, upload)")
+            self._same("local.finish_round", out[0], kept, "init_client gave", "of the client's state ")
 
         return dataclasses.replace(
             own,
@@ -188,14 +192,14 @@ class _Contract:
             trains=around("trains", own.trains, self._moving),
             receive=around("receive", own.receive, received),
             send=around("send", own.send, lambda out, sent: self._one_model("local.send", out)),
-            gradient=around("gradient", own.gradient, self._asked),
-            begin=around("begin", own.begin, None),
+            wants_last_gradient=around("wants_last_gradient", own.wants_last_gradient, self._asked),
+            start_round=around("start_round", own.start_round, None),
             gather=around(
                 "gather",
                 own.gather,
-                lambda out, loss, batch, extra: self._same("local.gather", out, extra, "begin gave"),
+                lambda out, loss, batch, extra: self._same("local.gather", out, extra, "start_round gave"),
             ),
-            end=around("end", own.end, told),
+            finish_round=around("finish_round", own.finish_round, told),
             init_client=around("init_client", own.init_client, None),
             personal=around(
                 "personal", own.personal, lambda out, *args: self._one_model("local.personal", out)
@@ -292,7 +296,7 @@ class _Contract:
         self._same("local.trains", out, flags, "a flag for each leaf of the variables is wanted:")
 
     def _asked(self, out: Any, broadcast: Any) -> None:
-        self._same("local.gradient", out, jax.ShapeDtypeStruct((), jnp.bool_), "the engine wants")
+        self._same("local.wants_last_gradient", out, jax.ShapeDtypeStruct((), jnp.bool_), "the engine wants")
 
     def _scalar(self, where: str, loss: Any) -> None:
         if np.shape(loss) != () or not jnp.issubdtype(_dtype(loss), jnp.floating):
@@ -393,7 +397,7 @@ def _missing(results: Results, lines: str | None = None) -> str:
     whys = {
         "mean": "give the algorithm `weights` (by_samples, uniform)",
         "models": "the algorithm says needs_models = False",
-        "uploads": "`local.end` sends nothing",
+        "uploads": "`local.finish_round` sends nothing",
     }
     told = [
         f"results.{name} is None: {why}"

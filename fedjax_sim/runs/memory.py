@@ -354,14 +354,14 @@ def _round_parts(setup: Setup) -> list[Part]:
     rule, received = algorithm.local, variables
     if rule.receive is not None:
         received = jax.eval_shape(rule.receive, variables, kept["rule"], starts.broadcast, key)
-    extra = jax.eval_shape(rule.begin, received, kept["rule"], starts.broadcast)
+    extra = jax.eval_shape(rule.start_round, received, kept["rule"], starts.broadcast)
     optimizer = make_optimizer(setup.config.local)
     memory = bytes_of(jax.eval_shape(optimizer.init, received["params"]))
     # The step updates a model in place; its gradient is among the activations.
     lane = bytes_of(received) + memory + bytes_of(extra) + bytes_of(kept)
     text = f"a wave's models and optimisers ({lanes} a device)"
     parts.append(Part(text, lanes * lane, lanes * lane * devices, "round", "a smaller execution.wave"))
-    if setup.trainer.gradients or algorithm.local.gradient is not None:
+    if setup.trainer.gradients or algorithm.local.wants_last_gradient is not None:
         size = lanes * bytes_of(variables["params"])
         text = "a wave's last gradients"
         parts.append(Part(text, size, size * devices, "round", "a smaller execution.wave"))
@@ -371,11 +371,11 @@ def _round_parts(setup: Setup) -> list[Part]:
     remedy = "a smaller execution.wave, or a smaller local.batch_size"
     parts.append(Part("a wave's activations and gradients", step, step * devices, "round", remedy))
     gradient = None
-    if setup.trainer.gradients or rule.gradient is not None:
+    if setup.trainer.gradients or rule.wants_last_gradient is not None:
         gradient = received["params"]
     one_step, rate = _abstract((), jnp.int32), _abstract((), jnp.float32)
     ended = (received, received, kept["rule"], extra, one_step, rate, gradient)
-    size = places * bytes_of(jax.eval_shape(rule.end, *ended)[1])
+    size = places * bytes_of(jax.eval_shape(rule.finish_round, *ended)[1])
     if size:
         text = "what clients send besides"
         parts.append(Part(text, -(-size // devices), size, "round", "a smaller cohort.size"))

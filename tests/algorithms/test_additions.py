@@ -148,7 +148,7 @@ def test_the_model_is_run_once_for_all_terms_of_the_loss():
         variables = jax.eval_shape(model.init, jax.random.key(0))
 
         def step(variables, images, labels, rule=rule, init=init):
-            extra = rule.begin(variables, init(variables, labels), None)
+            extra = rule.start_round(variables, init(variables, labels), None)
             batch = Batch(oracles.examples(images, labels), None, None)
             return rule.loss(Training(model, oracles.task_of(model)), variables, batch, extra)
 

@@ -53,8 +53,8 @@ def test_weights():
 def test_the_default_rule_keeps_nothing_and_sends_nothing():
     rule = LocalRule()
     assert rule.init_client is None
-    assert rule.begin({"w": 1}, None, None) is None
-    assert rule.end({"w": 1}, {"w": 2}, "mine", None, 3, 0.1, None) == ("mine", None)
+    assert rule.start_round({"w": 1}, None, None) is None
+    assert rule.finish_round({"w": 1}, {"w": 2}, "mine", None, 3, 0.1, None) == ("mine", None)
 
 
 def test_names_of_configurations():

@@ -95,7 +95,7 @@ def test_draws_are_independent_and_unbiased(rng):
         cohort_size=4,
         rounds=1,
     )
-    choose = CluSamp().build(context).selection.choose
+    choose = CluSamp().build(context).cohort_chooser.choose
     distances, counts = random_distances(rng, 5), np.asarray(SIZES)
     drawn = np.stack([choose(distances, counts, 4, rng) for _ in range(3000)])
     assert drawn.shape == (3000, 4) and drawn.dtype == np.int32

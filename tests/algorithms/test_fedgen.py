@@ -138,7 +138,7 @@ def test_classes_that_nobody_has_shown_are_never_drawn():
     def told(key):
         sent = fedgen.Sent(generator, jnp.float32([1, 0, 1]))
         batch = Batch(oracles.examples(jnp.asarray(images), jnp.asarray(labels)), None, key)
-        extra = rule.begin(variables, None, sent)
+        extra = rule.start_round(variables, None, sent)
         apply = Training(setup.model, setup.task)
         value, _ = rule.loss(apply, variables, batch, extra)
         logits, _ = apply(variables, batch)

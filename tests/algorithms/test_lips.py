@@ -12,6 +12,7 @@ import yaml
 from flax import linen as nn
 from flax import traverse_util
 
+import fedjax_sim as fs
 from fedjax_sim import config as config_lib
 from fedjax_sim import models, runs
 from fedjax_sim.algorithms import (
@@ -403,9 +404,9 @@ def received(model, key=KEY, gradient=None, **settings):
     state = algorithm.init(KEY, draw(0))
     client = rule.init_client(draw(0), None)
     sent = algorithm.dispatch(state, cohort, KEY).broadcast
-    extra = rule.begin(model, client, sent)
-    given = gradient if rule.gradient is not None else None
-    client, _ = rule.end(model, model, client, extra, jnp.int32(3), jnp.float32(0.1), given)
+    extra = rule.start_round(model, client, sent)
+    given = gradient if rule.wants_last_gradient is not None else None
+    client, _ = rule.finish_round(model, model, client, extra, jnp.int32(3), jnp.float32(0.1), given)
     sent = algorithm.dispatch(state, dataclasses.replace(cohort, round=jnp.int32(1)), KEY).broadcast
     start = rule.receive(model, client, sent, key)
     return by_name(start), client
@@ -479,8 +480,10 @@ def test_a_client_without_a_gradient_ranks_by_size_and_one_that_took_no_step_has
     cohort = Cohort(jnp.arange(4), jnp.full(4, 8), jnp.int32(0))
     sent = algorithm.dispatch(algorithm.init(KEY, model), cohort, KEY).broadcast
     client = rule.init_client(model, None)
-    extra = rule.begin(model, client, sent)
-    client, _ = rule.end(model, model, client, extra, jnp.int32(0), jnp.float32(0.1), draw(2)["params"])
+    extra = rule.start_round(model, client, sent)
+    client, _ = rule.finish_round(
+        model, model, client, extra, jnp.int32(0), jnp.float32(0.1), draw(2)["params"]
+    )
     assert not client.trained and all(not leaf.any() for leaf in client.gradient.values())
     sent = algorithm.dispatch(
         algorithm.init(KEY, model), dataclasses.replace(cohort, round=jnp.int32(1)), KEY
@@ -497,9 +500,9 @@ def shared_round(algorithm, state, index, gradients, included):
     model, reports = algorithm.deploy(state), []
     for gradient in gradients:
         client = algorithm.local.init_client(model, None)
-        extra = algorithm.local.begin(model, client, starts.broadcast)
+        extra = algorithm.local.start_round(model, client, starts.broadcast)
         given = (jnp.int32(1), jnp.float32(0.1), gradient)
-        reports.append(algorithm.local.end(model, model, client, extra, *given)[1])
+        reports.append(algorithm.local.finish_round(model, model, client, extra, *given)[1])
     uploads = jax.tree.map(lambda *leaves: jnp.stack(leaves), *reports)
     results = Results(None, model, uploads, jnp.asarray(included), jnp.zeros(4))
     return algorithm.merge(state, cohort, starts, results, KEY)[0]
@@ -827,7 +830,7 @@ def test_a_run_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch):
 )
 def test_mistakes_are_named(settings, field, told):
     with pytest.raises(UserError, match=told) as caught:
-        LIPS(**settings).build(dataclasses.replace(CONTEXT, epochs=2))
+        LIPS(**settings).build(dataclasses.replace(CONTEXT, local=fs.LocalConfig(epochs=2)))
     assert caught.value.field == field
 
 
@@ -848,7 +851,7 @@ def test_a_model_without_such_layers_is_refused(model, layers):
 
 def test_a_score_that_needs_no_gradient_may_rank_what_never_moves():
     algorithm = LIPS(FedBABU(), score="magnitude", leaves=("params/fc/kernel",)).build(CONTEXT)
-    assert algorithm.local.gradient is None
+    assert algorithm.local.wants_last_gradient is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import yaml
 
+import fedjax_sim as fs
 from fedjax_sim import config as config_lib
 from fedjax_sim import runs
 from fedjax_sim.algorithms import (
@@ -156,7 +157,8 @@ def test_a_frozen_part_does_not_move_at_all():
     """The head phase alone and a whole round of one client: which leaves each has moved, to the bit."""
 
     def head_only(context):  # the run has the head's epoch and no more
-        return FedRep(head_epochs=1, weights="uniform").build(dataclasses.replace(context, epochs=2))
+        context = dataclasses.replace(context, local=fs.LocalConfig(epochs=2))
+        return FedRep(head_epochs=1, weights="uniform").build(context)
 
     held = []
     for epochs in (1, 2):

@@ -154,7 +154,7 @@ def test_fedmr_recombines_what_is_shared_and_leaves_what_is_private():
                 assert min(near) < 1e-5
                 left.pop(int(np.argmin(near)))
         own.update({c: model["fc3"] for c, model in zip(ids, trained, strict=True)})
-        after = simulation.setup.algorithm.held(state, np.array([2, 0]), np.array([ids[2], ids[0]]))
+        after = simulation.setup.algorithm.client_models(state, np.array([2, 0]), np.array([ids[2], ids[0]]))
         for place, slot in enumerate((2, 0)):
             held = personal.row(after, place)["params"]
             oracles.assert_trees_equal(held["fc1"], got[slot]["fc1"])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import fedjax_sim as fs
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedDyn, FedExP, FedMut, FedNova, Scaffold
 from fedjax_sim.algorithms.fednova import total
@@ -253,7 +254,7 @@ def test_a_client_that_cannot_move_keeps_its_control_variate(lr):
     new, change = (
         Scaffold()
         .build(CONTEXT)
-        .local.end({"params": x}, {"params": y}, c_i, {"c": c, "c_i": c_i}, steps, rate, None)
+        .local.finish_round({"params": x}, {"params": y}, c_i, {"c": c, "c_i": c_i}, steps, rate, None)
     )
     renewed = {0.1: [True] * 3, 1e-20: [False, False, True], 1e-37: [False, False, True]}.get(lr, [False] * 3)
     np.testing.assert_allclose(new, np.where(renewed, g, c_i), rtol=1e-5)
@@ -261,7 +262,7 @@ def test_a_client_that_cannot_move_keeps_its_control_variate(lr):
 
 
 def test_scaffold_wants_sgd_for_option_ii():
-    adam = dataclasses.replace(CONTEXT, optimizer="adam")
+    adam = dataclasses.replace(CONTEXT, local=fs.LocalConfig(optimizer="adam"))
     with pytest.raises(UserError, match="sum of gradients") as caught:
         Scaffold().build(adam)
     assert caught.value.field == "local.optimizer"
@@ -311,7 +312,9 @@ def test_fedexp(algorithm):
         if algorithm.averages and number > 1:
             expected = weighted_mean([expected, iterates[number - 1]], [1, 1])
         oracles.assert_trees_close(simulation.variables["params"], expected)
-        held = simulation.setup.algorithm.held(simulation.state.algorithm, np.arange(2), np.arange(2))
+        held = simulation.setup.algorithm.client_models(
+            simulation.state.algorithm, np.arange(2), np.arange(2)
+        )
         oracles.assert_trees_close(jax.tree.map(lambda leaf: leaf[1], held)["params"], iterates[number])
     assert max(rates) > 1.05
 

@@ -418,7 +418,8 @@ class Uploading:
             state, metrics = record.merge(state, cohort, starts, results, key)
             return state, {**metrics, "uploaded": results.uploads.sum()}
 
-        return dataclasses.replace(record, merge=merge, local=dataclasses.replace(record.local, end=end))
+        local = dataclasses.replace(record.local, finish_round=end)
+        return dataclasses.replace(record, merge=merge, local=local)
 
 
 def test_the_upload_of_a_client_that_is_left_out_is_zero():

@@ -92,7 +92,7 @@ def vector(apply, variables, batch, extra):
 
 
 def counting(init, end):
-    return rule(init_client=lambda variables, labels: init, end=end)
+    return rule(init_client=lambda variables, labels: init, finish_round=end)
 
 
 def end(state):
@@ -262,26 +262,26 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
     ),
     "an end of another shape": (
         counting(jnp.zeros(3), end(jnp.zeros(4))),
-        "local.end",
+        "local.finish_round",
         r"returned float32\[4\] of the client's state, where init_client gave float32\[3\]",
     ),
     "an end of another dtype": (
         counting(jnp.zeros(3), end(jnp.zeros(3, jnp.int32))),
-        "local.end",
+        "local.finish_round",
         r"int32\[3\] of the client's state, where init_client gave float32\[3\].*Convert it",
     ),
     "an end without an upload": (
-        rule(end=lambda start, trained, client_state, extra, steps, lr, gradient: client_state),
-        "local.end",
+        rule(finish_round=lambda start, trained, client_state, extra, steps, lr, gradient: client_state),
+        "local.finish_round",
         r"returned None, not \(client_state, upload\)",
     ),
     "what is gathered is not what began": (
         rule(
-            begin=lambda start, kept, broadcast: jnp.zeros(2),
+            start_round=lambda start, kept, broadcast: jnp.zeros(2),
             gather=lambda loss, batch, extra: jnp.concatenate([extra, extra]),
         ),
         "local.gather",
-        r"returned float32\[4\], where begin gave float32\[2\]",
+        r"returned float32\[4\], where start_round gave float32\[2\]",
     ),
     "what comes back is not what was sent": (
         rule(

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import fedjax_sim as fs
 from fedjax_sim import config as config_lib
-from fedjax_sim.core.algorithm import Selection
+from fedjax_sim.core.algorithm import CohortChooser
 from fedjax_sim.core.errors import UserError
 
 CONFIG = fs.RunConfig(
@@ -106,12 +106,12 @@ def test_an_algorithm_that_chooses_no_clients_is_named(chosen):
     @dataclasses.dataclass(frozen=True)
     class Choosing:
         def build(self, context):
-            selection = Selection(
+            selection = CohortChooser(
                 lambda state: (), lambda measured, counts, wanted, generator: np.asarray(chosen)
             )
-            return dataclasses.replace(fs.FedAvg().build(context), selection=selection)
+            return dataclasses.replace(fs.FedAvg().build(context), cohort_chooser=selection)
 
     with pytest.raises(
-        UserError, match=r"algorithm\.selection\.choose = .*did not choose 2 of clients 0 to 3"
+        UserError, match=r"algorithm\.cohort_chooser\.choose = .*did not choose 2 of clients 0 to 3"
     ):
         fs.Simulation(CONFIG, algorithm=Choosing()).inputs(0)

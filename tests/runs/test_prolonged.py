@@ -9,7 +9,7 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.config import CohortConfig, LocalConfig, ModelConfig, RunConfig
-from fedjax_sim.core.algorithm import Context, Prolonged, Selection
+from fedjax_sim.core.algorithm import CohortChooser, Context, Prolonged
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import cohorts
 from fedjax_sim.runs import drive
@@ -29,7 +29,7 @@ SMALL = RunConfig(
 def test_of_these_algorithms_lips_alone_goes_by_the_number_of_rounds():
     model = models.create("cnn8", (8, 8, 1), 10, norm="batch")
     context = Prolonged(
-        model, oracles.task_of(model), num_clients=6, cohort_size=3, rounds=7, epochs=5, began=3
+        model, oracles.task_of(model), num_clients=6, cohort_size=3, rounds=7, local=LocalConfig(), began=3
     )
     refused, options = set(), {"partial": {"first": 2}}
     for name, config in CONFIGS.items():
@@ -63,15 +63,17 @@ class Planned:
             return np.arange(size, dtype=np.int32) * (context.rounds > 0)
 
         if self.where == "choose":
-            return dataclasses.replace(record, selection=Selection(lambda state: (), choose))
-        if self.where in ("begin", "loss", "end"):
+            return dataclasses.replace(record, cohort_chooser=CohortChooser(lambda state: (), choose))
+        if self.where in ("start_round", "loss", "finish_round"):
             rule = record.local
             rule = dataclasses.replace(rule, **{self.where: late(getattr(rule, self.where))})
             return dataclasses.replace(record, local=rule)
         return dataclasses.replace(record, **{self.where: late(getattr(record, self.where))})
 
 
-@pytest.mark.parametrize("where", ["init", "dispatch", "begin", "loss", "end", "merge", "deploy", "choose"])
+@pytest.mark.parametrize(
+    "where", ["init", "dispatch", "start_round", "loss", "finish_round", "merge", "deploy", "choose"]
+)
 def test_wherever_an_algorithm_asks_it_is_refused_before_a_round_is_run(where):
     with pytest.raises(UserError, match=r"^rounds = 7"):
         Simulation(prepare(SMALL, algorithm=Planned(where), began=3)).trace()
