@@ -6,7 +6,6 @@ from fedjax_sim.data.partition_config import KINDS, PartitionConfig
 from fedjax_sim.data.partition_files import Partition, as_partition, load_partition, save
 from fedjax_sim.data.partition_reports import effective_classes, label_counts, plot, summary
 from fedjax_sim.data.partitions import partition
-from fedjax_sim.data.population import Population
 from fedjax_sim.data.presets import PRESETS
 from fedjax_sim.data.samples import Samples
 from fedjax_sim.data.sources import SCHEMES, default_data_dir, load, names
@@ -20,7 +19,6 @@ __all__ = [
     "Dataset",
     "Partition",
     "PartitionConfig",
-    "Population",
     "Preprocessing",
     "Samples",
     "TableDataset",

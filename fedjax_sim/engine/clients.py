@@ -25,7 +25,8 @@ from fedjax_sim.core import optimizers, stacked
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
-from fedjax_sim.core.task import Batch, Example, Task, Training
+from fedjax_sim.core.task import Batch, Task, Training
+from fedjax_sim.engine.device_data import DeviceData
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
@@ -103,21 +104,6 @@ def is_scaled(local: LocalConfig) -> bool:
 
 
 @struct.dataclass
-class Shard:
-    """The training set as the round reads it.
-
-    Attributes:
-      example: the training samples as they are stored, leaves [n, …].
-      indices: i32[N, n_max], each client's samples, padded.
-      streams: i32[N], the number that each client's randomness is keyed by; None: its id.
-    """
-
-    example: Example
-    indices: jax.Array
-    streams: jax.Array | None = None
-
-
-@struct.dataclass
 class Lanes:
     """Clients side by side, leaves [S, …]: all of a device, or those of a wave.
 
@@ -127,8 +113,7 @@ class Lanes:
       counts: i32[S], training samples; 0 for an empty place.
       weights: f32[S], in the mean; 0 for an empty place.
       keys: key[S], of each in this round.
-      rows: i32[S, n_max], their samples.
-      samples: i32[S, n_max], the same in the order of the first epoch.
+      first: i32[S], where each one's samples begin in `DeviceData.samples`.
     """
 
     kept: Any
@@ -136,15 +121,24 @@ class Lanes:
     counts: jax.Array
     weights: jax.Array
     keys: Any = None
-    rows: Any = None
-    samples: Any = None
+    first: Any = None
 
 
-def _samples(lanes: Lanes, epochs: jax.Array) -> jax.Array:
-    """Every client's samples in the order of an epoch of its own. i32[S] -> i32[S, n_max]."""
-    length = lanes.rows.shape[1]
-    order = jax.vmap(partial(shuffled, length=length))(lanes.keys, epochs, lanes.counts)
-    return jnp.take_along_axis(lanes.rows, order, axis=1)
+def _orders(lanes: Lanes, epochs: jax.Array, lengths: tuple[int, ...]) -> jax.Array:
+    """Every client's order of its own samples. i32[S] epochs -> i32[S, lengths[-1]].
+
+    Computed at the shortest of `lengths` that holds the largest of these clients; what comes after a client's
+    samples is nobody's.
+    """
+
+    def of_length(length: int) -> jax.Array:
+        order = jax.vmap(partial(shuffled, length=length))(lanes.keys, epochs, lanes.counts)
+        return jnp.pad(order, ((0, 0), (0, lengths[-1] - length)))
+
+    if len(lengths) == 1:
+        return of_length(lengths[0])
+    wanted = (jnp.asarray(lengths, jnp.int32) < lanes.counts.max()).sum()
+    return jax.lax.switch(wanted, [partial(of_length, length) for length in lengths])
 
 
 # --- one wave -----------------------------------------------------------------------------------------
@@ -160,6 +154,7 @@ class Trainer:
       local: hyper-parameters.
       task: what is learned.
       width: clients side by side.
+      order_lengths: see `fedjax_sim.engine.device_data.order_lengths`.
       ragged: some clients of the population take more steps than others.
       partial: some client has a last batch that is not full.
       stochastic: the model has dropout, or the rule draws, and so needs a key each step.
@@ -173,6 +168,7 @@ class Trainer:
     local: LocalConfig
     task: Task
     width: int
+    order_lengths: tuple[int, ...]
     ragged: bool
     partial: bool
     stochastic: bool
@@ -193,20 +189,16 @@ class Trainer:
         kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
         return {"rule": rule, "optimizer": kept}
 
-    def ready(
-        self, lanes: Lanes, key: jax.Array, indices: jax.Array, streams: jax.Array | None = None
-    ) -> Lanes:
-        """Fills in what the clients' training draws on; all places together, which many small ones want.
+    def ready(self, lanes: Lanes, key: jax.Array, data: DeviceData) -> Lanes:
+        """Fills in what the clients' training draws on.
 
         Args:
           lanes: [S, …] with ids, counts, weights and kept.
           key: of the run and round.
-          indices: i32[N, n_max].
-          streams: i32[N], as in `Shard`.
+          data: the training set.
         """
-        keys = self.keys(key, lanes.ids, streams)
-        lanes = dataclasses.replace(lanes, keys=keys, rows=indices[lanes.ids])
-        return dataclasses.replace(lanes, samples=_samples(lanes, jnp.zeros_like(lanes.counts)))
+        keys = self.keys(key, lanes.ids, data.rng_ids)
+        return dataclasses.replace(lanes, keys=keys, first=data.offsets[lanes.ids])
 
     def receive(self, sent: Any, broadcast: Any, kept: Any, keys: jax.Array) -> Any:
         """What clients start from.
@@ -227,12 +219,21 @@ class Trainer:
         """The model that goes back to the server, of leaves with any leading axes."""
         return variables if self.rule.send is None else self.rule.send(variables)
 
-    def keys(self, key: jax.Array, ids: jax.Array, streams: jax.Array | None) -> jax.Array:
-        """Each client's key in a round. key: of the run and round; i32[S], i32[N] as in `Shard` -> key[S]."""
-        numbers = ids if streams is None else streams[ids]
+    def keys(self, key: jax.Array, ids: jax.Array, rng_ids: jax.Array | None) -> jax.Array:
+        """Each client's key in a round.
+
+        Args:
+          key: of the run and round.
+          ids: i32[S], the clients.
+          rng_ids: i32[N], as in `DeviceData`.
+
+        Returns:
+          key[S].
+        """
+        numbers = ids if rng_ids is None else rng_ids[ids]
         return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
-    def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, shard: Shard):
+    def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, data: DeviceData):
         """Trains `width` clients to the end.
 
         Args:
@@ -241,7 +242,7 @@ class Trainer:
           lanes: the clients.
           bound: i32[], steps of the wave.
           lr: f32[].
-          shard: the training set.
+          data: the training set.
 
         Returns:
           (trained, kept, uploads, loss f32[L], finite bool[L], gradient of each one's last step, zero or None
@@ -270,23 +271,24 @@ class Trainer:
         bare, laned = (_bare, _laned) if self.width == 1 else (lambda tree: tree, lambda tree: tree)
 
         def body(t, carry):
-            samples, loss_sum, seen, carried = carry
+            orders, loss_sum, seen, carried = carry
             variables, memory, last_gradient, gathered = laned(carried)
             known = gathered if gathers else extra
             epoch, within = t // per_epoch, t % per_epoch
             if self.local.epochs != 1:  # one epoch gets by with the first order
-                samples = jax.lax.cond(
+                orders = jax.lax.cond(
                     jnp.any((within == 0) & (epoch > 0)),
-                    lambda: jnp.where((within == 0)[:, None], _samples(lanes, epoch), samples),
-                    lambda: samples,
+                    lambda: jnp.where((within == 0)[:, None], ordered(epoch), orders),
+                    lambda: orders,
                 )
             position = within[:, None] * batch + jnp.arange(batch, dtype=jnp.int32)[None, :]
             # Padding repeats a sample of the client's own: what it holds must not matter, but inf * 0 would.
             last = jnp.maximum(counts - 1, 0)[:, None]
-            index = jnp.take_along_axis(samples, jnp.minimum(position, last), axis=1, mode="clip")
+            own = jnp.take_along_axis(orders, jnp.minimum(position, last), axis=1, mode="clip")
+            index = data.samples[lanes.first[:, None] + own]
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
-            made = self._batch(shard, index, mask, rngs, epoch)
+            made = self._batch(data, index, mask, rngs, epoch)
             new, new_memory, loss, gradient, more = step(variables, memory, made, known, rngs, lr)
             if wanted is not None:
                 here = wanted & (t == total - 1)
@@ -298,10 +300,12 @@ class Trainer:
                 new_memory = stacked.where_slot(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
                 more = stacked.where_slot(active, more, gathered) if gathers else None
-            return samples, loss_sum + loss * size, seen + size, bare((new, new_memory, last_gradient, more))
+            return orders, loss_sum + loss * size, seen + size, bare((new, new_memory, last_gradient, more))
 
+        ordered = partial(_orders, lanes, lengths=self.order_lengths)
+        orders = ordered(jnp.zeros_like(counts))
         carried = bare((start, memory, last_gradient, extra if gathers else None))
-        _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (lanes.samples, zeros, zeros, carried))
+        _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (orders, zeros, zeros, carried))
         trained, memory, last_gradient, gathered = laned(carried)
         extra = gathered if gathers else extra
         finite = jnp.isfinite(loss_sum) & all_finite(trained)
@@ -317,10 +321,10 @@ class Trainer:
             return jnp.asarray(True)
         return None if self.rule.wants_last_gradient is None else self.rule.wants_last_gradient(broadcast)
 
-    def _batch(self, shard, index, mask, rngs, epoch) -> Batch:
+    def _batch(self, data, index, mask, rngs, epoch) -> Batch:
         """All lanes' samples: one gather, prepared at once. index: i32[L, B] -> leaves [L, B, …]."""
         chosen = index.reshape(-1)
-        example = self.task.prepare({key: leaf[chosen] for key, leaf in shard.example.items()})
+        example = self.task.prepare({key: leaf[chosen] for key, leaf in data.train.items()})
         example = jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), dict(example))
         if self.task.augment is not None:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)

@@ -5,7 +5,7 @@ the task's metrics for every sample, and all figures are made of these on the ho
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
+from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.placement import put, readable, sharded
 from fedjax_sim.engine.programs import CachedJit
 
@@ -26,56 +27,71 @@ Outcome = tuple[jax.Array, dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Evaluates models on one fixed set of samples.
+    """Evaluates models on one fixed set of samples; each device takes its share of them.
+
+    Samples that are whole on every device anyway, and on CPU devices, which share one buffer, are read there.
+    Otherwise each device gets its own.
 
     Attributes:
       model: the network.
       task: how it is judged; nothing is augmented here.
-      mesh: devices; each takes its share of the samples.
+      store: has the samples on the devices.
       example: the samples as they are stored, leaves [n, …].
       batch_size: samples in one forward pass.
+      rows: i64[m], which of the samples; None: all of them.
     """
 
     model: Model
     task: Task
-    mesh: Mesh
-    example: Example
+    store: DataStore
+    example: Mapping[str, np.ndarray]
     batch_size: int
+    rows: np.ndarray | None = None
     _count: int = dataclasses.field(init=False, repr=False)
-    _data: dict[str, jax.Array] = dataclasses.field(init=False, repr=False)
+    _data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
     _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
-        count, devices = len(next(iter(self.example.values()))), self.mesh.size
-        batch = max(1, min(self.batch_size, -(-count // devices)))
-        batches = -(-count // (devices * batch))
-        padded = devices * batches * batch
+        mesh, example, rows = self.store.mesh, self.example, self.rows
+        count = len(next(iter(example.values()))) if rows is None else len(rows)
+        batch = max(1, min(self.batch_size, -(-count // mesh.size)))
+        batches = -(-count // (mesh.size * batch))
 
-        def place(array: np.ndarray) -> jax.Array:
-            rest = np.zeros((padded - count, *array.shape[1:]), array.dtype)
-            whole = np.concatenate([array, rest]).reshape(devices * batches, batch, *array.shape[1:])
-            return put(whole, sharded(self.mesh, devices))
+        def cut(array: np.ndarray) -> jax.Array:
+            rest = np.zeros((mesh.size * batches * batch - count, *array.shape[1:]), array.dtype)
+            shape = (mesh.size * batches, batch, *array.shape[1:])
+            return put(np.concatenate([array, rest]).reshape(shape), sharded(mesh, mesh.size))
 
+        if rows is not None or self.store.shares_host or self.store.has(example):
+            rows = np.arange(count) if rows is None else rows
+            data = self.store.whole(example), cut(rows.astype(np.int32))
+        else:
+            data = {key: cut(leaf) for key, leaf in example.items()}, None
         object.__setattr__(self, "_count", count)
-        object.__setattr__(self, "_data", {key: place(leaf) for key, leaf in self.example.items()})
-        object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
+        object.__setattr__(self, "_data", data)
+        object.__setattr__(self, "_forward", CachedJit(self._compiled, mesh, **readable(mesh)))
 
     def __call__(self, variables: Any) -> Outcome:
         """One model on all samples, on the device."""
-        return self._forward(variables, self._data)
+        return self._forward(variables, *self._data)
 
-    def _compiled(self, variables, data):
-        def share(variables, data):
-            def batch(_, example):
-                return None, evaluate(self.model, self.task, variables, example)
+    def _compiled(self, variables, example, rows):
+        def share(variables, example, rows):
+            def batch(_, part):
+                chosen = part if rows is None else {key: leaf[part] for key, leaf in example.items()}
+                return None, evaluate(self.model, self.task, variables, chosen)
 
-            return jax.lax.scan(batch, None, data)[1]
+            return jax.lax.scan(batch, None, example if rows is None else rows)[1]
 
         run = jax.shard_map(
-            share, mesh=self.mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False
+            share,
+            mesh=self.store.mesh,
+            in_specs=(P(), P(AXIS) if rows is None else P(), P(AXIS)),
+            out_specs=P(AXIS),
+            check_vma=False,
         )
-        found = run(variables, data)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self._count], found)
+        outcome = run(variables, example, rows)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self._count], outcome)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

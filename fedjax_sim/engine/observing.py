@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 import jax
 import numpy as np
 
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Observer, Watched, Witness
 from fedjax_sim.records import Row
 
@@ -56,13 +56,13 @@ class Measurement:
     """An instrument made of two functions: what is measured inside the round, and the records of it.
 
     Attributes:
-      measure: (witness, shard) -> any pytree of arrays; traced, see `fedjax_sim.engine.round.Observer`.
+      measure: (witness, data) -> any pytree of arrays; traced, see `fedjax_sim.engine.round.Observer`.
       records: (round from 1, client ids i32[m], what was measured, NumPy leaves) -> rows.
       every: rounds between measurements; the first round and the last are measured too.
       clients: how many of a round's clients are watched, the first so many of its slots; None: all of them.
     """
 
-    measure: Callable[[Witness, Shard], Any]
+    measure: Callable[[Witness, DeviceData], Any]
     records: Callable[[int, np.ndarray, Any], Sequence[Row]]
     every: int = 1
     clients: int | None = None
@@ -72,10 +72,10 @@ class Measurement:
         """See `Instrument`."""
         return {"measurement": cast(Observer, self)}
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> Any:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> Any:
         """See `fedjax_sim.engine.round.Observer`."""
         del given
-        return self.measure(witness, shard)
+        return self.measure(witness, data)
 
     def due(self, number: int, rounds: int) -> bool:
         """See `Instrument`."""

@@ -24,7 +24,8 @@ from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Cohort, Results, Starts
 from fedjax_sim.core.rng import CLIENTS, SERVER, key_for
 from fedjax_sim.core.stacked import AXIS
-from fedjax_sim.engine.clients import Lanes, Shard, Trainer, all_finite
+from fedjax_sim.engine.clients import Lanes, Trainer, all_finite
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.waves import Plan
 from fedjax_sim.records import Row
 
@@ -100,7 +101,7 @@ class Watched:
 class Observer(Protocol):
     """A diagnostic, compiled into the rounds that it measures."""
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> Any:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> Any:
         """What is measured, any pytree of arrays. Traced."""
         ...
 
@@ -214,7 +215,7 @@ class Round:
         self,
         state: ServerState,
         inputs: RoundInputs,
-        shard: Shard,
+        data: DeviceData,
         watched: Watched | None = None,
     ) -> tuple[ServerState, RoundOutputs]:
         """One round. To be jitted with `state` donated.
@@ -222,13 +223,13 @@ class Round:
         Args:
           state: of the server.
           inputs: what the host decides.
-          shard: the training set.
+          data: the training set.
           watched: what the observers that measure this round ask for.
         """
         cohort = inputs.cohort
         starts = self._dispatched(state.algorithm, cohort, inputs)
         kept = stacked.take_rows(state.clients, cohort.ids)
-        results, handed, kept, seen, readings = self._train(starts, kept, inputs, shard, watched)
+        results, handed, kept, seen, readings = self._train(starts, kept, inputs, data, watched)
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
         merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         clients = stacked.put_rows(state.clients, cohort.ids, kept)
@@ -240,13 +241,13 @@ class Round:
             if self.trainer.rule.receive is not None:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast
-                keys = self.trainer.keys(key_for(inputs.key, CLIENTS, upcoming.round), ids, shard.streams)
+                keys = self.trainer.keys(key_for(inputs.key, CLIENTS, upcoming.round), ids, data.rng_ids)
                 kept = stacked.take_rows(clients, ids)
                 after = self.trainer.send(self.trainer.receive(after, broadcast, kept, keys))
             them = Cohort(ids, counts, cohort.round)
             witness = Witness(them, start, before, after, inputs.lr, inputs.key)
             for name, given in watched.given.items():
-                observed[name] = self.observers[name].observe(witness, given, shard)
+                observed[name] = self.observers[name].observe(witness, given, data)
         if self.meters:
             old, new = self.algorithm.deploy(state.algorithm), self.algorithm.deploy(merged)
             for name, (each, mean) in readings.items():
@@ -274,7 +275,7 @@ class Round:
         return self.algorithm.dispatch(state, cohort, key)
 
     def _train(
-        self, starts: Starts, kept: Any, inputs: RoundInputs, shard: Shard, watched: Watched | None
+        self, starts: Starts, kept: Any, inputs: RoundInputs, data: DeviceData, watched: Watched | None
     ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
         """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
         watched slots, meters' (each, mean).
@@ -318,7 +319,7 @@ class Round:
             plan.wave_steps,
             inputs.lr,
             key_for(inputs.key, CLIENTS, cohort.round),
-            shard,
+            data,
             rank,
         )
         if watched is not None and seen[0] is None:
@@ -330,7 +331,7 @@ class Round:
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
         return results, faults != _SERVERS, back(kept), seen, readings
 
-    def _on_device(self, shared, watched, start, broadcast, lanes, wave_steps, lr, key, shard, rank):
+    def _on_device(self, shared, watched, start, broadcast, lanes, wave_steps, lr, key, data, rank):
         """One device's waves. Leaves of `lanes` and `rank` lead with S places; wave_steps: i32[W]."""
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
@@ -343,7 +344,7 @@ class Round:
             places = lanes.ids.shape[0]
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = stacked.nothing(one) if wants_mean else None
-        lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
+        lanes = trainer.ready(lanes, key, data)
         # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
         same = shared and trainer.rule.receive is None
@@ -358,7 +359,7 @@ class Round:
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
             received = trainer.receive(begin, broadcast, own.kept, own.keys)
             trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
-                received, broadcast, own, wave_steps[w], lr, shard
+                received, broadcast, own, wave_steps[w], lr, data
             )
             received, trained = trainer.send(received), trainer.send(trained)
             metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))

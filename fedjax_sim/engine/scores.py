@@ -1,14 +1,14 @@
 """How good the models are: rows of the deployed model, and of what each client uses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from fedjax_sim.engine import evaluation, placement
+from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
@@ -20,14 +20,22 @@ class Scores:
 
     Args:
       setup: of the run.
-      mesh: its devices.
+      store: has its samples on the devices.
       personal: (state, ids i32[m]) -> [m, …], the models that clients use themselves. Traced.
     """
 
-    def __init__(self, setup: Setup, mesh: Mesh, personal: Callable[[ServerState, jax.Array], Any]):
-        self._setup, self._mesh = setup, mesh
-        self._personal = CachedJit(personal, mesh)
+    def __init__(self, setup: Setup, store: DataStore, personal: Callable[[ServerState, jax.Array], Any]):
+        self._setup, self._store, self._mesh = setup, store, store.mesh
+        self._personal = CachedJit(personal, self._mesh)
         self._evaluators: dict[str, Any] = {}
+        if setup.personalised and setup.config.evaluation.per_client:
+            store.whole(self._clients_pool)  # before an evaluator cuts them
+
+    @property
+    def _clients_pool(self) -> Mapping[str, np.ndarray]:
+        """What clients' own test samples are taken from."""
+        dataset = self._setup.dataset
+        return dataset.test if self._setup.partition.test_from == "test" else dataset.train
 
     def deployed(self, number: int, variables: Any) -> Callable[[], list[Row]]:
         """Starts an evaluation of the deployed model after round `number`; call the result for its rows."""
@@ -49,12 +57,14 @@ class Scores:
     def _evaluator(self, name: str) -> evaluation.Evaluator:
         """Over the global test set, or over the pool that clients' own test samples come from."""
         if name not in self._evaluators:
-            setup, example = self._setup, self._setup.dataset.test
+            setup = self._setup
+            own = {"example": setup.dataset.test}
             if name == "clients":
-                pool = self._local_tests()[0]
-                example = {key: leaf[pool] for key, leaf in setup.dataset.train.items()}
+                own = {"example": setup.dataset.train, "rows": self._local_tests()[0]}
             batch = placement.forward_batch(setup.config.evaluation, setup.model)
-            self._evaluators[name] = evaluation.Evaluator(setup.model, setup.task, self._mesh, example, batch)
+            self._evaluators[name] = evaluation.Evaluator(
+                setup.model, setup.task, self._store, batch_size=batch, **own
+            )
         return self._evaluators[name]
 
     def _local_tests(self) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -84,12 +94,11 @@ class Scores:
         """Of clients that have models of their own. own: each client's test samples."""
         setup, metric = self._setup, self._setup.task.headline
         if "personal" not in self._evaluators:
-            held = setup.dataset.test if setup.partition.test_from == "test" else setup.dataset.train
             self._evaluators["personal"] = evaluation.ClientEvaluator(
                 setup.model,
                 setup.task,
                 self._mesh,
-                {key: placement.put_replicated(leaf, self._mesh) for key, leaf in held.items()},
+                self._store.whole(self._clients_pool),
                 placement.forward_batch(setup.config.evaluation, setup.model),
             )
         width = max(len(part) for part in own)

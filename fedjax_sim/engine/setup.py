@@ -12,9 +12,10 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Task
-from fedjax_sim.data import Partition, Population, Samples, label_counts
+from fedjax_sim.data import Partition, Samples, label_counts
 from fedjax_sim.engine import cohorts, waves
 from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.engine.device_data import order_lengths
 from fedjax_sim.engine.observing import Instrument
 from fedjax_sim.engine.round import Meter
 
@@ -59,7 +60,6 @@ class Setup:
       config: as given.
       dataset: the samples.
       partition: who holds which.
-      population: both, as padded tables.
       model: the network, its convolution spelled as this backend wants it.
       algorithm: the record.
       algorithm_name: for messages.
@@ -75,7 +75,6 @@ class Setup:
     config: RunConfig
     dataset: Samples
     partition: Partition
-    population: Population
     model: Model
     algorithm: Algorithm
     algorithm_name: str
@@ -97,15 +96,20 @@ class Setup:
         return self.partition.num_clients
 
     @functools.cached_property
+    def counts(self) -> np.ndarray:
+        """i32[N], training samples of each client."""
+        return self.partition.sizes().astype(np.int32)
+
+    @functools.cached_property
     def draw(self) -> cohorts.Draw:
         """Round, from 0 -> client ids i32[K], where the algorithm does not choose them itself."""
         config = self.config
-        return cohorts.sampler(config.cohort, self.population.counts, config.rounds, config.seed)
+        return cohorts.sampler(config.cohort, self.counts, config.rounds, config.seed)
 
     @functools.cached_property
     def steps(self) -> np.ndarray:
         """i64[N], optimiser steps of each client in a round."""
-        return waves.steps_of(self.population.counts, self.config.local)
+        return waves.steps_of(self.counts, self.config.local)
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -116,8 +120,9 @@ class Setup:
             local=self.config.local,
             task=self.task,
             width=self.wave,
+            order_lengths=order_lengths(self.counts),
             ragged=len(np.unique(self.steps)) > 1,
-            partial=bool(np.any(self.population.counts % self.config.local.batch_size)),
+            partial=bool(np.any(self.counts % self.config.local.batch_size)),
             stochastic=self.model.stochastic or self.algorithm.local.random,
             gradients=any(meter.gradients for meter in self.meters.values()),
         )

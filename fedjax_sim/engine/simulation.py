@@ -13,7 +13,7 @@ from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.observing import Instrument, watch
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
@@ -42,32 +42,31 @@ class Simulation:
       state: the server's state, on the devices. The initial one is made when it is first asked for: of a run
         that goes on, a checkpoint mostly takes its place.
       mesh: the devices.
-      program: the compiled round, `(state, inputs(r)[0], shard) -> (state, outputs)`.
-      shard: the training set, on the devices.
+      program: the compiled round, `(state, inputs(r)[0], data) -> (state, outputs)`.
+      store: holds the samples on the devices.
+      data: what the round reads of them.
       ending: metrics that the last round has only because it is the last.
     """
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, store: DataStore | None = None):
+        """`store`: of a run on the same devices, whose arrays are taken where they are the same."""
         self.setup = setup
         self.mesh = placement.make_mesh(setup.devices)
         self.round = 0
         self.ending: set[str] = set()
-        put = partial(placement.put_replicated, mesh=self.mesh)
+        self.store = DataStore(self.mesh) if store is None else store
         key = run_key(setup.config.seed)
         self._key = jax.random.wrap_key_data(
-            put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
+            self.store.put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
         )
-        population = setup.population
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
-        context = DiagnosticContext(setup, self.mesh, put)
+        context = DiagnosticContext(setup, self.mesh, self.store.put)
         self._instruments = [observer.build(context) for observer in setup.observers]
         observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
         self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
-        streams = None if population.streams is None else put(population.streams)
-        example = {key: put(leaf) for key, leaf in population.example.items()}
-        self.shard = Shard(example, put(population.indices), streams)
+        self.data = self.store.of_round(setup.dataset, setup.partition)
         self._shardings = self._state_shardings()
         self.program = CachedJit(
             _named(self._function),
@@ -75,7 +74,7 @@ class Simulation:
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
-        self._scores = Scores(setup, self.mesh, self._function.personal)
+        self._scores = Scores(setup, self.store, self._function.personal)
         chooser = setup.algorithm.cohort_chooser
         self._measure = chooser and CachedJit(chooser.measure, self.mesh, **placement.readable(self.mesh))
         self._deploy = CachedJit(
@@ -143,7 +142,7 @@ class Simulation:
         """
         setup = self.setup
         ids = setup.draw(round_index) if self._measure is None else self._selected(round_index)
-        counts = setup.population.counts[ids]
+        counts = setup.counts[ids]
         plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
         waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
         lr = setup.config.local.lr_at(round_index, setup.config.rounds)
@@ -169,7 +168,7 @@ class Simulation:
         with jax.set_mesh(self.mesh):
             measured = jax.device_get(self._measure(self.state.algorithm))
         drawn = cohorts.generator(self.setup.config.seed, round_index)
-        counts, wanted = self.setup.population.counts, self.setup.cohort_size
+        counts, wanted = self.setup.counts, self.setup.cohort_size
         chosen = np.asarray(chooser.choose(measured, counts, wanted, drawn))
         integers = np.issubdtype(chosen.dtype, np.integer)
         if chosen.shape != (wanted,) or not integers or chosen.min() < 0 or chosen.max() >= len(counts):
@@ -185,7 +184,7 @@ class Simulation:
         """Traces the next round, and what the algorithm deploys, without compiling either."""
         inputs, state = self.inputs(self.round)[0], self.abstract_state()
         with jax.set_mesh(self.mesh):
-            jax.eval_shape(self._function, state, inputs, self.shard)
+            jax.eval_shape(self._function, state, inputs, self.data)
             jax.eval_shape(self.setup.algorithm.deploy, state.algorithm)
             if self.setup.personalised:
                 jax.eval_shape(self._function.personal, state, inputs.cohort.ids)
@@ -200,7 +199,7 @@ class Simulation:
         inputs, waste = self.inputs(self.round)
         watched = watch(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
         with jax.set_mesh(self.mesh):
-            self.state, outputs = self.program(self.state, inputs, self.shard, watched)
+            self.state, outputs = self.program(self.state, inputs, self.data, watched)
         self.round += 1
         parts: list[Callable[[], list[Row]]] = [
             partial(self._rows, self.round, inputs, outputs, waste, watched)
@@ -351,8 +350,8 @@ class Simulation:
 def _named(function: Round) -> Callable[..., Any]:
     """The round under a name that profiles and logs can show."""
 
-    def federated_round(state, inputs, shard, watched=None):
-        return function(state, inputs, shard, watched)
+    def federated_round(state, inputs, data, watched=None):
+        return function(state, inputs, data, watched)
 
     return federated_round
 

@@ -13,7 +13,8 @@ from fedjax_sim.config import RunConfig, as_config, check_given
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Prolonged
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.data import Partition, Population, Samples, as_dataset, as_partition
+from fedjax_sim.data import Partition, Samples, as_dataset, as_partition
+from fedjax_sim.data.partition_files import check
 from fedjax_sim.engine import hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
@@ -63,7 +64,7 @@ def prepare(
         raise UserError("evaluation.per_class", True, why, "Leave it out.")
     wanted = config.initial.put_aside
     partition = data.partition(dataset, config.partition, config.seed, wanted, partition)
-    population = Population.build(dataset, partition)
+    check(partition, dataset)
     cohort_size = config.cohort.count(partition.num_clients)
     if config.evaluation.per_client and partition.test is None:
         raise UserError(
@@ -92,7 +93,6 @@ def prepare(
         config=config,
         dataset=dataset,
         partition=partition,
-        population=population,
         model=model,
         algorithm=record,
         algorithm_name=name,

@@ -17,7 +17,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import told_of
 from fedjax_sim.core.plugins import written
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.observing import Instrument
 from fedjax_sim.engine.round import Meter, Observer, Witness
 from fedjax_sim.engine.setup import DiagnosticContext, ObserverConfig, Setup
@@ -58,12 +58,11 @@ def check(setup: Setup) -> None:
         each, one = stack(count, of((), jnp.int32)), of((), jnp.int32)
         return Cohort(each, each, one, each)
 
-    population, ids = setup.population, setup.draw(0)
-    tables = (dict(population.example), population.indices, population.streams)
-    shard: Any = Shard(*jax.tree.map(lambda array: of(array.shape, array.dtype), tables))
+    store, ids = DataStore(mesh, abstract), setup.draw(0)
+    data = store.of_round(setup.dataset, setup.partition)
     key = jax.eval_shape(lambda: jax.random.key(0))
     model = setup.model.abstract
-    context = DiagnosticContext(setup, mesh, lambda array: array)
+    context = DiagnosticContext(setup, mesh, store.put)
     with jax.set_mesh(mesh):
         for observer in setup.observers:
             if isinstance(observer, _Observer):
@@ -73,7 +72,7 @@ def check(setup: Setup) -> None:
                 them = dataclasses.replace(cohort(len(slots)), steps=None)
                 witness = Witness(them, models, models, models, of((), jnp.float32), key)
                 for name, one in instrument.observers.items():
-                    jax.eval_shape(one.observe, witness, given[name], shard)
+                    jax.eval_shape(one.observe, witness, given[name], data)
         for meter in setup.meters.values():
             if isinstance(meter, _Metering):
                 gradient = model["params"] if meter.gradients else None
@@ -187,8 +186,8 @@ class _Observing:
     guard: _Guard
     own: Observer
 
-    def observe(self, witness: Any, given: Any, shard: Any) -> Any:
-        return self.guard.call("observe", self.own.observe, witness, given, shard)
+    def observe(self, witness: Any, given: Any, data: Any) -> Any:
+        return self.guard.call("observe", self.own.observe, witness, given, data)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,7 +224,7 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
         return any(not np.array_equal(of(began)(r), of(config.rounds)(r)) for r in done)
 
     def drawn(rounds: int) -> Callable[[int], Any]:
-        return cohorts.sampler(config.cohort, setup.population.counts, rounds, config.seed)
+        return cohorts.sampler(config.cohort, setup.counts, rounds, config.seed)
 
     what = None
     if differs(lambda rounds: lambda r: config.local.lr_at(r, rounds)):

@@ -20,6 +20,7 @@ import numpy as np
 from fedjax_sim.algorithms.independent import Local, LocalState
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import Round, ServerState
 from fedjax_sim.engine.scores import client_rows
@@ -29,11 +30,12 @@ from fedjax_sim.records import Row
 from fedjax_sim.runs.assemble import prepare
 
 
-def rows(setup: Setup, function: Round, state: ServerState, number: int) -> list[Row]:
+def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, number: int) -> list[Row]:
     """Fine-tunes all clients and says what came of it.
 
     Args:
       setup: of the run.
+      store: has its samples on the devices.
       function: its round.
       state: after the last one.
       number: the last round, from 1.
@@ -43,7 +45,7 @@ def rows(setup: Setup, function: Round, state: ServerState, number: int) -> list
     """
     config, mesh = setup.config, function.mesh
     given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
-    alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()))
+    alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()), store)
     ids = np.arange(setup.num_clients, dtype=np.int32)
     cut = placement.sharded(mesh, setup.num_clients)
     with jax.set_mesh(mesh):

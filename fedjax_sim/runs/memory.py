@@ -21,7 +21,8 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.core.task import Batch, Training
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Shard, make_optimizer
+from fedjax_sim.engine.clients import make_optimizer
+from fedjax_sim.engine.device_data import DataStore, abstract, sample_table
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import watch
 from fedjax_sim.engine.round import Witness
@@ -153,7 +154,7 @@ def compiled_round(simulation: Simulation) -> dict[str, int]:
     """XLA's own account of the compiled round: bytes on one device."""
     inputs, _ = simulation.inputs(simulation.round)
     with jax.set_mesh(simulation.mesh):
-        made = simulation.program.lower(simulation.abstract_state(), inputs, simulation.shard).compile()
+        made = simulation.program.lower(simulation.abstract_state(), inputs, simulation.data).compile()
     found: Any = made.memory_analysis()
     return {
         "arguments": int(found.argument_size_in_bytes),
@@ -250,12 +251,12 @@ _ON_HOST = "data set in host memory"
 
 
 def _data_parts(setup: Setup, platform: str) -> list[Part]:
-    population = setup.population
+    dataset = setup.dataset
     # CPU devices share one buffer, see placement.put_replicated; the set itself is host memory.
     copies = 1 if platform == "cpu" else setup.devices
-    images = sum(leaf.nbytes for leaf in population.example.values())
-    table = population.indices.nbytes
-    tests = sum(leaf.nbytes for leaf in population.test.values())
+    images = sum(leaf.nbytes for leaf in dataset.train.values())
+    table = sum(array.nbytes for array in sample_table(setup.partition, dataset.train_size))
+    tests = sum(leaf.nbytes for leaf in dataset.test.values())
     parts = [
         Part("training samples", images, images * copies, "always", "smaller samples, or fewer"),
         Part(
@@ -440,27 +441,20 @@ def _probe_parts(setup: Setup, platform: str) -> list[Part]:
     """What measured rounds need besides, from the traced observers."""
     if not setup.observers:
         return []
-    held = 0
-
-    def put(array):
-        nonlocal held
-        held += array.nbytes
-        return _abstract(array.shape, array.dtype)
-
     mesh = placement.make_mesh(setup.devices)
-    context = DiagnosticContext(setup, mesh, put)
+    store = DataStore(mesh, abstract)
+    context = DiagnosticContext(setup, mesh, store.put)
     due = [observer.build(context) for observer in setup.observers]  # as if all were, in one round
     ids = setup.draw(0)
     watched: Any = watch(due, ids)
     count = len(watched.slots)
-    variables, population = _shapes(setup)[0], setup.population
+    held = store.nbytes
+    variables = _shapes(setup)[0]
     models = jax.tree.map(lambda leaf: _abstract((count, *leaf.shape), leaf.dtype), variables)
     integers, lr = _abstract((count,), jnp.int32), _abstract((), jnp.float32)
     them = Cohort(integers, integers, _abstract((), jnp.int32))
     witness = Witness(them, models, models, models, lr, jax.eval_shape(lambda: run_key(0)))
-    tables = (dict(population.example), population.indices, population.streams)
-    like: Any = jax.tree.map(lambda array: _abstract(array.shape, array.dtype), tables)
-    shard = Shard(*like)
+    shard = store.of_round(setup.dataset, setup.partition)
     with jax.set_mesh(mesh):
         peak = max(
             peak_bytes(jax.make_jaxpr(observer.observe)(witness, watched.given[name], shard))

@@ -118,7 +118,7 @@ def watch(simulation, ids=None, seeds=(None,)):
             if seed is not None:
                 inputs = inputs.replace(key=run_key(seed))
             if ids is not None:
-                counts = setup.population.counts[ids].astype(np.int32)
+                counts = setup.counts[ids]
                 inputs = inputs.replace(
                     cohort=Cohort(np.asarray(ids, np.int32), counts, np.int32(index)),  # type: ignore[arg-type]
                     plan=waves.make_plan(setup.steps[ids], setup.devices, setup.wave),

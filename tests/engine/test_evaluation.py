@@ -10,6 +10,7 @@ from fedjax_sim.config import EvaluationConfig
 from fedjax_sim.core.task import Metric
 from fedjax_sim.data import Partition
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.evaluation import ClientEvaluator, Evaluator, by_group, figure
 from fedjax_sim.tasks.classification import ACCURACY
 from tests import oracles
@@ -22,14 +23,18 @@ def numpy_outcome(variables, images, labels):
     return oracles.cross_entropies(logits, labels), logits.argmax(1)
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize(
     ("count", "devices", "batch"), [(23, 4, 5), (23, 1, 500), (3, 4, 2), (24, 2, 4), (1, 2, 1)]
 )
-def test_every_sample_once_whatever_the_padding(count, devices, batch):
+def test_every_sample_once_whatever_the_padding(count, devices, batch, whole, monkeypatch):
+    """Where the samples are whole on every device, and where each device has its own."""
+    monkeypatch.setattr(DataStore, "shares_host", whole)
     dataset, _ = oracles.world((5,), tests=count)
     variables = MODEL.init(jax.random.key(0))
-    mesh = placement.make_mesh(devices)
-    evaluator = Evaluator(MODEL, dataset.task, mesh, dataset.test, batch)
+    store = DataStore(placement.make_mesh(devices))
+    evaluator = Evaluator(MODEL, dataset.task, store, dataset.test, batch)
+    assert store.has(dataset.test) == whole
     losses, statistics = evaluator(variables)
     wanted, classes = numpy_outcome(variables, dataset.test_images, dataset.test_labels)
     np.testing.assert_allclose(losses, wanted, rtol=1e-5, atol=1e-6)
@@ -44,8 +49,7 @@ def test_a_stack_of_models_each_on_its_own_samples(devices, batch, rng):
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     indices = rng.integers(0, 40, (4, 7)).astype(np.int32)
     mesh = placement.make_mesh(devices)
-    pool = {key: placement.put_replicated(leaf, mesh) for key, leaf in dataset.train.items()}
-    evaluator = ClientEvaluator(MODEL, dataset.task, mesh, pool, batch)
+    evaluator = ClientEvaluator(MODEL, dataset.task, mesh, DataStore(mesh).whole(dataset.train), batch)
     losses, statistics = evaluator(stack, indices)
     for c, chosen in enumerate(indices):
         wanted, classes = numpy_outcome(each[c], dataset.train_images[chosen], dataset.train_labels[chosen])

@@ -313,7 +313,7 @@ def test_no_stack_of_models_is_gathered_on_one_device(algorithm, keep):
     )
     inputs = simulation.inputs(0)[0]
     with jax.set_mesh(simulation.mesh):
-        text = simulation.program.lower(simulation.state, inputs, simulation.shard).compile().as_text()
+        text = simulation.program.lower(simulation.state, inputs, simulation.data).compile().as_text()
     gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
     sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in gathered]
     # Even the smallest leaf that can be cut over 4 devices has 8 slots of 64 numbers.

@@ -246,7 +246,7 @@ def test_under_lips_after_is_the_sparse_model_that_the_next_round_starts_from():
         ids = np.asarray(inputs.cohort.ids)[slots]
         given = {"eye": None, **effectiveness.given(ids)}
         with jax.set_mesh(simulation.mesh):
-            state, outputs = program(state, inputs, simulation.shard, Watched(jnp.asarray(slots), given))
+            state, outputs = program(state, inputs, simulation.data, Watched(jnp.asarray(slots), given))
         witness, observed = jax.device_get((outputs.observed["eye"], outputs.observed))
         density = float(outputs.metrics["lips_density_after"])
         densities.append(density)

@@ -37,7 +37,7 @@ class Drift:
     wrong: str = ""
 
     def build(self, context):
-        def measure(witness, shard):
+        def measure(witness, data):
             away = jax.tree.map(lambda a, b: a - b, witness.before, witness.start)
             if self.wrong == "measure":
                 raise KeyError("away")
@@ -178,7 +178,7 @@ class Constant:
         """See `ObserverConfig`."""
         assert context.setup.model.name == "mlp"
         return fs.Measurement(
-            lambda witness, shard: jnp.float32(self.value),
+            lambda witness, data: jnp.float32(self.value),
             lambda number, ids, found: [fs.Row(number, f"constant_{self.value:g}", found)],
         )
 

@@ -66,7 +66,8 @@ def test_what_is_held_always_is_what_the_simulation_holds():
     state = sum(part.device for part in plan.parts if part.name.startswith("server"))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(simulation.state))
     assert state == held
-    assert part(plan, "clients' index table").device == setup.population.indices.nbytes
+    data = simulation.data
+    assert part(plan, "clients' index table").device == data.samples.nbytes + data.offsets.nbytes
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedmr"])

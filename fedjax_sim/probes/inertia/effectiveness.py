@@ -27,7 +27,7 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import evaluation, placement
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.samples import best_ranked
@@ -89,11 +89,11 @@ class Effectiveness:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
         """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""
         pools = {"global": given["tests"], "own": given["tests"]}
         if self._partition.test_from != "test":
-            pools["own"] = shard.example
+            pools["own"] = data.train
         count = len(witness.cohort.ids)
         everything = jnp.broadcast_to(given["global"], (count, *given["global"].shape))
         chosen = {

@@ -46,7 +46,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
 from fedjax_sim.probes.peel.forward import Forward, pooled, zeros_like
@@ -79,7 +79,7 @@ class Probe:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Everything that is measured, by name.
 
         f32[m, S, L] by state and layer; f32[m, S - 1, L] of each later state against `before`; f32[m, S + 1]
@@ -94,7 +94,7 @@ class Probe:
         own = (witness.start, witness.before, witness.after, given["fit"], given["measured"], keys)
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
 
-        train = shard.example
+        train = data.train
         pools = {"fit": train, "measured": given["test"] or train}
 
         def share(own, pools):

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.stacked import AXIS
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import linear_probes
 from fedjax_sim.probes.peel.forward import Forward, pooled
@@ -57,14 +57,14 @@ class Generality:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
         """What the m clients' models say on everybody's samples.
 
         Args:
           witness: the models.
           given: `fit`, `measured` and `test` as for the probe, and `global`: the samples of the global
             test set.
-          shard: the training set.
+          data: the training set.
 
         Returns:
           f32[m, 3, m] by client k, state and client j, for each of `OTHERS`, NaN where j has no sample to
@@ -74,7 +74,7 @@ class Generality:
         spare = -count % self.mesh.size
         models = (witness.start, witness.before, witness.after)
         models = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), models)
-        train = shard.example
+        train = data.train
         samples = {name: given[name] for name in ("fit", "measured")}
         pools = {"fit": train, "measured": given["test"] or train, "global": given["global"]}
 

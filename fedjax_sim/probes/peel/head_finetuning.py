@@ -31,7 +31,8 @@ from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Training, task_loss
-from fedjax_sim.engine.clients import Lanes, Shard, Trainer
+from fedjax_sim.engine.clients import Lanes, Trainer
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import moments
 from fedjax_sim.probes.peel.feature_probe import Probe, leaf_at
@@ -82,7 +83,7 @@ class Finetuning:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, shard: Shard) -> dict[str, jax.Array]:
+    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Accuracy, loss and `FIGURES` of each client's model with its new classifier, f32[m] each."""
         count, mesh = len(witness.cohort.ids), self.probe.mesh
         trainer = self.classifier_trainer(min(self.trainer.width, -(-count // mesh.size)))
@@ -91,16 +92,16 @@ class Finetuning:
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), own)
         key = key_for(witness.key, PEEL, witness.cohort.round)
 
-        def share(own, lr, key, shard, pool):
+        def share(own, lr, key, data, pool):
             models, ids, counts, measured = own
             kept, weights = trainer.init_client(None), jnp.ones(ids.shape, jnp.float32)
             lanes = Lanes(kept=kept, ids=ids, counts=counts, weights=weights)
-            lanes = trainer.ready(lanes, key, shard.indices, shard.streams)
+            lanes = trainer.ready(lanes, key, data)
 
             def wave(own):
                 models, lanes, measured = own
                 steps = -(-lanes.counts // trainer.local.batch_size) * trainer.local.epochs
-                trained = trainer.train_wave(models, None, lanes, steps.max(), lr, shard)[0]
+                trained = trainer.train_wave(models, None, lanes, steps.max(), lr, data)[0]
                 return jax.lax.map(
                     lambda one: self._measured(one, pool),
                     (trained, measured),
@@ -115,8 +116,8 @@ class Finetuning:
         run = jax.shard_map(
             share, mesh=mesh, in_specs=(P(AXIS), P(), P(), P(), P()), out_specs=P(AXIS), check_vma=False
         )
-        pool = given["test"] or shard.example
-        return jax.tree.map(lambda leaf: leaf[:count], run(own, witness.lr, key, shard, pool))
+        pool = given["test"] or data.train
+        return jax.tree.map(lambda leaf: leaf[:count], run(own, witness.lr, key, data, pool))
 
     def _measured(self, own, pool) -> dict[str, jax.Array]:
         """One client: its fine-tuned model on its samples."""

@@ -178,12 +178,12 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     trainer = dataclasses.replace(setup.trainer, gradients=False)  # which no meter is here to look at
     observed = Round(setup.algorithm, trainer, simulation.mesh, False, {"trained": _Trained()})
 
-    def models(state, inputs, shard, watched):
-        return observed(state, inputs, shard, watched)[1].observed["trained"]
+    def models(state, inputs, data, watched):
+        return observed(state, inputs, data, watched)[1].observed["trained"]
 
     with jax.set_mesh(simulation.mesh):
         watched = Watched(cast(Any, slots), {"trained": None})
-        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.shard, watched)
+        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.data, watched)
     found = jax.device_get(found)
     clients = tuple(int(client) for client in np.asarray(inputs.cohort.ids)[slots])
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(slots))], clients
@@ -192,9 +192,9 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
 class _Trained:
     """The observer of clients' trained models."""
 
-    def observe(self, witness, given, shard):
+    def observe(self, witness, given, data):
         """[m, …] models before the merge."""
-        del given, shard
+        del given, data
         return witness.before
 
 

@@ -1,0 +1,137 @@
+"""A run's samples on its devices: each array once, whoever reads it, and who holds what as one flat table.
+
+The round, the evaluators, the diagnostics and a run inside a run all take their samples from one `DataStore`,
+and a plan of memory asks the same object what it would hold.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from fedjax_sim.core.task import Example
+from fedjax_sim.data import Partition, Samples
+from fedjax_sim.engine import placement
+
+
+@struct.dataclass
+class DeviceData:
+    """The training set and who holds what of it, whole on every device. The round reads this.
+
+    Attributes:
+      train: the training samples as they are stored, leaves [n, …].
+      samples: i32[T], rows of `train`: those of client 0, those of client 1 and so on, then zeros.
+      offsets: i32[N + 1]; client k holds samples[offsets[k] : offsets[k + 1]].
+      rng_ids: i32[N], the number that each client's randomness is keyed by; None: its id.
+    """
+
+    train: Example
+    samples: jax.Array
+    offsets: jax.Array
+    rng_ids: jax.Array | None = None
+
+
+def sample_table(partition: Partition, train_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Who holds what, (samples i32[T], offsets i32[N + 1]) as in `DeviceData`.
+
+    T depends on the set alone where no sample is held twice, so that partitions of other seeds find the same
+    shapes and the same compiled program; else the clients' total is rounded up to four sizes an octave.
+
+    Args:
+      partition: N clients.
+      train_size: n, training samples of the set.
+    """
+    offsets = np.concatenate([[0], np.cumsum(partition.sizes())])
+    total = int(offsets[-1])
+    samples = np.zeros(train_size if total <= train_size else _rounded_up(total), np.int32)
+    samples[:total] = np.concatenate(partition.train)
+    return samples, offsets.astype(np.int32)
+
+
+def _rounded_up(size: int) -> int:
+    """The next of … 16, 20, 24, 28, 32, 40 …; sizes up to 16 stay."""
+    if size <= 16:
+        return size
+    quarter = 1 << (size - 1).bit_length() - 3
+    return -(-size // quarter) * quarter
+
+
+def order_lengths(counts: np.ndarray) -> tuple[int, ...]:
+    """Lengths that clients' samples are put in order at, ascending; the last holds the largest client.
+
+    A wave takes the shortest that holds its own largest client. Clients of equal size have one length, which
+    is theirs. Of others the last length is 4 · 8^j times the mean, rounded up to a power of two, and each
+    shorter one is a quarter of the next, from 32 on. So a largest client that differs from seed to seed, as
+    under Dirichlet skew, mostly leaves the program as it is.
+
+    Args:
+      counts: i64[N], training samples of each client.
+    """
+    largest = max(int(counts.max()), 1)
+    if counts.min() == counts.max():
+        return (largest,)
+    whole = 1 << (int(counts.sum()) - 1).bit_length()  # no client has more
+    last = 1 << (4 * -(-int(counts.sum()) // len(counts)) - 1).bit_length()
+    while last < largest:
+        last *= 8
+    last = min(last, whole)
+    lengths = [last]
+    while lengths[0] >= 128:
+        lengths.insert(0, lengths[0] // 4)
+    return tuple(lengths)
+
+
+class DataStore:
+    """Places arrays on all devices of a mesh; one that is asked for again is not placed again.
+
+    Attributes:
+      mesh: the devices.
+    """
+
+    def __init__(self, mesh: Mesh, place: Callable[[np.ndarray, Mesh], Any] = placement.put_replicated):
+        """`place`: puts an array on all devices of a mesh; `abstract` puts nothing, for a plan of memory."""
+        self.mesh, self._place = mesh, place
+        self._placed: dict[int, tuple[np.ndarray, Any]] = {}  # by identity; held here, an array keeps its id
+
+    @property
+    def shares_host(self) -> bool:
+        """Whether the devices read one buffer in the host's memory, as those of a CPU do."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
+    def put(self, array: np.ndarray) -> Any:
+        """The array, whole on every device."""
+        if id(array) not in self._placed:
+            self._placed[id(array)] = array, self._place(array, self.mesh)
+        return self._placed[id(array)][1]
+
+    def whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Samples, leaves [n, …], whole on every device."""
+        return {key: self.put(leaf) for key, leaf in example.items()}
+
+    def has(self, example: Mapping[str, np.ndarray]) -> bool:
+        """Whether these very samples are whole on every device."""
+        return all(id(leaf) in self._placed for leaf in example.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that has been placed, on one device."""
+        return sum(array.nbytes for array, _ in self._placed.values())
+
+    def of_round(self, dataset: Samples, partition: Partition) -> DeviceData:
+        """What the round of a run reads."""
+        samples, offsets = sample_table(partition, dataset.train_size)
+        streams = partition.streams
+        return DeviceData(
+            self.whole(dataset.train),
+            self.put(samples),
+            self.put(offsets),
+            None if streams is None else self.put(streams),
+        )
+
+
+def abstract(array: np.ndarray, mesh: Mesh) -> Any:
+    """An array's shape and dtype, as it would be whole on every device of the mesh."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement.replicated(mesh))

@@ -1,0 +1,119 @@
+"""Who holds what as one flat table, orders of any client in one program, and arrays placed once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedjax_sim import models
+from fedjax_sim.core.rng import run_key
+from fedjax_sim.data import Partition, PartitionConfig, load, partition
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.clients import Lanes, _orders, shuffled
+from fedjax_sim.engine.device_data import DataStore, abstract, order_lengths, sample_table
+from tests import oracles
+
+DIGITS = load("digits")
+
+
+@pytest.mark.parametrize("local_test", ["none", "holdout", "matching"])
+def test_the_table_holds_each_clients_samples_one_after_another(local_test):
+    own = partition(DIGITS, PartitionConfig("dirichlet", clients=15, min_size=5, local_test=local_test))
+    samples, offsets = sample_table(own, DIGITS.train_size)
+    assert samples.dtype == offsets.dtype == np.int32 and offsets.shape == (16,)
+    for k in range(15):
+        np.testing.assert_array_equal(samples[offsets[k] : offsets[k + 1]], own.train[k])
+    assert not samples[offsets[-1] :].any()
+
+
+def test_its_size_does_not_depend_on_the_draw_nor_on_the_largest_client():
+    """100,000 clients of which one holds half of everything take what 100,000 equal ones take."""
+    sizes = np.ones(100_000, int)
+    sizes[7] = 50_000
+    uneven = Partition(tuple(np.split(np.arange(sizes.sum()), np.cumsum(sizes)[:-1])))
+    samples, offsets = sample_table(uneven, 160_000)
+    assert samples.nbytes == 4 * 160_000 and offsets.nbytes == 4 * 100_001
+
+
+def test_samples_that_several_clients_hold_are_rounded_up():
+    twice = Partition((np.arange(1438), np.arange(1438)))
+    samples, offsets = sample_table(twice, 1438)
+    assert len(samples) == 3072 and offsets.tolist() == [0, 1438, 2876]
+
+
+def test_seeds_of_a_dirichlet_sweep_find_the_same_shapes():
+    for alpha, clients in ((0.1, 20), (0.5, 20), (1.0, 50)):
+        own = [
+            partition(DIGITS, PartitionConfig("dirichlet", clients=clients, alpha=alpha, min_size=1), seed)
+            for seed in range(6)
+        ]
+        assert len({int(p.sizes().max()) for p in own}) > 1
+        shapes = {(len(sample_table(p, DIGITS.train_size)[0]), order_lengths(p.sizes())) for p in own}
+        assert len(shapes) == 1
+
+
+def test_clients_of_one_size_are_ordered_at_just_that():
+    assert order_lengths(np.full(9, 18)) == (18,)
+    assert order_lengths(np.array([0, 0])) == (1,)
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=30))
+def test_the_last_length_holds_every_client_and_no_more_than_all(counts):
+    sizes = np.array(counts)
+    lengths = order_lengths(sizes)
+    assert list(lengths) == sorted(set(lengths)) and lengths[-1] >= sizes.max()
+    assert lengths[-1] < 2 * max(sizes.sum(), 1)
+    assert len(lengths) <= 8
+
+
+@pytest.mark.parametrize("largest", [0, 1, 32, 33, 128, 500])
+def test_orders_are_the_same_at_whatever_length_they_are_computed(largest):
+    counts = np.array([largest, largest // 2, min(largest, 1)], np.int32)
+    keys = jax.random.split(run_key(3), 3)
+    nothing = jnp.zeros(3, jnp.float32)
+    lanes = Lanes(kept=None, ids=jnp.arange(3), counts=jnp.asarray(counts), weights=nothing, keys=keys)
+    epochs = jnp.array([0, 1, 2], jnp.int32)
+    orders = np.asarray(_orders(lanes, epochs, (32, 128, 512)))
+    assert orders.shape == (3, 512)
+    for lane, count in enumerate(counts):
+        wanted = shuffled(keys[lane], epochs[lane], jnp.int32(count), 512)[:count]
+        np.testing.assert_array_equal(orders[lane, :count], wanted)
+
+
+def test_an_array_is_placed_once_and_a_plan_places_none():
+    put = []
+    mesh = placement.make_mesh(2)
+
+    def place(array, mesh):
+        put.append(array)
+        return placement.put_replicated(array, mesh)
+
+    own = partition(DIGITS, PartitionConfig("iid", clients=7))
+    store, plan = DataStore(mesh, place), DataStore(mesh, abstract)
+    data, planned = store.of_round(DIGITS, own), plan.of_round(DIGITS, own)
+    assert len(put) == 4 and data.rng_ids is None
+    assert store.whole(DIGITS.train)["image"] is data.train["image"] and len(put) == 4
+    assert not store.has(DIGITS.test)
+    store.whole(DIGITS.test)
+    assert store.has(DIGITS.test) and len(put) == 6
+    like = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), data)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), planned) == like
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(planned))
+    assert plan.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(data))
+
+
+def test_seeds_of_a_sweep_share_one_program():
+    """The text that is compiled is the same, though their largest clients differ."""
+    model = models.create("mlp", (8, 8, 1), 10, hidden=(4,))
+    texts, largest = set(), set()
+    for seed in range(3):
+        own = partition(DIGITS, PartitionConfig("dirichlet", clients=20, alpha=0.5, min_size=1), seed)
+        simulation = oracles.simulate(given=(DIGITS, own), model=model, cohort=5, devices=2, seed=seed)
+        inputs, _ = simulation.inputs(0)
+        with jax.set_mesh(simulation.mesh):
+            lowered = simulation.program.lower(simulation.abstract_state(), inputs, simulation.data)
+        texts.add(lowered.as_text())
+        largest.add(simulation.setup.counts.max())
+    assert len(largest) > 1 and len(texts) == 1
