@@ -120,7 +120,7 @@ def compile_times() -> None:
         run = fresh()
         with jax.set_mesh(run.mesh):
             begin = time.perf_counter()
-            lowered = run.program.lower(run.state, run.inputs(0)[0], run.shard)
+            lowered = run.program.lower(run.state, run.inputs(0)[0], run.data)
             middle = time.perf_counter()
             lowered.compile()
             end = time.perf_counter()
@@ -156,7 +156,7 @@ def memory() -> None:
         )
         told = compiled_round(run)
         peak = told["arguments"] + told["temporaries"] + told["output"] - told["of which in place"]
-        state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.shard)))
+        state = sum(leaf.nbytes for leaf in jax.tree.leaves((run.state, run.data)))
         needed = state + step_temporaries(run)
         row = f"{needed / MIB:.1f} | {peak / MIB:.1f} | {peak / needed:.2f}"
         print(f"| {name} | {type(algorithm).__name__} | {cohort} | {row} |")

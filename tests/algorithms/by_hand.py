@@ -65,6 +65,6 @@ def overflowing(simulation):
     inputs, _ = simulation.inputs(simulation.round)
     with jax.set_mesh(simulation.mesh):
         state, outputs = simulation.program(
-            simulation.state, inputs.replace(lr=np.float32(3e38)), simulation.shard, None
+            simulation.state, inputs.replace(lr=np.float32(3e38)), simulation.data, None
         )
     return state, np.asarray(outputs.included)

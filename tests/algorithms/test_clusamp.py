@@ -161,7 +161,7 @@ def test_a_client_in_two_slots_trains_alike():
     simulation = oracles.simulate(SIZES, algorithm=CluSamp(), cohort=4, rounds=1, wave=4, donate=False)
     inputs, _ = simulation.inputs(0)
     with jax.set_mesh(simulation.mesh):
-        _, outputs = simulation.program(simulation.state, inputs, simulation.shard, None)
+        _, outputs = simulation.program(simulation.state, inputs, simulation.data, None)
     ids, losses = inputs.cohort.ids.tolist(), np.asarray(outputs.loss)
     twice = [loss for client, loss in zip(ids, losses, strict=True) if client == 0]
     assert len(twice) >= 2 and len(set(twice)) == 1
@@ -219,7 +219,7 @@ def test_a_client_that_is_left_out_keeps_its_update():
     inputs, _ = simulation.inputs(2)
     with jax.set_mesh(simulation.mesh):
         after, outputs = simulation.program(
-            simulation.state, inputs.replace(lr=np.float32(np.inf)), simulation.shard, None
+            simulation.state, inputs.replace(lr=np.float32(np.inf)), simulation.data, None
         )
     assert not np.asarray(outputs.included).any()
     assert any(state.updates[client].any() for client in inputs.cohort.ids)

@@ -125,7 +125,7 @@ def watch(simulation, ids=None, seeds=(None,)):
                 )
             watched = Watched(np.arange(setup.cohort_size, dtype=np.int32), {"eye": None})  # type: ignore[arg-type]
             with jax.set_mesh(simulation.mesh):
-                state, outputs = program(state, inputs, simulation.shard, watched)
+                state, outputs = program(state, inputs, simulation.data, watched)
             assert np.asarray(outputs.included).all()
             witness = jax.device_get(outputs.observed["eye"])
             rounds.append(

@@ -295,7 +295,7 @@ def test_a_client_that_is_left_out_keeps_its_deviation():
     inputs, _ = simulation.inputs(1)
     with jax.set_mesh(simulation.mesh):
         state, outputs = simulation.program(
-            simulation.state, inputs.replace(lr=np.float32(3e38)), simulation.shard, None
+            simulation.state, inputs.replace(lr=np.float32(3e38)), simulation.data, None
         )
     assert not np.asarray(outputs.included).any()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.algorithm), before)

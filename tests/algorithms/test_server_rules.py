@@ -508,7 +508,7 @@ def overflowed(simulation):
     inputs, _ = simulation.inputs(simulation.round)
     with jax.set_mesh(simulation.mesh):
         simulation.state, outputs = simulation.program(
-            simulation.state, inputs.replace(lr=np.float32(np.inf)), simulation.shard, None
+            simulation.state, inputs.replace(lr=np.float32(np.inf)), simulation.data, None
         )
     assert not np.asarray(outputs.included).any()
     return simulation.state

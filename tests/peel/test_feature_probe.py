@@ -221,7 +221,7 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
         inputs, _ = simulation.inputs(0)
         watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
         with jax.set_mesh(simulation.mesh):
-            state, outputs = simulation.program(simulation.state, inputs, simulation.shard, watched)
+            state, outputs = simulation.program(simulation.state, inputs, simulation.data, watched)
         got = jax.device_get(outputs.observed["probe"])
         for before, after, one in zip(
             *map(

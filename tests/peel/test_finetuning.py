@@ -180,7 +180,7 @@ def test_no_decomposition_is_batched_on_a_cpu():
     inputs, _ = simulation.inputs(0)
     watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
     with jax.set_mesh(simulation.mesh):
-        text = simulation.program.lower(simulation.state, inputs, simulation.shard, watched).as_text()
+        text = simulation.program.lower(simulation.state, inputs, simulation.data, watched).as_text()
     calls = [line for line in text.splitlines() if "@lapack_" in line]
     assert len(calls) > 10
     assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf32>", line)]
