@@ -378,7 +378,7 @@ class ExecutionConfig:
     Attributes:
       devices: how many to use; None uses all.
       wave: clients trained side by side on one device (`vmap`); None takes the backend's measured default.
-      conv: spelling of the convolution, see `fedjax_sim.models.kernels.conv`; `auto` takes the measured
+      conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; `auto` takes the measured
         default, of those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and
         rounds ten times as coarsely: a loss may move in its fourth digit.
       donate: let a round overwrite the state that it came from.
@@ -394,12 +394,11 @@ class ExecutionConfig:
         for name in ("devices", "wave"):
             if getattr(self, name) is not None:
                 at_least(f"execution.{name}", getattr(self, name), 1)
-        from fedjax_sim.core.spelling import SPELLINGS
+        from fedjax_sim.core.conv_impl import CONV_IMPLS
 
-        if self.conv not in ("auto", *SPELLINGS):
-            raise UserError(
-                "execution.conv", self.conv, "no such spelling", f"Choose auto, {', '.join(SPELLINGS)}."
-            )
+        if self.conv not in ("auto", *CONV_IMPLS):
+            fix = f"Choose auto, {', '.join(CONV_IMPLS)}."
+            raise UserError("execution.conv", self.conv, "no such implementation", fix)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import errors, traverse_util
 from flax import linen as nn
 
+from fedjax_sim.core.conv_impl import conv_impl
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.spelling import spelling
 
 Variables = Mapping[str, Any]
 """{'params': …, and, where the model has them, other collections such as 'batch_stats'}."""
@@ -50,7 +50,7 @@ class Model:
       outputs: width of what it returns: the number of classes of a classifier.
       peel_points: ordered from the input to the classifier.
       takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
-      conv: spelling of the convolution, see `fedjax_sim.models.kernels.conv`; speed only.
+      conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; speed only.
     """
 
     name: str
@@ -197,8 +197,8 @@ class Model:
         """Trainable scalars (batch statistics do not count)."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.abstract["params"]))
 
-    def spelled(self, conv: str) -> "Model":
-        """The same model with its convolutions spelled `conv`."""
+    def with_conv(self, conv: str) -> "Model":
+        """The same model with its convolutions computed by `conv`, one of CONV_IMPLS or auto."""
         return dataclasses.replace(self, conv=conv)
 
     @functools.cached_property
@@ -229,7 +229,7 @@ class Model:
         keywords: dict[str, Any] = {"train": train}
         if self.takes_mask:
             keywords["mask"] = mask
-        with spelling(self.conv):
+        with conv_impl(self.conv):
             if init:
                 return self.module.init(first, *inputs, **keywords)
             rngs = None if rng is None else {"dropout": rng}

@@ -140,7 +140,7 @@ def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
 def speed_defaults(
     execution: ExecutionConfig, model: Model, cohort_size: int, devices: int
 ) -> tuple[int, str]:
-    """(wave width, spelling of the convolution) for this backend, where the user has not chosen.
+    """(wave width, implementation of the convolution) for this backend, where the user has not chosen.
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
     stay in cache; an accelerator wants the device's whole share side by side.

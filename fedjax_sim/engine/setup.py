@@ -60,7 +60,7 @@ class Setup:
       config: as given.
       dataset: the samples.
       partition: who holds which.
-      model: the network, its convolution spelled as this backend wants it.
+      model: the network, its convolution implemented as this backend wants it.
       algorithm: the record.
       algorithm_name: for messages.
       cohort_size: K.

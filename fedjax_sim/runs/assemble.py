@@ -76,7 +76,7 @@ def prepare(
     make_optimizer(config.local)
     devices = placement.make_mesh(config.execution.devices).size
     wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
-    model = model.spelled(conv)
+    model = model.with_conv(conv)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
         model=model,

@@ -1,9 +1,9 @@
-"""Which spelling of the convolution is fastest on this backend: forward and both gradients, in a loop.
+"""Which implementation of the convolution is fastest on this backend: forward and both gradients, in a loop.
 
-    python scripts/benchmark/conv.py [--wave 1] [--layers lenet1,mcmahan2] [--spellings xla,canonical]
+    python scripts/benchmark/conv.py [--wave 1] [--layers lenet1,mcmahan2] [--impls xla,canonical]
 
-Each line: a layer as the zoo has it, milliseconds a step (median, compile time apart) for each spelling,
-the tile that `patches` took, and the arithmetic in units of GFLOP/s for the fastest. `--wave` stacks that
+Each line: a layer as the zoo has it, milliseconds a step (median, compile time apart) for each
+implementation, the tile that `patches` took, and the arithmetic in units of GFLOP/s for the fastest. `--wave` stacks that
 many clients by vmap, as the engine does. On a CPU the process's own CPU time is taken, which other
 processes disturb less than the clock.
 """
@@ -15,8 +15,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.core.spelling import SPELLINGS
-from fedjax_sim.core.spelling import spelling as spelled
+from fedjax_sim.core.conv_impl import CONV_IMPLS, conv_impl
 from fedjax_sim.models.kernels import conv, tiles
 
 # name: batch, side, channels in, channels out, kernel, stride, padding, fused with ReLU and pooling
@@ -43,7 +42,7 @@ LAYERS = {
 }
 
 
-def step_time(layer: str, spelling: str, wave: int, loops: int = 5, repeats: int = 3) -> float:
+def step_time(layer: str, impl: str, wave: int, loops: int = 5, repeats: int = 3) -> float:
     """Median milliseconds of one forward and backward pass of `wave` clients."""
     batch, side, inner, outer, k, stride, padding, fused = LAYERS[layer]
     keys = jax.random.split(jax.random.key(0), 2)
@@ -51,7 +50,7 @@ def step_time(layer: str, spelling: str, wave: int, loops: int = 5, repeats: int
     kernel = jax.random.normal(keys[1], (wave, k, k, inner, outer)) / (k * k * inner) ** 0.5
 
     def loss(x, kernel):
-        with spelled(spelling):
+        with conv_impl(impl):
             if fused:
                 y = conv.conv_relu_pool(x, kernel, jnp.zeros(outer), padding=padding)
             else:
@@ -94,14 +93,14 @@ def main() -> None:
     )
     parser.add_argument("--wave", type=int, default=1)
     parser.add_argument("--layers", default=",".join(LAYERS))
-    parser.add_argument("--spellings", default=",".join((*SPELLINGS[1:], "auto")))
+    parser.add_argument("--impls", default=",".join((*CONV_IMPLS[1:], "auto")))
     args = parser.parse_args()
-    spellings = args.spellings.split(",")
+    impls = args.impls.split(",")
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, wave {args.wave}")
-    print(f"{'layer':20s}" + "".join(f"{s:>12s}" for s in spellings) + f"{'tile':>8s}{'GFLOP/s':>9s}")
+    print(f"{'layer':20s}" + "".join(f"{s:>12s}" for s in impls) + f"{'tile':>8s}{'GFLOP/s':>9s}")
     for layer in args.layers.split(","):
         batch, side, inner, outer, k, stride, padding, fused = LAYERS[layer]
-        times = [step_time(layer, s, args.wave) for s in spellings]
+        times = [step_time(layer, s, args.wave) for s in impls]
         pads = jax.lax.padtype_to_pads((side, side), (k, k), (stride, stride), padding)
         top, left = (tuple(pad) for pad in pads)
         shape = tiles.Geometry((stride, stride), (top, left), (1, 1), 1)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import models
 from fedjax_sim.config import EvaluationConfig, ExecutionConfig
+from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.spelling import SPELLINGS
 from fedjax_sim.engine import placement
 
 
@@ -57,8 +57,8 @@ def test_defaults_of_the_cpu():
 
 def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():
     mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
-    for spelling in SPELLINGS:
-        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=spelling), mlp, 8, 2) == (3, spelling)
+    for impl in CONV_IMPLS:
+        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=impl), mlp, 8, 2) == (3, impl)
     assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, 2)[0] == 4
 
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
-from fedjax_sim.core.spelling import SPELLINGS
+from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.task import task_loss
 from fedjax_sim.models.norms import BatchNorm
 from tests import oracles
@@ -195,9 +195,9 @@ def cnn_reference(request):
 @pytest.mark.parametrize(
     ("devices", "wave", "conv"),
     [(4, 1, "canonical"), (2, 2, "canonical")]
-    + [(2, wave, spelling) for spelling in SPELLINGS for wave in (1, 3) if spelling != "canonical"],
+    + [(2, wave, impl) for impl in CONV_IMPLS for wave in (1, 3) if impl != "canonical"],
 )
-def test_layout_and_spelling_change_no_result_of_a_cnn(cnn_reference, devices, wave, conv):
+def test_layout_and_implementation_change_no_result_of_a_cnn(cnn_reference, devices, wave, conv):
     """Batch norm divides by the deviation of very small batches, hence the wider tolerance."""
     keywords, state = cnn_reference
     simulation = oracles.simulate(devices=devices, wave=wave, conv=conv, **keywords)

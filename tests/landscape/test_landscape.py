@@ -209,7 +209,7 @@ def test_a_network_against_its_dense_hessian(net):
     flat, tree = ravel_pytree(variables["params"])
 
     def loss(vector):
-        logits, _ = model.spelled("xla").apply({"params": tree(vector)}, images)
+        logits, _ = model.with_conv("xla").apply({"params": tree(vector)}, images)
         picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)
         return -picked.mean()
 
@@ -231,13 +231,13 @@ def test_networks_of_the_zoo_against_forward_over_reverse(rng, name):
     images = rng.integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
     labels = np.asarray([0, 1, 2], np.int32)
     about = Preprocessing()
-    objective = landscape.Objective(model.spelled("patches"), images, labels, preprocessing=about)
+    objective = landscape.Objective(model.with_conv("patches"), images, labels, preprocessing=about)
     value, v = objective.gradient(variables)  # random directions of so many parameters hardly curve
     flat, tree = ravel_pytree(variables["params"])
 
     def loss(vector):
         changed = {**variables, "params": tree(vector)}
-        logits, _ = model.spelled("xla").apply(changed, normalise(images, about))
+        logits, _ = model.with_conv("xla").apply(changed, normalise(images, about))
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
     slope, product = jax.jit(lambda p, v: jax.jvp(jax.grad(loss), (p,), (v,)))(flat, v.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Every spelling of the convolution and of pooling agrees with plain XLA and its autodiff, or with NumPy."""
+"""Every implementation of convolution and pooling agrees with plain XLA and its autodiff, or with NumPy."""
 
 import functools
 
@@ -10,7 +10,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_sim.core.spelling import SPELLINGS, spelling
+from fedjax_sim.core.conv_impl import CONV_IMPLS, conv_impl
 from fedjax_sim.models.kernels import conv, tiles
 
 
@@ -56,14 +56,14 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("name", SPELLINGS[1:])
+@pytest.mark.parametrize("name", CONV_IMPLS[1:])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_spellings_agree_with_autodiff(geometry, name):
+def test_implementations_agree_with_autodiff(geometry, name):
     height, width, inner, outer, kernel, strides, padding, dilation, groups = geometry
     x, k = arrays((2, height, width, inner), (*kernel, inner // groups, outer))
     call = functools.partial(conv.conv, strides=strides, padding=padding, dilation=dilation, groups=groups)
-    wanted = with_gradients(functools.partial(call, spelling="xla"), x, k)
-    assert_same(with_gradients(functools.partial(call, spelling=name), x, k), wanted, tolerance(name))
+    wanted = with_gradients(functools.partial(call, impl="xla"), x, k)
+    assert_same(with_gradients(functools.partial(call, impl=name), x, k), wanted, tolerance(name))
 
 
 def by_hand(x, k, strides, padding):
@@ -97,7 +97,7 @@ def test_patches_of_any_geometry(data):
     padding = ((draw(0, 2), draw(0, 2)), (draw(0, 2), draw(0, 2)))
     x, k = arrays((2, draw(5, 9), draw(5, 9), draw(1, 9)), (*kernel, 1, 3))
     k = jnp.broadcast_to(k, (*kernel, x.shape[-1], 3))
-    call = functools.partial(conv.conv, strides=strides, padding=padding, spelling="patches")
+    call = functools.partial(conv.conv, strides=strides, padding=padding, impl="patches")
     assert_same(with_gradients(call, x, k), by_hand(x, k, strides, padding))
 
 
@@ -110,7 +110,7 @@ def test_winograd_of_any_geometry(data):
     outer = data.draw(st.sampled_from([3, 17]))  # in one dimension, or in two where the inner are 16
     x, k = arrays((2, draw(5, 13), draw(5, 13), draw(1, 9) if outer == 3 else 16), (side, side, 1, outer))
     k = jnp.broadcast_to(k, (side, side, x.shape[-1], outer))
-    call = functools.partial(conv.conv, padding=padding, spelling="winograd")
+    call = functools.partial(conv.conv, padding=padding, impl="winograd")
     assert_same(with_gradients(call, x, k), by_hand(x, k, (1, 1), padding), 4e-5)
 
 
@@ -138,12 +138,12 @@ def test_auto_never_takes_winograd_and_that_only_float32():
     for side in (3, 5):
         for inner, outer in ((32, 32), (3, 32), (8, 8)):
             x, k = arrays((2, 8, 8, inner), (side, side, inner, outer))
-            winograd, auto = jaxpr(x, k, spelling="winograd"), jaxpr(x, k, spelling="auto")
+            winograd, auto = jaxpr(x, k, impl="winograd"), jaxpr(x, k, impl="auto")
             assert winograd != auto
-            assert auto in (jaxpr(x, k, spelling="canonical"), jaxpr(x, k, spelling="patches"))
-            assert winograd != jaxpr(x, k, spelling="canonical")
+            assert auto in (jaxpr(x, k, impl="canonical"), jaxpr(x, k, impl="patches"))
+            assert winograd != jaxpr(x, k, impl="canonical")
             x, k = x.astype(jnp.bfloat16), k.astype(jnp.bfloat16)
-            assert jaxpr(x, k, spelling="winograd") == jaxpr(x, k, spelling="canonical")
+            assert jaxpr(x, k, impl="winograd") == jaxpr(x, k, impl="canonical")
 
 
 def test_winograd_of_few_features_is_one_dimensional():
@@ -166,7 +166,7 @@ def test_the_default_rounds_as_finely_as_xla(side, inner, outer, kernel, padding
     x, k = arrays((2, side, side, inner), (kernel, kernel, inner, outer))
     got = with_gradients(functools.partial(conv.conv, padding=padding), x, k)
     with jax.enable_x64(True):
-        plain = functools.partial(conv.conv, padding=padding, spelling="xla")
+        plain = functools.partial(conv.conv, padding=padding, impl="xla")
         value, pull = jax.vjp(plain, *(jnp.asarray(np.asarray(v, np.float64)) for v in (x, k)))
         wanted = value, *pull(jnp.asarray(np.asarray(arrays(value.shape, seed=1)[0], np.float64)))
     for a, b in zip(got, wanted, strict=True):
@@ -174,19 +174,19 @@ def test_the_default_rounds_as_finely_as_xla(side, inner, outer, kernel, padding
         assert np.sqrt((error**2).mean() / (np.asarray(b) ** 2).mean()) < 6e-7
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", CONV_IMPLS)
 def test_stacked_kernels_are_one_convolution_each(name):
     x, k = arrays((3, 2, 8, 8, 2), (3, 3, 3, 2, 4))
-    call = functools.partial(conv.conv, padding="SAME", spelling=name)
+    call = functools.partial(conv.conv, padding="SAME", impl=name)
     got = jax.vmap(lambda x, k: with_gradients(call, x, k)[1:])(x, k)
-    xla = functools.partial(conv.conv, padding="SAME", spelling="xla")
+    xla = functools.partial(conv.conv, padding="SAME", impl="xla")
     cotangent = arrays((2, 8, 8, 4), seed=1)[0]
     for client in range(3):
         pull = jax.vjp(xla, x[client], k[client])[1]
         assert_same([part[client] for part in got], pull(cotangent), tolerance(name))
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("name", CONV_IMPLS)
 @pytest.mark.parametrize(
     ("shape", "kernel", "padding"),
     [((32, 32, 3, 6), 5, "VALID"), ((14, 14, 6, 16), 5, "VALID"), ((9, 11, 3, 5), 3, "SAME")],
@@ -196,11 +196,11 @@ def test_fused_relu_and_pooling(shape, kernel, padding, name):
     x, k, bias = arrays((3, height, width, inner), (kernel, kernel, inner, outer), (outer,))
 
     def plain(x, k, bias):
-        y = nn.relu(conv.conv(x, k, padding=padding, spelling="xla") + bias[None, None, None])
+        y = nn.relu(conv.conv(x, k, padding=padding, impl="xla") + bias[None, None, None])
         return nn.max_pool(y, (2, 2), (2, 2))
 
     def fused(x, k, bias):
-        with spelling(name):
+        with conv_impl(name):
             return conv.conv_relu_pool(x, k, bias, padding=padding)
 
     assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias), tolerance(name))
@@ -214,7 +214,7 @@ def test_fused_pooling_gives_a_tie_to_the_first(name, features):
     bias = jnp.ones(features)
 
     def total(k):
-        with spelling(name):
+        with conv_impl(name):
             return conv.conv_relu_pool(x, k, bias).sum()
 
     firsts = sum(np.asarray(x)[0, i : i + 3, j : j + 3] for i in (0, 2) for j in (0, 2))
@@ -234,13 +234,13 @@ def test_max_pool(size, window, strides):
     assert_same(with_gradients(ours, x), with_gradients(plain, x))
 
 
-def test_the_layer_takes_the_spelling_of_its_context():
+def test_the_layer_takes_the_implementation_of_its_context():
     layer = conv.Conv(4, (3, 3))
     x = arrays((1, 8, 8, 2))[0]
     variables = layer.init(jax.random.key(0), x)
 
     def traced(name):
-        with spelling(name):
+        with conv_impl(name):
             return str(jax.make_jaxpr(lambda v: layer.apply(v, x))(variables))
 
     assert "conv_general_dilated" in traced("xla") and "custom_vjp" not in traced("xla")
@@ -258,5 +258,5 @@ def test_transposed_and_one_dimensional_convolutions_go_to_xla():
 @pytest.mark.parametrize("name", ["canonical", "patches"])
 def test_half_precision(name):
     x, k = (a.astype(jnp.bfloat16) for a in arrays((2, 8, 8, 3), (3, 3, 3, 4)))
-    got = with_gradients(functools.partial(conv.conv, padding="SAME", spelling=name), x, k)
+    got = with_gradients(functools.partial(conv.conv, padding="SAME", impl=name), x, k)
     assert all(part.dtype == jnp.bfloat16 for part in got)

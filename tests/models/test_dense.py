@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from fedjax_sim.core.spelling import spelling
+from fedjax_sim.core.conv_impl import conv_impl
 from fedjax_sim.models.kernels import dense
 from fedjax_sim.models.kernels.dense import Dense
 
@@ -62,7 +62,7 @@ def test_a_large_layer_goes_by_blocks_and_a_small_one_does_not(monkeypatch):
     gradients(Dense(SMALL[1]), 4, SMALL)
     gradients(Dense(LARGE[1]), 17, LARGE)  # more samples than few
     gradients(Dense(LARGE[1]), 4, LARGE, by=(0,))  # a first layer
-    with spelling("patches"):  # an accelerator's
+    with conv_impl("patches"):  # an accelerator's
         gradients(Dense(LARGE[1]), 4, LARGE)
     assert not calls
     gradients(Dense(LARGE[1]), 4, LARGE)
@@ -95,7 +95,7 @@ def test_weights_are_updated_where_they_lie():
 def test_only_xla_has_a_forward_mode():
     layer, x = Dense(5), np.ones((4, 7), np.float32)
     variables = layer.init(jax.random.key(1), x)
-    with spelling("xla"):
+    with conv_impl("xla"):
         jax.jvp(lambda v: layer.apply(v, x), (variables,), (variables,))
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda v: layer.apply(v, x), (variables,), (variables,))

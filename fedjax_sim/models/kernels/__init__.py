@@ -1,1 +1,1 @@
-"""Convolutions and products of many clients' models side by side, in several spellings."""
+"""Convolutions and products of many clients' models side by side, each in several implementations."""

@@ -3,7 +3,7 @@
 Why not plain XLA: on its CPU backend the gradient of a convolution inside `lax.scan` or `lax.map` is some
 80 times slower than outside (jax-ml/jax#12868; the pass that brings JAX's gradients into the form of the
 fast kernel looks at the entry computation only), and under `vmap` over clients every convolution becomes
-a grouped one, a slow path on CPUs and GPUs alike (jax-ml/jax#13800). So a convolution can be spelled in
+a grouped one, a slow path on CPUs and GPUs alike (jax-ml/jax#13800). So a convolution can be written in
 four ways, with equal results up to float rounding:
 
 - `xla`: `lax.conv_general_dilated` and its autodiff.
@@ -12,7 +12,7 @@ four ways, with equal results up to float rounding:
 - `patches`: a matrix product over the patches that tiles of outputs read. Stacked kernels under `vmap`
   become a batched product.
 - `winograd`: a fraction of the multiplications (a quarter, for 3×3 and tiles of 4×4), for square kernels of
-  3 and 5, stride 1 and float32; others are spelled canonically. Layers of few features take it along the
+  3 and 5, stride 1 and float32; others are computed canonically. Layers of few features take it along the
   width only, and patches along the height. Rounds ten times as coarsely: a forward pass is off by up to 3e-6
   of its size (root mean squares) where the others are by 2e-7. That is enough for some maxima of pooling and
   some ReLUs to be taken elsewhere, and such a one moves a gradient by a hundredth: two rounds of the McMahan
@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from fedjax_sim.core.spelling import current
+from fedjax_sim.core.conv_impl import current_conv_impl
 from fedjax_sim.models.kernels import tiles
 from fedjax_sim.models.kernels.tiles import Geometry, Tile
 
@@ -50,9 +50,9 @@ def conv(
     padding: str | Sequence[tuple[int, int]] = "VALID",
     dilation: Sequence[int] = (1, 1),
     groups: int = 1,
-    spelling: str | None = None,
+    impl: str | None = None,
 ) -> jax.Array:
-    """2-D convolution, differentiable in reverse mode, in the spelling of the context unless one is given.
+    """2-D convolution, differentiable in reverse mode, by the context's implementation unless one is given.
 
     Args:
       x: f32[B, H, W, C].
@@ -61,7 +61,7 @@ def conv(
       padding: SAME, VALID, or ((top, bottom), (left, right)).
       dilation: of the kernel.
       groups: of features.
-      spelling: one of SPELLINGS or auto.
+      impl: one of CONV_IMPLS or auto.
 
     Returns:
       f32[B, H', W', F].
@@ -75,7 +75,7 @@ def conv(
         (dilation[0], dilation[1]),
         groups,
     )
-    chosen = spelling or current()
+    chosen = impl or current_conv_impl()
     way = _way(chosen, x, kernel, geometry)
     if way is not None:
         return _tiled_conv(way, x, kernel)
@@ -98,7 +98,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Takes the place of `lax.conv_general_dilated` in `flax.linen.Conv`.
 
-    What the spellings do not cover (other than two spatial axes, transposed convolutions, an explicit
+    What the implementations do not cover (other than two spatial axes, transposed convolutions, an explicit
     precision) goes to XLA as it is.
     """
     odd = lhs.ndim != 4 or precision is not None or any(d != 1 for d in lhs_dilation or ())
@@ -174,7 +174,7 @@ def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, padding:
     """
     pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (1, 1), padding)
     geometry = Geometry((1, 1), (tuple(pads[0]), tuple(pads[1])), (1, 1), 1)  # type: ignore[arg-type]
-    way = _way(current(), x, kernel, geometry, pooled=True)
+    way = _way(current_conv_impl(), x, kernel, geometry, pooled=True)
     if way is not None:
         return _tiled_relu_pool(way, x, kernel, bias)
     return max_pool(nn.relu(conv(x, kernel, padding=padding) + bias[None, None, None]))
@@ -296,18 +296,18 @@ def _along(bias, y):
 # --- choice -------------------------------------------------------------------------------------------
 
 
-def _way(spelling: str, x, kernel, g: Geometry, pooled: bool = False) -> tiles.Way | None:
+def _way(impl: str, x, kernel, g: Geometry, pooled: bool = False) -> tiles.Way | None:
     """The tiled way to compute a layer; None where it has none, or (`auto`) where it does not pay."""
-    if spelling not in ("patches", "winograd", "auto"):
+    if impl not in ("patches", "winograd", "auto"):
         return None
     if g.groups != 1 or g.dilation != (1, 1) or min(min(p) for p in g.padding) < 0:
         return None
     shapes = x.shape, kernel.shape
-    if spelling == "winograd":
+    if impl == "winograd":
         tile = winograd_tile(*shapes, g) if x.dtype == jnp.float32 else None
         narrow = min(kernel.shape[2:]) < _WIDE
         return (tiles.Strips if narrow else tiles.Winograd)(g, tile) if tile else None
-    if spelling == "patches" or _patches_pay(*shapes, g):
+    if impl == "patches" or _patches_pay(*shapes, g):
         return tiles.Patches(g, best_tile(*shapes, g, even=pooled))
     return None
 
@@ -350,7 +350,7 @@ def _cost(shape, kernel_shape, g: Geometry, tile: Tile) -> float:
 
 
 def _patches_pay(shape, kernel_shape, g: Geometry) -> bool:
-    """Whether patches beat the canonical spelling, as measured by scripts/benchmark/conv.py on a CPU.
+    """Whether patches beat the canonical implementation, as measured by scripts/benchmark/conv.py on a CPU.
 
     XLA's own kernel lays patches out as it goes and reaches the peak of the product from some 16 channels
     on; it is poor at few input channels, at 1×1 kernels, and at images of a few pixels.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_sim.core.spelling import current
+from fedjax_sim.core.conv_impl import current_conv_impl
 
 _FEW = 16
 """Samples up to which the sum of outer products is the faster; beyond, the arithmetic weighs more."""
@@ -32,8 +32,8 @@ _BLOCK = 2**16
 
 def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None, **more: Any):
     """Takes the place of `lax.dot_general` in `flax.linen.Dense`."""
-    if lhs.ndim == 2 and len(lhs) <= _FEW and precision is None and current() != "xla":
-        return _few(current() == "auto" and rhs.size >= _LARGE, lhs, rhs)
+    if lhs.ndim == 2 and len(lhs) <= _FEW and precision is None and current_conv_impl() != "xla":
+        return _few(current_conv_impl() == "auto" and rhs.size >= _LARGE, lhs, rhs)
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision=precision, **more)
 
 

@@ -43,7 +43,7 @@ class CrossEntropy:
     """Cross-entropy of a model in evaluation mode: batch norm uses its running statistics, dropout is off.
 
     The model computes in float32 whatever its compute dtype, as curvature drowns in bfloat16, and its
-    convolutions are spelled as is fastest for a single model: `auto` on a CPU, `xla` elsewhere.
+    convolutions are implemented as is fastest for a single model: `auto` on a CPU, `xla` elsewhere.
 
     Attributes:
       model: the network.
@@ -92,12 +92,12 @@ class TaskLoss:
 
 
 def _exact(model: Model) -> Model:
-    """The model computing in float32, its convolutions spelled as is fastest for one model."""
+    """The model computing in float32, its convolutions implemented as is fastest for one model."""
     module = model.module
     if any(field.name == "dtype" for field in dataclasses.fields(module)):
         module = module.clone(dtype=jnp.float32)
-    spelling = "auto" if jax.default_backend() == "cpu" else "xla"
-    return dataclasses.replace(model, module=module, conv=spelling)
+    impl = "auto" if jax.default_backend() == "cpu" else "xla"
+    return dataclasses.replace(model, module=module, conv=impl)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
