@@ -39,7 +39,7 @@ from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.fields import at_least, check, positive
-from fedjax_sim.core.model import dense
+from fedjax_sim.core.model import apply_dense
 from fedjax_sim.core.task import masked_mean
 
 NOISE, HIDDEN = 100, 512
@@ -189,7 +189,7 @@ class _Built:
             )
 
             def teacher(head, share):
-                logits = dense(head, made)
+                logits = apply_dense(head, made)
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
                 return (share[y] * losses).mean()
 
@@ -230,7 +230,7 @@ class _Built:
 
         def generated(key, labels):
             made: Any = generator.apply(sent.generator, *self._drawn(key, labels))
-            return dense(head, made)
+            return apply_dense(head, made)
 
         keys = jax.random.split(jax.random.fold_in(batch.rng, 1), 3)
         others = jax.random.categorical(keys[0], jnp.log(sent.known), shape=batch["label"].shape)

@@ -31,7 +31,7 @@ from flax import struct
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
 from fedjax_sim.core.fields import check
-from fedjax_sim.core.model import dense
+from fedjax_sim.core.model import apply_dense
 from fedjax_sim.core.task import masked_mean
 
 OWN = "personal head"
@@ -86,7 +86,7 @@ class FedRoD:
             logits, z, moved = apply.represent(send(variables), batch)
             generic = masked_mean(entropy(logits + log_n[None], batch["label"]), batch.mask)
             seen = z if self.personal_loss == "both" else jax.lax.stop_gradient(z)
-            beside = jax.lax.stop_gradient(logits) + dense(head, seen)
+            beside = jax.lax.stop_gradient(logits) + apply_dense(head, seen)
             personal = masked_mean(entropy(beside, batch["label"]), batch.mask)
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}

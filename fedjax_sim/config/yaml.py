@@ -69,7 +69,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
-        mapping = _renewed(mapping)  # first: in another version anything may be unknown
+        mapping = migrate_v1(mapping)  # first: in another version anything may be unknown
     values = {} if base is None else {name: getattr(base, name) for name in names}
     for key, value in mapping.items():
         dotted = f"{path}{key}"
@@ -157,7 +157,7 @@ def dump(config: RunConfig) -> str:
     return dump_yaml(to_dict(config))
 
 
-def _renewed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+def migrate_v1(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     """A run's configuration of an older version as one of this.
 
     Since version 2 a server optimiser is an algorithm around another, where it was FedAvg's, and SCAFFOLD
@@ -168,10 +168,10 @@ def _renewed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
         _check_version(version)
         return mapping
 
-    def renewed(value: Any) -> Any:
+    def migrated(value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        fields = {key: renewed(inner) for key, inner in value.items()}
+        fields = {key: migrated(inner) for key, inner in value.items()}
         if fields.get("name") == "scaffold":
             fields.setdefault("divisor", "steps")
         if fields.get("name", "fedavg") != "fedavg":
@@ -182,7 +182,7 @@ def _renewed(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
             return fields
         return {"name": "fedopt", "optimizer": optimizer, **server, "inner": {"name": "fedavg", **fields}}
 
-    return {**mapping, "version": VERSION, "algorithm": renewed(mapping.get("algorithm", "fedavg"))}
+    return {**mapping, "version": VERSION, "algorithm": migrated(mapping.get("algorithm", "fedavg"))}
 
 
 def _algorithm(value: Any, path: str, base: Any) -> Any:

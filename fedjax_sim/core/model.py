@@ -126,7 +126,7 @@ class Model:
         return logits, representation.astype(jnp.float32), {**variables, **new}
 
     def head(self, variables: Variables) -> Any:
-        """The classifier's own parameters, kernel f32[d, C] and perhaps bias f32[C]; see `dense`."""
+        """The classifier's own parameters, kernel f32[d, C] and perhaps bias f32[C]; see `apply_dense`."""
         layer: Any = variables["params"]
         for name in self.classifier:
             layer = layer[name]
@@ -236,7 +236,7 @@ class Model:
             return self.module.apply(first, *inputs, rngs=rngs, mutable=mutable, **keywords)
 
 
-def dense(layer: Any, x: jax.Array) -> jax.Array:
+def apply_dense(layer: Any, x: jax.Array) -> jax.Array:
     """A dense layer's output. f32[B, d] -> f32[B, width]."""
     out = x @ layer["kernel"]
     return out + layer["bias"][None] if "bias" in layer else out

@@ -15,6 +15,8 @@ from fedjax_sim.data.samples import Samples
 
 FORMAT = "fedjax_sim.partition"
 VERSION = 1
+_RNG_IDS = "streams"
+"""What files call `Partition.rng_ids`: a field of version 1, which keeps its name."""
 _FIX = "Write it with fedjax_sim.data.save, or use one of the JSON files of FedMR's authors."
 
 
@@ -30,7 +32,7 @@ class Partition:
       recipe: how it came about: kind, parameters, seed, tries, the set, versions. JSON as it stands.
       server: i64[h], training images that are put aside: the server's own, in no client's lists. None
         where there are none.
-      streams: i32[N], the number that each client's randomness is keyed by; None: its id. Clients with
+      rng_ids: i32[N], the number that each client's randomness is keyed by; None: its id. Clients with
         the same number and the same samples train alike.
     """
 
@@ -39,7 +41,7 @@ class Partition:
     test_from: str = "test"
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     server: np.ndarray | None = None
-    streams: np.ndarray | None = None
+    rng_ids: np.ndarray | None = None
 
     def __post_init__(self):
         if not self.train:
@@ -66,8 +68,8 @@ class Partition:
             if len(taken):
                 why = f"clients hold {len(taken)} of the samples that are put aside for the server"
                 raise UserError("partition.server", int(taken[0]), why, "Take them from one or the other.")
-        if self.streams is not None:
-            object.__setattr__(self, "streams", _streams(self.streams, self.num_clients))
+        if self.rng_ids is not None:
+            object.__setattr__(self, "rng_ids", _checked_rng_ids(self.rng_ids, self.num_clients))
 
     @property
     def num_clients(self) -> int:
@@ -173,9 +175,9 @@ def save(partition: Partition, path: str | Path) -> None:
         "train": [p.tolist() for p in partition.train],
         "test": None if partition.test is None else [p.tolist() for p in partition.test],
     }
-    for name in ("server", "streams"):
-        if getattr(partition, name) is not None:
-            content[name] = getattr(partition, name).tolist()
+    for key, value in (("server", partition.server), (_RNG_IDS, partition.rng_ids)):
+        if value is not None:
+            content[key] = value.tolist()
     with whole(path) as unfinished:
         unfinished.write_text(json.dumps(content, separators=(",", ":")))
 
@@ -223,7 +225,7 @@ def _read_own(content: dict[str, Any], path: Path) -> Partition:
         None if test is None else _arrays("test", test, path, repeats=True),
         content.get("test_from", "test"),
         recipe,
-        *(_optional(name, content.get(name), path) for name in ("server", "streams")),
+        *(_optional(name, content.get(name), path) for name in ("server", _RNG_IDS)),
     )
 
 
@@ -294,12 +296,12 @@ def _indices(part: str, whose: str, values: object) -> np.ndarray:
     return indices.astype(np.int64)
 
 
-def _streams(values: object, clients: int) -> np.ndarray:
-    streams = np.asarray(values)
-    if streams.shape != (clients,) or streams.dtype.kind not in "iu":
+def _checked_rng_ids(values: object, clients: int) -> np.ndarray:
+    rng_ids = np.asarray(values)
+    if rng_ids.shape != (clients,) or rng_ids.dtype.kind not in "iu":
         why = f"not one integer for each of the {clients} clients"
-        raise UserError("partition.streams", streams.shape, why, "Give each client the number of its stream.")
-    bad = streams[(streams < 0) | (streams >= 2**31)]
+        raise UserError("partition.rng_ids", rng_ids.shape, why, "Give one integer for each client.")
+    bad = rng_ids[(rng_ids < 0) | (rng_ids >= 2**31)]
     if len(bad):
-        raise UserError("partition.streams", int(bad[0]), "outside 0..2147483647", "Number streams from 0.")
-    return streams.astype(np.int32)
+        raise UserError("partition.rng_ids", int(bad[0]), "outside 0..2147483647", "Number them from 0.")
+    return rng_ids.astype(np.int32)

@@ -69,8 +69,8 @@ def summary(partition: Partition, dataset: Samples) -> str:
     ]
     if partition.server is not None:
         lines.append(f"  put aside          {len(partition.server):,} samples, for the server")
-    if partition.streams is not None:
-        lines.append(f"  randomness         {len(np.unique(partition.streams)):,} streams for all clients")
+    if partition.rng_ids is not None:
+        lines.append(f"  randomness         {len(np.unique(partition.rng_ids)):,} keys for all clients")
     return "\n".join(lines)
 
 

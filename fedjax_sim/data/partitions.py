@@ -245,8 +245,8 @@ def _finish(
     recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
     recipe |= partition_files.describe(dataset)
     recipe |= {"fedjax_sim": _version("fedjax_sim"), "numpy": np.__version__}
-    streams = np.zeros(alike, np.int32) if config.kind == "identical" else None
-    return Partition(tuple(parts), test, test_from, recipe, streams=streams)
+    rng_ids = np.zeros(alike, np.int32) if config.kind == "identical" else None
+    return Partition(tuple(parts), test, test_from, recipe, rng_ids=rng_ids)
 
 
 def _matching_groups(
@@ -271,7 +271,7 @@ def _from_file(dataset: Samples, config: PartitionConfig, seed: int) -> Partitio
     if loaded.test is not None or config.local_test == "none":
         return loaded
     made = _finish(dataset, config, seed, list(loaded.train), {"from": loaded.recipe}, None, None)
-    return dataclasses.replace(made, server=loaded.server, streams=loaded.streams)
+    return dataclasses.replace(made, server=loaded.server, rng_ids=loaded.rng_ids)
 
 
 def _check_enough(count: int, config: PartitionConfig) -> None:

@@ -56,7 +56,7 @@ def batch_order(seed: int, round_index: int, client: int, epoch: int, count: int
     Args:
       seed: of the run.
       round_index: from 0.
-      client: its id; where the partition names streams, that of its stream (`Partition.streams[id]`).
+      client: its id; where the partition names others, `Partition.rng_ids[id]`.
       epoch: from 0, anew in each round.
       count: training samples of the client.
 

@@ -10,7 +10,7 @@ from fedjax_sim.core.model import peel
 from fedjax_sim.models import initialisers
 from fedjax_sim.models.initialisers import Initialiser
 from fedjax_sim.models.kernels.conv import Conv, ConvReluPool, max_pool
-from fedjax_sim.models.kernels.dense import Dense
+from fedjax_sim.models.kernels.dense_gradients import Dense
 
 
 def conv(

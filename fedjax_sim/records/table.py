@@ -62,7 +62,7 @@ class Row(NamedTuple):
     state: str = ""
 
 
-def tidy(number: int, metric: str, value: float, **where: Any) -> Row:
+def make_row(number: int, metric: str, value: float, **where: Any) -> Row:
     """A row of round `number`; for a value that is not defined one that says so."""
     if math.isfinite(value):
         return Row(number, metric, float(value), **where)
@@ -74,7 +74,7 @@ def goal_of(metric: str) -> str:
     return "min" if re.search("loss|waste|time|mse", metric) else "max"
 
 
-def finite(rows: Iterable[Row]) -> list[Row]:
+def encode_nonfinite(rows: Iterable[Row]) -> list[Row]:
     """The rows, those with a value that is not finite renamed and coded as this module's docstring says."""
     out = []
     for row in rows:

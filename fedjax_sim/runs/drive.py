@@ -67,12 +67,12 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     def write(number: int, rows: list[records.Row]) -> bool:
         """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
         nonlocal stopped, kept
-        rows = records.finite(rows)
+        rows = records.encode_nonfinite(rows)
         table.extend(rows)
         wishes = callbacks.on_round(number, rows)
         if wishes.stopped is not None and number < config.rounds:
             stopped = wishes.stopped
-            last = records.finite(_last_rows(simulation, rows))
+            last = records.encode_nonfinite(_last_rows(simulation, rows))
             table.extend(last)
             rows = rows + last
             wishes.keep |= bool(last) and callbacks.on_round(number, last).keep

@@ -41,7 +41,7 @@ def describe_partition(partition: Partition) -> dict[str, Any]:
     `crc32_train` is of the training samples that each client holds, `crc32` of all that the partition says.
     """
     told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
-    asides = (part for part in (partition.server, partition.streams) if part is not None)
+    asides = (part for part in (partition.server, partition.rng_ids) if part is not None)
     train = _crc(partition.train, 0)
     whole = _crc((*(partition.test or ()), *asides), train)
     return {**told, "clients": partition.num_clients, "crc32": whole, "crc32_train": train}

@@ -144,7 +144,7 @@ def pretrained(setup: Setup) -> Any:
         why, fix = "it needs one process alone", "Pretrain in one, and give its run as initial.run."
         raise UserError("initial.pretrain", epochs, why, fix)
     dataset = setup.dataset.training_on(mine)
-    alone = Partition((np.arange(len(mine)),), streams=np.asarray([STREAM]))
+    alone = Partition((np.arange(len(mine)),), rng_ids=np.asarray([STREAM]))
     simulation = Simulation(prepare(central(config), dataset=dataset, partition=alone, model=setup.model))
     try:
         for _ in simulation.advance():

@@ -127,7 +127,7 @@ class Comparison:
             row = [method]
             for column in self.columns:
                 cell = grid.cells.get((method, column))
-                text = "–" if cell is None else spread(list(cell.values.values()), plus_minus)
+                text = "–" if cell is None else format_mean_std(list(cell.values.values()), plus_minus)
                 text += f" {mark}" if cell is not None and not cell.like else ""
                 row.append(bold(text) if method in self.best(grid, column) else text)
             rows.append(row)
@@ -140,10 +140,8 @@ class Comparison:
                 row = [method]
                 for column in self.columns:
                     cell = grid.cells.get((method, column))
-                    have = cell is not None and cell.differences
-                    row.append(
-                        spread(list(cell.differences), plus_minus, signed=True) if cell and have else "–"
-                    )
+                    differences = [] if cell is None else list(cell.differences)
+                    row.append(format_mean_std(differences, plus_minus, signed=True) if differences else "–")
                 rows.append(row)
             caption = (
                 f"{grid.caption}: paired differences to {self.reference} (same seed, same partition and, "
@@ -266,7 +264,7 @@ def deviation(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
-def spread(values: Sequence[float], plus_minus: str = "±", signed: bool = False) -> str:
+def format_mean_std(values: Sequence[float], plus_minus: str = "±", signed: bool = False) -> str:
     """`0.8123 ± 0.0045 (3)`: mean, deviation, number of seeds; a single value has only itself."""
     middle = f"{mean(values):+.4f}" if signed else f"{mean(values):.4f}"
     wide = deviation(values)

@@ -3,9 +3,9 @@
     python scripts/benchmark/conv.py [--wave 1] [--layers lenet1,mcmahan2] [--impls xla,canonical]
 
 Each line: a layer as the zoo has it, milliseconds a step (median, compile time apart) for each
-implementation, the tile that `patches` took, and the arithmetic in units of GFLOP/s for the fastest. `--wave` stacks that
-many clients by vmap, as the engine does. On a CPU the process's own CPU time is taken, which other
-processes disturb less than the clock.
+implementation, the tile that `patches` took, and the arithmetic in units of GFLOP/s for the fastest. `--wave`
+stacks that many clients by vmap, as the engine does. On a CPU the process's own CPU time is taken, which
+other processes disturb less than the clock.
 """
 
 import argparse

@@ -441,7 +441,7 @@ def test_a_given_partition_keeps_its_clients_and_must_leave_enough(tmp_path):
 def test_identical_clients_hold_the_same_and_share_a_stream(local_test, size):
     config = PartitionConfig("identical", clients=7, samples_per_client=size, local_test=local_test)
     p = partition(DIGITS, config, 3)
-    assert p.num_clients == 7 and p.streams is not None and p.streams.tolist() == [0] * 7
+    assert p.num_clients == 7 and p.rng_ids is not None and p.rng_ids.tolist() == [0] * 7
     for parts in (p.train, p.test or ()):
         assert all(np.array_equal(part, parts[0]) for part in parts)
     whole = len(p.train[0]) + (len(p.test[0]) if p.test and p.test_from == "train" else 0)
@@ -452,21 +452,21 @@ def test_identical_clients_hold_the_same_and_share_a_stream(local_test, size):
         assert not np.array_equal(p.train[0], partition(DIGITS, config, 4).train[0])
 
 
-def test_streams_and_what_is_put_aside_survive_a_file_and_count_in_the_checksum(tmp_path):
+def test_rng_ids_and_what_is_put_aside_survive_a_file_and_count_in_the_checksum(tmp_path):
     p = partition(DIGITS, PartitionConfig("identical", clients=3, samples_per_client=20), 0, 0.1)
     save(p, tmp_path / "p.json")
     again = load_partition(tmp_path / "p.json", DIGITS)
-    np.testing.assert_array_equal(again.streams, p.streams)
+    np.testing.assert_array_equal(again.rng_ids, p.rng_ids)
     np.testing.assert_array_equal(again.server, p.server)
     assert describe_partition(again) == describe_partition(p)
-    for change in ({"server": None}, {"streams": None}, {"streams": np.array([0, 0, 1])}):
+    for change in ({"server": None}, {"rng_ids": None}, {"rng_ids": np.array([0, 0, 1])}):
         other = dataclasses.replace(p, **change)
         assert describe_partition(other)["crc32"] != describe_partition(p)["crc32"]
     text = summary(p, DIGITS)
-    assert "144 samples, for the server" in text and "1 streams for all clients" in text
+    assert "144 samples, for the server" in text and "1 keys for all clients" in text
     for bad, says in (([0, 0], "each of the 3"), ([0, 0, -1], "outside 0"), ([0.0, 0, 0], "not one integer")):
         with pytest.raises(UserError, match=says):
-            dataclasses.replace(p, streams=np.array(bad))
+            dataclasses.replace(p, rng_ids=np.array(bad))
     text = (tmp_path / "p.json").read_text()
     (tmp_path / "p.json").write_text(text.replace('"streams":[0,0,0]', '"streams":[0,0.0,0]'))
     with pytest.raises(UserError, match="`streams` is not a list of integers"):
@@ -509,7 +509,7 @@ def test_identical_clients_are_one_client():
         oracles.run(simulation)
     oracles.assert_trees_close(three.variables, one.variables, rtol=0, atol=2e-6)
     assert oracles.far_apart(one.variables, fresh) > 0.01
-    apart = dataclasses.replace(three.setup.partition, streams=None)  # the same samples in other orders
+    apart = dataclasses.replace(three.setup.partition, rng_ids=None)  # the same samples in other orders
     other = Simulation(three.setup.config, partition=apart)
     oracles.run(other)
     assert oracles.far_apart(other.variables, one.variables) > 1e-4

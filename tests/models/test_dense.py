@@ -7,8 +7,8 @@ import pytest
 from flax import linen as nn
 
 from fedjax_sim.core.conv_impl import conv_impl
-from fedjax_sim.models.kernels import dense
-from fedjax_sim.models.kernels.dense import Dense
+from fedjax_sim.models.kernels import dense_gradients
+from fedjax_sim.models.kernels.dense_gradients import Dense
 
 SMALL, LARGE = (7, 5), (1031, 257)  # the latter in blocks of 255 rows and a last one of 11
 
@@ -57,8 +57,10 @@ def test_second_derivatives_are_those_of_flax(sizes):
 
 def test_a_large_layer_goes_by_blocks_and_a_small_one_does_not(monkeypatch):
     calls = []
-    real = dense._by_blocks
-    monkeypatch.setattr(dense, "_by_blocks", lambda *args: calls.append(args[1].shape) or real(*args))
+    real = dense_gradients._by_blocks
+    monkeypatch.setattr(
+        dense_gradients, "_by_blocks", lambda *args: calls.append(args[1].shape) or real(*args)
+    )
     gradients(Dense(SMALL[1]), 4, SMALL)
     gradients(Dense(LARGE[1]), 17, LARGE)  # more samples than few
     gradients(Dense(LARGE[1]), 4, LARGE, by=(0,))  # a first layer

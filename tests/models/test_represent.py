@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.model import dense
+from fedjax_sim.core.model import apply_dense
 from fedjax_sim.models import norms, peel
 from fedjax_sim.models.zoo import TABLE
 from tests import oracles
@@ -64,7 +64,7 @@ def test_it_is_what_the_classifier_reads_and_the_classifier_gives_the_logits(nam
         ((read, out),) = seen
         assert z is read and logits is out
         assert jax.tree.structure(new) == jax.tree.structure(variables)
-        return logits, z, dense(model.head(variables), z)
+        return logits, z, apply_dense(model.head(variables), z)
 
     variables = jax.eval_shape(model.init, KEY)
     images = jax.ShapeDtypeStruct((4, *model.input_shape), jnp.float32)
@@ -88,7 +88,7 @@ def test_everything_but_the_representation_is_what_apply_gives():
         oracles.assert_trees_close(new, moved, atol=1e-6)
         assert (oracles.far_apart(new["batch_stats"], variables["batch_stats"]) > 1e-2) == bool(settings)
         oracles.assert_trees_equal(new["params"], variables["params"])
-        np.testing.assert_allclose(dense(model.head(variables), z), logits, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(apply_dense(model.head(variables), z), logits, rtol=1e-6, atol=1e-6)
         assert bool((z == 0).any()) == bool(settings)  # what dropout took away is away before the classifier
     padded, _, same = represent(images.at[2].set(50.0))
     np.testing.assert_array_equal(padded[mask], logits[mask])
@@ -102,7 +102,7 @@ def test_it_is_the_last_peel_points_feature():
     images = jax.random.normal(KEY, (2, *shape))
     logits, z, _ = model.represent(variables, images)
     np.testing.assert_array_equal(z, model.features(variables, images)[1]["fc3"])
-    np.testing.assert_allclose(dense(model.head(variables), z), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply_dense(model.head(variables), z), logits, rtol=1e-5, atol=1e-6)
     assert flat(variables)[("params", "fc3", "kernel")] is model.head(variables)["kernel"]
 
 

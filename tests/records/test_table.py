@@ -87,7 +87,7 @@ def test_parquet_keeps_every_bit(tmp_path, rng):
 @pytest.mark.parametrize(("value", "code"), [(math.nan, 0.0), (math.inf, 1.0), (-math.inf, -1.0)])
 def test_values_that_are_not_finite_get_a_name_and_a_code(value, code):
     with pytest.warns(UserWarning, match="nonfinite/loss"):
-        kept = records.finite([Row(3, "loss", value), Row(3, "accuracy", 0.5)])
+        kept = records.encode_nonfinite([Row(3, "loss", value), Row(3, "accuracy", 0.5)])
     assert kept == [Row(3, "nonfinite/loss", code), Row(3, "accuracy", 0.5)]
 
 

@@ -18,7 +18,7 @@ from fedjax_sim.records import Row, Table
 from fedjax_sim.runs import progress
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.studies import comparison, sweep
-from fedjax_sim.studies.comparison import deviation, mean, spread
+from fedjax_sim.studies.comparison import deviation, format_mean_std, mean
 
 BASE = {
     "rounds": 2,
@@ -451,10 +451,10 @@ def test_deviation_is_the_sample_s(rng):
     values = rng.normal(size=7).tolist()
     assert mean(values) == pytest.approx(np.mean(values))
     assert deviation(values) == pytest.approx(np.std(values, ddof=1))
-    assert deviation([1.0]) is None and spread([0.25]) == "0.2500"
-    assert spread([0.25, 0.75]) == "0.5000 ± 0.3536 (2)"
+    assert deviation([1.0]) is None and format_mean_std([0.25]) == "0.2500"
+    assert format_mean_std([0.25, 0.75]) == "0.5000 ± 0.3536 (2)"
     assert (
-        spread([-0.25, 0.25], signed=True).startswith("+0.0000")
+        format_mean_std([-0.25, 0.25], signed=True).startswith("+0.0000")
         and comparison._escaped("a_b&c%") == r"a\_b\&c\%"
     )
 

@@ -31,7 +31,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.samples import best_ranked
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 NAME = "effectiveness"
 STATES = ("before", "after")
@@ -138,7 +138,7 @@ class Effectiveness:
             for metric, values in cast(dict[str, np.ndarray], observed[NAME]).items()
         }
         made = [
-            tidy(number, metric, values[place, s], client=client, state=state)
+            make_row(number, metric, values[place, s], client=client, state=state)
             for metric, values in out.items()
             for place, client in enumerate(ids.tolist())
             for s, state in enumerate(STATES)
@@ -147,7 +147,9 @@ class Effectiveness:
             values = out.get(f"merge_{name}_{headline.name}")
             if values is not None:
                 gain = values.astype(np.float64) * (1 if headline.goal == "max" else -1)
-                made.append(tidy(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean())))
+                made.append(
+                    make_row(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean()))
+                )
         return made
 
 

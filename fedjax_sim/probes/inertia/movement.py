@@ -35,7 +35,7 @@ from fedjax_sim.config import InertiaConfig
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.model import Model
 from fedjax_sim.engine.setup import DiagnosticContext
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 Path = tuple[str, ...]
 
@@ -140,7 +140,7 @@ class Movement:
     def rows(self, number: int, said: dict[str, np.ndarray]) -> list[Row]:
         """The tidy rows of round `number`; up to the reference round without those that compare with it."""
         return [
-            tidy(number, metric, value, layer=layer)
+            make_row(number, metric, value, layer=layer)
             for metric in METRICS
             if number > self.reference or metric not in OF_REFERENCE
             for layer, value in zip(self._paths, said[metric], strict=True)

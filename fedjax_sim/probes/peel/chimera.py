@@ -29,7 +29,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import moments
 from fedjax_sim.probes.peel.forward import Forward
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 PARTS = ("total", "injected", "inherited", "interaction")
 STITCHES = ("prefix", "single", "suffix")
@@ -106,7 +106,7 @@ class Chimeras:
         depth = len(names)
 
         def add(metric, value, **where):
-            made.append(tidy(number, metric, value, **where))
+            made.append(make_row(number, metric, value, **where))
 
         for client, log_c, accuracy in zip(ids.tolist(), out["log_c"], out["accuracy"], strict=True):
             for part, values in decompose(log_c).items():

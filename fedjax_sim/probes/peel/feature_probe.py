@@ -50,7 +50,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
 from fedjax_sim.probes.peel.forward import Forward, pooled, zeros_like
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 STATES = ("before", "after")
 
@@ -293,7 +293,7 @@ class Probe:
         widths = [shape[-1] for shape in self.forward.shapes()]
 
         def add(metric, value, **where):
-            made.append(tidy(number, metric, value, **where))
+            made.append(make_row(number, metric, value, **where))
 
         for place, client in enumerate(ids.tolist()):
             for name in ("peel_accuracy", "peel_loss"):

@@ -36,7 +36,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import linear_probes
 from fedjax_sim.probes.peel.forward import Forward, pooled
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 STATES = ("start", "before", "after")
 OTHERS = ("peel_accuracy_others", "peel_loss_others")
@@ -166,12 +166,12 @@ class Generality:
             for s, state in enumerate(STATES):
                 where = dict(client=client, state=state)
                 for metric in OTHERS:
-                    made.append(tidy(number, metric, mean(out[metric][place, s]), **where))
+                    made.append(make_row(number, metric, mean(out[metric][place, s]), **where))
                 for metric in GLOBAL:
-                    made.append(tidy(number, metric, out[metric][place, s], **where))
+                    made.append(make_row(number, metric, out[metric][place, s], **where))
                 for layer, name in enumerate(names):
                     value = mean(out["ridge_others"][place, s, :, layer])
-                    made.append(tidy(number, "ridge_others", value, layer=name, **where))
+                    made.append(make_row(number, "ridge_others", value, layer=name, **where))
         return made
 
 

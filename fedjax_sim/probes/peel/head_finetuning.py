@@ -36,7 +36,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import Witness
 from fedjax_sim.probes.peel import moments
 from fedjax_sim.probes.peel.feature_probe import Probe, leaf_at
-from fedjax_sim.records import Row, tidy
+from fedjax_sim.records import Row, make_row
 
 STATE = "finetuned"
 FIGURES = ("pabs", "pabs_centred")
@@ -148,7 +148,7 @@ class Finetuning:
         del counts
         classifier = self.probe.forward.model.peel_points[-1].name
         return [
-            tidy(
+            make_row(
                 number,
                 name,
                 values[place],
