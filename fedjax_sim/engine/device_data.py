@@ -123,12 +123,12 @@ class DataStore:
     def of_round(self, dataset: Samples, partition: Partition) -> DeviceData:
         """What the round of a run reads."""
         samples, offsets = sample_table(partition, dataset.train_size)
-        streams = partition.streams
+        rng_ids = partition.rng_ids
         return DeviceData(
             self.whole(dataset.train),
             self.put(samples),
             self.put(offsets),
-            None if streams is None else self.put(streams),
+            None if rng_ids is None else self.put(rng_ids),
         )
 
 

@@ -388,9 +388,7 @@ def _round_parts(setup: Setup) -> list[Part]:
 def step_bytes(setup: Setup, variables: Any, extra: Any) -> int:
     """Peak of live values in one client's gradient step, an estimate from the traced program."""
     rule, model, size = setup.algorithm.local, setup.model, setup.config.local.batch_size
-    if (
-        not model.convolves
-    ):  # the sum of outer products of `models.kernels.dense_gradients` fuses, and leaves the gradient only
+    if not model.convolves:  # outer products of `kernels.dense_gradients` fuse, and leave the gradient only
         model = model.with_conv("xla")
     rng = jax.eval_shape(lambda: jax.random.key(0)) if setup.trainer.stochastic else None
     batch = Batch(

@@ -147,9 +147,8 @@ class Effectiveness:
             values = out.get(f"merge_{name}_{headline.name}")
             if values is not None:
                 gain = values.astype(np.float64) * (1 if headline.goal == "max" else -1)
-                made.append(
-                    make_row(number, f"effectiveness_{name}", float((gain[:, 1] - gain[:, 0]).mean()))
-                )
+                effectiveness = float((gain[:, 1] - gain[:, 0]).mean())
+                made.append(make_row(number, f"effectiveness_{name}", effectiveness))
         return made
 
 
