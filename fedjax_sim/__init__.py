@@ -11,7 +11,7 @@ before JAX starts.
 
 from fedjax_sim.core import versions
 
-versions.check()
+versions.check_versions()
 
 from fedjax_sim.engine import placement  # noqa: E402
 

@@ -82,7 +82,7 @@ def test_a_finished_run_is_opened_and_analysed(copied):
 
 def test_a_configuration_of_version_2_keeps_every_field():
     path = FIXTURES / "config_v2.yaml"
-    assert config.to_dict(config.load(path)) == yaml.safe_load(path.read_text())
+    assert config.to_dict(config.read_config(path)) == yaml.safe_load(path.read_text())
 
 
 def test_a_configuration_of_version_1_means_what_it_meant():
@@ -96,4 +96,4 @@ def test_a_configuration_of_version_1_means_what_it_meant():
         **{"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {}},
         "inner": {"name": "fedavg", "weights": "uniform"},
     }
-    assert config.to_dict(config.load(path)) == wanted
+    assert config.to_dict(config.read_config(path)) == wanted

@@ -15,7 +15,9 @@ STUDIES = sorted(path for depth in ("*", "*/*") for path in (ROOT / "experiments
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_study_loads_and_says_its_command(path):
     sweep = "base" in config.read_yaml(path)
-    wanted = [job.config for job in sweep_files.load(path).jobs] if sweep else [config.load(path)]
+    wanted = (
+        [job.config for job in sweep_files.read_sweep(path).jobs] if sweep else [config.read_config(path)]
+    )
     for one in wanted:
         assert one.model.name in models.names()
         assert one.data.source in data.names() or one.data.source in data.PRESETS

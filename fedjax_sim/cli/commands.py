@@ -407,7 +407,7 @@ def _export(words: list[str]) -> int:
     given, _ = _given([word for word in words if word != "--best"], usage, _EXPORT)
     if isinstance(given, str) or len(given) != 2:
         raise UserError("export", " ".join(words), "it takes a FOLDER and a FILE", f"Write {usage}.")
-    export.check(given[1])
+    export.checked_path(given[1])
     print(f"wrote {runs.load(given[0]).export(given[1], best=best)}")
     return 0
 

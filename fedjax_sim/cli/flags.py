@@ -51,7 +51,7 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
             switches.add(name)
     base = RunConfig()
     if words and not words[0].startswith("-"):
-        base = config_lib.load(words.pop(0))
+        base = config_lib.read_config(words.pop(0))
     option, inside = "--algorithm", 0
     while any(word.startswith(option) for word in words):
         name, words = _named_by(option, words)

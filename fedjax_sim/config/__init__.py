@@ -13,7 +13,7 @@ from fedjax_sim.config.sections import (
     OutputConfig,
     PeelConfig,
 )
-from fedjax_sim.config.yaml import as_config, dump, flat, from_dict, load, read_yaml, to_dict
+from fedjax_sim.config.yaml import as_config, dump, flat, from_dict, read_config, read_yaml, to_dict
 
 __all__ = [
     "GIVEN",
@@ -35,8 +35,8 @@ __all__ = [
     "dump",
     "flat",
     "from_dict",
-    "load",
     "nested",
+    "read_config",
     "read_yaml",
     "to_dict",
 ]

@@ -18,7 +18,7 @@ LISTS: dict[str, Names] = {
 _SECTIONS = {"peel": "peel: {every: 10}", "inertia": "inertia: {measure: true, every: 10}"}
 
 
-def check(kind: str, entries: Sequence[Any]) -> None:
+def check_entries(kind: str, entries: Sequence[Any]) -> None:
     """Raises UserError for an entry of a list that is not of its kind."""
     for place, entry in enumerate(entries):
         LISTS[kind].check(entry, f"{kind}.{place}")

@@ -100,7 +100,7 @@ class RunConfig:
             )
         check(self)
         for kind in plugins.LISTS:
-            plugins.check(kind, getattr(self, kind))
+            plugins.check_entries(kind, getattr(self, kind))
         _check_version(self.version)
         at_least("rounds", self.rounds, 1)
         within("seed", self.seed, 0, 2**31 - 1)

@@ -100,7 +100,7 @@ class Sweep:
     out: Path
 
 
-def load(path: str | Path) -> Sweep:
+def read_sweep(path: str | Path) -> Sweep:
     """A sweep from its file; relative paths of `base` are seen from the file's folder.
 
     Raises:

@@ -104,7 +104,7 @@ def _nearest(key: str, names: list[str]) -> str:
     return nearest(key, names)
 
 
-def load(path: str | Path) -> RunConfig:
+def read_config(path: str | Path) -> RunConfig:
     """A RunConfig from a YAML file.
 
     Raises:
@@ -122,12 +122,12 @@ def as_config(given: Any) -> RunConfig:
     """A RunConfig as it is, or that of a YAML file whose path is given.
 
     Raises:
-      UserError: as `load`; or it is neither.
+      UserError: as `read_config`; or it is neither.
     """
     if isinstance(given, RunConfig):
         return given
     if isinstance(given, str | Path):
-        return load(given)
+        return read_config(given)
     fix = (
         "Give fs.RunConfig(…), or the path of its YAML file. A mapping becomes one by fs.config.from_dict(…)."
     )

@@ -21,7 +21,7 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 """Release of jax or jaxlib -> its fault. FOUND in JAX's issue tracker, and seen again by us on a CPU."""
 
 
-def check(jax: str | None = None, jaxlib: str | None = None) -> None:
+def check_versions(jax: str | None = None, jaxlib: str | None = None) -> None:
     """Refuses to go on with a JAX that is known to break results. Imports nothing of JAX.
 
     Development and release-candidate builds of a refused release are refused as well, since nobody says on
@@ -48,7 +48,7 @@ def check(jax: str | None = None, jaxlib: str | None = None) -> None:
 
 
 def remedy() -> str:
-    """The shell command that installs a release of jax and jaxlib which `check` lets through."""
+    """The shell command that installs a release of jax and jaxlib which `check_versions` lets through."""
     excluded = "".join(f",!={version}" for version in REFUSED)
     return f'{sys.executable} -m pip install --upgrade "jax>=0.10.1{excluded}" "jaxlib>=0.10.1{excluded}"'
 

@@ -8,7 +8,8 @@ from fedjax_sim.data.partition_reports import effective_classes, label_counts, p
 from fedjax_sim.data.partitions import partition
 from fedjax_sim.data.presets import PRESETS
 from fedjax_sim.data.samples import Samples
-from fedjax_sim.data.sources import SCHEMES, default_data_dir, load, names
+from fedjax_sim.data.sources import SCHEMES, default_data_dir, names
+from fedjax_sim.data.sources import load_dataset as load
 from fedjax_sim.data.tables import TableDataset
 from fedjax_sim.tasks.preprocessing import Preprocessing, augment, normalise
 

@@ -141,7 +141,7 @@ def describe(dataset: Samples) -> dict[str, Any]:
     }
 
 
-def check(partition: Partition, dataset: Samples) -> None:
+def check_partition(partition: Partition, dataset: Samples) -> None:
     """Raises UserError unless the indices lie inside the set, and the set is the one they were made for."""
     crc = partition.recipe.get("labels_crc32")
     if crc is not None and crc != describe(dataset)["labels_crc32"]:
@@ -207,7 +207,7 @@ def load_partition(path: str | Path, dataset: Samples | None = None) -> Partitio
     else:
         raise UserError("partition.path", str(path), "neither of the two formats", _FIX)
     if dataset is not None:
-        check(loaded, dataset)
+        check_partition(loaded, dataset)
     return loaded
 
 

@@ -112,7 +112,7 @@ def for_server(given: Partition, dataset: Samples, fraction: float, seed: int) -
     """
     if not fraction or given.server is not None:
         return given
-    partition_files.check(given, dataset)
+    partition_files.check_partition(given, dataset)
     free = np.setdiff1d(np.arange(dataset.train_size), given.held())
     return _with_server(given, _drawn_for_server(dataset, free, fraction, seed), fraction)
 

@@ -32,7 +32,7 @@ SCHEMES = {
 """The words before a colon, and what follows them."""
 
 
-def load(
+def load_dataset(
     source: str,
     *,
     data_dir: str | Path | None = None,

@@ -105,7 +105,7 @@ def groups(given: Given, make: Callable[[str, tuple[Run, ...]], Any] = Group) ->
 
 def _of_sweep(path: str | Path) -> list[tuple[str, Run]]:
     """The finished runs of a sweep's file, by method and setting, named as in its table."""
-    jobs = [(job, job.config.output.dir) for job in sweep_files.load(path).jobs]
+    jobs = [(job, job.config.output.dir) for job in sweep_files.read_sweep(path).jobs]
     done = [(job, folder) for job, folder in jobs if folder is not None and Folder(folder).finished]
     if not done:
         fix = f"Run it first: fedjax-sim sweep {path}."
@@ -165,7 +165,7 @@ def home_of(given: Given, found: Sequence[Group], name: str, alone: str) -> Path
       UserError: the first run is in memory.
     """
     if isinstance(given, str | Path) and Path(given).suffix == ".yaml":
-        return sweep_files.load(given).out / name
+        return sweep_files.read_sweep(given).out / name
     first = found[0].runs[0].folder
     if first is None:
         raise UserError("out", None, "the run is in memory and has no folder", "Say where: out=….")

@@ -3,7 +3,8 @@
 from fedjax_sim.runs.api import resume, run, run_prepared, validate
 from fedjax_sim.runs.describe import differing, portable
 from fedjax_sim.runs.federation import Simulation
-from fedjax_sim.runs.loading import load, restored
+from fedjax_sim.runs.loading import load_run as load
+from fedjax_sim.runs.loading import restored
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, title_of
 
 __all__ = [

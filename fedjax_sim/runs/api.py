@@ -48,7 +48,7 @@ from fedjax_sim.runs.describe import (
 from fedjax_sim.runs.drive import rounds_before, run_rounds
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
-from fedjax_sim.runs.loading import load, setup_of
+from fedjax_sim.runs.loading import load_run, setup_of
 from fedjax_sim.runs.result import Run
 from fedjax_sim.runs.start import with_start
 
@@ -171,7 +171,7 @@ def resume(
                 simulation = Simulation(setup)
                 with place.writing():
                     return run_rounds(simulation, place, began)
-    return load(folder, dataset=dataset, model=model, algorithm=algorithm, meters=meters)
+    return load_run(folder, dataset=dataset, model=model, algorithm=algorithm, meters=meters)
 
 
 def _resumable(
@@ -216,7 +216,7 @@ def checked_setup(make: Callable[[], Setup]) -> Setup:
 
     def made() -> Setup:
         setup = make()
-        memory.check(setup)
+        memory.check_memory(setup)
         return setup
 
     setup = hosts.all_or_none(made)

@@ -14,7 +14,7 @@ from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Prolo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples, as_dataset, as_partition
-from fedjax_sim.data.partition_files import check
+from fedjax_sim.data.partition_files import check_partition
 from fedjax_sim.engine import hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
@@ -64,7 +64,7 @@ def prepare(
         raise UserError("evaluation.per_class", True, why, "Leave it out.")
     wanted = config.initial.put_aside
     partition = data.partition(dataset, config.partition, config.seed, wanted, partition)
-    check(partition, dataset)
+    check_partition(partition, dataset)
     cohort_size = config.cohort.count(partition.num_clients)
     if config.evaluation.per_client and partition.test is None:
         raise UserError(
@@ -102,9 +102,9 @@ def prepare(
     )
     setup = replace(setup, **diagnostics.of(setup))
     _ = setup.draw  # which may find fault with a schedule
-    diagnostics.check(setup)
+    diagnostics.check_diagnostics(setup)
     if not algorithms.builtin(config.algorithm):  # those are held to it by a test
-        contract.check(
+        contract.check_contract(
             record,
             setup.trainer,
             name=name,

@@ -42,7 +42,7 @@ def build(config: Any, context: Context, name: str) -> Algorithm:
     return made
 
 
-def check(
+def check_contract(
     algorithm: Algorithm, trainer: Trainer, *, name: str, num_clients: int, cohort_size: int, mesh: Mesh
 ) -> None:
     """Follows a round through an algorithm's functions.

@@ -40,7 +40,7 @@ def of(setup: Setup) -> dict[str, Any]:
     return {"observers": observers, "meters": {name: m.build(context) for name, m in meters.items()}}
 
 
-def check(setup: Setup) -> None:
+def check_diagnostics(setup: Setup) -> None:
     """Follows what somebody else wrote through a round, on shapes; nothing is computed.
 
     Raises:

@@ -202,7 +202,7 @@ def rounds_before(folder: Folder, config: RunConfig, about: Mapping[str, Any]) -
     Raises:
       UserError: it was finished, and what more rounds start from was not kept.
     """
-    began = about.get("config", {}).get("rounds", config_lib.load(folder.config).rounds)
+    began = about.get("config", {}).get("rounds", config_lib.read_config(folder.config).rounds)
     kept = bool(Checkpoints(folder.checkpoints).rounds())
     if records.reached(folder.path) >= began and not (kept and (folder.path / records.JOURNAL).is_file()):
         why = "the run was finished, and only its records were kept"
@@ -244,7 +244,7 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
         simulation.trace()  # an algorithm that goes by the number of rounds raises
 
     def write() -> None:
-        now = dataclasses.replace(config_lib.load(folder.config), rounds=config.rounds)
+        now = dataclasses.replace(config_lib.read_config(folder.config), rounds=config.rounds)
         folder.write("config.yaml", config_lib.dump(now))
         about = json.loads((folder.path / "provenance.json").read_text())
         if "config" in about:  # last: until then the run is asked again whether it may

@@ -21,7 +21,7 @@ from fedjax_sim.core.errors import UserError
 FORMATS = (".npz", ".safetensors")
 
 
-def check(path: str | Path) -> Path:
+def checked_path(path: str | Path) -> Path:
     """The path, as far as can be said before there is a model.
 
     Raises:
@@ -51,7 +51,7 @@ def write(variables: Any, path: str | Path) -> Path:
     Raises:
       UserError: see `check`; or the file cannot be written.
     """
-    path, leaves = check(path), named(variables)
+    path, leaves = checked_path(path), named(variables)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from fedjax_sim.runs.folder import Folder
 from fedjax_sim.runs.result import Run
 
 
-def load(
+def load_run(
     folder: str | Path,
     *,
     dataset: Samples | None = None,

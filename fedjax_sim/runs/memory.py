@@ -164,7 +164,7 @@ def compiled_round(simulation: Simulation) -> dict[str, int]:
     }
 
 
-def check(setup: Setup) -> None:
+def check_memory(setup: Setup) -> None:
     """Refuses a run whose data and states alone are more than the memory that there is; quick.
 
     Counts only what is exact and held all the time, and all of the machine's memory, so that nothing is

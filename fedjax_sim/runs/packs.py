@@ -86,7 +86,7 @@ class Files:
 
     def config(self) -> RunConfig:
         """See `Records`."""
-        return config_lib.load(self.path / CONFIG)
+        return config_lib.read_config(self.path / CONFIG)
 
     def provenance(self) -> dict[str, Any]:
         """See `Records`."""

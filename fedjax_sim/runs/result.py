@@ -144,7 +144,7 @@ class Run:
         Raises:
           UserError: it ends otherwise, cannot be written, or the run has no model.
         """
-        export.check(path)
+        export.checked_path(path)
         return export.write(self.best_variables if best else self.variables, path)
 
     def __repr__(self):

@@ -28,7 +28,7 @@ from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate, Simul
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.folder import Folder
-from fedjax_sim.runs.loading import load
+from fedjax_sim.runs.loading import load_run
 
 STREAM = 2**31 - 1
 """Of the one who pretrains: an id that no client has."""
@@ -86,11 +86,11 @@ def of_run(folder: str, model: Model, dataset: Samples) -> Any:
             why, fix = "that run has not come to its first checkpoint", "Resume it."
         raise _wrong(folder, f"it has no checkpoint: {why}", fix)
     try:
-        other = load(folder)
+        other = load_run(folder)
         if "algorithm" in other.config.given:
             raise UserError("algorithm", None, "it was given in Python, and is not known here", "")
         own = {"model": model, "dataset": dataset}
-        other = load(folder, **{name: own[name] for name in own if name in other.config.given})
+        other = load_run(folder, **{name: own[name] for name in own if name in other.config.given})
         # Of a run that another process drives, the newest model would be a matter of luck.
         finished = hosts.on_first(lambda: place.finished)
         with nullcontext() if finished else hosts.locked_by_first(place.claimed):

@@ -31,7 +31,8 @@ import jax
 from fedjax_sim import config as config_lib
 from fedjax_sim import data, runs
 from fedjax_sim.config import RunConfig
-from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping, load
+from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping
+from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts
 from fedjax_sim.runs import progress, provenance

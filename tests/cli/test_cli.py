@@ -77,7 +77,7 @@ def test_print_config_gives_yaml_that_reads_back(tmp_path, capsys):
     assert set(yaml.safe_load(text)) == {f.name for f in dataclasses.fields(RunConfig)} - unset
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    assert config_lib.load(path) == parsed("--algorithm", "fedmr", *TINY)
+    assert config_lib.read_config(path) == parsed("--algorithm", "fedmr", *TINY)
 
 
 @pytest.mark.smoke

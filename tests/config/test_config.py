@@ -45,9 +45,9 @@ def test_a_configuration_survives_yaml(name, base, tmp_path):
     wanted = dataclasses.replace(base, algorithm=algorithms.CONFIGS[name]())
     text = config.dump(wanted)
     (tmp_path / "run.yaml").write_text(text)
-    assert config.load(tmp_path / "run.yaml") == wanted
+    assert config.read_config(tmp_path / "run.yaml") == wanted
     assert yaml.safe_load(text)["algorithm"]["name"] == name
-    assert config.dump(config.load(tmp_path / "run.yaml")) == text
+    assert config.dump(config.read_config(tmp_path / "run.yaml")) == text
 
 
 def test_every_field_of_every_part_is_written_out():
@@ -170,7 +170,7 @@ def test_a_mistake_is_named_by_its_field_and_says_the_way_out(text, field, told)
 def test_files_that_are_no_configuration(content, tmp_path):
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=r"bad\.yaml"):
-        config.load(tmp_path / "bad.yaml")
+        config.read_config(tmp_path / "bad.yaml")
 
 
 def test_a_key_that_is_there_twice(tmp_path):
@@ -178,7 +178,7 @@ def test_a_key_that_is_there_twice(tmp_path):
     with pytest.raises(
         UserError, match=r"run\.yaml.*line 3.*the key 'local' is there twice, first in line 1"
     ):
-        config.load(tmp_path / "run.yaml")
+        config.read_config(tmp_path / "run.yaml")
 
 
 def test_words_of_other_yaml_versions_in_a_file(tmp_path):
@@ -189,13 +189,13 @@ def test_words_of_other_yaml_versions_in_a_file(tmp_path):
         "model: {options: {hidden: [010]}}\n"
         "evaluation: {per_class: yes, per_client: off}\noutput: {dir: 2026-01-01}\n"
     )
-    read = config.load(tmp_path / "run.yaml")
+    read = config.read_config(tmp_path / "run.yaml")
     assert (read.seed, read.rounds, read.local.lr, read.output.dir) == (10, 1000, 0.01, "2026-01-01")
     assert (read.evaluation.per_class, read.evaluation.per_client) == (True, False)
     assert read.local.options == {"weight_decay": 1e-4} and read.model.options == {"hidden": [10]}
     assert read.algorithm == FedOpt("adam", 0.1, {"eps": 1e-3})
     (tmp_path / "again.yaml").write_text(config.dump(read))
-    assert config.load(tmp_path / "again.yaml") == read
+    assert config.read_config(tmp_path / "again.yaml") == read
 
 
 def test_a_bare_name_stands_for_a_section():
@@ -209,7 +209,7 @@ def test_a_bare_name_stands_for_a_section():
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        config.load(tmp_path / "none.yaml")
+        config.read_config(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_a_run_of_a_file_alone_is_planned_run_kept_and_opened_again(own, tmp_pat
     assert f"fedavg, {own}:Net on stripes" in capsys.readouterr().out
     done = runs.load("run")
     assert done.config.given == {}
-    assert config.load("run/config.yaml").model.name == f"{own}:Net"
+    assert config.read_config("run/config.yaml").model.name == f"{own}:Net"
     again = runs.restored("run")
     first = jax.tree.leaves(jax.device_get(again.variables))
     for one, other in zip(first, jax.tree.leaves(done.variables), strict=True):

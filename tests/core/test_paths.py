@@ -68,7 +68,7 @@ def test_a_sweep_refuses_a_bucket_anywhere(home):
         (lambda: runs.resume(BUCKET), "folder"),
         (lambda: runs.load(Path(BUCKET)), "folder"),
         (lambda: shared.writable(BUCKET), "out"),
-        (lambda: config_lib.load(BUCKET), "config"),
+        (lambda: config_lib.read_config(BUCKET), "config"),
         (lambda: data.load(f"folder:{BUCKET}"), "data.source"),
         (lambda: data.load("cifar10", data_dir=BUCKET), "data.data_dir"),
         (lambda: data.load_partition(BUCKET), "partition.path"),

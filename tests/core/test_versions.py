@@ -21,7 +21,7 @@ GOOD = "0.10.1"
 def test_refuses_a_known_bad_release_of_either_package(package, bad):
     installed = {"jax": GOOD, "jaxlib": GOOD, package: bad}
     with pytest.raises(ImportError) as caught:
-        versions.check(**installed)
+        versions.check_versions(**installed)
     message = str(caught.value)
     assert f"{package} {bad}" in message
     assert "jax-ml/jax#39" in message
@@ -33,18 +33,18 @@ def test_refuses_a_known_bad_release_of_either_package(package, bad):
     "good", ["0.10.1", "0.10.20", "0.10.3", "0.11.1", "0.12.0", "0.12.0.1", "0.10.2.post1", "1.0"]
 )
 def test_lets_other_releases_through(good):
-    versions.check(good, good)
+    versions.check_versions(good, good)
 
 
 @pytest.mark.smoke
 def test_the_running_release_passes():
-    versions.check()
+    versions.check_versions()
 
 
 def test_asks_for_the_installed_release_when_none_is_given(monkeypatch):
     monkeypatch.setattr(versions.importlib.metadata, "version", {"jax": GOOD, "jaxlib": "0.10.2"}.__getitem__)
     with pytest.raises(ImportError, match=r"jaxlib 0\.10\.2"):
-        versions.check()
+        versions.check_versions()
 
 
 def test_a_package_that_is_not_installed_is_left_to_its_own_import_error(monkeypatch):
@@ -52,13 +52,13 @@ def test_a_package_that_is_not_installed_is_left_to_its_own_import_error(monkeyp
         raise versions.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(versions.importlib.metadata, "version", missing)
-    versions.check()
+    versions.check_versions()
 
 
 def test_the_check_imports_nothing_of_jax():
     # Loaded by itself: the package's __init__ goes on to import JAX once the check has passed.
     code = (
-        "import runpy, sys; runpy.run_path(sys.argv[1])['check']();"
+        "import runpy, sys; runpy.run_path(sys.argv[1])['check_versions']();"
         "assert not {'jax', 'jaxlib'} & set(sys.modules), 'the check must come before JAX'"
     )
     subprocess.run([sys.executable, "-c", code, versions.__file__], check=True)

@@ -294,7 +294,7 @@ def test_a_sweep_gives_its_finished_runs_by_method(tmp_path):
     )
     with pytest.raises(UserError, match="none of its runs is finished"):
         groups(file)
-    for job in sweep_files.load(file).jobs:
+    for job in sweep_files.read_sweep(file).jobs:
         if (job.method, job.seed) != ("Other", 1):
             where = type(tmp_path)(job.config.output.dir)
             folder_of(where, job.config, made_up("fedavg", job.seed)[0])

@@ -315,7 +315,7 @@ def test_a_sweeps_file_stands_for_its_finished_runs(folders, tmp_path):
     (tmp_path / "study.yaml").write_text(textwrap.dedent(text))
     with pytest.raises(UserError, match="none of its runs is finished"):
         groups(tmp_path / "study.yaml")
-    jobs = sweep_files.load(tmp_path / "study.yaml").jobs
+    jobs = sweep_files.read_sweep(tmp_path / "study.yaml").jobs
     for job in jobs:
         if job.method == "A":
             shutil.copytree(folders[job.seed], job.config.output.dir)

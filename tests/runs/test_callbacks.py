@@ -244,7 +244,7 @@ def test_an_error_names_callback_round_and_line_and_the_run_goes_on(module, tmp_
     told = r"callbacks\.0\.on_round = '.*Fussy': it fails in round 4: ValueError: not like this "
     with pytest.raises(UserError, match=told + r"\(fussy_callbacks\.py, line 10\).*fedjax-sim resume"):
         fs.run(file)
-    assert config_lib.load(tmp_path / "run" / "config.yaml").callbacks[0].limit == 4
+    assert config_lib.read_config(tmp_path / "run" / "config.yaml").callbacks[0].limit == 4
     monkey = sys.modules["fussy_callbacks"].Fussy
     monkey.on_round = lambda self, number, rows, run: None
     run = fs.resume(tmp_path / "run")

@@ -397,4 +397,5 @@ def test_those_of_the_package_keep_the_contract(name, cohort):
     )
     setup = assemble.prepare(config, dataset=DIGITS, model=model)
     mesh = placement.make_mesh(setup.devices)
-    contract.check(setup.algorithm, setup.trainer, name=name, num_clients=12, cohort_size=cohort, mesh=mesh)
+    sizes = {"num_clients": 12, "cohort_size": cohort}
+    contract.check_contract(setup.algorithm, setup.trainer, name=name, mesh=mesh, **sizes)

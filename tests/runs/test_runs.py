@@ -118,7 +118,7 @@ def test_a_folder_holds_all_and_says_the_same(tmp_path):
     ):
         assert (folder / name).stat().st_size > 0, name
     assert list((folder / "tensorboard").iterdir())
-    assert runs.portable(config_lib.load(folder / "config.yaml")) == runs.portable(config)
+    assert runs.portable(config_lib.read_config(folder / "config.yaml")) == runs.portable(config)
     named = {f.name for f in dataclasses.fields(config)}
     assert set(yaml.safe_load((folder / "config.yaml").read_text())) == named - set(plugins.LISTS)
     memory = runs.run(dataclasses.replace(config, output=tiny().output))
@@ -227,7 +227,7 @@ def test_a_given_partition_is_not_made_up_when_its_file_is_lost(tmp_path):
 def rounds_in(folder):
     """(of config.yaml, of the record)."""
     about = json.loads((folder / "provenance.json").read_text())
-    return config_lib.load(folder / "config.yaml").rounds, about["config"]["rounds"]
+    return config_lib.read_config(folder / "config.yaml").rounds, about["config"]["rounds"]
 
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -325,7 +325,7 @@ def test_the_folder_is_written_without_what_is_above_it(tmp_path, monkeypatch):
     assert [runs.portable(tiny(path)).output.dir for path in given] == list(given.values())
     assert runs.portable(tiny()).output.dir is None
     runs.run(tiny(tmp_path / "study" / "runs" / "a", rounds=1))
-    assert config_lib.load("runs/a/config.yaml").output.dir == "runs/a"
+    assert config_lib.read_config("runs/a/config.yaml").output.dir == "runs/a"
 
 
 def test_cpu_seconds_leave_out_waiting_and_add_up_over_starts(tmp_path, monkeypatch):
@@ -446,7 +446,7 @@ def test_supplied_model_algorithm_and_partition_take_effect(tmp_path):
     model = models.create("mlp", (8, 8, 1), 10, hidden=(4,))
     done = runs.run(config, partition=partition, model=model, algorithm=CONFIGS["fedmr"](first_stage=1))
     assert done.partition.num_clients == 6
-    assert config_lib.load(done.folder / "config.yaml").algorithm == CONFIGS["fedmr"](first_stage=1)
+    assert config_lib.read_config(done.folder / "config.yaml").algorithm == CONFIGS["fedmr"](first_stage=1)
     assert "slot_similarity" in done.metrics.names()
     with pytest.raises(UserError, match="model"):
         runs.resume(done.folder)
@@ -474,7 +474,7 @@ def test_what_python_gave_is_named_in_the_record(tmp_path, how):
     told = "fedprox(Half(share=0.25))" if how == "inside" else "Half(share=0.25)"
     assert done.title.startswith(f"{told}, mlp on digits")
     assert runs.load(done.folder).title == done.title
-    written = config_lib.load(done.folder / "config.yaml")
+    written = config_lib.read_config(done.folder / "config.yaml")
     assert written.given == {"algorithm": told}
     with pytest.raises(UserError, match="algorithm"):
         runs.resume(done.folder)
@@ -496,7 +496,7 @@ def test_what_python_gave_is_asked_for_again(tmp_path):
         "algorithm": Half(0.25),
     }
     done = runs.run(tiny(tmp_path / "run", rounds=1), **given)
-    again = config_lib.load(done.folder / "config.yaml")
+    again = config_lib.read_config(done.folder / "config.yaml")
     again = dataclasses.replace(again, output=OutputConfig(dir=str(tmp_path / "again")))
     for name in given:
         with pytest.raises(UserError, match=rf"given\.{name} = .*run\(config, {name}=…\)"):

@@ -26,7 +26,7 @@ from fedjax_sim.probes.peel.forward import Forward
 STATISTICS = "batch_stats"
 
 
-def check(config: PeelConfig, model: Model) -> None:
+def check_controls(config: PeelConfig, model: Model) -> None:
     """Raises UserError for a control of batch statistics on a model without any."""
     has = any(path[0] == STATISTICS for path in model.layer_order())
     wanted = [name for name in config.controls if name != "perturbed"]

@@ -70,7 +70,7 @@ class Probe:
     width: int
 
     def __post_init__(self):
-        controls.check(self.forward.config, self.forward.model)
+        controls.check_controls(self.forward.config, self.forward.model)
 
     @property
     def states(self) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ class Measured:
         return np.asarray([getattr(both[name], part) for _, _, both in self.between])
 
 
-def check(run: Run) -> None:
+def check_measurable(run: Run) -> None:
     """Raises UserError if it is seen at once that a run's final state cannot be read from its folder."""
     if run.folder is None:
         why, fix = "the run is in memory and has no folder", "Use measure() with its Simulation."

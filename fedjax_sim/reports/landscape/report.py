@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedjax_sim.reports import shared
-from fedjax_sim.reports.landscape.measurement import Measured, Settings, check, measure
+from fedjax_sim.reports.landscape.measurement import Measured, Settings, check_measurable, measure
 from fedjax_sim.reports.landscape.pictures import PICTURES, Results
 from fedjax_sim.reports.shared import Figures, Given, Group, drawing, markdown, spread
 from fedjax_sim.runs import restored
@@ -50,7 +50,7 @@ def draw(
     found = shared.groups(given)
     for group in found:
         for run in group.runs:
-            check(run)
+            check_measurable(run)
     home = shared.home_of(given, found, "landscape", "landscape") if out is None else out
     with drawing(home) as folder:  # from here on, as measuring takes long
         return _draw(found, settings, folder, tell)
