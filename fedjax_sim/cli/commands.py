@@ -421,13 +421,13 @@ its path: params/fc1/kernel and so on. The data need not be there.
 
 def _plan(words: list[str]) -> int:
     from fedjax_sim.cli import flags
-    from fedjax_sim.runs import memory
+    from fedjax_sim.runs.plan import plan
 
     switches = {"exact": "compile the round, and add what XLA says of it"}
     config, chosen = flags.parse(words, "plan", "Says what a configuration will need in memory.", switches)
-    plan = memory.plan(config, exact=bool(chosen))
-    print(plan)
-    return 1 if plan.fits is False else 0
+    found = plan(config, exact=bool(chosen))
+    print(found)
+    return 1 if found.fits is False else 0
 
 
 def _list(words: list[str]) -> int:

@@ -31,6 +31,9 @@ from fedjax_sim.engine.device_data import DeviceData
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
 
+WAVE, STEP = "wave", "local_step"
+"""Parts of local training, as profiles and a plan of memory name them."""
+
 # --- the order of samples -----------------------------------------------------------------------------
 
 
@@ -233,6 +236,7 @@ class Trainer:
         numbers = ids if rng_ids is None else rng_ids[ids]
         return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
+    @jax.named_scope(WAVE)
     def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, data: DeviceData):
         """Trains `width` clients to the end.
 
@@ -270,6 +274,7 @@ class Trainer:
         # update its weights where they lie, but copy them in every step.
         bare, laned = (_bare, _laned) if self.width == 1 else (lambda tree: tree, lambda tree: tree)
 
+        @jax.named_scope(STEP)
         def body(t, carry):
             orders, loss_sum, seen, carried = carry
             variables, memory, last_gradient, gathered = laned(carried)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from fedjax_sim.core.task import Example
 from fedjax_sim.data import Partition, Samples
@@ -91,8 +91,8 @@ class DataStore:
       mesh: the devices.
     """
 
-    def __init__(self, mesh: Mesh, place: Callable[[np.ndarray, Mesh], Any] = placement.put_replicated):
-        """`place`: puts an array on all devices of a mesh; `abstract` puts nothing, for a plan of memory."""
+    def __init__(self, mesh: Mesh, place: Callable[[np.ndarray, NamedSharding], Any] = placement.put):
+        """`place`: puts an array on the devices; `abstract` puts nothing, for a plan of memory."""
         self.mesh, self._place = mesh, place
         self._placed: dict[int, tuple[np.ndarray, Any]] = {}  # by identity; held here, an array keeps its id
 
@@ -104,8 +104,12 @@ class DataStore:
     def put(self, array: np.ndarray) -> Any:
         """The array, whole on every device."""
         if id(array) not in self._placed:
-            self._placed[id(array)] = array, self._place(array, self.mesh)
+            self._placed[id(array)] = array, self._place(array, placement.replicated(self.mesh))
         return self._placed[id(array)][1]
+
+    def cut(self, array: np.ndarray) -> Any:
+        """The array, each device having its share of the first axis, which they divide."""
+        return self._place(array, placement.sharded(self.mesh, len(array)))
 
     def whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Samples, leaves [n, …], whole on every device."""
@@ -132,6 +136,6 @@ class DataStore:
         )
 
 
-def abstract(array: np.ndarray, mesh: Mesh) -> Any:
-    """An array's shape and dtype, as it would be whole on every device of the mesh."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placement.replicated(mesh))
+def abstract(array: np.ndarray, sharding: NamedSharding) -> Any:
+    """An array's shape and dtype, as it would be on the devices."""
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

@@ -39,6 +39,7 @@ class Evaluator:
       example: the samples as they are stored, leaves [n, …].
       batch_size: samples in one forward pass.
       rows: i64[m], which of the samples; None: all of them.
+      data: what it reads on the devices: (samples, i32[D·b, B] rows of them; None where the samples are cut).
     """
 
     model: Model
@@ -48,7 +49,7 @@ class Evaluator:
     batch_size: int
     rows: np.ndarray | None = None
     _count: int = dataclasses.field(init=False, repr=False)
-    _data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
+    data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
     _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
@@ -60,7 +61,7 @@ class Evaluator:
         def cut(array: np.ndarray) -> jax.Array:
             rest = np.zeros((mesh.size * batches * batch - count, *array.shape[1:]), array.dtype)
             shape = (mesh.size * batches, batch, *array.shape[1:])
-            return put(np.concatenate([array, rest]).reshape(shape), sharded(mesh, mesh.size))
+            return self.store.cut(np.concatenate([array, rest]).reshape(shape))
 
         if rows is not None or self.store.shares_host or self.store.has(example):
             rows = np.arange(count) if rows is None else rows
@@ -68,14 +69,16 @@ class Evaluator:
         else:
             data = {key: cut(leaf) for key, leaf in example.items()}, None
         object.__setattr__(self, "_count", count)
-        object.__setattr__(self, "_data", data)
-        object.__setattr__(self, "_forward", CachedJit(self._compiled, mesh, **readable(mesh)))
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "_forward", CachedJit(self.function, mesh, **readable(mesh)))
 
     def __call__(self, variables: Any) -> Outcome:
         """One model on all samples, on the device."""
-        return self._forward(variables, *self._data)
+        return self._forward(variables, *self.data)
 
-    def _compiled(self, variables, example, rows):
+    def function(self, variables: Any, example: Any, rows: Any) -> Outcome:
+        """What is compiled. Args: a model, and `data`."""
+
         def share(variables, example, rows):
             def batch(_, part):
                 chosen = part if rows is None else {key: leaf[part] for key, leaf in example.items()}

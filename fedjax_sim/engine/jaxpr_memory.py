@@ -1,6 +1,14 @@
-"""How much memory a traced program holds at once: an estimate without compiling it."""
+"""How much memory a traced program holds at its worst moment: an estimate, without compiling it.
 
-from collections.abc import Sequence
+Follows what is alive from equation to equation, in the order in which they were traced, with the habits of
+XLA's own assignment of buffers: a result takes the place of an operand that nobody needs any more, a loop's
+state is updated in place, and what fusion never writes to memory (a broadcast, a product that is summed at
+once) takes none.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,47 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+_LOOPS = {"while", "scan"}
+_VIEWS = {"reshape", "squeeze", "expand_dims", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
+_FUSED = {"broadcast_in_dim", "iota", "convert_element_type", "select_and_gather_add", "pad_constant"}
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"}
+_NOT_FUSED = {"dot_general", "conv_general_dilated", "sort", "scatter", "scatter-add", "cumsum", "gather"}
+
 
 def bytes_of(tree: Any) -> int:
     """Bytes of all leaves, abstract or not."""
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
-
-
-def peak_bytes(program: core.ClosedJaxpr) -> int:
-    """Largest sum of values alive at once while a traced program runs; its inputs do not count.
-
-    Programs inside (a loop's body, a branch, a called function) count with their own peak.
-    """
-    return _peak(program.jaxpr)
-
-
-def _peak(jaxpr: core.Jaxpr) -> int:
-    last = {
-        var: place for place, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if isinstance(var, core.Var)
-    }
-    last |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if isinstance(var, core.Var)}
-    outside = {*jaxpr.invars, *jaxpr.constvars}
-    alive = peak = 0
-    for place, eqn in enumerate(jaxpr.eqns):
-        alive += sum(leaf_bytes(var.aval) for var in eqn.outvars)
-        inner = max(
-            (_peak(inside) for value in eqn.params.values() for inside in _programs(value)), default=0
-        )
-        peak = max(peak, alive + inner)
-        done = {var for var in eqn.invars if isinstance(var, core.Var) and last[var] == place} - outside
-        done |= {var for var in eqn.outvars if var not in last}
-        alive -= sum(leaf_bytes(var.aval) for var in done)
-    return peak
-
-
-def _programs(value: Any) -> Sequence[core.Jaxpr]:
-    if isinstance(value, core.ClosedJaxpr):
-        return [value.jaxpr]
-    if isinstance(value, core.Jaxpr):
-        return [value]
-    if isinstance(value, tuple | list):
-        return [inside for item in value for inside in _programs(item)]
-    return []
 
 
 def leaf_bytes(leaf: Any) -> int:
@@ -56,3 +33,134 @@ def leaf_bytes(leaf: Any) -> int:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 8 * int(np.prod(leaf.shape, dtype=np.int64))
     return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+
+
+def peak_bytes(
+    program: core.ClosedJaxpr,
+    labels: Sequence[str] = (),
+    *,
+    donated: int = 0,
+    size: Callable[[Any], int] = leaf_bytes,
+) -> Counter[str]:
+    """Bytes alive at the worst moment of a traced program, by the part of it that made them.
+
+    Inputs do not count, nor does what takes a donated input's place.
+
+    Args:
+      program: traced.
+      labels: names given by `jax.named_scope`; what is made under none of them counts under "". Of nested
+        ones the innermost counts.
+      donated: how many of the inputs, from the first, may be overwritten.
+      size: bytes of an array on one device, outside of `jax.shard_map`; inside, shapes are a device's own.
+
+    Returns:
+      label -> bytes; their sum is the peak.
+    """
+    walk = _Walk(tuple(labels))
+    return walk.peak(program.jaxpr, "", set(program.jaxpr.invars[:donated]), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    labels: tuple[str, ...]
+
+    def peak(self, jaxpr: Any, label: str, donated: set, size: Callable[[Any], int]) -> Counter[str]:
+        """Of one program. `donated`: inputs whose place results may take."""
+        end = len(jaxpr.eqns)
+        last = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in _variables(eqn.invars)}
+        last |= dict.fromkeys(_variables(jaxpr.outvars), end)
+        readers: dict[Any, list[Any]] = {}
+        for eqn in jaxpr.eqns:
+            for var in _variables(eqn.invars):
+                readers.setdefault(var, []).append(eqn)
+        held: dict[Any, tuple[str, int]] = dict.fromkeys(donated, (label, 0))
+        alive: Counter[str] = Counter()
+        worst: Counter[str] = Counter()
+
+        for place, eqn in enumerate(jaxpr.eqns):
+            here = self._label(eqn, label)
+            dying = [var for var in _variables(eqn.invars) if var in held and last[var] == place]
+            inner = self._inner(eqn, here, set(dying), size)
+            reusable = {var: held[var] for var in dying}
+            made: Counter[str] = Counter()
+            for var in eqn.outvars:
+                cost = 0 if _is_fused(eqn, var, readers, last, end) else size(var.aval)
+                source = _reused(eqn, var, reusable, cost, size)
+                if source is None:
+                    held[var] = here, cost
+                    made[here] += cost
+                else:
+                    held[var] = reusable.pop(source)
+                    del held[source]
+            # A loop's results are its state, and there all the time; others are written when all is done.
+            in_loop = eqn.primitive.name in _LOOPS
+            moments = [alive + made + inner] if in_loop else [alive + inner, alive + made]
+            worst = max(worst, *moments, key=_total)
+            alive = alive + made
+            for var in [*reusable, *(var for var in eqn.outvars if var not in last)]:
+                owner, cost = held.pop(var)
+                alive[owner] -= cost
+        return worst
+
+    def _label(self, eqn: Any, inherited: str) -> str:
+        names = str(eqn.source_info.name_stack).split("/")
+        return next((name for name in reversed(names) if name in self.labels), inherited)
+
+    def _inner(self, eqn: Any, label: str, dying: set, size: Callable[[Any], int]) -> Counter[str]:
+        """The worst of the programs inside: a loop's body, the branches, a called function."""
+        own = leaf_bytes if eqn.primitive.name == "shard_map" else size
+        worst: Counter[str] = Counter()
+        for inside in (inside for value in eqn.params.values() for inside in _programs(value)):
+            operands = eqn.invars[len(eqn.invars) - len(inside.invars) :]
+            if eqn.primitive.name == "scan":
+                first = eqn.params["num_consts"]
+                donated = set(inside.invars[first : first + eqn.params["num_carry"]])
+            elif eqn.primitive.name == "while":
+                donated = set(inside.invars[len(inside.invars) - len(eqn.outvars) :])
+            else:
+                pairs = zip(inside.invars, operands, strict=False)
+                donated = {
+                    var for var, operand in pairs if isinstance(operand, core.Var) and operand in dying
+                }
+            worst = max(worst, self.peak(inside, label, donated, own), key=_total)
+        return worst
+
+
+def _total(moment: Counter[str]) -> int:
+    return sum(moment.values())
+
+
+def _variables(items: Sequence[Any]) -> list[Any]:
+    return [item for item in items if isinstance(item, core.Var)]
+
+
+def _reused(eqn: Any, var: Any, reusable: dict, cost: int, size: Callable[[Any], int]) -> Any:
+    """An operand that dies here and whose place the result takes; None if there is none."""
+    if eqn.primitive.name in _NOT_FUSED and not eqn.primitive.name.startswith("scatter"):
+        return None  # which reads its operands while it writes
+    wanted = size(var.aval)
+    fits = [other for other in reusable if size(other.aval) == wanted]
+    if eqn.primitive.name in _VIEWS:
+        return fits[0] if fits else None
+    return next((other for other in fits if reusable[other][1] <= cost), None) if cost else None
+
+
+def _is_fused(eqn: Any, var: Any, readers: dict, last: dict, end: int) -> bool:
+    """Whether a value is never written to memory."""
+    name = eqn.primitive.name
+    if name in _FUSED or name in _VIEWS:
+        return True
+    if name in _NOT_FUSED or any(_programs(value) for value in eqn.params.values()):
+        return False
+    own = readers.get(var, [])
+    return len(own) == 1 and last.get(var) != end and own[0].primitive.name in _REDUCTIONS
+
+
+def _programs(value: Any) -> Sequence[Any]:
+    if isinstance(value, core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [inside for item in value for inside in _programs(item)]
+    return []

@@ -105,23 +105,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_replicated(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    """A NumPy array on all devices; CPU devices share one buffer instead of holding a copy each."""
-    sharding = replicated(mesh)
-    if mesh.devices.flat[0].platform != "cpu":
-        return put(array, sharding)
-    base = _aligned(array)
-    parts = [jax.device_put(base, device, may_alias=True) for device in mesh.local_devices]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
-
-
 def readable(mesh: Mesh) -> dict[str, Any]:
     """Options of `jax.jit` for results that every process reads on its host."""
     return {"out_shardings": replicated(mesh)} if jax.process_count() > 1 else {}
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A NumPy array, which every process has whole, on the devices; each process fills its own."""
+    """A NumPy array, which every process has whole, on the devices; each process fills its own.
+
+    CPU devices that have it whole share one buffer instead of holding a copy each.
+    """
+    if sharding.mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
+        base = _aligned(array)
+        parts = [jax.device_put(base, device, may_alias=True) for device in sharding.mesh.local_devices]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 

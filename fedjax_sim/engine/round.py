@@ -31,6 +31,9 @@ from fedjax_sim.records import Row
 
 _DISPATCH, _MERGE = 0, 1  # below the server's key of a round
 
+DISPATCH, OF_CLIENTS, ORDER, WAVES, MERGE = "dispatch", "clients_state", "order", "waves", "merge"
+"""Parts of a round, as profiles and a plan of memory name them; those of `engine.clients` lie in `WAVES`."""
+
 
 @struct.dataclass
 class ServerState:
@@ -228,11 +231,14 @@ class Round:
         """
         cohort = inputs.cohort
         starts = self._dispatched(state.algorithm, cohort, inputs)
-        kept = stacked.take_rows(state.clients, cohort.ids)
+        with jax.named_scope(OF_CLIENTS):
+            kept = stacked.take_rows(state.clients, cohort.ids)
         results, handed, kept, seen, readings = self._train(starts, kept, inputs, data, watched)
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
-        merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
-        clients = stacked.put_rows(state.clients, cohort.ids, kept)
+        with jax.named_scope(MERGE):
+            merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
+        with jax.named_scope(OF_CLIENTS):
+            clients = stacked.put_rows(state.clients, cohort.ids, kept)
         observed, meters = {}, {}
         if watched is not None:
             ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
@@ -269,6 +275,7 @@ class Round:
             return models
         return jax.vmap(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
 
+    @jax.named_scope(DISPATCH)
     def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:
         """What this cohort starts from in its round."""
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _DISPATCH)
@@ -312,7 +319,7 @@ class Round:
             out_specs=(own, same, own, same, same),
             check_vma=False,
         )
-        models, mean, rest, seen, means = run(
+        models, mean, rest, seen, means = jax.named_scope(WAVES)(run)(
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
             lanes,
@@ -441,6 +448,7 @@ class Round:
             added[name] = jax.tree.map(jnp.add, sums[name], part)
         return (read + counted.sum().astype(jnp.float32), added), each
 
+    @jax.named_scope(ORDER)
     def _move(self, tree, index):
         """Slots to places or back; nothing to do where the two are the same."""
         if self.in_order:

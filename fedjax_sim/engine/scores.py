@@ -58,12 +58,12 @@ class Scores:
         """Over the global test set, or over the pool that clients' own test samples come from."""
         if name not in self._evaluators:
             setup = self._setup
-            own = {"example": setup.dataset.test}
+            example, rows = setup.dataset.test, None
             if name == "clients":
-                own = {"example": setup.dataset.train, "rows": self._local_tests()[0]}
+                example, rows = setup.dataset.train, self._local_tests()[0]
             batch = placement.forward_batch(setup.config.evaluation, setup.model)
             self._evaluators[name] = evaluation.Evaluator(
-                setup.model, setup.task, self._store, batch_size=batch, **own
+                setup.model, setup.task, self._store, example, batch, rows
             )
         return self._evaluators[name]
 

@@ -42,6 +42,8 @@ class Simulation:
       state: the server's state, on the devices. The initial one is made when it is first asked for: of a run
         that goes on, a checkpoint mostly takes its place.
       mesh: the devices.
+      function: the round, as it is traced.
+      instruments: diagnostics of measured rounds.
       program: the compiled round, `(state, inputs(r)[0], data) -> (state, outputs)`.
       store: holds the samples on the devices.
       data: what the round reads of them.
@@ -56,25 +58,24 @@ class Simulation:
         self.ending: set[str] = set()
         self.store = DataStore(self.mesh) if store is None else store
         key = run_key(setup.config.seed)
-        self._key = jax.random.wrap_key_data(
-            self.store.put(np.asarray(jax.random.key_data(key))), impl=jax.random.key_impl(key)
-        )
+        words = placement.put(np.asarray(jax.random.key_data(key)), placement.replicated(self.mesh))
+        self._key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
         context = DiagnosticContext(setup, self.mesh, self.store.put)
-        self._instruments = [observer.build(context) for observer in setup.observers]
-        observers = {name: o for instrument in self._instruments for name, o in instrument.observers.items()}
-        self._function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
+        self.instruments = [observer.build(context) for observer in setup.observers]
+        observers = {name: o for instrument in self.instruments for name, o in instrument.observers.items()}
+        self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
         self.data = self.store.of_round(setup.dataset, setup.partition)
         self._shardings = self._state_shardings()
         self.program = CachedJit(
-            _named(self._function),
+            _named(self.function),
             self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
-        self._scores = Scores(setup, self.store, self._function.personal)
+        self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser
         self._measure = chooser and CachedJit(chooser.measure, self.mesh, **placement.readable(self.mesh))
         self._deploy = CachedJit(
@@ -184,10 +185,10 @@ class Simulation:
         """Traces the next round, and what the algorithm deploys, without compiling either."""
         inputs, state = self.inputs(self.round)[0], self.abstract_state()
         with jax.set_mesh(self.mesh):
-            jax.eval_shape(self._function, state, inputs, self.data)
+            jax.eval_shape(self.function, state, inputs, self.data)
             jax.eval_shape(self.setup.algorithm.deploy, state.algorithm)
             if self.setup.personalised:
-                jax.eval_shape(self._function.personal, state, inputs.cohort.ids)
+                jax.eval_shape(self.function.personal, state, inputs.cohort.ids)
 
     def step(self) -> Callable[[], list[Row]]:
         """Starts the next round, and its evaluation if one is due, without waiting for them.
@@ -287,7 +288,7 @@ class Simulation:
     def _due(self, number: int) -> list[Instrument]:
         """The instruments that measure round `number`, from 1."""
         rounds = self.setup.config.rounds
-        return [instrument for instrument in self._instruments if instrument.due(number, rounds)]
+        return [instrument for instrument in self.instruments if instrument.due(number, rounds)]
 
     def due(self) -> bool:
         """Whether the model as it now is should be evaluated."""

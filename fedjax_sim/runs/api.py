@@ -36,7 +36,7 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import hosts
 from fedjax_sim.engine.setup import Setup
-from fedjax_sim.runs import memory, provenance
+from fedjax_sim.runs import plan, provenance
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.describe import (
     check_unchanged,
@@ -216,7 +216,7 @@ def checked_setup(make: Callable[[], Setup]) -> Setup:
 
     def made() -> Setup:
         setup = make()
-        memory.check_memory(setup)
+        plan.check_memory(setup)
         return setup
 
     setup = hosts.all_or_none(made)

@@ -36,7 +36,7 @@ def of(setup: Setup) -> dict[str, Any]:
     observers += [_Observer(entry, f"observers.{i}") for i, entry in enumerate(config.observers)]
     meters = {**table.meters(config)}
     meters |= {f"meters.{i}": _Meter(entry, f"meters.{i}") for i, entry in enumerate(config.meters)}
-    context = DiagnosticContext(setup, mesh, lambda array: placement.put_replicated(array, mesh=mesh))
+    context = DiagnosticContext(setup, mesh, DataStore(mesh).put)
     return {"observers": observers, "meters": {name: m.build(context) for name, m in meters.items()}}
 
 

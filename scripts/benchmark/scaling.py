@@ -19,7 +19,7 @@ from rounds import equal, in_turn, noise, ratio, timed, training
 
 import fedjax_sim as fs
 from fedjax_sim.engine import cohorts, programs, waves
-from fedjax_sim.runs.memory import compiled_round
+from fedjax_sim.runs.plan import compiled_round
 
 MIB = 2**20
 

@@ -17,7 +17,7 @@ from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.models import norms, peel
 from fedjax_sim.reports import algorithm_docs
-from fedjax_sim.runs import memory
+from fedjax_sim.runs import plan as planning
 from tests import oracles
 
 SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
@@ -148,7 +148,7 @@ def test_devices_waves_and_resuming_are_invisible(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_plan_counts_it(name):
-    plan = memory.plan(simulated(name).setup)
+    plan = planning.plan(simulated(name).setup)
     assert "activations" in str(plan)
 
 

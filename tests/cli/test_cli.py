@@ -229,7 +229,7 @@ def test_plan_prints_parts_and_a_verdict(capsys):
 
 
 def test_a_memory_that_is_too_small_is_said_with_status_1(capsys, monkeypatch):
-    monkeypatch.setattr("fedjax_sim.runs.memory.available", lambda platform: 1000)
+    monkeypatch.setattr("fedjax_sim.runs.plan.available", lambda platform: 1000)
     assert commands.main(["plan", *TINY]) == 1
     assert "does NOT fit" in capsys.readouterr().out
 

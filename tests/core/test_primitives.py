@@ -277,7 +277,7 @@ def test_what_is_placed_is_where_it_should_be(mesh):
         np.testing.assert_array_equal(shard.data, array[2 * number : 2 * number + 2])
     whole = [
         placement.put(array[1:], placement.sharded(mesh, len(array) - 1)),
-        placement.put_replicated(array[1:], mesh),
+        placement.put(array[1:], placement.replicated(mesh)),
     ]
     for placed in whole:
         assert placed.sharding.is_fully_replicated and len(placed.addressable_shards) == devices

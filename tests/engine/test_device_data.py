@@ -86,9 +86,9 @@ def test_an_array_is_placed_once_and_a_plan_places_none():
     put = []
     mesh = placement.make_mesh(2)
 
-    def place(array, mesh):
+    def place(array, sharding):
         put.append(array)
-        return placement.put_replicated(array, mesh)
+        return placement.put(array, sharding)
 
     own = partition(DIGITS, PartitionConfig("iid", clients=7))
     store, plan = DataStore(mesh, place), DataStore(mesh, abstract)

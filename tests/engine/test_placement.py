@@ -37,7 +37,7 @@ def test_cpu_devices_share_one_buffer(dtype):
     mesh = placement.make_mesh(4)
     raw = np.arange(4097, dtype=dtype)[1:].reshape(64, 64)  # starts off any boundary
     for array in (raw, raw.T, raw[::2]):
-        placed = placement.put_replicated(array, mesh)
+        placed = placement.put(array, placement.replicated(mesh))
         np.testing.assert_array_equal(placed, array)
         assert placed.sharding.is_fully_replicated
         pointers = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}

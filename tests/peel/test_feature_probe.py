@@ -217,7 +217,7 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
     config = settings_of(peel={"every": 1, "clients": 4, "samples": 60, "class_samples": 1}, rounds=1)
     for name in ("fedavg", "fedmr"):
         simulation = Simulation(dataclasses.replace(config, algorithm=CONFIGS[name]()))
-        object.__setattr__(simulation._function, "observers", {"probe": _Keep()})
+        object.__setattr__(simulation.function, "observers", {"probe": _Keep()})
         inputs, _ = simulation.inputs(0)
         watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
         with jax.set_mesh(simulation.mesh):
@@ -282,7 +282,7 @@ def test_own_test_samples_are_measured_where_clients_have_them():
         rounds=1,
     )
     simulation = Simulation(config)
-    samples = simulation._instruments[0]._samples
+    samples = simulation.instruments[0]._samples
     for client in range(6):
         fit, measured = samples.of_client(client)
         assert set(fit) <= set(simulation.setup.partition.train[client])

@@ -11,7 +11,7 @@ import fedjax_sim as fs
 from fedjax_sim import records
 from fedjax_sim.algorithms import CONFIGS, FedPer
 from fedjax_sim.config import EvaluationConfig, LocalConfig
-from fedjax_sim.runs import memory
+from fedjax_sim.runs import plan as planning
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import by_hand
@@ -69,7 +69,7 @@ def test_each_client_trains_on_from_the_deployed_model():
 def test_a_client_with_a_model_of_its_own_starts_from_that():
     simulation, rows = made(FedPer())
     deployed, last = oracles.doubled(simulation.variables)["params"], records.Table(rows[-1])
-    held = oracles.doubled(simulation._function.personal(simulation.state, jnp.arange(4)))["params"]
+    held = oracles.doubled(simulation.function.personal(simulation.state, jnp.arange(4)))["params"]
     starts = [oracles.map_trees(lambda leaf, c=client: leaf[c], held) for client in range(4)]
     assert oracles.far_apart(starts[0]["fc2"], deployed["fc2"]) > 1e-3
     models = [tuned(simulation, start, client, 2) for client, start in enumerate(starts)]
@@ -88,7 +88,7 @@ def test_it_comes_once_and_changes_nothing_else():
 
 def test_the_memory_of_all_clients_is_in_the_plan():
     simulation, _ = made(CONFIGS["fedavg"]())
-    part = next(part for part in memory.plan(simulation.setup).parts if "fine-tune" in part.name)
+    part = next(part for part in planning.plan(simulation.setup).parts if "fine-tune" in part.name)
     one = 4 * sum(leaf.size for leaf in jax.tree.leaves(simulation.variables))
     assert part.total == len(SIZES) * 2 * one
 

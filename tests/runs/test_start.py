@@ -25,7 +25,8 @@ from fedjax_sim.config import (
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.data import PartitionConfig
-from fedjax_sim.runs import finetune, memory
+from fedjax_sim.runs import finetune
+from fedjax_sim.runs import plan as planning
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
@@ -178,7 +179,7 @@ def test_pretraining_that_leaves_float32_is_said_and_nothing_begins(tmp_path):
 def test_flags_and_a_plan():
     config, _ = flags.parse(["--initial.pretrain", "5", "--initial.holdout", "0.1"], "run", "")
     assert config.initial == InitialConfig(pretrain=5, holdout=0.1)
-    assert memory.plan(tiny(initial=PRETRAINED)).peak > 0
+    assert planning.plan(tiny(initial=PRETRAINED)).peak > 0
 
 
 # --- from another run -----------------------------------------------------------------------------------
