@@ -99,11 +99,11 @@ def where_slot(flags: jax.Array, yes: Any, no: Any) -> Any:
 
 
 def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
-    """leaf[index] along the slot axis: out[k] = leaf[index[k]]. [K, …], i32[K'] -> [K', …].
+    """leaf[index] along the slot axis: out[k] = leaf[index[k]]. [K, …], i32[m] -> [m, …].
 
     Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
     device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls,
-    and memory a device stays what its share is. With K' = K it goes strip by strip, each written where it
+    and memory a device stays what its share is. With m = K it goes strip by strip, each written where it
     was read, so that a donated leaf needs no second copy of itself.
     """
     devices = _devices()

@@ -13,11 +13,11 @@ def top_k_mask(scores: jax.Array, count: jax.Array) -> jax.Array:
     """Which are the `count` largest: exactly so many; of equal ones those that come first. NaN is the least.
 
     Args:
-      scores: f32[n].
-      count: i32[], from 0 to n.
+      scores: f32[P].
+      count: i32[], from 0 to P.
 
     Returns:
-      bool[n].
+      bool[P].
     """
     keys = _ordered(scores)
     threshold = _built(32, lambda candidate: _sum(keys >= candidate) >= count)
@@ -41,7 +41,7 @@ def _built(bits: int, accepts, skip: jax.Array | bool = False) -> jax.Array:
 
 
 def _ordered(scores: jax.Array) -> jax.Array:
-    """Unsigned integers in the order of the numbers; zeros of both signs are one. f32[n] -> u32[n]."""
+    """Unsigned integers in the order of the numbers; zeros of both signs are one. f32[P] -> u32[P]."""
     # By bits alone: compared as numbers, denormal ones would count as zero.
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     sign, size = jnp.uint32(1 << 31), bits & jnp.uint32((1 << 31) - 1)

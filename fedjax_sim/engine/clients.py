@@ -6,7 +6,7 @@ known only at run time; nothing is recompiled when sizes change. Slots are shard
 device runs its own waves without waiting for another.
 
 Everything random is a function of (seed, round, client, epoch or step), never of the layout. A client is
-named in it by its id, or by the stream that the partition gives it.
+named in it by its id, or by the number that the partition gives it (`Partition.rng_ids`).
 """
 
 import dataclasses

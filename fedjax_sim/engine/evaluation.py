@@ -38,8 +38,8 @@ class Evaluator:
       store: has the samples on the devices.
       example: the samples as they are stored, leaves [n, …].
       batch_size: samples in one forward pass.
-      rows: i64[m], which of the samples; None: all of them.
-      data: what it reads on the devices: (samples, i32[D·b, B] rows of them; None where the samples are cut).
+      rows: i64[rows], which of the samples; None: all of them.
+      data: what it reads on the devices: (samples, their rows i32[batches, B] or, where they are cut, None).
     """
 
     model: Model
@@ -118,14 +118,14 @@ class ClientEvaluator:
         object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
 
     def __call__(self, variables: Any, indices: np.ndarray) -> Outcome:
-        """Model c on the samples indices[c].
+        """Model i on the samples indices[i].
 
         Args:
-          variables: [C, …], C a multiple of the number of devices.
-          indices: i32[C, t], into the pool; padding is the caller's to ignore.
+          variables: [m, …], m a multiple of the number of devices.
+          indices: i32[m, t], into the pool; padding is the caller's to ignore.
 
         Returns:
-          (loss f32[C, t], metric -> statistics f32[C, t, s]).
+          (loss f32[m, t], metric -> statistics f32[m, t, s]).
         """
         cut = sharded(self.mesh, self.mesh.size)
         return self._forward(jax.device_put(variables, cut), put(indices, cut), dict(self.example))
@@ -179,8 +179,8 @@ def by_group(metric: Metric, statistics: np.ndarray, owners: np.ndarray, groups:
 
     Args:
       metric: what is asked.
-      statistics: f32[m, s], of each sample.
-      owners: i64[m], the group of each.
+      statistics: f32[n, s], of each sample.
+      owners: i64[n], the group of each.
       groups: how many.
     """
     columns = statistics.astype(np.float64).T

@@ -162,8 +162,8 @@ class Soundness:
     Leaves with a row a client or slot are not looked at: their faults show when they are handed out.
 
     Attributes:
-      state: i32[m], `FINE`, `INFINITE` or `NAN` of each leaf of the algorithm's state.
-      deployed: i32[n], likewise of the deployed model; empty where that is made of stacks.
+      state: i32[leaves], `FINE`, `INFINITE` or `NAN` of each leaf of the algorithm's state.
+      deployed: i32[leaves], likewise of the deployed model; empty where that is made of stacks.
       names: of the leaves, first of the state, then of the model.
     """
 
@@ -486,7 +486,7 @@ def _worst(leaf) -> jax.Array:
 
 
 def _kinds(named) -> jax.Array:
-    """Of (path, leaf) the worst of each leaf, i32[m]."""
+    """Of (path, leaf) the worst of each leaf, i32[leaves]."""
     return jnp.stack([jnp.int32(FINE), *(_worst(leaf) for _, leaf in named)])[1:]
 
 
