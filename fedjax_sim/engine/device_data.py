@@ -63,9 +63,9 @@ def order_lengths(counts: np.ndarray) -> tuple[int, ...]:
     """Lengths that clients' samples are put in order at, ascending; the last holds the largest client.
 
     A wave takes the shortest that holds its own largest client. Clients of equal size have one length, which
-    is theirs. Of others the last length is 4 · 8^j times the mean, rounded up to a power of two, and each
-    shorter one is a quarter of the next, from 32 on. So a largest client that differs from seed to seed, as
-    under Dirichlet skew, mostly leaves the program as it is.
+    is theirs. Of others the last length is 4, 32, 64, 128 … times the mean, rounded up to a power of two, and
+    each shorter one is a quarter of the next, from 32 on. So a largest client that differs from seed to seed,
+    as under Dirichlet skew, mostly leaves the program as it is.
 
     Args:
       counts: i64[N], training samples of each client.
@@ -74,9 +74,12 @@ def order_lengths(counts: np.ndarray) -> tuple[int, ...]:
     if counts.min() == counts.max():
         return (largest,)
     whole = 1 << (int(counts.sum()) - 1).bit_length()  # no client has more
-    last = 1 << (4 * -(-int(counts.sum()) // len(counts)) - 1).bit_length()
-    while last < largest:
+    mean = -(-int(counts.sum()) // len(counts))
+    last = 1 << (4 * mean - 1).bit_length()
+    if last < largest:
         last *= 8
+    while last < largest:
+        last *= 2
     last = min(last, whole)
     lengths = [last]
     while lengths[0] >= 128:

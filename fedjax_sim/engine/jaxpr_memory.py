@@ -104,7 +104,7 @@ class _Walk:
 
     def _label(self, eqn: Any, inherited: str) -> str:
         names = str(eqn.source_info.name_stack).split("/")
-        return next((name for name in reversed(names) if name in self.labels), inherited)
+        return next((name for name in reversed(names) if name and name in self.labels), inherited)
 
     def _inner(self, eqn: Any, label: str, dying: set, size: Callable[[Any], int]) -> Counter[str]:
         """The worst of the programs inside: a loop's body, the branches, a called function."""
@@ -147,13 +147,20 @@ def _reused(eqn: Any, var: Any, reusable: dict, cost: int, size: Callable[[Any],
 
 def _is_fused(eqn: Any, var: Any, readers: dict, last: dict, end: int) -> bool:
     """Whether a value is never written to memory."""
-    name = eqn.primitive.name
-    if name in _FUSED or name in _VIEWS:
+    own, name = readers.get(var, []), eqn.primitive.name
+    if name in _VIEWS:
         return True
-    if name in _NOT_FUSED or any(_programs(value) for value in eqn.params.values()):
+    if last.get(var) == end or any(_has_programs(reader) for reader in own):
         return False
-    own = readers.get(var, [])
-    return len(own) == 1 and last.get(var) != end and own[0].primitive.name in _REDUCTIONS
+    if name in _FUSED:
+        return True
+    if name in _NOT_FUSED or _has_programs(eqn):
+        return False
+    return len(own) == 1 and own[0].primitive.name in _REDUCTIONS
+
+
+def _has_programs(eqn: Any) -> bool:
+    return any(_programs(value) for value in eqn.params.values())
 
 
 def _programs(value: Any) -> Sequence[Any]:

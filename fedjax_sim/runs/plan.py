@@ -323,7 +323,7 @@ _IN_ROUND = {
     DISPATCH: ("what clients are sent", "a smaller model"),
     OF_CLIENTS: ("the cohort's own state", "a smaller cohort.size"),
     ORDER: ("models put in order of size, and back", "more devices, or a smaller cohort.size"),
-    WAVES: ("models that come out of training", "more devices, or a smaller cohort.size"),
+    WAVES: ("models before and after training, and their sum", "more devices, or a smaller cohort.size"),
     clients.WAVE: ("a wave's models and optimisers", "a smaller execution.wave"),
     clients.STEP: (
         "a wave's activations and gradients",

@@ -61,12 +61,17 @@ def test_a_mean_needs_no_k_models_and_a_recombination_needs_them():
             cohort=CohortConfig(size=16),
             execution=ExecutionConfig(devices=2, wave=1),
         )
-        names = ("models put in order", "models that come out", "what the merge makes", "what a round says")
+        names = (
+            "models put in order",
+            "models before and after",
+            "what the merge makes",
+            "what a round says",
+        )
         return sum(part.device for part in planning.plan(made).parts if part.name.startswith(names))
 
     one = params(config())
-    assert stacks("fedavg") < one
-    assert 4 * one <= stacks("fedmr") <= 3 * 8 * one
+    assert stacks("fedavg") < 3 * one
+    assert 8 * one <= stacks("fedmr") <= 4 * 8 * one
 
 
 def test_what_is_held_always_is_what_the_simulation_holds():
