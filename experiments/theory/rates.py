@@ -38,6 +38,7 @@ from fedjax_sim.config import (
     RunConfig,
     to_dict,
 )
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.task import Batch, masked_mean
 from fedjax_sim.data import Dataset, Partition, Preprocessing
@@ -273,7 +274,9 @@ class Watched:
             }
             return new, {**metrics, **measured}
 
-        local = record.local if self.loss is None else dataclasses.replace(record.local, loss=self.loss)
+        local = record.local
+        if self.loss is not None:
+            local = dataclasses.replace(local, gradient=gradients.of_loss(self.loss))
         return dataclasses.replace(record, merge=merge, local=local, needs_models=True)
 
 

@@ -6,18 +6,17 @@ FedAvg unless it is told otherwise, FedMR as well, or another addition.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fedjax_sim.algorithms.shared import build_inner
-from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Variables
+from fedjax_sim.algorithms.wrap import Layer, wrap
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, GradientRule, Step, Variables
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.task import Apply, Batch, LossAndGrad
-
-Loss = Callable[[Apply, Variables, Batch], tuple[jax.Array, Variables]]
-"""(apply, variables, batch) -> (scalar, variables with their state moved on)."""
+from fedjax_sim.core.gradients import of_moving, with_loss
+from fedjax_sim.core.task import Apply, Batch, Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,19 +24,20 @@ class Addition:
     """What is added; see `LocalRule`. None leaves what is there.
 
     Attributes:
-      start_round: (start, kept) -> extra.
-      loss: (the loss inside, apply, variables, batch, extra) -> (scalar, variables).
+      start_round: (start, own) -> extra.
+      loss: (the loss inside, apply, variables, batch, extra) -> (f32[], variables).
       direction: (the gradient inside, variables, batch, extra) -> ((loss, variables), gradient). The gradient
-        inside is zero where the algorithm inside holds a leaf fixed.
-      finish_round: (start, trained, kept) -> kept.
-      init_client: variables -> kept, of the addition alone.
-      personal: (kept, model) -> what a client uses itself.
+        inside, (variables, batch) -> ((loss, variables), gradient), is zero of leaves that the algorithm
+        inside does not move. What that one accumulates, it does at the first call.
+      finish_round: (start, trained, own) -> own.
+      init_client: variables -> own, the client's state of the addition alone.
+      personal: (own, model) -> what a client uses itself.
     """
 
-    start_round: Callable[[Variables, Any], Any] = lambda start, kept: None
+    start_round: Callable[[Variables, Any], Any] = lambda start, own: None
     loss: Callable[[Loss, Apply, Variables, Batch, Any], tuple[jax.Array, Variables]] | None = None
-    direction: Callable[[LossAndGrad, Variables, Batch, Any], Any] | None = None
-    finish_round: Callable[[Variables, Variables, Any], Any] = lambda start, trained, kept: kept
+    direction: Callable[[Callable[..., Any], Variables, Batch, Any], Any] | None = None
+    finish_round: Callable[[Variables, Variables, Any], Any] = lambda start, trained, own: own
     init_client: Callable[[Variables], Any] = lambda variables: None
     personal: Callable[[Any, Variables], Variables] | None = None
 
@@ -95,73 +95,57 @@ def with_addition(inner: AlgorithmConfig, addition: Addition, context: Context, 
       UserError: `inner` has its clients train a second model, or more than the model that was sent.
     """
     algorithm = build_inner(inner, context)
-    rule = algorithm.local
-    if rule.send is not None:
+    if algorithm.local.send is not None:
         raise UserError(
             "algorithm.inner",
             type(inner).__name__,
             f"its clients train more than the model they were sent, and {name} would act on that too",
             f"Put {name} inside of it, if it takes an inner algorithm; else choose another.",
         )
+    personal = addition.personal
 
-    def init_client(variables, labels):
-        inside = rule.init_client(variables, labels) if rule.init_client else None
-        return {"inner": inside, "own": addition.init_client(variables)}
+    def init_client(inside, variables, labels):
+        return {"inner": inside(variables, labels), "own": addition.init_client(variables)}
 
-    def start_round(start, kept, broadcast):
-        return {
-            "inner": rule.start_round(start, kept["inner"], broadcast),
-            "own": addition.start_round(start, kept["own"]),
-        }
+    def start_round(inside, start, client_state, broadcast):
+        own = addition.start_round(start, client_state["own"])
+        return {"inner": inside(start, client_state, broadcast), "own": own}
 
-    def inner_loss(extra):
-        return lambda apply, variables, batch: rule.loss(apply, variables, batch, extra["inner"])
+    def finish_round(inside, start, trained, client_state, *rest):
+        new, upload = inside(start, trained, client_state, *rest)
+        return new | {"own": addition.finish_round(start, trained, client_state["own"])}, upload
 
-    def loss(apply, variables, batch, extra):
-        if addition.loss is None:
-            return inner_loss(extra)(apply, variables, batch)
-        return addition.loss(inner_loss(extra), apply, variables, batch, extra["own"])
-
-    def direction(loss_and_grad, variables, batch, extra):
-        def inside(variables, batch):
-            value, gradient = rule.direction(loss_and_grad, variables, batch, extra["inner"])
-            if rule.trains is not None:
-                moves = rule.trains(variables, batch)["params"]
-                gradient = jax.tree.map(lambda moves, g: jnp.where(moves, g, 0), moves, gradient)
-            return value, gradient
-
-        if addition.direction is None:
-            return inside(variables, batch)
-        return addition.direction(inside, variables, batch, extra["own"])
-
-    def gather(loss_and_grad, batch, extra):
-        assert rule.gather is not None
-        return extra | {"inner": rule.gather(loss_and_grad, batch, extra["inner"])}
-
-    def finish_round(start, trained, kept, extra, steps, lr, gradient):
-        inside, upload = rule.finish_round(start, trained, kept["inner"], extra["inner"], steps, lr, gradient)
-        return {"inner": inside, "own": addition.finish_round(start, trained, kept["own"])}, upload
-
-    def receive(model, kept, broadcast, key):
-        assert rule.receive is not None
-        return rule.receive(model, kept["inner"], broadcast, key)
-
-    def personal(kept, model):
-        if rule.personal is not None:
-            model = rule.personal(kept["inner"], model)
-        return model if addition.personal is None else addition.personal(kept["own"], model)
-
-    return dataclasses.replace(
+    return wrap(
         algorithm,
-        local=dataclasses.replace(
-            rule,
+        Layer(
+            pairs=("client", "extra"),
             init_client=init_client,
             start_round=start_round,
-            loss=loss,
-            direction=direction,
-            gather=rule.gather and gather,
+            gradient=partial(_gradient, addition),
             finish_round=finish_round,
-            receive=rule.receive and receive,
-            personal=personal if rule.personal or addition.personal else None,
+            personal=personal and (lambda inside, kept, model: personal(kept["own"], inside(kept, model))),
         ),
     )
+
+
+def _gradient(addition: Addition, inside: GradientRule, loss_and_grad, variables, batch, extra) -> Step:
+    """The gradient inside, of losses with what is added to them, in the addition's direction."""
+    rule, steps = inside, []
+    if addition.loss is not None:
+        add = addition.loss
+
+        def loss_with_term(loss, apply, variables, batch, extra):
+            return add(loss, apply, variables, batch, extra["own"])
+
+        rule = with_loss(loss_with_term, inside)
+
+    def inner(variables, batch):
+        step = Step(*rule(loss_and_grad, variables, batch, extra))
+        steps.append(step)
+        return (step.loss, step.variables), of_moving(step)
+
+    if addition.direction is None:
+        (loss, moved), gradient = inner(variables, batch)
+    else:
+        (loss, moved), gradient = addition.direction(inner, variables, batch, extra["own"])
+    return Step(loss, moved, gradient, steps[0].extra, steps[0].moves)

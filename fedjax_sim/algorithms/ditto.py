@@ -24,10 +24,10 @@ import jax
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
+from fedjax_sim.algorithms.wrap import Layer, wrap
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check
-from fedjax_sim.core.task import task_loss
 
 OWN = "own model"
 """Where v_k stands during training, in each collection of the variables beside the global model's modules."""
@@ -52,8 +52,7 @@ class Ditto:
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if clients inside train more than the model sent."""
         inner = shared.build_inner(self.inner, context)
-        rule = inner.local
-        if rule.send is not None:
+        if inner.local.send is not None:
             raise UserError(
                 "algorithm.inner",
                 type(self.inner).__name__,
@@ -61,65 +60,43 @@ class Ditto:
                 "Choose another algorithm for Ditto to go around.",
             )
 
-        def init_client(variables, labels):
-            inside = rule.init_client(variables, labels) if rule.init_client else None
-            return {"v": dict(variables), "inner": inside}
+        def init_client(inside, variables, labels):
+            return {"v": dict(variables), "inner": inside(variables, labels)}
 
-        def receive(model, kept, broadcast, key):
-            if rule.receive is not None:
-                model = rule.receive(model, kept["inner"], broadcast, key)
-            return _joined(model, kept["v"])
+        def receive(inside, model, kept, broadcast, key):
+            return _joined(inside(model, kept, broadcast, key), kept["v"])
 
-        def start_round(start, kept, broadcast):
+        def start_round(inside, start, kept, broadcast):
             x = _shared(start)
-            return {"x": x["params"], "inner": rule.start_round(x, kept["inner"], broadcast)}
+            return {"x": x["params"], "inner": inside(x, kept, broadcast)}
 
-        # The gradient is asked for twice: of the model inside, and of v alone.
-        def loss(apply, variables, batch, extra):
-            if OWN not in variables["params"]:
-                return rule.loss(apply, variables, batch, extra["inner"])
-            value, moved = task_loss(apply, _own(variables), batch, None)
-            return value, _joined({name: {} for name in moved}, moved)
-
-        def direction(loss_and_grad, variables, batch, extra):
-            (told, moved), g = rule.direction(loss_and_grad, _shared(variables), batch, extra["inner"])
+        def gradient(inside, loss_and_grad, variables, batch, extra):
+            step = Step(*inside(loss_and_grad, _shared(variables), batch, extra))
             v = _own(variables)
-            alone = _joined({name: {} for name in v}, v)
-            (_, moved_v), g_v = loss_and_grad(alone, batch)
-            g_v = jax.tree.map(lambda g, v, x: g + self.strength * (v - x), g_v[OWN], v["params"], extra["x"])
-            return (told, _joined(moved, _own(moved_v))), {**g, OWN: g_v}
-
-        def gather(loss_and_grad, batch, extra):
-            assert rule.gather is not None
-            return extra | {"inner": rule.gather(loss_and_grad, batch, extra["inner"])}
-
-        def trains(variables, batch):
-            assert rule.trains is not None
-            every = jax.tree.map(lambda leaf: True, _own(variables))
-            return _joined(rule.trains(_shared(variables), batch), every)
-
-        def finish_round(start, trained, kept, extra, steps, lr, gradient):
-            gradient = gradient and _without(gradient)
-            start, model = _shared(start), _shared(trained)
-            inside, upload = rule.finish_round(
-                start, model, kept["inner"], extra["inner"], steps, lr, gradient
+            (_, moved), g = loss_and_grad(v, batch)
+            g = jax.tree.map(lambda g, v, x: g + self.strength * (v - x), g, v["params"], extra["x"])
+            return step._replace(
+                variables=_joined(step.variables, moved),
+                gradient={**step.gradient, OWN: g},
+                moves=step.moves and _joined(step.moves, jax.tree.map(lambda leaf: True, v)),
             )
-            return {"v": _own(trained), "inner": inside}, upload
 
-        return dataclasses.replace(
+        def finish_round(inside, start, trained, kept, extra, steps, lr, gradient):
+            rest = (kept, extra, steps, lr, gradient and _without(gradient))
+            new, upload = inside(_shared(start), _shared(trained), *rest)
+            return new | {"v": _own(trained)}, upload
+
+        return wrap(
             inner,
-            local=dataclasses.replace(
-                rule,
+            Layer(
+                pairs=("client", "extra"),
                 init_client=init_client,
                 receive=receive,
-                send=_shared,
                 start_round=start_round,
-                loss=loss,
-                direction=direction,
-                gather=rule.gather and gather,
-                trains=rule.trains and trains,
+                gradient=gradient,
                 finish_round=finish_round,
-                personal=lambda kept, model: kept["v"],
+                send=lambda inside, variables: _shared(variables),
+                personal=lambda inside, kept, model: kept["v"],
             ),
         )
 

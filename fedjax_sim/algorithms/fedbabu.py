@@ -18,6 +18,7 @@ from typing import Literal
 
 from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
 from fedjax_sim.core.fields import at_least, check
 
@@ -43,7 +44,7 @@ class FedBABU:
         head = private.head(context.model, self.blocks)
         inner = FedAvg(self.weights).build(context)
 
-        def trains(variables, batch):
+        def body(variables, batch):
             del batch
             return private.marked(variables, head, False, True)
 
@@ -52,4 +53,4 @@ class FedBABU:
             mean = private.grafted(results.mean, inner.deploy(state), head)
             return inner.merge(state, cohort, starts, results.replace(mean=mean), key)
 
-        return dataclasses.replace(inner, local=LocalRule(trains=trains), merge=merge)
+        return dataclasses.replace(inner, local=LocalRule(gradient=gradients.moving(body)), merge=merge)

@@ -98,7 +98,7 @@ class FedCAC:
             deploy=lambda state: state.mean,
             weights=weights,
             stacked=("models",),
-            personal=of,
+            personal_models=of,
         )
 
     def _critical(self, start: jax.Array, trained: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.fields import check, positive
 
@@ -61,9 +62,8 @@ class FedDyn:
             del broadcast
             return {"x": start["params"], "gradient": kept}
 
-        def direction(loss_and_grad, variables, batch, extra):
-            value, g = loss_and_grad(variables, batch)
-            return value, jax.tree.map(
+        def direction(g, variables, extra):
+            return jax.tree.map(
                 lambda g, own, w, x: g - own + alpha * (w - x),
                 g,
                 extra["gradient"],
@@ -96,7 +96,7 @@ class FedDyn:
             deploy=lambda state: state.model,
             local=LocalRule(
                 start_round=start_round,
-                direction=direction,
+                gradient=gradients.with_direction(direction),
                 finish_round=finish_round,
                 init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
             ),

@@ -37,6 +37,7 @@ from flax import struct
 
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.fields import at_least, check, positive
 from fedjax_sim.core.model import apply_dense
@@ -133,10 +134,9 @@ class _Built:
             deploy=lambda state: state.model,
             local=LocalRule(
                 start_round=lambda start, labels, sent: {"labels": labels, "sent": sent},
-                loss=self.loss,
+                gradient=gradients.of_loss(self.loss),
                 finish_round=self.finish_round,
                 init_client=lambda variables, labels: labels,
-                random=True,
             ),
         )
 

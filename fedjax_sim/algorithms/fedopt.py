@@ -36,6 +36,7 @@ from flax import struct
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core import optimizers
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.errors import UserError
@@ -200,10 +201,10 @@ def with_server_optimizer(
             "Choose one that averages (fedavg, fedprox, fednova, clusamp, fedgen, fedper …).",
         )
 
-    def merge(state, cohort, starts, results, key):
+    def merge(inside, state, cohort, starts, results, key):
         x = inner.deploy(state.inner)["params"]
-        new, metrics = inner.merge(state.inner, cohort, starts, results, key)
-        model = inner.deploy(new)
+        new, metrics = inside(state, cohort, starts, results, key)
+        model = inner.deploy(new.inner)
         gradient = jax.tree.map(jnp.subtract, x, model["params"])
         with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: a float and an int32
             updates, memory = optimizer.update(gradient, state.memory, x)
@@ -212,14 +213,10 @@ def with_server_optimizer(
         keep = lambda new, old: jnp.where(anyone, new, old)  # noqa: E731
         params = jax.tree.map(keep, optax.apply_updates(x, updates), x)
         memory = jax.tree.map(keep, memory, state.memory)
-        return FedOptState(with_model(new, {**model, "params": params}), memory), metrics
+        return FedOptState(with_model(new.inner, {**model, "params": params}), memory), metrics
 
-    def init(key, variables):
-        return FedOptState(inner.init(key, variables), optimizer.init(variables["params"]))
+    def init(inside, key, variables):
+        return FedOptState(inside(key, variables), optimizer.init(variables["params"]))
 
-    def dispatch(state, cohort, key):
-        return inner.dispatch(state.inner, cohort, key)
-
-    return shared.around(
-        inner, init=init, dispatch=dispatch, merge=merge, with_model=None, steps_beyond_mean=True
-    )
+    layer = Layer(pairs=("state",), init=init, merge=merge, keeps_model=False, steps_beyond_mean=True)
+    return wrap(inner, layer)

@@ -23,6 +23,7 @@ from typing import Literal
 
 from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check
@@ -69,10 +70,10 @@ class FedRep:
             )
         head = private.head(context.model, self.blocks)
 
-        def trains(variables, batch):
+        def one_part(variables, batch):
             head_phase = batch.epoch < self.head_epochs
             return private.marked(variables, head, head_phase, ~head_phase)
 
         inner = FedAvg(self.weights).build(context)
-        inner = dataclasses.replace(inner, local=LocalRule(trains=trains))
+        inner = dataclasses.replace(inner, local=LocalRule(gradient=gradients.moving(one_part)))
         return private.keep(inner, head, context.num_clients)

@@ -29,7 +29,9 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
+from fedjax_sim.algorithms.wrap import Layer, wrap
+from fedjax_sim.core import gradients
+from fedjax_sim.core.algorithm import Algorithm, Context
 from fedjax_sim.core.fields import check
 from fedjax_sim.core.model import apply_dense
 from fedjax_sim.core.task import masked_mean
@@ -67,16 +69,16 @@ class FedRoD:
         context.needs_classes("FedRoD")
         model.check_classifier("FedRoD")
 
-        def receive(variables, client, broadcast, key):
-            del broadcast, key
+        def receive(inside, variables, client, broadcast, key):
+            del inside, broadcast, key
             return {**variables, "params": {**variables["params"], OWN: client.head}}
 
         def send(variables):
             params = {name: part for name, part in variables["params"].items() if name != OWN}
             return {**variables, "params": params}
 
-        def start_round(start, client, broadcast):
-            del start, broadcast
+        def start_round(inside, start, client, broadcast):
+            del inside, start, broadcast
             n = client.labels
             return jnp.where(n > 0, jnp.log(jnp.maximum(n, 1).astype(jnp.float32)), -1e9)
 
@@ -91,25 +93,28 @@ class FedRoD:
             told = generic + personal - jax.lax.stop_gradient(personal)
             return told, {**moved, "params": {**moved["params"], OWN: head}}
 
-        def finish_round(start, trained, client, extra, steps, lr, gradient):
-            del start, extra, steps, lr, gradient
+        def finish_round(inside, start, trained, client, *rest):
+            del inside, start, rest
             return Client(trained["params"][OWN], client.labels), None
 
-        def personal(client, variables):
+        def personal(inside, client, variables):
+            del inside
             return _with_head(variables, model.classifier, client.head)
 
-        def init_client(variables, labels):
+        def init_client(inside, variables, labels):
+            del inside
             return Client(optax.tree.zeros_like(model.head(variables)), labels)
 
-        return dataclasses.replace(
+        own_loss = gradients.of_loss(loss)
+        return wrap(
             FedAvg(weights=self.weights).build(context),
-            local=LocalRule(
-                receive=receive,
-                send=send,
-                start_round=start_round,
-                loss=loss,
-                finish_round=finish_round,
+            Layer(
                 init_client=init_client,
+                receive=receive,
+                start_round=start_round,
+                gradient=lambda inside, *args: own_loss(*args),
+                finish_round=finish_round,
+                send=lambda inside, variables: send(variables),
                 personal=personal,
             ),
         )

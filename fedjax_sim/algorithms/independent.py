@@ -90,5 +90,5 @@ class Local:
             merge=merge,
             deploy=lambda state: stacked.mean(state.models),
             stacked=("models",),
-            personal=lambda state, ids: stacked.take_rows(state.models, ids),
+            personal_models=lambda state, ids: stacked.take_rows(state.models, ids),
         )

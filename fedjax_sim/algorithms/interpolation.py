@@ -114,5 +114,5 @@ class LayerInterpolation:
             deploy=lambda state: state.model,
             weights=weigh,
             stacked=("deviation",),
-            personal=held,
+            personal_models=held,
         )

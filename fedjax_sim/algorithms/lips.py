@@ -39,7 +39,7 @@ weights that are not zero (`lips_nonzero`) may lie below the density.
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import jax
@@ -49,8 +49,9 @@ from flax import struct, traverse_util
 
 from fedjax_sim.algorithms import private
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.shared import around, build_inner, nested
-from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Starts
+from fedjax_sim.algorithms.shared import build_inner, nested
+from fedjax_sim.algorithms.wrap import Layer, wrap
+from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check, within
 from fedjax_sim.core.model import Model
@@ -189,25 +190,20 @@ class _Wrapped:
     context: Context
 
     def algorithm(self) -> Algorithm:
-        own = self.inner.local
-        rule = dataclasses.replace(
-            own,
-            init_client=self.init_client,
-            gather=own.gather and self.gather,
-            personal=own.personal and self.personal,
-            receive=self.receive,
-            wants_last_gradient=self.wants_last_gradient
-            if self._stores or self.inner.local.wants_last_gradient
-            else None,
-            start_round=self.start_round,
-            loss=lambda apply, variables, batch, extra: own.loss(apply, variables, batch, extra["inner"]),
-            direction=lambda loss_and_grad, variables, batch, extra: own.direction(
-                loss_and_grad, variables, batch, extra["inner"]
+        return wrap(
+            self.inner,
+            Layer(
+                pairs=("state", "client", "extra", "broadcast", "uploads"),
+                init=self.init,
+                dispatch=self.dispatch,
+                merge=self.merge,
+                init_client=self.init_client,
+                receive=self.receive,
+                start_round=self.start_round,
+                wants_last_gradient=self.wants_last_gradient if self._stores else None,
+                finish_round=self.finish_round,
+                keeps_model=False,
             ),
-            finish_round=self.finish_round,
-        )
-        return around(
-            self.inner, init=self.init, dispatch=self.dispatch, merge=self.merge, local=rule, with_model=None
         )
 
     @property
@@ -228,17 +224,17 @@ class _Wrapped:
 
     # --- server -------------------------------------------------------------------------------------
 
-    def init(self, key, variables):
+    def init(self, inside, key, variables):
         own = self._of(variables)
         return LIPSState(
-            self.inner.init(key, variables),
+            inside(key, variables),
             own if self.config.refill == "initial" else None,
             # Before there is one, of equal numbers: then |w| decides.
             jax.tree.map(jnp.ones_like, own) if self._shares and self._stores else None,
         )
 
-    def dispatch(self, state, cohort, key):
-        starts = self.inner.dispatch(state.inner, cohort, key)
+    def dispatch(self, inside, state, cohort, key):
+        starts = inside(state, cohort, key)
         sparse, keep = self._plan(cohort.round - 1)
         masks = None
         if self._shares:
@@ -258,15 +254,9 @@ class _Wrapped:
         sent = Sent(starts.broadcast, sparse, keep, wanted, state.initial, masks)
         return Starts(starts.models, sent, shared=starts.shared)
 
-    def merge(self, state, cohort, starts, results, key):
+    def merge(self, inside, state, cohort, starts, results, key):
         sent, reports = starts.broadcast, results.uploads["lips"]
-        inner, metrics = self.inner.merge(
-            state.inner,
-            cohort,
-            Starts(starts.models, sent.inner, shared=starts.shared),
-            dataclasses.replace(results, uploads=results.uploads["inner"]),
-            key,
-        )
+        new, metrics = inside(state, cohort, starts, results, key)
         counted = results.included.astype(jnp.float32)
         mean = lambda values: (values * counted).sum() / jnp.maximum(counted.sum(), 1)  # noqa: E731
         total = sum(self._sizes)
@@ -278,7 +268,6 @@ class _Wrapped:
         }
         if self._stores and not self._shares:
             metrics["lips_untrained"] = mean(reports["untrained"])
-        gradient = state.gradient
         if self._shares and self._stores:
             # Of a round that did not ask for gradients, or left all clients out, there is nothing new.
             fresh = jax.tree.map(lambda g: jnp.tensordot(counted, g, 1), reports["gradient"])
@@ -286,9 +275,10 @@ class _Wrapped:
             gradient = jax.tree.map(
                 lambda new, old: jnp.where(sent.wanted & (count > 0), new / jnp.maximum(count, 1), old),
                 fresh,
-                gradient,
+                state.gradient,
             )
-        return LIPSState(inner, state.initial, gradient), metrics
+            new = new.replace(gradient=gradient)
+        return new, metrics
 
     @functools.cached_property
     def _sizes(self) -> list[int]:
@@ -305,18 +295,15 @@ class _Wrapped:
 
     # --- client -------------------------------------------------------------------------------------
 
-    def init_client(self, variables, labels):
-        rule, gradient = self.inner.local, None
+    def init_client(self, inside, variables, labels):
+        gradient = None
         if self._stores and not self._shares:
             store = jnp.dtype(self.config.store)
             gradient = jax.tree.map(lambda w: jnp.zeros(w.shape, store), self._of(variables))
-        return ClientState(
-            rule.init_client(variables, labels) if rule.init_client else None, gradient, jnp.asarray(False)
-        )
+        return ClientState(inside(variables, labels), gradient, jnp.asarray(False))
 
-    def receive(self, model, client, sent, key):
-        if self.inner.local.receive is not None:
-            model = self.inner.local.receive(model, client.inner, sent.inner, jax.random.fold_in(key, 0))
+    def receive(self, inside, model, client, sent, key):
+        model = inside(model, client, sent, jax.random.fold_in(key, 0))
         flat: Any = traverse_util.flatten_dict(model)
         own = self._of(model)
 
@@ -358,11 +345,10 @@ class _Wrapped:
         removed = jnp.where(mask, 0, w)
         return w + noise * jnp.sqrt((removed * removed).sum() / (noise * noise).sum())
 
-    def wants_last_gradient(self, sent):
-        rule = self.inner.local.wants_last_gradient
-        return sent.wanted if rule is None else sent.wanted | rule(sent.inner)
+    def wants_last_gradient(self, inside, sent):
+        return sent.wanted | inside(sent)
 
-    def start_round(self, start, client, sent):
+    def start_round(self, inside, start, client, sent):
         own = list(self._of(start).values())
         total = sum(leaf.size for leaf in own)
         nonzero = jax.lax.cond(
@@ -370,28 +356,20 @@ class _Wrapped:
             lambda: jnp.stack([(w != 0).sum() for w in own]).sum().astype(jnp.float32) / total,
             lambda: jnp.float32(1),
         )
-        extra = {"inner": self.inner.local.start_round(start, client.inner, sent.inner), "nonzero": nonzero}
-        rule = self.inner.local.wants_last_gradient
-        asked = jnp.asarray(False) if rule is None else rule(sent.inner)
-        return extra | {"wanted": sent.wanted, "asked": asked, "sparse": sent.sparse}
+        asks = self.inner.local.wants_last_gradient
+        return {
+            "inner": inside(start, client, sent),
+            "nonzero": nonzero,
+            "wanted": sent.wanted,
+            "asked": jnp.asarray(False) if asks is None else asks(sent.inner),
+            "sparse": sent.sparse,
+        }
 
-    def personal(self, client, model):
-        personal = self.inner.local.personal
-        assert personal is not None
-        return personal(client.inner, model)
-
-    def gather(self, loss_and_grad, batch, extra):
-        gather = self.inner.local.gather
-        assert gather is not None
-        return extra | {"inner": gather(loss_and_grad, batch, extra["inner"])}
-
-    def finish_round(self, start, trained, client, extra, steps, lr, gradient):
+    def finish_round(self, inside, start, trained, client, extra, steps, lr, gradient):
         asked = None
         if self.inner.local.wants_last_gradient is not None:
             asked = jax.tree.map(lambda g: jnp.where(extra["asked"], g, 0), gradient)
-        inner, upload = self.inner.local.finish_round(
-            start, trained, client.inner, extra["inner"], steps, lr, asked
-        )
+        after, upload = inside(start, trained, client, extra, steps, lr, asked)
         report = {"nonzero": extra["nonzero"]}
         stored, seen = client.gradient, client.trained
         if self._stores:
@@ -402,7 +380,7 @@ class _Wrapped:
             else:
                 report["untrained"] = (extra["sparse"] & ~client.trained).astype(jnp.float32)
                 stored = jax.tree.map(lambda old, g: jnp.where(new, g.astype(old.dtype), old), stored, fresh)
-        return ClientState(inner, stored, seen), {"inner": upload, "lips": report}
+        return after.replace(gradient=stored, trained=seen), {"inner": upload, "lips": report}
 
 
 def densities(config: LIPS, rounds: int) -> list[float]:
@@ -463,14 +441,8 @@ def _not_weights(model: Model) -> frozenset[Path]:
 
 def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context) -> None:
     """Raises UserError if one of the leaves is not trained at the end of a round."""
-    if inner.local.trains is None:
-        return
-    variables: Any = context.model.abstract
-    last = jnp.int32((context.local.epochs or 1) - 1)
-    empty: Any = None
-    moves = inner.local.trains(variables, Batch(empty, None, None, last))
-    flags: Any = traverse_util.flatten_dict(moves)
-    frozen = [path for path in leaves if not bool(flags[path])]
+    flags = _moves_at_the_end(inner, context)
+    frozen = [] if flags is None else [path for path in leaves if not flags[path]]
     if frozen:
         raise UserError(
             "algorithm.score",
@@ -479,3 +451,36 @@ def _check_trained(inner: Algorithm, leaves: Collection[Path], context: Context)
             "gradient to rank it by",
             "Choose the score magnitude, or other leaves.",
         )
+
+
+def _moves_at_the_end(inner: Algorithm, context: Context) -> Mapping[Path, Any] | None:
+    """Path -> whether a client's last step moves that leaf; None: it moves all. No model is run."""
+    model, rule, cohort_size = context.model, inner.local, context.cohort_size
+    labels = jnp.zeros(context.task.num_classes, jnp.int32)
+
+    def zeros(tree):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    def loss_and_grad(variables, batch, loss=None, /):
+        del batch, loss
+        return (jnp.float32(0), variables), zeros(variables["params"])
+
+    def last_step(epoch):
+        key, variables = jax.random.key(0), zeros(model.abstract)
+        ids = jnp.arange(cohort_size, dtype=jnp.int32)
+        cohort = Cohort(ids, ids, jnp.int32(0), ids)
+        starts = inner.dispatch(inner.init(key, variables), cohort, key)
+        client_state = rule.init_client(variables, labels) if rule.init_client else None
+        start = variables
+        if rule.receive is not None:
+            start = rule.receive(start, client_state, starts.broadcast, key)
+        extra = rule.start_round(start, client_state, starts.broadcast)
+        example = context.task.prepare(zeros(context.task.abstract(1)))
+        batch = Batch(example, jnp.ones(1, bool), key, epoch)
+        return Step(*rule.gradient(loss_and_grad, start, batch, extra)).moves
+
+    last = jnp.int32((context.local.epochs or 1) - 1)
+    if jax.eval_shape(last_step, last) is None:
+        return None
+    flat: Any = traverse_util.flatten_dict(jax.jit(last_step)(last))  # of all else XLA computes nothing
+    return flat

@@ -18,7 +18,8 @@ from typing import Any, cast
 import jax
 from flax import struct, traverse_util
 
-from fedjax_sim.algorithms.shared import around, mean_of_included
+from fedjax_sim.algorithms.shared import mean_of_included
+from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Starts
 from fedjax_sim.core.errors import UserError
@@ -46,48 +47,43 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
     if not leaves:
         return inner
 
-    def init(key, variables):
+    def init(inside, key, variables):
         mine = {path: leaf for path, leaf in _flat(variables).items() if path in leaves}
-        return PrivateState(inner.init(key, variables), stacked.broadcast(_named(mine), num_clients))
+        return PrivateState(inside(key, variables), stacked.broadcast(_named(mine), num_clients))
 
     def joined(models, state, ids):
         own = stacked.take_rows(state.private, ids)
         return traverse_util.unflatten_dict({**_flat(models), **_paths(own)})
 
-    def dispatch(state, cohort, key):
-        starts = inner.dispatch(state.inner, cohort, key)
+    def dispatch(inside, state, cohort, key):
+        starts = inside(state, cohort, key)
         models = starts.models
         if starts.shared:
             models = stacked.broadcast(models, len(cohort.ids))
         return Starts(joined(models, state, cohort.ids), starts.broadcast, shared=False)
 
-    def merge(state, cohort, starts, results, key):
+    def merge(inside, state, cohort, starts, results, key):
         flat = _flat(results.models)
         trained = _named({path: flat[path] for path in leaves})
         private = stacked.put_rows(state.private, cohort.ids, trained)
         if inner.weights is not None and jax.eval_shape(inner.dispatch, state.inner, cohort, key).shared:
             mean = mean_of_included(results, inner.weights(cohort), inner.deploy(state.inner))
             results = results.replace(mean=mean)
-        new, metrics = inner.merge(state.inner, cohort, starts, results, key)
-        return PrivateState(new, private), metrics
+        new, metrics = inside(state, cohort, starts, results, key)
+        return new.replace(private=private), metrics
 
-    def personal(state, ids):
-        if inner.personal is not None:
-            return joined(inner.personal(state.inner, ids), state, ids)
-        return joined(stacked.broadcast(inner.deploy(state.inner), len(ids)), state, ids)
-
-    def slot(state, slots, ids):
-        return joined(inner.client_models(state.inner, slots, ids), state, ids)
-
-    return around(
+    return wrap(
         inner,
-        init=init,
-        dispatch=dispatch,
-        merge=merge,
-        needs_models=True,
-        stacked=(*inner.stacked, "private"),
-        personal=personal,
-        slot_models=slot,
+        Layer(
+            pairs=("state",),
+            init=init,
+            dispatch=dispatch,
+            merge=merge,
+            personal_models=lambda inside, state, ids: joined(inside(state, ids), state, ids),
+            slot_models=lambda inside, state, slots, ids: joined(inside(state, slots, ids), state, ids),
+            stacked=("private",),
+            needs_models=True,
+        ),
     )
 
 

@@ -39,6 +39,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import fednova, shared
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import SMALLEST, check, positive
@@ -117,11 +118,11 @@ class Scaffold:
                 extra |= {"x": start, "sum": optax.tree.zeros_like(start["params"]), "seen": jnp.float32(0)}
             return extra
 
-        def direction(loss_and_grad, variables, batch, extra):
-            value, g = loss_and_grad(variables, batch)
-            return value, jax.tree.map(lambda g, c, c_i: g + c - c_i, g, extra["c"], extra["c_i"])
+        def corrected(g, variables, extra):
+            del variables
+            return jax.tree.map(lambda g, c, c_i: g + c - c_i, g, extra["c"], extra["c_i"])
 
-        def gather(loss_and_grad, batch, extra):
+        def at_start(loss_and_grad, batch, extra):
             def added():
                 size = jnp.float32(batch.size) if batch.mask is None else batch.mask.sum()
                 size = size.astype(jnp.float32)
@@ -147,10 +148,10 @@ class Scaffold:
                 new = jax.tree.map(renewed, c_i, extra["c"], start["params"], trained["params"])
             return new, jax.tree.map(jnp.subtract, new, c_i)
 
+        gradient = gradients.with_direction(corrected)
         return LocalRule(
             start_round=start_round,
-            direction=direction,
-            gather=gather if self.option == "I" else None,
+            gradient=gradients.accumulating(at_start, gradient) if self.option == "I" else gradient,
             finish_round=finish_round,
             init_client=lambda variables, labels: optax.tree.zeros_like(variables["params"]),
         )

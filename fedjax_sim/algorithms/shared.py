@@ -14,30 +14,6 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Variables
 
 
-def around(inner: Algorithm, **own: Any) -> Algorithm:
-    """An algorithm around another, whose state it holds in a field `inner` of its own (a flax dataclass).
-
-    Args:
-      inner: the algorithm inside.
-      own: fields of the record, by name. Of the others `inner` is asked; `init`, `dispatch` and `merge` must
-        be among them.
-    """
-
-    def of_inner(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        return function and (lambda state, *args: function(state.inner, *args))
-
-    asked: dict[str, Any] = {
-        name: of_inner(getattr(inner, name)) for name in ("deploy", "personal", "slot_models")
-    }
-    if inner.cohort_chooser is not None:
-        measure = of_inner(inner.cohort_chooser.measure)
-        asked["cohort_chooser"] = dataclasses.replace(inner.cohort_chooser, measure=measure)
-    if inner.with_model is not None:
-        with_model = inner.with_model
-        asked["with_model"] = lambda state, model: state.replace(inner=with_model(state.inner, model))
-    return dataclasses.replace(inner, **asked | own)
-
-
 def build_inner(config: AlgorithmConfig, context: Context) -> Algorithm:
     """The record of an `inner` algorithm; in its errors `algorithm.` becomes `algorithm.inner.`."""
     try:

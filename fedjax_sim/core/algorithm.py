@@ -13,7 +13,7 @@ models, say) the record itself states.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax import struct
 from fedjax_sim.core import stacked
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model, Variables
-from fedjax_sim.core.task import Batch, LossAndGrad, Task, task_loss
+from fedjax_sim.core.task import Batch, LossAndGrad, Task
 
 State = Any
 """An algorithm's own pytree, best a `flax.struct.dataclass`."""
@@ -82,14 +82,175 @@ class Results:
     loss: jax.Array
 
 
-def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any):
-    """The gradient as it is."""
-    del extra
-    return loss_and_grad(variables, batch)
+# --- on a client ------------------------------------------------------------------------------------------
 
 
-def nothing_sent(start, trained, client_state, extra, steps, lr, gradient):
-    """The end of a client's round that changes nothing and sends nothing besides the model."""
+class Step(NamedTuple):
+    """What an optimiser step of one client is made of: what `LocalRule.gradient` returns.
+
+    Attributes:
+      loss: f32[], of the batch; for the records.
+      variables: the model with its state (batch statistics) moved on. Its `params` are not looked at.
+      gradient: by `params`, as the optimiser gets it; like `params`.
+      extra: what the next step sees as `extra`, in the same shapes.
+      moves: tree like the variables of bool, Python's or bool[]: which leaves the step moves. The others stay
+        as they are, batch statistics among them; the optimiser sees a zero gradient of them, and no weight to
+        decay. None: all move.
+    """
+
+    loss: jax.Array
+    variables: Variables
+    gradient: Any
+    extra: Any = None
+    moves: Any = None
+
+
+class InitClient(Protocol):
+    """`LocalRule.init_client`."""
+
+    def __call__(self, variables: Variables, labels: jax.Array, /) -> Any:
+        """A client's own state before its first round.
+
+        Args:
+          variables: the initial model.
+          labels: i32[C], how many training samples of each class it has; i32[0] where samples have none.
+
+        Returns:
+          Any pytree; it is kept in a stack over all N clients.
+        """
+        ...
+
+
+class Receive(Protocol):
+    """`LocalRule.receive`."""
+
+    def __call__(self, model: Variables, client_state: Any, broadcast: Any, key: jax.Array, /) -> Variables:
+        """What a client starts to train.
+
+        Args:
+          model: what it was sent.
+          client_state: its own, as its last round left it.
+          broadcast: `Starts.broadcast`.
+          key: the client's in this round.
+
+        Returns:
+          The start: like `model`, or with more beside it if the rule has a `send`.
+        """
+        ...
+
+
+class Send(Protocol):
+    """`LocalRule.send`."""
+
+    def __call__(self, variables: Variables, /) -> Variables:
+        """The model that goes back, like the one that was sent. Leaves may lead with any axes."""
+        ...
+
+
+class StartRound(Protocol):
+    """`LocalRule.start_round`."""
+
+    def __call__(self, start: Variables, client_state: Any, broadcast: Any, /) -> Any:
+        """What the steps of a round see besides the model: the start, a control variate, a teacher.
+
+        Args:
+          start: what the client starts to train.
+          client_state: its own.
+          broadcast: `Starts.broadcast`.
+
+        Returns:
+          extra: any pytree of arrays.
+        """
+        ...
+
+
+class GradientRule(Protocol):
+    """`LocalRule.gradient`; `fedjax_sim.core.gradients` makes the usual ones."""
+
+    def __call__(self, loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any, /) -> Step:
+        """One step's gradient.
+
+        Args:
+          loss_and_grad: the loss and its gradient at any variables; of the task's loss, or of one that it is
+            given. What goes around the method may have added terms to either.
+          variables: the client's, in training.
+          batch: the samples; `batch.rng` is a key of this step.
+          extra: what `start_round` gave, or the step before.
+        """
+        ...
+
+
+class WantsLastGradient(Protocol):
+    """`LocalRule.wants_last_gradient`."""
+
+    def __call__(self, broadcast: Any, /) -> jax.Array:
+        """Whether `finish_round` gets the gradient of a client's last step in this round. -> bool[]."""
+        ...
+
+
+class FinishRound(Protocol):
+    """`LocalRule.finish_round`."""
+
+    def __call__(
+        self,
+        start: Variables,
+        trained: Variables,
+        client_state: Any,
+        extra: Any,
+        steps: jax.Array,
+        lr: jax.Array,
+        gradient: Any,
+        /,
+    ) -> tuple[Any, Any]:
+        """The end of a client's round.
+
+        Args:
+          start: what it started to train.
+          trained: what came of it.
+          client_state: its own.
+          extra: as the last step left it.
+          steps: i32[], how many it took.
+          lr: f32[], the round's rate.
+          gradient: of its last step, by `params`, as the optimiser got it; zero in a round that does not want
+            it, None if none does.
+
+        Returns:
+          (client_state, upload): the state, in the same shapes, and what goes to the server besides the
+          model.
+        """
+        ...
+
+
+class PersonalModel(Protocol):
+    """`LocalRule.personal`."""
+
+    def __call__(self, client_state: Any, model: Variables, /) -> Variables:
+        """What a client uses itself, of its own state and the model that the algorithm has for it."""
+        ...
+
+
+def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any, /) -> Step:
+    """The gradient as it is, of all leaves."""
+    (loss, moved), gradient = loss_and_grad(variables, batch)
+    return Step(loss, moved, gradient, extra)
+
+
+def nothing_more(start: Variables, client_state: Any, broadcast: Any, /) -> None:
+    """The start of a round whose steps see the model alone."""
+    del start, client_state, broadcast
+
+
+def nothing_sent(
+    start: Variables,
+    trained: Variables,
+    client_state: Any,
+    extra: Any,
+    steps: jax.Array,
+    lr: jax.Array,
+    gradient: Any,
+    /,
+) -> tuple[Any, None]:
+    """The end of a round that changes nothing and sends nothing besides the model."""
     del start, trained, extra, steps, lr, gradient
     return client_state, None
 
@@ -99,43 +260,114 @@ class LocalRule:
     """What a client does differently from plain SGD on the task's loss. All functions are of one client.
 
     Attributes:
-      loss: (apply, variables, batch, extra) -> (scalar, variables).
-      direction: (loss_and_grad, variables, batch, extra) -> ((loss, variables), gradient).
-      trains: (variables, batch) -> tree like `variables` of bool, Python's or bool[]: which leaves a step
-        moves. The others stay as they are, batch statistics among them, and the optimiser sees a zero
-        gradient of them. None: all move.
-      receive: (model, client_state, broadcast, key) -> start: what a client makes of the model that it is
-        sent before it trains; key: the client's in this round. None: nothing.
-      send: variables -> what of them is the model that goes back, like the one that was sent; for a rule
-        whose `receive` puts something beside it. None: all.
-      wants_last_gradient: broadcast -> bool[]: whether `finish_round` gets, in this round, the gradient of
-        the client's last step (by `params`, as the optimiser gets it). None: in none.
-      start_round: (start, client_state, broadcast) -> extra; what the loss sees besides (the start, a control
-        variate, a teacher).
-      gather: (loss_and_grad, batch, extra) -> extra; what a step adds to `extra`, which is kept from step to
-        step. None: `extra` stays as it began.
-      random: whether steps draw at random, from `Batch.rng`.
-      finish_round: (start, trained, client_state, extra, steps, lr, gradient) -> (client_state, upload);
-        gradient as asked for, zero in rounds that do not ask, None if none does.
-      init_client: (variables, labels) -> a client's own state, kept from round to round in a stack over all
-        N clients; labels: i32[C], how many training samples of each class it has, i32[0] where samples have
-        no classes. None keeps none.
-      personal: (client_state, model) -> variables that a client uses itself, made of what it keeps and the
-        model that the algorithm has for it. None: that model.
+      init_client: a client's own state, kept from round to round. None: it has none.
+      receive: what a client makes of the model that it is sent before it trains. None: nothing.
+      start_round: what the steps see besides the model.
+      gradient: one step's gradient.
+      wants_last_gradient: whether `finish_round` is to get the last one. None: never.
+      finish_round: what a client keeps, and sends besides the model.
+      send: what of the trained variables is the model that goes back; for a rule whose `receive` puts
+        something beside it. None: all.
+      personal: what a client uses itself. None: the model that the algorithm has for it.
     """
 
-    loss: Callable[..., tuple[jax.Array, Variables]] = task_loss
-    direction: Callable[..., Any] = plain_gradient
-    trains: Callable[[Variables, Batch], Any] | None = None
-    receive: Callable[[Variables, Any, Any, jax.Array], Variables] | None = None
-    send: Callable[[Variables], Variables] | None = None
-    wants_last_gradient: Callable[[Any], jax.Array] | None = None
-    start_round: Callable[[Variables, Any, Any], Any] = lambda start, client_state, broadcast: None
-    gather: Callable[[LossAndGrad, Batch, Any], Any] | None = None
-    random: bool = False
-    finish_round: Callable[..., tuple[Any, Any]] = nothing_sent
-    init_client: Callable[[Variables, jax.Array], Any] | None = None
-    personal: Callable[[Any, Variables], Variables] | None = None
+    init_client: InitClient | None = None
+    receive: Receive | None = None
+    start_round: StartRound = nothing_more
+    gradient: GradientRule = plain_gradient
+    wants_last_gradient: WantsLastGradient | None = None
+    finish_round: FinishRound = nothing_sent
+    send: Send | None = None
+    personal: PersonalModel | None = None
+
+
+# --- on the server ----------------------------------------------------------------------------------------
+
+
+class Init(Protocol):
+    """`Algorithm.init`."""
+
+    def __call__(self, key: jax.Array, variables: Variables, /) -> State:
+        """The server's state before the first round. variables: one freshly initialised model."""
+        ...
+
+
+class Dispatch(Protocol):
+    """`Algorithm.dispatch`."""
+
+    def __call__(self, state: State, cohort: Cohort, key: jax.Array, /) -> Starts:
+        """What the clients of a round are sent. key: of the round, for this function alone."""
+        ...
+
+
+class Merge(Protocol):
+    """`Algorithm.merge`."""
+
+    def __call__(
+        self, state: State, cohort: Cohort, starts: Starts, results: Results, key: jax.Array, /
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """The server's step.
+
+        Args:
+          state: before the round.
+          cohort: who took part.
+          starts: what `dispatch` gave.
+          results: what came back.
+          key: of the round, for this function alone.
+
+        Returns:
+          (state, metrics): the state in the same shapes, and scalars by name for the run's records.
+        """
+        ...
+
+
+class Deploy(Protocol):
+    """`Algorithm.deploy`."""
+
+    def __call__(self, state: State, /) -> Variables:
+        """The one model under evaluation."""
+        ...
+
+
+class Weights(Protocol):
+    """`Algorithm.weights`."""
+
+    def __call__(self, cohort: Cohort, /) -> jax.Array:
+        """Unnormalised weights of `Results.mean`. -> f32[K]."""
+        ...
+
+
+class PersonalModels(Protocol):
+    """`Algorithm.personal_models`."""
+
+    def __call__(self, state: State, ids: jax.Array, /) -> Variables:
+        """What each client itself would use. i32[m] -> [m, …]."""
+        ...
+
+
+class SlotModels(Protocol):
+    """`Algorithm.slot_models`."""
+
+    def __call__(self, state: State, slots: jax.Array, ids: jax.Array, /) -> Variables:
+        """What slots have after the merge of a round in which they served the clients `ids`.
+
+        Args:
+          state: after that merge.
+          slots: i32[m].
+          ids: i32[m].
+
+        Returns:
+          Models [m, …].
+        """
+        ...
+
+
+class WithModel(Protocol):
+    """`Algorithm.with_model`."""
+
+    def __call__(self, state: State, variables: Variables, /) -> State:
+        """The state with `variables` as the model that `deploy` gives and that the next round starts from."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,51 +389,48 @@ class Algorithm:
     """A federated algorithm.
 
     Attributes:
-      init: (key, variables) -> state. `variables` is one freshly initialised model.
-      dispatch: (state, cohort, key) -> Starts.
-      merge: (state, cohort, starts, results, key) -> (state, metrics). `metrics` is a dict of scalars for
-        the run's records.
-      deploy: state -> variables of the one model under evaluation.
+      init: the state before the first round.
+      dispatch: what a round's clients are sent.
+      merge: the server's step.
+      deploy: the one model under evaluation.
       local: what happens on a client.
-      weights: cohort -> f32[K], unnormalised weights of `Results.mean`; None: no mean is wanted.
+      weights: of `Results.mean`. None: no mean is wanted.
       needs_models: False lets the engine accumulate the mean wave by wave and never hold K models.
       stacked: names of the state's fields, at any depth, whose leaves lead with K or N; they are sharded
         over devices.
-      personal: (state, ids) -> variables [len(ids), …], what each client itself would use; None: the
-        deployed model.
-      slot_models: (state, slots, ids) -> variables [len(slots), …], what slots hold after the merge of a
-        round in which they served the clients `ids`, of an algorithm whose slots have models of their own;
-        None: what their clients would use.
-      cohort_chooser: who takes part; None: the run's configuration says.
-      with_model: (state, variables) -> state with these as the model that `deploy` gives and that the next
-        round starts from; None if the two are not one, or the state has more to say about the next start.
+      personal_models: what each client itself would use. None: the deployed model.
+      slot_models: what slots have after a merge, of an algorithm whose slots have models of their own. None:
+        what their clients would use.
+      cohort_chooser: who takes part. None: the run's configuration says.
+      with_model: another model in the place of the deployed one. None if the next round starts from more than
+        that model, or from another.
       steps_beyond_mean: whether the merge goes on from the model that was sent by more than the mean of what
         came back, so that a client must have started from just that model.
     """
 
-    init: Callable[[jax.Array, Variables], State]
-    dispatch: Callable[[State, Cohort, jax.Array], Starts]
-    merge: Callable[[State, Cohort, Starts, Results, jax.Array], tuple[State, dict[str, jax.Array]]]
-    deploy: Callable[[State], Variables]
+    init: Init
+    dispatch: Dispatch
+    merge: Merge
+    deploy: Deploy
     local: LocalRule = LocalRule()
-    weights: Callable[[Cohort], jax.Array] | None = None
+    weights: Weights | None = None
     needs_models: bool = True
     stacked: tuple[str, ...] = ()
-    personal: Callable[[State, jax.Array], Variables] | None = None
-    slot_models: Callable[[State, jax.Array, jax.Array], Variables] | None = None
+    personal_models: PersonalModels | None = None
+    slot_models: SlotModels | None = None
     cohort_chooser: CohortChooser | None = None
-    with_model: Callable[[State, Variables], State] | None = None
+    with_model: WithModel | None = None
     steps_beyond_mean: bool = False
 
     def client_models(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
-        """What a round's clients hold once its models are merged. i32[m] slots and ids -> [m, …] models.
+        """What a round's clients have once its models are merged. i32[m] slots and ids -> [m, …] models.
 
         What a client makes of that and of its own state (`LocalRule.personal`) is not looked at.
         """
         if self.slot_models is not None:
             return self.slot_models(state, slots, ids)
-        if self.personal is not None:
-            return self.personal(state, ids)
+        if self.personal_models is not None:
+            return self.personal_models(state, ids)
         return stacked.broadcast(self.deploy(state), len(ids))
 
     @property
@@ -221,6 +450,9 @@ class Algorithm:
             return any(getattr(key, "name", None) in self.stacked for key in path)
 
         return jax.tree_util.tree_map_with_path(below, state)
+
+
+# --- how one is built -------------------------------------------------------------------------------------
 
 
 class LocalSettings(Protocol):

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import errors, traverse_util
 from flax import linen as nn
+from flax import traverse_util
 
 from fedjax_sim.core.conv_impl import conv_impl
 from fedjax_sim.core.errors import UserError
@@ -200,16 +200,6 @@ class Model:
     def with_conv(self, conv: str) -> "Model":
         """The same model with its convolutions computed by `conv`, one of CONV_IMPLS or auto."""
         return dataclasses.replace(self, conv=conv)
-
-    @functools.cached_property
-    def stochastic(self) -> bool:
-        """Whether training draws random numbers (dropout)."""
-        images = jax.ShapeDtypeStruct((1, *self.input_shape), jnp.float32)
-        try:
-            jax.eval_shape(lambda v, x: self.apply(v, x, train=True), self.abstract, images)
-        except errors.InvalidRngError:
-            return True
-        return False
 
     @property
     def convolves(self) -> bool:

@@ -27,7 +27,7 @@ class Batch:
     Attributes:
       example: the samples, prepared and augmented; leaves [B, …].
       mask: bool[B], False for padding; None if no batch of the run has any.
-      rng: key of this step (dropout, a rule's own draws); None if the run needs none.
+      rng: key of this step (dropout, a rule's own draws); None outside of training.
       epoch: i32[], the client's epoch in this round, from 0.
     """
 
@@ -148,10 +148,6 @@ class Training:
         return self.task.loss(outputs, batch.example)
 
 
-LossAndGrad = Callable[[Variables, Batch], tuple[tuple[jax.Array, Variables], Any]]
-"""(variables, batch) -> ((loss, variables with their state moved on), gradient by `params`)."""
-
-
 def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     """Mean of f32[B] over the samples that are not padding."""
     if mask is None:
@@ -159,11 +155,45 @@ def masked_mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
     return jnp.where(mask, values, 0).sum() / jnp.maximum(mask.sum(), 1).astype(values.dtype)
 
 
-def task_loss(apply: Apply, variables: Variables, batch: Batch, extra: Any) -> tuple[jax.Array, Variables]:
+Loss = Callable[[Apply, Variables, Batch], tuple[jax.Array, Variables]]
+"""(apply, variables, batch) -> (f32[], variables with their state moved on)."""
+
+
+def task_loss(apply: Apply, variables: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
     """Mean of the task's loss over a batch, and the variables with their state moved on."""
-    del extra
     outputs, variables = apply(variables, batch)
     return masked_mean(apply.losses(outputs, batch), batch.mask), variables
+
+
+class LossAndGrad(Protocol):
+    """A loss of a model on a batch, and its gradient."""
+
+    def __call__(
+        self, variables: Variables, batch: Batch, loss: Loss = task_loss, /
+    ) -> tuple[tuple[jax.Array, Variables], Any]:
+        """Value and gradient.
+
+        Args:
+          variables: the model.
+          batch: the samples.
+          loss: the task's, unless another is given.
+
+        Returns:
+          ((loss f32[], variables with their state moved on), gradient by `params`).
+        """
+        ...
+
+
+def differentiated(apply: Apply) -> LossAndGrad:
+    """The losses of a model, with their gradients by reverse differentiation."""
+
+    def loss_and_grad(variables: Variables, batch: Batch, loss: Loss = task_loss, /):
+        def of(params):
+            return loss(apply, {**variables, "params": params}, batch)
+
+        return jax.value_and_grad(of, has_aux=True)(variables["params"])
+
+    return loss_and_grad
 
 
 def evaluate(

@@ -22,10 +22,10 @@ from flax import struct
 
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.core import optimizers, stacked
-from fedjax_sim.core.algorithm import LocalRule
+from fedjax_sim.core.algorithm import LocalRule, Step
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
-from fedjax_sim.core.task import Batch, Task, Training
+from fedjax_sim.core.task import Batch, Task, Training, differentiated
 from fedjax_sim.engine.device_data import DeviceData
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
@@ -160,7 +160,6 @@ class Trainer:
       order_lengths: see `fedjax_sim.engine.device_data.order_lengths`.
       ragged: some clients of the population take more steps than others.
       partial: some client has a last batch that is not full.
-      stochastic: the model has dropout, or the rule draws, and so needs a key each step.
       gradients: every round's clients hand over the gradient of their last step, for diagnostics; else only
         those of rounds in which the rule asks for it.
       optimizer: of the clients, as `make_optimizer` has it.
@@ -174,7 +173,6 @@ class Trainer:
     order_lengths: tuple[int, ...]
     ragged: bool
     partial: bool
-    stochastic: bool
     gradients: bool = False
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
 
@@ -266,7 +264,6 @@ class Trainer:
         memory = kept["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
         zeros = jnp.zeros(counts.shape, jnp.float32)
         step = over(partial(self._step, optimizer), (0, 0, 0, 0, 0, None))
-        gathers = rule.gather is not None
         wanted = self._wants_gradient(broadcast)
         last_gradient = None if wanted is None else jax.tree.map(jnp.zeros_like, params)
 
@@ -277,8 +274,7 @@ class Trainer:
         @jax.named_scope(STEP)
         def body(t, carry):
             orders, loss_sum, seen, carried = carry
-            variables, memory, last_gradient, gathered = laned(carried)
-            known = gathered if gathers else extra
+            variables, memory, last_gradient, extra = laned(carried)
             epoch, within = t // per_epoch, t % per_epoch
             if self.local.epochs != 1:  # one epoch gets by with the first order
                 orders = jax.lax.cond(
@@ -294,7 +290,7 @@ class Trainer:
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
             made = self._batch(data, index, mask, rngs, epoch)
-            new, new_memory, loss, gradient, more = step(variables, memory, made, known, rngs, lr)
+            new, new_memory, loss, gradient, new_extra = step(variables, memory, made, extra, rngs, lr)
             if wanted is not None:
                 here = wanted & (t == total - 1)
                 last_gradient = _written(here, gradient, last_gradient)
@@ -304,15 +300,15 @@ class Trainer:
                 new = stacked.where_slot(active, new, variables)
                 new_memory = stacked.where_slot(active, new_memory, memory)
                 loss = jnp.where(active, loss, 0)
-                more = stacked.where_slot(active, more, gathered) if gathers else None
-            return orders, loss_sum + loss * size, seen + size, bare((new, new_memory, last_gradient, more))
+                new_extra = _changed(active, new_extra, extra)
+            carried = bare((new, new_memory, last_gradient, new_extra))
+            return orders, loss_sum + loss * size, seen + size, carried
 
         ordered = partial(_orders, lanes, lengths=self.order_lengths)
         orders = ordered(jnp.zeros_like(counts))
-        carried = bare((start, memory, last_gradient, extra if gathers else None))
+        carried = bare((start, memory, last_gradient, extra))
         _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (orders, zeros, zeros, carried))
-        trained, memory, last_gradient, gathered = laned(carried)
-        extra = gathered if gathers else extra
+        trained, memory, last_gradient, extra = laned(carried)
         finite = jnp.isfinite(loss_sum) & all_finite(trained)
         rule_state, uploads = over(rule.finish_round, (0, 0, 0, 0, 0, None, 0))(
             start, trained, kept["rule"], extra, total, lr, last_gradient
@@ -337,20 +333,11 @@ class Trainer:
         return Batch(example, mask if self._masked() else None, None, epoch)
 
     def _step(self, optimizer, variables, memory, batch, extra, rng, lr):
-        """One optimiser step of one client: (model, optimiser's state, loss, gradient, what it gathered)."""
-        if self.stochastic:
-            batch = batch.replace(rng=jax.random.fold_in(rng, 1))
-
-        apply = Training(self.model, self.task)
-
-        def loss_and_grad(variables, batch):
-            def loss(params):
-                return self.rule.loss(apply, {**variables, "params": params}, batch, extra)
-
-            return jax.value_and_grad(loss, has_aux=True)(variables["params"])
-
-        moves = self.rule.trains(variables, batch) if self.rule.trains else None
-        (loss, moved), gradient = self.rule.direction(loss_and_grad, variables, batch, extra)
+        """One optimiser step of one client: (model, optimiser's state, loss, gradient, extra)."""
+        batch = batch.replace(rng=jax.random.fold_in(rng, 1))  # where nobody draws, XLA drops it
+        loss_and_grad = differentiated(Training(self.model, self.task))
+        made = Step(*self.rule.gradient(loss_and_grad, variables, batch, extra))
+        loss, moved, gradient, extra, moves = made
         seen = variables["params"]
         if moves is not None:
             still = jax.tree.map(jnp.zeros_like, gradient)
@@ -364,12 +351,9 @@ class Trainer:
         params = jax.tree.map(jnp.add, variables["params"], updates)
         new = {**moved, "params": params}
         new = new if moves is None else _where(moves, new, dict(variables))
-        gathered = self.rule.gather(loss_and_grad, batch, extra) if self.rule.gather else None
-        return new, memory, loss, gradient, gathered
+        return new, memory, loss, gradient, extra
 
     def _step_keys(self, keys, t):
-        if not (self.stochastic or self.task.augment):
-            return None
         return jax.vmap(lambda key: key_for(key, _STEP, t))(keys)
 
     def _masked(self) -> bool:
@@ -380,6 +364,11 @@ def _written(flags, new, old):
     """Lane by lane new or old, [L, …]; at no cost where no flag of bool[L] is set."""
     branches = (lambda new, old: stacked.where_slot(flags, new, old)), (lambda new, old: old)
     return jax.lax.cond(flags.any(), *branches, new, old)
+
+
+def _changed(flags, new, old):
+    """Lane by lane new or old, [L, …], of the leaves that are not the same anyway."""
+    return jax.tree.map(lambda a, b: a if a is b else stacked.where_slot(flags, a, b), new, old)
 
 
 def _where(moves, new, old):

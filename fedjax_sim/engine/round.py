@@ -267,8 +267,8 @@ class Round:
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
         """What clients would use themselves. i32[m] -> [m, …] models."""
         algorithm, rule = self.algorithm, self.trainer.rule
-        if algorithm.personal is not None:
-            models = algorithm.personal(state.algorithm, ids)
+        if algorithm.personal_models is not None:
+            models = algorithm.personal_models(state.algorithm, ids)
         else:
             models = stacked.broadcast(algorithm.deploy(state.algorithm), len(ids))
         if rule.personal is None:

@@ -123,14 +123,13 @@ class Setup:
             order_lengths=order_lengths(self.counts),
             ragged=len(np.unique(self.steps)) > 1,
             partial=bool(np.any(self.counts % self.config.local.batch_size)),
-            stochastic=self.model.stochastic or self.algorithm.local.random,
             gradients=any(meter.gradients for meter in self.meters.values()),
         )
 
     @property
     def personalised(self) -> bool:
         """Whether clients may use models of their own."""
-        return self.algorithm.personal is not None or self.algorithm.local.personal is not None
+        return self.algorithm.personal_models is not None or self.algorithm.local.personal is not None
 
     @functools.cached_property
     def label_counts(self) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim.core import stacked
-from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Results, Starts
+from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Results, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import own_lines, place_of
 from fedjax_sim.core.task import Batch
@@ -75,7 +75,7 @@ def check_contract(
         start = rule.receive(sent, kept["rule"], starts.broadcast, key) if rule.receive else sent
         extra = rule.start_round(start, kept["rule"], starts.broadcast)
         memory = kept["optimizer"] if local.keep_optimizer else trainer.optimizer.init(start["params"])
-        trained, _, _, gradient, gathered = trainer._step(
+        trained, _, _, gradient, extra = trainer._step(
             trainer.optimizer, start, memory, batch, extra, key, lr
         )
         wanted = trainer._wants_gradient(starts.broadcast)
@@ -83,7 +83,7 @@ def check_contract(
             start,
             trained,
             kept["rule"],
-            gathered if rule.gather else extra,
+            extra,
             jnp.int32(1),
             lr,
             None if wanted is None else gradient,
@@ -100,8 +100,8 @@ def check_contract(
         )
         merged, _ = guarded.merge(state, cohort, starts, results, key)
         slots = jnp.arange(cohort_size, dtype=jnp.int32)
-        if guarded.personal is not None:
-            guarded.personal(merged, cohort.ids)
+        if guarded.personal_models is not None:
+            guarded.personal_models(merged, cohort.ids)
         if guarded.slot_models is not None:
             guarded.slot_models(merged, slots, cohort.ids)
         if guarded.with_model is not None:
@@ -116,7 +116,7 @@ def check_contract(
     batch = Batch(
         jax.eval_shape(task.prepare, task.abstract(size)),
         of((size,), jnp.bool_) if trainer._masked() else None,
-        key if trainer.stochastic else None,
+        key,
         of((), jnp.int32),
     )
     cohort = Cohort(whole, whole, of((), jnp.int32), whole)
@@ -146,73 +146,57 @@ class _Contract:
 
     def algorithm(self, own: Algorithm) -> Algorithm:
         """The record, checked as it is called."""
-        around = partial(self._around, "")
+        judges = {
+            "init": partial(self._stacks, own),
+            "dispatch": self._dispatched,
+            "merge": self._merged,
+            "deploy": lambda out, state: self._one_model("deploy", out),
+            "weights": self._weighed,
+            "personal_models": lambda out, *args: self._models("personal_models", out),
+            "slot_models": lambda out, *args: self._models("slot_models", out),
+            "with_model": lambda out, state, model: self._same("with_model", out, state, "it got"),
+        }
         chooser = own.cohort_chooser
         if chooser is not None:
-            chooser = dataclasses.replace(
-                chooser, measure=around("cohort_chooser.measure", chooser.measure, None)
-            )
-        return dataclasses.replace(
-            own,
-            init=around("init", own.init, partial(self._stacks, own)),
-            dispatch=around("dispatch", own.dispatch, self._dispatched),
-            merge=around("merge", own.merge, self._merged),
-            deploy=around("deploy", own.deploy, lambda out, state: self._one_model("deploy", out)),
-            weights=around("weights", own.weights, self._weighed),
-            personal=around("personal", own.personal, lambda out, *args: self._models("personal", out)),
-            slot_models=around(
-                "slot_models", own.slot_models, lambda out, *args: self._models("slot_models", out)
-            ),
-            with_model=around(
-                "with_model",
-                own.with_model,
-                lambda out, state, model: self._same("with_model", out, state, "it got"),
-            ),
-            cohort_chooser=chooser,
-            local=self._rule(own.local),
-        )
+            measure = self._around("cohort_chooser.measure", chooser.measure, None)
+            chooser = dataclasses.replace(chooser, measure=measure)
+        checked = self._all("", own, judges)
+        return dataclasses.replace(own, **checked, cohort_chooser=chooser, local=self._rule(own.local))
 
     def _rule(self, own: LocalRule) -> LocalRule:
-        around = partial(self._around, "local.")
-
         def received(out, *args):
             if own.send is None:
                 self._one_model("local.receive", out)
             elif "params" not in out:
                 raise self._wrong("local.receive", f"returned {_told(out)}", "A start has `params`.")
 
-        def told(out, start, trained, kept, *args):
+        def finished(out, start, trained, kept, *args):
             self._pair("local.finish_round", out, "(client_state, upload)")
             self._same("local.finish_round", out[0], kept, "init_client gave", "of the client's state ")
 
-        return dataclasses.replace(
-            own,
-            loss=around("loss", own.loss, self._lost),
-            direction=around("direction", own.direction, self._directed),
-            trains=around("trains", own.trains, self._moving),
-            receive=around("receive", own.receive, received),
-            send=around("send", own.send, lambda out, sent: self._one_model("local.send", out)),
-            wants_last_gradient=around("wants_last_gradient", own.wants_last_gradient, self._asked),
-            start_round=around("start_round", own.start_round, None),
-            gather=around(
-                "gather",
-                own.gather,
-                lambda out, loss, batch, extra: self._same("local.gather", out, extra, "start_round gave"),
-            ),
-            finish_round=around("finish_round", own.finish_round, told),
-            init_client=around("init_client", own.init_client, None),
-            personal=around(
-                "personal", own.personal, lambda out, *args: self._one_model("local.personal", out)
-            ),
-        )
+        judges = {
+            "receive": received,
+            "gradient": self._stepped,
+            "wants_last_gradient": self._asked,
+            "finish_round": finished,
+            "send": lambda out, sent: self._one_model("local.send", out),
+            "personal": lambda out, *args: self._one_model("local.personal", out),
+        }
+        return dataclasses.replace(own, **self._all("local.", own, judges))
+
+    def _all(self, home: str, record: Any, judges: dict[str, Callable[..., None]]) -> dict[str, Any]:
+        """Every function of a record, each with its judge if it has one."""
+        functions = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+        return {
+            name: self._around(f"{home}{name}", function, judges.get(name))
+            for name, function in functions.items()
+            if callable(function)
+        }
 
     def _around(
-        self, home: str, name: str, function: Callable[..., Any] | None, judge: Callable[..., None] | None
-    ) -> Any:
+        self, where: str, function: Callable[..., Any], judge: Callable[..., None] | None
+    ) -> Callable[..., Any]:
         """`function`, whose errors have its name, and whose value `judge(value, *arguments)` looks at."""
-        if function is None:
-            return None
-        where = f"{home}{name}"
 
         def call(*args):
             try:
@@ -279,21 +263,18 @@ class _Contract:
         wanted = jax.ShapeDtypeStruct((self.cohort_size,), jnp.float32)
         self._same("weights", out, wanted, "the engine wants")
 
-    def _lost(self, out: Any, apply: Any, variables: Any, *args: Any) -> None:
-        self._pair("local.loss", out, "(loss, variables)")
-        self._scalar("local.loss", out[0])
-        self._same("local.loss", out[1], variables, "it got", "of the variables ")
-
-    def _directed(self, out: Any, loss: Any, variables: Any, *args: Any) -> None:
-        self._pair("local.direction", out, "((loss, variables), gradient)")
-        self._pair("local.direction", out[0], "((loss, variables), gradient)")
-        self._scalar("local.direction", out[0][0])
-        self._same("local.direction", out[0][1], variables, "it got", "of the variables ")
-        self._same("local.direction", out[1], variables["params"], "`params` has", "of the gradient ")
-
-    def _moving(self, out: Any, variables: Any, batch: Any) -> None:
-        flags = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.bool_), variables)
-        self._same("local.trains", out, flags, "a flag for each leaf of the variables is wanted:")
+    def _stepped(self, out: Any, loss: Any, variables: Any, batch: Any, extra: Any) -> None:
+        where, wanted = "local.gradient", "a Step(loss, variables, gradient, extra)"
+        if not (isinstance(out, tuple) and len(out) in (4, 5)):
+            raise self._wrong(where, f"returned {_told(out)}, not {wanted}", f"Return {wanted}.")
+        step = Step(*out)
+        self._scalar(where, step.loss)
+        self._same(where, step.variables, variables, "it got", "of the variables ")
+        self._same(where, step.gradient, variables["params"], "`params` has", "of the gradient ")
+        self._same(where, step.extra, extra, "it got", "of extra ")
+        if step.moves is not None:
+            flags = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((), jnp.bool_), variables)
+            self._same(where, step.moves, flags, "a flag for each leaf of the variables is wanted:")
 
     def _asked(self, out: Any, broadcast: Any) -> None:
         self._same("local.wants_last_gradient", out, jax.ShapeDtypeStruct((), jnp.bool_), "the engine wants")

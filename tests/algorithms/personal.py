@@ -61,7 +61,7 @@ def row(stack, k):
 
 def rows_of(algorithm, state, ids):
     """What clients hold, one model each."""
-    stack = algorithm.personal(state, np.asarray(ids, np.int32))
+    stack = algorithm.personal_models(state, np.asarray(ids, np.int32))
     return [row(stack, k) for k in range(len(ids))]
 
 

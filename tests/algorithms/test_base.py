@@ -38,7 +38,7 @@ def test_cross_entropy_and_its_gradient_do_not_see_padding(rng):
         def losses(self, outputs, batch):
             return cross_entropy(outputs, batch.example)
 
-    loss = lambda p: task_loss(Linear(), p, batch, None)[0]  # noqa: E731
+    loss = lambda p: task_loss(Linear(), p, batch)[0]  # noqa: E731
     wanted, gradient = oracles.mlp_gradient(params, x, labels)
     np.testing.assert_allclose(loss(single), wanted, rtol=1e-5)
     oracles.assert_trees_close(jax.grad(loss)(single), gradient, atol=1e-6)

@@ -9,7 +9,7 @@ import pytest
 
 from fedjax_sim.algorithms import FedAvg, FedGen, fedgen
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.task import Batch, Training
+from fedjax_sim.core.task import Batch, Training, differentiated
 from fedjax_sim.data import Partition
 from tests import oracles
 from tests.algorithms import by_hand, personal
@@ -140,7 +140,7 @@ def test_classes_that_nobody_has_shown_are_never_drawn():
         batch = Batch(oracles.examples(jnp.asarray(images), jnp.asarray(labels)), None, key)
         extra = rule.start_round(variables, None, sent)
         apply = Training(setup.model, setup.task)
-        value, _ = rule.loss(apply, variables, batch, extra)
+        value = rule.gradient(differentiated(apply), variables, batch, extra).loss
         logits, _ = apply(variables, batch)
         return value, logits
 

@@ -41,6 +41,6 @@ def test_local_lets_each_client_keep_its_own():
     oracles.assert_trees_close(
         simulation.variables["params"], oracles.weighted_mean(list(own.values()), [1] * 5)
     )
-    personal = simulation.setup.algorithm.personal(simulation.state.algorithm, np.array([4, 0]))
+    personal = simulation.setup.algorithm.personal_models(simulation.state.algorithm, np.array([4, 0]))
     oracles.assert_trees_close(_slot(personal, 0)["params"], own[4])
     oracles.assert_trees_close(_slot(personal, 1)["params"], own[0])

@@ -40,7 +40,7 @@ def simulate(algorithm, **keywords):
 def stack_of(simulation):
     """What all clients hold, [N, …]."""
     ids = np.arange(simulation.setup.num_clients, dtype=np.int32)
-    return jax.device_get(simulation.setup.algorithm.personal(simulation.state.algorithm, ids))
+    return jax.device_get(simulation.setup.algorithm.personal_models(simulation.state.algorithm, ids))
 
 
 # --- FedBN ----------------------------------------------------------------------------------------------

@@ -71,7 +71,9 @@ def test_layout_does_not_show_and_the_stack_is_sharded():
         state = simulation.state.algorithm
         for leaf in jax.tree.leaves(state.private):
             assert leaf.addressable_shards[0].data.shape[0] == 8 // layout["devices"]
-        held.append(jax.device_get(simulation.setup.algorithm.personal(state, np.arange(8, dtype=np.int32))))
+        held.append(
+            jax.device_get(simulation.setup.algorithm.personal_models(state, np.arange(8, dtype=np.int32)))
+        )
     for other in held[1:]:
         oracles.assert_trees_close(other, held[0], rtol=2e-5, atol=2e-6)
 

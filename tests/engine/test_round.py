@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import FedAvg, FedMR, Local
+from fedjax_sim.core import gradients
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.task import task_loss
 from fedjax_sim.models.norms import BatchNorm
@@ -390,10 +391,11 @@ class LossOnly:
         record = FedAvg().build(context)
 
         def loss(apply, variables, batch, extra):
-            value, variables = task_loss(apply, variables, batch, extra)
+            value, variables = task_loss(apply, variables, batch)
             return value + jax.lax.stop_gradient(jnp.float32(jnp.nan)), variables
 
-        return dataclasses.replace(record, local=dataclasses.replace(record.local, loss=loss))
+        local = dataclasses.replace(record.local, gradient=gradients.of_loss(loss))
+        return dataclasses.replace(record, local=local)
 
 
 def test_a_loss_that_is_not_finite_leaves_a_client_out_although_its_model_is():

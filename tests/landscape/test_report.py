@@ -112,8 +112,8 @@ def test_the_models_are_what_one_more_round_trains(study, name):
     assert len(np.unique(flat.round(6), axis=0)) == 4
     simulation.step()
     if name == "local":  # of whom clients keep what they trained
-        assert simulation.setup.algorithm.personal is not None
-        own = simulation.setup.algorithm.personal(simulation.state.algorithm, inputs.cohort.ids)
+        assert simulation.setup.algorithm.personal_models is not None
+        own = simulation.setup.algorithm.personal_models(simulation.state.algorithm, inputs.cohort.ids)
         expected = np.concatenate([np.asarray(x).reshape(4, -1) for x in jax.tree.leaves(own)], 1)
         np.testing.assert_allclose(flat, expected, atol=1e-6)
         return

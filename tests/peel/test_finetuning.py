@@ -57,7 +57,7 @@ def world(name, options):
 def instrument(model, devices=2, width=1, batch=20, **preprocessing):
     mesh, task = placement.make_mesh(devices), oracles.task_of(model, **preprocessing)
     forward = Forward(model, task, PeelConfig(every=1, finetune=EPOCHS), batch)
-    trainer = Trainer(model, LocalRule(), LOCAL, task, width, ragged=False, partial=True, stochastic=False)
+    trainer = Trainer(model, LocalRule(), LOCAL, task, width, ragged=False, partial=True)
     return Finetuning(Probe(forward, mesh, width), trainer)
 
 

@@ -13,7 +13,7 @@ from flax import struct
 import fedjax_sim as fs
 from fedjax_sim import algorithms, data
 from fedjax_sim.algorithms.shared import by_samples
-from fedjax_sim.core import stacked
+from fedjax_sim.core import gradients, stacked
 from fedjax_sim.core.algorithm import LocalRule, Starts, plain_gradient
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import task_loss
@@ -82,7 +82,7 @@ def tripped(state, cohort, starts, results, key):
 
 
 def branching(apply, variables, batch, extra):
-    loss, variables = task_loss(apply, variables, batch, extra)
+    loss, variables = task_loss(apply, variables, batch)
     return (loss if loss > 1 else 2 * loss), variables
 
 
@@ -235,29 +235,38 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         r"gave float32\[7\] at \.count, which `stacked` names.*K = 6 slots or the N = 12 clients",
     ),
     "one model for all clients": (
-        own(personal=lambda state, ids: state),
-        "personal",
+        own(personal_models=lambda state, ids: state),
+        "personal_models",
         r"where 6 stacked models have",
     ),
     "a loss of each sample": (
-        rule(loss=vector),
-        "local.loss",
+        rule(gradient=lambda *args: plain_gradient(*args)._replace(loss=jnp.zeros(8))),
+        "local.gradient",
         r"a loss of float32\[8\], not one number.*masked_mean",
     ),
-    "a loss alone": (
-        rule(loss=lambda apply, variables, batch, extra: task_loss(apply, variables, batch, extra)[0]),
-        "local.loss",
-        r"returned float32\[\], not \(loss, variables\)",
+    "a gradient alone": (
+        rule(gradient=lambda *args: plain_gradient(*args)[:2]),
+        "local.gradient",
+        r"returned a tuple of 2, not a Step\(loss, variables, gradient, extra\)",
     ),
-    "a branch on values": (rule(loss=branching), "local.loss", "no `if`"),
+    "a branch on values": (rule(gradient=gradients.of_loss(branching)), "local.gradient", "no `if`"),
+    "a loss that is not one number": (
+        rule(gradient=gradients.of_loss(vector)),
+        "local.gradient",
+        "fails: TypeError: Gradient only defined for scalar-output functions",
+    ),
+    "flags of some leaves": (
+        rule(gradient=gradients.moving(lambda variables, batch: {"params": {}})),
+        "local.gradient",
+        "returned nothing at .*a flag for each leaf of the variables is wanted",
+    ),
     "a gradient of everything": (
         rule(
-            direction=lambda loss, variables, batch, extra: (
-                (out := plain_gradient(loss, variables, batch, extra))[0],
-                {"params": out[1]},
+            gradient=lambda *args: (step := plain_gradient(*args))._replace(
+                gradient={"params": step.gradient}
             )
         ),
-        "local.direction",
+        "local.gradient",
         "of the gradient at",
     ),
     "an end of another shape": (
@@ -278,10 +287,10 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
     "what is gathered is not what began": (
         rule(
             start_round=lambda start, kept, broadcast: jnp.zeros(2),
-            gather=lambda loss, batch, extra: jnp.concatenate([extra, extra]),
+            gradient=gradients.accumulating(lambda loss, batch, extra: jnp.concatenate([extra, extra])),
         ),
-        "local.gather",
-        r"returned float32\[4\], where start_round gave float32\[2\]",
+        "local.gradient",
+        r"returned float32\[4\] of extra, where it got float32\[2\]",
     ),
     "what comes back is not what was sent": (
         rule(
@@ -338,7 +347,7 @@ def test_it_is_found_inside_of_a_method_of_the_package():
 
 
 def randomly(apply, variables, batch, extra):
-    loss, variables = task_loss(apply, variables, batch, extra)
+    loss, variables = task_loss(apply, variables, batch)
     return loss * jax.random.uniform(batch.rng), variables
 
 
@@ -356,7 +365,7 @@ def test_what_is_right_passes():
         counting(jnp.zeros(3), end(jnp.ones(3))),
         own(merge=told),
         own(merge=averaged, weights=None),
-        rule(random=True, loss=randomly),
+        rule(gradient=gradients.of_loss(randomly)),
         algorithms.FedProx(inner=Own()),
         algorithms.LIPS(inner=Own(), layers="inner"),
     ):

@@ -64,7 +64,7 @@ class Planned:
 
         if self.where == "choose":
             return dataclasses.replace(record, cohort_chooser=CohortChooser(lambda state: (), choose))
-        if self.where in ("start_round", "loss", "finish_round"):
+        if self.where in ("start_round", "gradient", "finish_round"):
             rule = record.local
             rule = dataclasses.replace(rule, **{self.where: late(getattr(rule, self.where))})
             return dataclasses.replace(record, local=rule)
@@ -72,7 +72,7 @@ class Planned:
 
 
 @pytest.mark.parametrize(
-    "where", ["init", "dispatch", "start_round", "loss", "finish_round", "merge", "deploy", "choose"]
+    "where", ["init", "dispatch", "start_round", "gradient", "finish_round", "merge", "deploy", "choose"]
 )
 def test_wherever_an_algorithm_asks_it_is_refused_before_a_round_is_run(where):
     with pytest.raises(UserError, match=r"^rounds = 7"):

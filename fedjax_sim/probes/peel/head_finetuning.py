@@ -27,6 +27,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
+from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
@@ -62,10 +63,10 @@ class Finetuning:
         last = max(place.values())
 
         def loss(apply, variables, batch, extra):
-            del apply  # which is in training mode
-            return task_loss(still, variables, batch, extra)
+            del apply, extra  # the one is in training mode, the other empty
+            return task_loss(still, variables, batch)
 
-        def trains(variables, batch):
+        def which(variables, batch):
             del batch
             return traverse_util.path_aware_map(
                 lambda path, _: place[cast(Any, path)] == last, dict(variables)
@@ -74,11 +75,10 @@ class Finetuning:
         epochs = self.probe.forward.config.finetune
         return dataclasses.replace(
             self.trainer,
-            rule=LocalRule(loss=loss, trains=trains),
+            rule=LocalRule(gradient=gradients.moving(which, gradients.of_loss(loss))),
             local=dataclasses.replace(self.trainer.local, epochs=epochs, steps=None, keep_optimizer=False),
             width=width,
             ragged=True,
-            stochastic=False,
         )
 
     # --- inside the round ---------------------------------------------------------------------------
