@@ -18,44 +18,8 @@ from fedjax_sim.engine import placement  # noqa: E402
 placement.use_all_cores()
 
 from fedjax_sim import algorithms, data, models  # noqa: E402
-from fedjax_sim.algorithms import (  # noqa: E402
-    LIPS,
-    MOON,
-    Algorithm,
-    CluSamp,
-    Context,
-    Ditto,
-    FedAdam,
-    FedASAM,
-    FedAvg,
-    FedAvgM,
-    FedBABU,
-    FedBN,
-    FedCAC,
-    FedDyn,
-    FedExP,
-    FedGen,
-    FedIndep,
-    FedMR,
-    FedMut,
-    FedNova,
-    FedNTD,
-    FedOpt,
-    FedPer,
-    FedProx,
-    FedRep,
-    FedRoD,
-    FedSAM,
-    FedYogi,
-    LayerInterpolation,
-    LGFedAvg,
-    Local,
-    LocalRule,
-    PartialAveraging,
-    PFedSD,
-    Scaffold,
-    Starts,
-)
+from fedjax_sim.algorithms.table import *  # noqa: E402, F403
+from fedjax_sim.algorithms.table import __all__ as _methods  # noqa: E402
 from fedjax_sim.config import (  # noqa: E402
     CohortConfig,
     DataConfig,
@@ -71,6 +35,7 @@ from fedjax_sim.config import (  # noqa: E402
 )
 from fedjax_sim.config.callbacks import EarlyStopping, KeepBest  # noqa: E402
 from fedjax_sim.core import stacked  # noqa: E402
+from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts, Step  # noqa: E402
 from fedjax_sim.core.errors import UserError  # noqa: E402
 from fedjax_sim.data import Dataset, Partition, PartitionConfig, TableDataset  # noqa: E402
 from fedjax_sim.engine.clients import batch_order  # noqa: E402
@@ -86,56 +51,25 @@ from fedjax_sim.studies.tables import compare  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "LIPS",
-    "MOON",
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Algorithm",
-    "CluSamp",
     "CohortConfig",
     "Context",
     "DataConfig",
     "Dataset",
     "DiagnosticContext",
-    "Ditto",
     "EarlyStopping",
     "EvaluationConfig",
     "ExecutionConfig",
-    "FedASAM",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedBABU",
-    "FedBN",
-    "FedCAC",
-    "FedDyn",
-    "FedExP",
-    "FedGen",
-    "FedIndep",
-    "FedMR",
-    "FedMut",
-    "FedNTD",
-    "FedNova",
-    "FedOpt",
-    "FedPer",
-    "FedProx",
-    "FedRep",
-    "FedRoD",
-    "FedSAM",
-    "FedYogi",
     "InertiaConfig",
     "InitialConfig",
     "KeepBest",
-    "LGFedAvg",
-    "LayerInterpolation",
-    "Local",
     "LocalConfig",
     "LocalRule",
     "Measurement",
     "Model",
     "ModelConfig",
     "OutputConfig",
-    "PFedSD",
-    "PartialAveraging",
     "Partition",
     "PartitionConfig",
     "PeelConfig",
@@ -143,9 +77,9 @@ __all__ = [
     "Row",
     "Run",
     "RunConfig",
-    "Scaffold",
     "Simulation",
     "Starts",
+    "Step",
     "TableDataset",
     "UserError",
     "algorithms",
@@ -162,4 +96,5 @@ __all__ = [
     "run",
     "stacked",
     "sweep",
+    *_methods,
 ]

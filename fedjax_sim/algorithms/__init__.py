@@ -1,76 +1,24 @@
-"""Algorithms: one short file each, and the table of their names."""
+"""Algorithms: one short file each, and a table with one line for each (`table.py`)."""
 
 import dataclasses
 from typing import Any
 
-from fedjax_sim.algorithms.clusamp import CluSamp
-from fedjax_sim.algorithms.ditto import Ditto
-from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.fedbabu import FedBABU
-from fedjax_sim.algorithms.fedbn import FedBN
-from fedjax_sim.algorithms.fedcac import FedCAC
-from fedjax_sim.algorithms.feddyn import FedDyn
-from fedjax_sim.algorithms.fedexp import FedExP
-from fedjax_sim.algorithms.fedgen import FedGen
-from fedjax_sim.algorithms.fedmr import FedMR
-from fedjax_sim.algorithms.fedmut import FedMut
-from fedjax_sim.algorithms.fednova import FedNova
-from fedjax_sim.algorithms.fedntd import FedNTD
-from fedjax_sim.algorithms.fedopt import FedAdam, FedAvgM, FedOpt, FedYogi
-from fedjax_sim.algorithms.fedper import FedPer
-from fedjax_sim.algorithms.fedprox import FedProx
-from fedjax_sim.algorithms.fedrep import FedRep
-from fedjax_sim.algorithms.fedrod import FedRoD
-from fedjax_sim.algorithms.fedsam import FedASAM, FedSAM
-from fedjax_sim.algorithms.independent import FedIndep, Local
-from fedjax_sim.algorithms.interpolation import LayerInterpolation
-from fedjax_sim.algorithms.lg_fedavg import LGFedAvg
-from fedjax_sim.algorithms.lips import LIPS
-from fedjax_sim.algorithms.moon import MOON
-from fedjax_sim.algorithms.partial import PartialAveraging
-from fedjax_sim.algorithms.pfedsd import PFedSD
-from fedjax_sim.algorithms.scaffold import Scaffold
 from fedjax_sim.algorithms.shared import nested
-from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, LocalRule, Results, Starts
+from fedjax_sim.algorithms.table import *  # noqa: F403
+from fedjax_sim.algorithms.table import CONFIGS
+from fedjax_sim.algorithms.table import __all__ as _methods
+from fedjax_sim.core.algorithm import (
+    Algorithm,
+    AlgorithmConfig,
+    Cohort,
+    Context,
+    LocalRule,
+    Results,
+    Starts,
+    Step,
+)
 from fedjax_sim.core.plugins import Names, written
 from fedjax_sim.core.task import Batch
-
-CONFIGS: dict[str, type] = {
-    "fedavg": FedAvg,
-    "fedopt": FedOpt,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
-    "fedmr": FedMR,
-    "fedindep": FedIndep,
-    "local": Local,
-    "fedbn": FedBN,
-    "fedper": FedPer,
-    "fedrep": FedRep,
-    "lg_fedavg": LGFedAvg,
-    "fedbabu": FedBABU,
-    "partial": PartialAveraging,
-    "interpolation": LayerInterpolation,
-    "lips": LIPS,
-    "fedprox": FedProx,
-    "moon": MOON,
-    "fedntd": FedNTD,
-    "feddyn": FedDyn,
-    "fedsam": FedSAM,
-    "fedasam": FedASAM,
-    "pfedsd": PFedSD,
-    "scaffold": Scaffold,
-    "fedexp": FedExP,
-    "fednova": FedNova,
-    "fedmut": FedMut,
-    "clusamp": CluSamp,
-    "fedgen": FedGen,
-    "fedrod": FedRoD,
-    "fedcac": FedCAC,
-    "ditto": Ditto,
-}
-"""Name -> hyper-parameters, whose `build(context)` makes the record."""
-
 
 _NAMES = Names("algorithm", "build(context)", CONFIGS)
 
@@ -119,47 +67,17 @@ def label(config: Any) -> str:
     return f"{name}({', '.join(inside)})" if inside else name
 
 
-__all__ = [
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "CONFIGS",
-    "LIPS",
-    "MOON",
     "Algorithm",
     "Batch",
-    "CluSamp",
     "Cohort",
     "Context",
-    "Ditto",
-    "FedASAM",
-    "FedAdam",
-    "FedAvg",
-    "FedAvgM",
-    "FedBABU",
-    "FedBN",
-    "FedCAC",
-    "FedDyn",
-    "FedExP",
-    "FedGen",
-    "FedIndep",
-    "FedMR",
-    "FedMut",
-    "FedNTD",
-    "FedNova",
-    "FedOpt",
-    "FedPer",
-    "FedProx",
-    "FedRep",
-    "FedRoD",
-    "FedSAM",
-    "FedYogi",
-    "LGFedAvg",
-    "LayerInterpolation",
-    "Local",
     "LocalRule",
-    "PFedSD",
-    "PartialAveraging",
     "Results",
-    "Scaffold",
     "Starts",
+    "Step",
     "name_of",
     "named",
+    *_methods,
 ]

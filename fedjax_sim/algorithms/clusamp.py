@@ -22,7 +22,7 @@ host between rounds, which therefore wait for one another, in time that grows wi
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ import numpy as np
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, CohortChooser, Context, LocalRule, Starts
 from fedjax_sim.core.fields import check
@@ -53,6 +54,13 @@ class CluSamp:
       weights: of the mean: `uniform` (the paper) or `samples`.
       points: what is clustered: clients by their `distances`, or the `rows` of that matrix, see above.
     """
+
+    card: ClassVar[Card] = Card(
+        "clusamp",
+        besides="N last updates and N² distances on the server; Ward's clustering on the host",
+        defaults="code of FedMR (L1); Fraboni et al. (weights)",
+        holds="places' distributions add up to p_i; draws are unbiased",
+    )
 
     distance: Literal["l1", "l2", "arccos"] = "l1"
     weights: Literal["uniform", "samples"] = "uniform"

@@ -19,10 +19,12 @@ finite is left out with both.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Step
@@ -41,6 +43,14 @@ class Ditto:
       inner: the algorithm.
       strength: λ; 0 lets clients train alone, as far as their own models go.
     """
+
+    card: ClassVar[Card] = Card(
+        "ditto",
+        keeps="1 model",
+        passes="2",
+        defaults="one of Li et al.'s",
+        holds="the shared model is what it wraps",
+    )
 
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     strength: float = 0.1

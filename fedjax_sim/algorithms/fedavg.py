@@ -10,11 +10,12 @@ statistics are averaged with the parameters. An optimiser on the server: `fedjax
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.fields import check
 
@@ -33,6 +34,8 @@ class FedAvg:
     Attributes:
       weights: `samples` weighs a client by its number of samples (the paper), `uniform` equally.
     """
+
+    card: ClassVar[Card] = Card("fedavg", defaults="McMahan et al.", holds="one client, identical clients")
 
     weights: Literal["samples", "uniform"] = "samples"
 

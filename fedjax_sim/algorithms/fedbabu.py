@@ -14,9 +14,10 @@ fine-tuning.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
@@ -31,6 +32,10 @@ class FedBABU:
       blocks: how many of the last weight layers are the head; 1 is the classifier alone.
       weights: p_k of the body: by `samples`, or `uniform`.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedbabu", sends="the body, 1 + 1 without the head", defaults="ours", holds="the head never moves"
+    )
 
     blocks: int = 1
     weights: Literal["samples", "uniform"] = "samples"

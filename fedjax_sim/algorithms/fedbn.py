@@ -13,9 +13,10 @@ drawn in a later round brings its initial statistics.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context
 from fedjax_sim.core.fields import check
@@ -28,6 +29,10 @@ class FedBN:
     Attributes:
       weights: p_k of the averaged leaves: by `samples`, or `uniform` (the authors' code).
     """
+
+    card: ClassVar[Card] = private.card(
+        "fedbn", defaults="the paper (samples)", holds="private leaves change by training alone"
+    )
 
     weights: Literal["samples", "uniform"] = "samples"
 

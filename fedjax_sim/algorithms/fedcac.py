@@ -23,12 +23,13 @@ One model a client is kept, and a cohort's models are held at once.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.shared import mean_of_included, weighing
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
@@ -53,6 +54,14 @@ class FedCAC:
       until: β, the last round in which clients share critical entries.
       weights: of the cohort's mean, by `samples` or `uniform`; collaborators count equally.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedcac",
+        keeps="1 model",
+        besides="K masks and their overlaps on the server",
+        defaults="code LIPS builds on, CIFAR-10",
+        holds="τ = 0 is FedAvg but for batch statistics; after β nobody shares",
+    )
 
     critical: float = 0.5
     until: int = 100

@@ -19,7 +19,7 @@ Neither FedMR's code nor LIPS's has FedDyn.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.fields import check, positive
@@ -47,6 +48,13 @@ class FedDyn:
     Attributes:
       alpha: α.
     """
+
+    card: ClassVar[Card] = Card(
+        "feddyn",
+        keeps="1 gradient",
+        defaults="code of FedDyn, CIFAR-10",
+        holds="h is the mean of all clients' gradients",
+    )
 
     alpha: float = 0.01
 

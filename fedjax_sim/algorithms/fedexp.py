@@ -17,13 +17,14 @@ the same weights, and for ε M times 0.1 (EMNIST) or 0.001 (CIFAR), times 0.998�
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.fields import check, positive
@@ -46,6 +47,13 @@ class FedExP:
       epsilon: ε; None: 1e-3 (OUR CHOICE), or 0.1 M in the variant `fedmr`.
       averages: deploy the mean of the last two iterates; else the last.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedexp",
+        sends="1 + 1 and a number",
+        defaults="ours (ε); code of FedMR in its variant",
+        holds="ε → ∞ is uniform FedAvg, one iterate deployed",
+    )
 
     variant: Literal["paper", "fedmr"] = "paper"
     epsilon: float | None = None

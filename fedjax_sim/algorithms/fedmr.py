@@ -23,13 +23,14 @@ Not available here: the paper's text, so none of its numbers.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct, traverse_util
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.errors import UserError
@@ -60,6 +61,13 @@ class FedMR:
       similarity: record the mean cosine between the trained slots each round.
       similarity_group: consecutive tensors that count as one vector there (the code's 5).
     """
+
+    card: ClassVar[Card] = Card(
+        "fedmr",
+        besides="K models on the server",
+        defaults="code of FedMR",
+        holds="recombination keeps mean and dispersion; first stage ≥ rounds is uniform FedAvg",
+    )
 
     granularity: Literal["tensor", "module", "block", "model"] = "tensor"
     partition: float = 0.25

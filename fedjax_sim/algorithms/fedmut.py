@@ -22,7 +22,7 @@ moved four steps back may be negative). Of a client that was left out the mutate
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.errors import UserError
@@ -53,6 +54,13 @@ class FedMut:
       beta: β₀.
       until: T_b; from the round after it, counted from 0, mutations cancel.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedmut",
+        besides="K models on the server",
+        defaults="code of FedMut",
+        holds="α = 0 is uniform FedAvg; after round T_b starts average to x",
+    )
 
     alpha: float = 4.0
     beta: float = 0.3

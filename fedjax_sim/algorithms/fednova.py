@@ -16,12 +16,13 @@ count. Batch statistics are averaged with weights p_i / ‖a_i‖₁ (OUR CHOICE
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import check
@@ -34,6 +35,11 @@ class FedNova:
     Attributes:
       weights: `samples` weighs a client by its number of samples (the paper), `uniform` equally.
     """
+
+    card: ClassVar[Card] = Card("fednova", defaults="Wang et al.", holds="equal steps are FedAvg")
+
+    counts_gradients: ClassVar[bool] = True
+    """The server takes a client's steps for steps by the gradient of its loss, and counts them."""
 
     weights: Literal["samples", "uniform"] = "samples"
 

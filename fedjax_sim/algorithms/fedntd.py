@@ -12,11 +12,13 @@ further forward pass a step.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
@@ -32,6 +34,10 @@ class FedNTD:
       beta: β; 0 is `inner`.
       temperature: τ.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedntd", passes="4/3", defaults="code of FedNTD", holds="β = 0 is what it wraps"
+    )
 
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     beta: float = 1.0

@@ -27,7 +27,7 @@ model than x (LIPS), of which the optimiser would take the difference for progre
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core import optimizers
@@ -61,6 +62,13 @@ class FedOpt:
       options: its further arguments (`{b2: 0.99, eps: 1e-3}`); others are optax's defaults.
       inner: the algorithm that averages.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedopt",
+        besides="the optimiser's state on the server",
+        defaults="ours",
+        holds="SGD at 1 is what it wraps",
+    )
 
     optimizer: str = "sgd"
     lr: float | None = None
@@ -103,6 +111,13 @@ class FedAvgM:
       nesterov: whether it is Nesterov's.
       inner: the algorithm that averages.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedavgm",
+        besides="1 momentum on the server",
+        defaults="Hsu et al. (β); ours (η)",
+        holds="β = 0, η = 1 is what it wraps",
+    )
 
     lr: float = 1.0
     momentum: float = 0.9
@@ -152,6 +167,13 @@ class FedAdam(_Adaptive):
       inner: the algorithm that averages.
     """
 
+    card: ClassVar[Card] = Card(
+        "fedadam",
+        besides="2 moments on the server",
+        defaults="Reddi et al.; ours (η)",
+        holds="four rounds by hand, as optax has it",
+    )
+
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
         return with_server_optimizer(
@@ -170,6 +192,13 @@ class FedYogi(_Adaptive):
       tau: τ, how adaptive it is.
       inner: the algorithm that averages.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedyogi",
+        besides="2 moments on the server",
+        defaults="Reddi et al.; ours (η)",
+        holds="four rounds by hand; a weight without gradients stays",
+    )
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""

@@ -14,9 +14,10 @@ layers start from the same random weights.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context
 from fedjax_sim.core.fields import at_least, check
@@ -30,6 +31,8 @@ class FedPer:
       blocks: how many of the last weight layers are personal; 1 is the classifier alone, 0 is FedAvg.
       weights: p_k of the base: by `samples`, or `uniform`.
     """
+
+    card: ClassVar[Card] = private.card("fedper", defaults="ours: the classifier")
 
     blocks: int = 1
     weights: Literal["samples", "uniform"] = "samples"

@@ -14,15 +14,15 @@ batch normalisation, the direction of that is a matter of rounding.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.addition import Addition, with_addition
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.fednova import FedNova
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check
@@ -38,6 +38,8 @@ class FedProx:
       distance: `squared` (the paper) or `norm`, see above.
     """
 
+    card: ClassVar[Card] = Card("fedprox", defaults="both papers' code", holds="μ = 0 is what it wraps")
+
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     mu: float = 0.01
     distance: Literal["squared", "norm"] = "squared"
@@ -47,11 +49,16 @@ class FedProx:
         at_least("algorithm.mu", self.mu, 0)
 
     def build(self, context: Context) -> Algorithm:
-        """The record of pure functions. Raises UserError around FedNova, or as `with_addition`."""
-        if self.mu and any(isinstance(config, FedNova) for config in shared.nested(self)):
+        """The record of pure functions.
+
+        Raises:
+          UserError: around a method that counts gradients (FedNova), or as `with_addition`.
+        """
+        counting = next(shared.nested_with(self, "counts_gradients"), None)
+        if self.mu and counting is not None:
             raise UserError(
                 "algorithm.inner",
-                "fednova",
+                shared.named(counting),
                 "it counts how much gradient a client's steps hold, and knows nothing of FedProx's pull",
                 "Choose another algorithm for FedProx to go around.",
             )

@@ -19,9 +19,10 @@ the batch.
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule
@@ -38,6 +39,12 @@ class FedRep:
       blocks: how many of the last weight layers are the head h; 1 is the classifier alone.
       weights: p_k of the representation: by `samples`, or `uniform`.
     """
+
+    card: ClassVar[Card] = private.card(
+        "fedrep",
+        defaults="ours",
+        holds="private leaves change by training alone, and none while it is frozen",
+    )
 
     head_epochs: int = 4
     blocks: int = 1

@@ -21,13 +21,14 @@ One more classifier a client is kept. The training loss in the records is the ge
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core import gradients
@@ -56,6 +57,13 @@ class FedRoD:
       weights: of the mean, by `samples` or `uniform`.
       personal_loss: what it trains, P alone (`head`) or the body too (`both`), see above.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedrod",
+        keeps="1 classifier and label counts",
+        defaults="of the paper (inferred)",
+        holds="a client's model is the sum of heads",
+    )
 
     weights: Literal["samples", "uniform"] = "samples"
     personal_loss: Literal["head", "both"] = "head"

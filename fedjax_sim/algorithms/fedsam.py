@@ -23,12 +23,13 @@ Two passes a step.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms.addition import Addition, with_addition
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context
 from fedjax_sim.core.fields import at_least, check
@@ -42,6 +43,10 @@ class FedSAM:
       inner: the algorithm.
       rho: ρ, radius of the neighbourhood; 0 is `inner`.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedsam", passes="2", defaults="Foret et al. (ρ)", holds="ρ = 0 is what it wraps"
+    )
 
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     rho: float = 0.05
@@ -64,6 +69,10 @@ class FedASAM:
       rho: ρ, radius of the neighbourhood, relative to the weights; 0 is `inner`.
       eta: η, added to |w|.
     """
+
+    card: ClassVar[Card] = Card(
+        "fedasam", passes="2", defaults="code of FedMR", holds="ρ = 0 is what it wraps"
+    )
 
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     rho: float = 0.1

@@ -7,11 +7,12 @@ Local is the classical lower bound on collaboration: every client keeps and trai
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from flax import struct
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 
@@ -27,6 +28,10 @@ class FedIndepState:
 @dataclasses.dataclass(frozen=True)
 class FedIndep:
     """K models that visit a fresh cohort each round and never meet."""
+
+    card: ClassVar[Card] = Card(
+        "fedindep", besides="K models on the server", defaults="none to set", holds="slots never mix"
+    )
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""
@@ -68,6 +73,13 @@ class Local:
     The deployed model is the uniform mean of all N, which is evaluated for reference only; what counts is
     the accuracy per client (`evaluation.per_client`).
     """
+
+    card: ClassVar[Card] = Card(
+        "local", keeps="1 model", sends="0", defaults="none to set", holds="clients never mix"
+    )
+
+    returns_own_model: ClassVar[bool] = True
+    """A client is sent the very model that it trained last."""
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions."""

@@ -18,7 +18,7 @@ last drawn. Batch statistics are averaged and nothing else: with a deviation, a 
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ import optax
 from flax import struct, traverse_util
 
 from fedjax_sim.algorithms import shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Context, Starts
 from fedjax_sim.core.errors import UserError
@@ -51,6 +52,13 @@ class LayerInterpolation:
       profile: how λ_l goes with depth: `rising`, `falling` or `flat`.
       weights: p_k of w̄: by `samples`, or `uniform`.
     """
+
+    card: ClassVar[Card] = Card(
+        "interpolation",
+        keeps="1 model",
+        defaults="ours (a control)",
+        holds="λ = 0 is FedAvg; λ = 1 and all clients is Local",
+    )
 
     mean: float = 0.25
     profile: Literal["rising", "falling", "flat"] = "rising"

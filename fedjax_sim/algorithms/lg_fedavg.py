@@ -16,9 +16,10 @@ a layer being a weight layer with the normalisation that follows it (`Model.bloc
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context
 from fedjax_sim.core.fields import at_least, check
@@ -32,6 +33,8 @@ class LGFedAvg:
       blocks: how many of the first weight layers are local; 0 is FedAvg.
       weights: p_k of the global part: by `samples`, or `uniform` (the authors' code).
     """
+
+    card: ClassVar[Card] = private.card("lg_fedavg", defaults="ours")
 
     blocks: int = 1
     weights: Literal["samples", "uniform"] = "samples"

@@ -40,7 +40,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,9 @@ import numpy as np
 from flax import struct, traverse_util
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.shared import build_inner, nested
+from fedjax_sim.algorithms.shared import build_inner, named, nested_with
 from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, Starts, Step
 from fedjax_sim.core.errors import UserError
@@ -127,6 +128,17 @@ class LIPS:
       store: dtype of clients' last gradients; the authors' is float16, in which small ones vanish.
     """
 
+    card: ClassVar[Card] = Card(
+        "lips",
+        keeps="the last gradient of the eligible tensors",
+        besides="masks in sparse rounds",
+        defaults="code of LIPS",
+        holds="density 1 or no sparse round is what it wraps; counts kept are exact",
+    )
+
+    starts_sparse: ClassVar[bool] = True
+    """Clients start rounds from sparse copies of what they are sent."""
+
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     density: float = 0.5
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -143,9 +155,13 @@ class LIPS:
         check(self, "algorithm.")
         within("algorithm.density", self.density, 0.0, 1.0, open_left=True)
         at_least("algorithm.period", self.period, 1)
-        if any(isinstance(config, LIPS) for config in nested(self)):
+        sparse = next(nested_with(self, "starts_sparse"), None)
+        if sparse is not None:
             raise UserError(
-                "algorithm.inner", "lips", "would make what is sparse sparse again", "Name another algorithm."
+                "algorithm.inner",
+                named(sparse),
+                "its clients start from sparse models already, which LIPS would make sparse again",
+                "Name another algorithm.",
             )
 
     def build(self, context: Context) -> Algorithm:

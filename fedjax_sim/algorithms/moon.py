@@ -19,7 +19,7 @@ Two further forward passes a step; one model a client is kept.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ from flax import struct
 
 from fedjax_sim.algorithms import shared
 from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
-from fedjax_sim.algorithms.independent import Local
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Context, Variables
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check, positive
@@ -64,6 +64,14 @@ class MOON:
       temperature: τ.
     """
 
+    card: ClassVar[Card] = Card(
+        "moon",
+        keeps="1 model",
+        passes="5/3",
+        defaults="an example of Li et al.'s; code LIPS builds on",
+        holds="μ = 0 is what it wraps",
+    )
+
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     mu: float = 5.0
     temperature: float = 0.5
@@ -77,14 +85,16 @@ class MOON:
         """The record of pure functions.
 
         Raises:
-          UserError: the model marks no representation; the algorithm inside is Local.
+          UserError: the model marks no representation; the algorithm inside sends clients their own
+            model back (Local).
         """
         model = context.model
         model.check_classifier("MOON")
-        if any(isinstance(config, Local) for config in shared.nested(self)):
+        alone = next(shared.nested_with(self, "returns_own_model"), None)
+        if alone is not None:
             raise UserError(
                 "algorithm.inner",
-                "local",
+                shared.named(alone),
                 "a client alone receives the very model that it trained last, and nothing is in contrast",
                 "Choose another algorithm for MOON to go around.",
             )

@@ -12,9 +12,10 @@ Mode Connectivity, ICLR 2024, https://arxiv.org/abs/2307.06966 (no barriers by l
 """
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedjax_sim.algorithms import private
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.core.algorithm import Algorithm, Context
 from fedjax_sim.core.errors import UserError
@@ -34,6 +35,8 @@ class PartialAveraging:
       leaves: patterns of the paths of leaves that are (`[params/fc1/*]`, `["*/bias"]`).
       weights: p_k of the averaged leaves: by `samples`, or `uniform`.
     """
+
+    card: ClassVar[Card] = private.card("partial", defaults="ours (a control)")
 
     first: int | None = None
     last: int | None = None

@@ -15,11 +15,13 @@ model a client is kept.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from fedjax_sim.algorithms.addition import Addition, loss_and_outputs, with_addition
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.distillation import divergence
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.moon import Previous, remembered
@@ -36,6 +38,14 @@ class PFedSD:
       weight: λ; 0 trains as `inner` does.
       temperature: τ.
     """
+
+    card: ClassVar[Card] = Card(
+        "pfedsd",
+        keeps="1 model",
+        passes="4/3",
+        defaults="code LIPS builds on",
+        holds="λ = 0 trains what it wraps",
+    )
 
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
     weight: float = 0.5

@@ -18,6 +18,7 @@ from typing import Any, cast
 import jax
 from flax import struct, traverse_util
 
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.shared import mean_of_included
 from fedjax_sim.algorithms.wrap import Layer, wrap
 from fedjax_sim.core import stacked
@@ -35,6 +36,16 @@ class PrivateState:
 
     inner: Any
     private: Any
+
+
+def card(name: str, **others: str) -> Card:
+    """Of a method with private leaves; others: what else it says than the rest of them."""
+    common = {
+        "keeps": "its private leaves",
+        "sends": "the shared leaves, 1 + 1 without the private",
+        "holds": "no private leaf is FedAvg; private leaves change by training alone",
+    }
+    return Card(name, **common | others)
 
 
 def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algorithm:

@@ -31,7 +31,7 @@ CHOICE; the formula would divide by 0, or take no displacement for no gradient).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ import optax
 from flax import struct
 
 from fedjax_sim.algorithms import fednova, shared
+from fedjax_sim.algorithms.card import Card
 from fedjax_sim.core import gradients
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts
 from fedjax_sim.core.errors import UserError
@@ -65,6 +66,15 @@ class Scaffold:
       server_lr: η_g.
       divisor: of the displacement in option II: the gradients that it holds (`gradients`), or `steps`.
     """
+
+    card: ClassVar[Card] = Card(
+        "scaffold",
+        keeps="1 control variate",
+        sends="2 + 2",
+        passes="1; option I 1 + 1/E",
+        defaults="Karimireddy et al.; ours (divisor)",
+        holds="the first round is uniform FedAvg; Σ c_i = N c; momentum does not drive the variates apart",
+    )
 
     option: Literal["I", "II"] = "II"
     server_lr: float = 1.0

@@ -1,4 +1,4 @@
-"""What several algorithms share: weights, means of the included, algorithms around others."""
+"""What several algorithms share: weights, means of the included, what is nested."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -32,6 +32,20 @@ def nested(config: Any) -> Iterator[Any]:
         if isinstance(value, AlgorithmConfig) and dataclasses.is_dataclass(value):
             yield value
             yield from nested(value)
+
+
+def nested_with(config: Any, trait: str) -> Iterator[Any]:
+    """Those of `nested` that have a trait: a class attribute that is true, such as `counts_gradients`.
+
+    So methods ask one another for what matters to them, and not for names.
+    """
+    return (one for one in nested(config) if getattr(one, trait, False))
+
+
+def named(config: Any) -> str:
+    """A configuration's name, or else its class's, for messages."""
+    card = getattr(config, "card", None)
+    return card.name if card else type(config).__name__
 
 
 def weighing(weights: str) -> Callable[[Cohort], jax.Array]:
