@@ -1,4 +1,9 @@
-"""Diagnostics of measured rounds, as the engine knows them: when, whom, and what records come of it."""
+"""Diagnostics of measured rounds, as the engine knows them: when, whom, and what records come of it.
+
+A measured round returns the models of the clients that are looked at (`fedjax_sim.engine.round.MergeView`).
+All observers of that round are one further program, which starts when the round ends. It knows nothing of
+the algorithm: runs of one process that differ in that alone share it, and no observer can change a round.
+"""
 
 import dataclasses
 import functools
@@ -7,17 +12,45 @@ from typing import Any, Protocol, cast
 
 import jax
 import numpy as np
+from flax import struct
 
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Observer, Watched, Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.records import Row
+
+
+class Observer(Protocol):
+    """What is computed of the models of a measured round."""
+
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> Any:
+        """What is measured, any pytree of arrays. Traced.
+
+        Args:
+          view: the models of m clients, before the merge and after it.
+          inputs: what `Instrument.observer_inputs` gave for this observer.
+          data: the training set.
+        """
+        ...
+
+
+@struct.dataclass
+class ObserverRequest:
+    """What observers ask of a round that they measure.
+
+    Attributes:
+      slots: i32[m], whom they want to see; distinct.
+      inputs: name of each observer -> whatever else it wants at hand.
+    """
+
+    slots: jax.Array
+    inputs: dict[str, Any]
 
 
 class Instrument(Protocol):
     """Observers that belong together, when and whom they observe, and the records that come of it.
 
     Attributes:
-      observers: what is compiled into measured rounds, by name; their rows come in this order.
+      observers: what is computed of measured rounds, by name; their rows come in this order.
     """
 
     @property
@@ -33,36 +66,57 @@ class Instrument(Protocol):
         """Whom to watch, if it is the first that is due. i32[K] client ids -> i32[m] slots."""
         ...
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
+    def observer_inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """What each observer wants at hand for the clients i32[m], by name."""
         ...
 
-    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
-        """The records of round `number`; `given`, `observed`: by the observers' names."""
+    def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
+        """The records of a round.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          inputs: what `observer_inputs` gave, by the observers' names.
+          observed: what the observers returned, by their names; NumPy leaves.
+        """
         ...
 
 
-def watch(due: Sequence[Instrument], cohort: np.ndarray) -> Watched | None:
-    """What is asked of a round: all observers look at the clients that the first instrument chooses."""
+def observer_request(due: Sequence[Instrument], cohort: np.ndarray) -> ObserverRequest | None:
+    """What is asked of a round: all observers look at the clients that the first instrument chooses.
+
+    Args:
+      due: the instruments that measure the round.
+      cohort: i32[K], client ids.
+    """
     if not due:
         return None
     slots = due[0].slots(cohort)
-    given = [instrument.given(cohort[slots]) for instrument in due]
-    return Watched(cast(jax.Array, slots), {name: g for part in given for name, g in part.items()})
+    parts = [instrument.observer_inputs(cohort[slots]) for instrument in due]
+    return ObserverRequest(
+        cast(jax.Array, slots), {name: own for part in parts for name, own in part.items()}
+    )
+
+
+def observe_all(
+    observers: Mapping[str, Observer], view: MergeView, inputs: Mapping[str, Any], data: DeviceData
+) -> dict[str, Any]:
+    """What the observers that `inputs` names say, by name. Traced."""
+    return {name: observers[name].observe(view, own, data) for name, own in inputs.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Measurement:
-    """An instrument made of two functions: what is measured inside the round, and the records of it.
+    """An instrument made of two functions: what is measured of a round, and the records of it.
 
     Attributes:
-      measure: (witness, data) -> any pytree of arrays; traced, see `fedjax_sim.engine.round.Observer`.
+      measure: (view, data) -> any pytree of arrays; traced, see `Observer`.
       records: (round from 1, client ids i32[m], what was measured, NumPy leaves) -> rows.
       every: rounds between measurements; the first round and the last are measured too.
       clients: how many of a round's clients are watched, the first so many of its slots; None: all of them.
     """
 
-    measure: Callable[[Witness, DeviceData], Any]
+    measure: Callable[[MergeView, DeviceData], Any]
     records: Callable[[int, np.ndarray, Any], Sequence[Row]]
     every: int = 1
     clients: int | None = None
@@ -72,10 +126,10 @@ class Measurement:
         """See `Instrument`."""
         return {"measurement": cast(Observer, self)}
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> Any:
-        """See `fedjax_sim.engine.round.Observer`."""
-        del given
-        return self.measure(witness, data)
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> Any:
+        """See `Observer`."""
+        del inputs
+        return self.measure(view, data)
 
     def due(self, number: int, rounds: int) -> bool:
         """See `Instrument`."""
@@ -85,12 +139,12 @@ class Measurement:
         """See `Instrument`."""
         return np.arange(min(len(cohort), self.clients or len(cohort)), dtype=np.int32)
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
+    def observer_inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """See `Instrument`."""
         del ids
         return {"measurement": {}}
 
-    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+    def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
         """See `Instrument`."""
-        del given
+        del inputs
         return list(self.records(number, ids, observed["measurement"]))

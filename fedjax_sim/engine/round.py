@@ -4,9 +4,9 @@ Slots are sharded over the mesh axis `clients`. Within a device, waves run one a
 needs only the mean gets it accumulated wave by wave, so that K models never exist at once, and starts that
 differ by slot are trained in place.
 
-An observer sees, inside the same program, what some of the clients had before the merge and hold after it; a
-round that none of them measures is a program without them. A meter sees every round, and all clients one wave
-at a time.
+A measured round also returns the models of some clients, before the merge and after it. Observers look at
+these in a program of their own (`fedjax_sim.engine.observing`), which depends on the model and on shapes but
+not on the algorithm. A meter sees every round, and all clients one wave at a time.
 """
 
 import dataclasses
@@ -68,8 +68,8 @@ class RoundInputs:
 
 
 @struct.dataclass
-class Witness:
-    """What an observer sees of a round: m clients, and the round's models of each.
+class MergeView:
+    """What observers see of a round: m clients, and the models of each before and after the merge.
 
     Attributes:
       cohort: the clients, ids and counts i32[m].
@@ -88,27 +88,6 @@ class Witness:
     key: jax.Array
 
 
-@struct.dataclass
-class Watched:
-    """What observers ask of a round that they measure.
-
-    Attributes:
-      slots: i32[m], whom they want to see; distinct.
-      given: name of each observer -> whatever else it wants at hand.
-    """
-
-    slots: jax.Array
-    given: dict[str, Any]
-
-
-class Observer(Protocol):
-    """A diagnostic, compiled into the rounds that it measures."""
-
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> Any:
-        """What is measured, any pytree of arrays. Traced."""
-        ...
-
-
 class Meter(Protocol):
     """A diagnostic of every round and all its clients. All functions are traced.
 
@@ -125,15 +104,17 @@ class Meter(Protocol):
         """What it carries from round to round, before the first; `deployed`: the initial model."""
         ...
 
-    def each(self, start: Any, trained: Any, gradient: Any) -> Any:
+    def per_client(self, start: Any, trained: Any, gradient: Any) -> Any:
         """Of one client, whose last step had this gradient: a pytree of few numbers."""
         ...
 
-    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
+    def summand(self, start: Any, trained: Any, gradient: Any) -> Any:
         """Of one client: what is wanted as a mean over clients, in float32; of the size of a model or so."""
         ...
 
-    def read(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
+    def finish(
+        self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Any, mean: Any
+    ) -> tuple[Any, Any]:
         """(what it carries on, what it says of the round).
 
         Args:
@@ -141,13 +122,13 @@ class Meter(Protocol):
           cohort: of the round.
           old: the deployed model before the round.
           new: the deployed model after it.
-          each: [K, …], zero where an update was left out.
-          mean: of `share` over the clients that were not left out; zero if there are none.
+          each: of `per_client`, [K, …], zero where an update was left out.
+          mean: of `summand` over the clients that were not left out; zero if there are none.
         """
         ...
 
     def rows(self, number: int, said: Any) -> list[Row]:
-        """The records of round `number`, from 1, of what `read` said of it. Not traced."""
+        """The records of round `number`, from 1, of what `finish` said of it. Not traced."""
         ...
 
 
@@ -183,7 +164,8 @@ class RoundOutputs:
         model, or a NaN in what goes with it.
       server: what the merge left.
       metrics: the algorithm's own scalars.
-      observed: name -> what an observer or a meter measured.
+      metered: name -> what a meter says of the round.
+      view: the models of the watched clients; None in a round that is not measured.
     """
 
     loss: jax.Array
@@ -191,7 +173,8 @@ class RoundOutputs:
     handed: jax.Array
     server: Soundness
     metrics: dict[str, jax.Array]
-    observed: dict[str, Any]
+    metered: dict[str, Any]
+    view: MergeView | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +186,6 @@ class Round:
       trainer: local training.
       mesh: devices.
       in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
-      observers: name -> diagnostic of the rounds that it is asked for.
       meters: name -> diagnostic of every round.
     """
 
@@ -211,7 +193,6 @@ class Round:
     trainer: Trainer
     mesh: Mesh
     in_order: bool
-    observers: Mapping[str, Observer] = dataclasses.field(default_factory=dict)
     meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict)
 
     def __call__(
@@ -219,7 +200,7 @@ class Round:
         state: ServerState,
         inputs: RoundInputs,
         data: DeviceData,
-        watched: Watched | None = None,
+        watched: jax.Array | None = None,
     ) -> tuple[ServerState, RoundOutputs]:
         """One round. To be jitted with `state` donated.
 
@@ -227,23 +208,23 @@ class Round:
           state: of the server.
           inputs: what the host decides.
           data: the training set.
-          watched: what the observers that measure this round ask for.
+          watched: i32[m], distinct slots whose models `RoundOutputs.view` shows; None: of nobody.
         """
         cohort = inputs.cohort
         starts = self._dispatched(state.algorithm, cohort, inputs)
         with jax.named_scope(OF_CLIENTS):
             kept = stacked.take_rows(state.clients, cohort.ids)
-        results, handed, kept, seen, readings = self._train(starts, kept, inputs, data, watched)
+        results, handed, kept, watched_models, readings = self._train(starts, kept, inputs, data, watched)
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
         with jax.named_scope(MERGE):
             merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         with jax.named_scope(OF_CLIENTS):
             clients = stacked.put_rows(state.clients, cohort.ids, kept)
-        observed, meters = {}, {}
+        view, metered, meters = None, {}, {}
         if watched is not None:
-            ids, counts = (_take(leaf, watched.slots) for leaf in (cohort.ids, cohort.counts))
-            start, before = seen
-            after = self.algorithm.client_models(merged, watched.slots, ids)
+            ids, counts = (_take(leaf, watched) for leaf in (cohort.ids, cohort.counts))
+            start, before = watched_models
+            after = self.algorithm.client_models(merged, watched, ids)
             if self.trainer.rule.receive is not None:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast
@@ -251,17 +232,15 @@ class Round:
                 kept = stacked.take_rows(clients, ids)
                 after = self.trainer.send(self.trainer.receive(after, broadcast, kept, keys))
             them = Cohort(ids, counts, cohort.round)
-            witness = Witness(them, start, before, after, inputs.lr, inputs.key)
-            for name, given in watched.given.items():
-                observed[name] = self.observers[name].observe(witness, given, data)
+            view = MergeView(them, start, before, after, inputs.lr, inputs.key)
         if self.meters:
             old, new = self.algorithm.deploy(state.algorithm), self.algorithm.deploy(merged)
             for name, (each, mean) in readings.items():
-                meters[name], observed[name] = self.meters[name].read(
+                meters[name], metered[name] = self.meters[name].finish(
                     state.meters[name], cohort, old, new, each, mean
                 )
         server = self._soundness(merged)
-        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, observed)
+        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, metered, view)
         return ServerState(merged, clients, meters), outputs
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
@@ -282,7 +261,7 @@ class Round:
         return self.algorithm.dispatch(state, cohort, key)
 
     def _train(
-        self, starts: Starts, kept: Any, inputs: RoundInputs, data: DeviceData, watched: Watched | None
+        self, starts: Starts, kept: Any, inputs: RoundInputs, data: DeviceData, watched: jax.Array | None
     ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
         """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
         watched slots, meters' (each, mean).
@@ -309,9 +288,9 @@ class Round:
         )
         rank = None
         if watched is not None:  # of each place among those watched; one past the last for the others
-            count = watched.slots.shape[0]
+            count = watched.shape[0]
             rank = jnp.full(plan.slot_of_place.shape, count, jnp.int32)
-            rank = rank.at[_take(plan.place_of_slot, watched.slots)].set(jnp.arange(count, dtype=jnp.int32))
+            rank = rank.at[_take(plan.place_of_slot, watched)].set(jnp.arange(count, dtype=jnp.int32))
         run = jax.shard_map(
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
@@ -319,7 +298,7 @@ class Round:
             out_specs=(own, same, own, same, same),
             check_vma=False,
         )
-        models, mean, rest, seen, means = jax.named_scope(WAVES)(run)(
+        models, mean, rest, watched_models, means = jax.named_scope(WAVES)(run)(
             starts.models if starts.shared else place(starts.models),
             starts.broadcast,
             lanes,
@@ -329,14 +308,14 @@ class Round:
             data,
             rank,
         )
-        if watched is not None and seen[0] is None:
-            seen = (stacked.broadcast(starts.models, count), seen[1])
+        if watched is not None and watched_models[0] is None:
+            watched_models = (stacked.broadcast(starts.models, count), watched_models[1])
         kept, uploads, loss, faults, each = rest
         loss, faults = _take(loss, plan.place_of_slot), _take(faults, plan.place_of_slot)
         each = jax.tree.map(lambda leaf: _take(leaf, plan.place_of_slot), each)
         readings = {name: (each[name], means[name]) for name in self.meters}
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
-        return results, faults != _SERVERS, back(kept), seen, readings
+        return results, faults != _SERVERS, back(kept), watched_models, readings
 
     def _on_device(self, shared, watched, start, broadcast, lanes, wave_steps, lr, key, data, rank):
         """One device's waves. Leaves of `lanes` and `rank` lead with S places; wave_steps: i32[W]."""
@@ -355,11 +334,11 @@ class Round:
         # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
         same = shared and trainer.rule.receive is None
-        seen = (None if same else rows, rows) if watched else None
+        watched_models = (None if same else rows, rows) if watched else None
         metered = self._nothing_read(one)
 
         def wave(carry, w):
-            models, total, weight, seen, metered = carry
+            models, total, weight, watched_models, metered = carry
             cut = lambda tree: jax.tree.map(  # noqa: E731
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
@@ -393,15 +372,15 @@ class Round:
                 )
             if watched:
                 where = jax.lax.dynamic_slice_in_dim(rank, w * width, width)
-                seen = (
-                    None if same else _written(seen[0], where, received),
-                    _written(seen[1], where, trained),
+                watched_models = (
+                    None if same else _written(watched_models[0], where, received),
+                    _written(watched_models[1], where, trained),
                 )
-            return (models, total, weight, seen, metered), (kept, uploads, loss, faults, each)
+            return (models, total, weight, watched_models, metered), (kept, uploads, loss, faults, each)
 
         numbers = jnp.arange(wave_steps.shape[0], dtype=jnp.int32)
-        (models, total, weight, seen, metered), rest = jax.lax.scan(
-            wave, (models, total, jnp.float32(0), seen, metered), numbers
+        (models, total, weight, watched_models, metered), rest = jax.lax.scan(
+            wave, (models, total, jnp.float32(0), watched_models, metered), numbers
         )
         rest = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), rest)
         mean = None
@@ -410,10 +389,10 @@ class Round:
             mean = stacked.divided(total, weight, one)
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
-        seen = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], seen))
+        watched_models = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], watched_models))
         read, sums = jax.lax.psum(metered, AXIS)
         means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
-        return models if self.algorithm.needs_models else None, mean, rest, seen, means
+        return models if self.algorithm.needs_models else None, mean, rest, watched_models, means
 
     def _soundness(self, state: Any) -> Soundness:
         """Of the algorithm's state after a merge."""
@@ -424,10 +403,10 @@ class Round:
         return Soundness(_kinds(of_state), _kinds(of_model), tuple(names))
 
     def _nothing_read(self, model) -> Any:
-        """(clients read f32[], name -> sum of what a meter shares), before the first wave."""
+        """(clients read f32[], name -> sum of what a meter adds up), before the first wave."""
         gradient = {name: model["params"] if meter.gradients else None for name, meter in self.meters.items()}
         shapes = {
-            name: jax.eval_shape(meter.share, model, model, gradient[name])
+            name: jax.eval_shape(meter.summand, model, model, gradient[name])
             for name, meter in self.meters.items()
         }
         return jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
@@ -437,14 +416,16 @@ class Round:
         read, sums = metered
         each, added = {}, {}
         for name, meter in self.meters.items():
-            seen = (start, trained, gradient if meter.gradients else None)
-            each[name], share = (jax.vmap(function)(*seen) for function in (meter.each, meter.share))
-            each[name], share = (
-                jax.tree.map(lambda leaf: stacked.where_slot(counted, leaf, jnp.zeros_like(leaf)), part)
-                for part in (each[name], share)
+            args = (start, trained, gradient if meter.gradients else None)
+            each[name], summand = (
+                jax.vmap(function)(*args) for function in (meter.per_client, meter.summand)
             )
-            share = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), share)
-            part = stacked.weighted_sum(share, counted.astype(jnp.float32))
+            each[name], summand = (
+                jax.tree.map(lambda leaf: stacked.where_slot(counted, leaf, jnp.zeros_like(leaf)), part)
+                for part in (each[name], summand)
+            )
+            summand = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), summand)
+            part = stacked.weighted_sum(summand, counted.astype(jnp.float32))
             added[name] = jax.tree.map(jnp.add, sums[name], part)
         return (read + counted.sum().astype(jnp.float32), added), each
 

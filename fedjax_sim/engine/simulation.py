@@ -1,5 +1,6 @@
 """A run in memory: a `Setup` made real, and advanced round by round."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,9 +15,9 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.observing import Instrument, watch
+from fedjax_sim.engine.observing import Instrument, ObserverRequest, observe_all, observer_request
 from fedjax_sim.engine.programs import CachedJit
-from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState, Watched
+from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState
 from fedjax_sim.engine.scores import Scores, client_rows
 from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.records import Row
@@ -44,7 +45,8 @@ class Simulation:
       mesh: the devices.
       function: the round, as it is traced.
       instruments: diagnostics of measured rounds.
-      program: the compiled round, `(state, inputs(r)[0], data) -> (state, outputs)`.
+      program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
+      observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
       data: what the round reads of them.
       ending: metrics that the last round has only because it is the last.
@@ -66,7 +68,7 @@ class Simulation:
         context = DiagnosticContext(setup, self.mesh, self.store.put)
         self.instruments = [observer.build(context) for observer in setup.observers]
         observers = {name: o for instrument in self.instruments for name, o in instrument.observers.items()}
-        self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, observers, setup.meters)
+        self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters)
         self.data = self.store.of_round(setup.dataset, setup.partition)
         self._shardings = self._state_shardings()
         self.program = CachedJit(
@@ -74,6 +76,9 @@ class Simulation:
             self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
+        )
+        self.observe = CachedJit(
+            partial(observe_all, observers), self.mesh, out_shardings=placement.replicated(self.mesh)
         )
         self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser
@@ -198,12 +203,17 @@ class Simulation:
         NonFiniteServer if what the algorithm's own functions made is not finite, whatever that setting.
         """
         inputs, waste = self.inputs(self.round)
-        watched = watch(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
+        request = observer_request(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
+        observed = {}
         with jax.set_mesh(self.mesh):
+            watched = None if request is None else request.slots
             self.state, outputs = self.program(self.state, inputs, self.data, watched)
+            if request is not None:
+                observed = self.observe(outputs.view, request.inputs, self.data)
+        outputs = dataclasses.replace(outputs, view=None)  # its models are dropped once they are observed
         self.round += 1
         parts: list[Callable[[], list[Row]]] = [
-            partial(self._rows, self.round, inputs, outputs, waste, watched)
+            partial(self._rows, self.round, inputs, outputs, observed, waste, request)
         ]
         if self.due():
             parts.append(self.evaluate())
@@ -214,8 +224,9 @@ class Simulation:
         number: int,
         inputs: RoundInputs,
         outputs: RoundOutputs,
+        observed: dict[str, Any],
         waste: float,
-        watched: Watched | None,
+        request: ObserverRequest | None,
     ) -> list[Row]:
         fetched: RoundOutputs = jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
@@ -239,11 +250,11 @@ class Simulation:
         rows += [Row(number, "left_out", 1.0, client=client) for client in bad]
         rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
         for name, meter in self.setup.meters.items():
-            rows += meter.rows(number, fetched.observed[name])
-        if watched is not None:
-            them = ids[np.asarray(watched.slots)]
+            rows += meter.rows(number, fetched.metered[name])
+        if request is not None:
+            them, observed = ids[np.asarray(request.slots)], jax.device_get(observed)
             for instrument in self._due(number):
-                made = instrument.rows(number, them, watched.given, fetched.observed)
+                made = instrument.rows(number, them, request.inputs, observed)
                 if not instrument.due(number, number + 1):
                     self.ending.update(row.metric for row in made)
                 rows += made

@@ -18,8 +18,8 @@ from fedjax_sim.core.imports import told_of
 from fedjax_sim.core.plugins import written
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore, abstract
-from fedjax_sim.engine.observing import Instrument
-from fedjax_sim.engine.round import Meter, Observer, Witness
+from fedjax_sim.engine.observing import Instrument, Observer
+from fedjax_sim.engine.round import MergeView, Meter
 from fedjax_sim.engine.setup import DiagnosticContext, ObserverConfig, Setup
 from fedjax_sim.probes import table
 from fedjax_sim.records import Row
@@ -68,19 +68,21 @@ def check_diagnostics(setup: Setup) -> None:
             if isinstance(observer, _Observer):
                 instrument = observer.build(context)
                 slots = instrument.slots(ids)
-                models, given = stack(len(slots), model), instrument.given(ids[slots])
+                models, inputs = stack(len(slots), model), instrument.observer_inputs(ids[slots])
                 them = dataclasses.replace(cohort(len(slots)), steps=None)
-                witness = Witness(them, models, models, models, of((), jnp.float32), key)
+                view = MergeView(them, models, models, models, of((), jnp.float32), key)
                 for name, one in instrument.observers.items():
-                    jax.eval_shape(one.observe, witness, given[name], data)
+                    jax.eval_shape(one.observe, view, inputs[name], data)
         for meter in setup.meters.values():
             if isinstance(meter, _Metering):
                 gradient = model["params"] if meter.gradients else None
                 carried = jax.eval_shape(meter.init, model)
-                each, mean = (jax.eval_shape(f, model, model, gradient) for f in (meter.each, meter.share))
+                each, mean = (
+                    jax.eval_shape(f, model, model, gradient) for f in (meter.per_client, meter.summand)
+                )
                 mean = jax.tree.map(lambda leaf: of(leaf.shape, jnp.float32), mean)
                 count = setup.cohort_size
-                jax.eval_shape(meter.read, carried, cohort(count), model, model, stack(count, each), mean)
+                jax.eval_shape(meter.finish, carried, cohort(count), model, model, stack(count, each), mean)
 
 
 # --- what somebody else wrote -----------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class _Observer:
     def build(self, context: DiagnosticContext) -> Instrument:
         guard = _Guard(self.own, self.field)
         made = guard.call("build", self.own.build, context)
-        guard.has(made, "observers", "due", "slots", "given", "rows")
+        guard.has(made, "observers", "due", "slots", "observer_inputs", "rows")
         return _Instrument(guard, made)
 
 
@@ -170,12 +172,12 @@ class _Instrument:
             raise self._guard.wrong("slots", f"it returned {slots.tolist()}, of {len(cohort)} slots", fix)
         return slots.astype(np.int32)
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
-        found = self._guard.call("given", self._own.given, ids)
+    def observer_inputs(self, ids: np.ndarray) -> dict[str, Any]:
+        found = self._guard.call("observer_inputs", self._own.observer_inputs, ids)
         return {full: found.get(name) for full, name in self._names.items()}
 
-    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
-        mine = [{name: of[full] for full, name in self._names.items()} for of in (given, observed)]
+    def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
+        mine = [{name: of[full] for full, name in self._names.items()} for of in (inputs, observed)]
         return self._guard.rows(number, self._own.rows, ids, *mine)
 
 
@@ -186,8 +188,8 @@ class _Observing:
     guard: _Guard
     own: Observer
 
-    def observe(self, witness: Any, given: Any, data: Any) -> Any:
-        return self.guard.call("observe", self.own.observe, witness, given, data)
+    def observe(self, view: Any, inputs: Any, data: Any) -> Any:
+        return self.guard.call("observe", self.own.observe, view, inputs, data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,7 @@ class _Meter:
     def build(self, context: DiagnosticContext) -> Meter:
         guard = _Guard(self.own, self.field)
         made = guard.call("build", self.own.build, context)
-        guard.has(made, "gradients", "init", "each", "share", "read", "rows")
+        guard.has(made, "gradients", "init", "per_client", "summand", "finish", "rows")
         return _Metering(guard, made, bool(made.gradients))
 
 
@@ -215,20 +217,20 @@ class _Metering:
     def init(self, deployed: Any) -> Any:
         return self.guard.call("init", self.own.init, deployed)
 
-    def each(self, start: Any, trained: Any, gradient: Any) -> Any:
-        return self.guard.call("each", self.own.each, start, trained, gradient)
+    def per_client(self, start: Any, trained: Any, gradient: Any) -> Any:
+        return self.guard.call("per_client", self.own.per_client, start, trained, gradient)
 
-    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
-        return self.guard.call("share", self.own.share, start, trained, gradient)
+    def summand(self, start: Any, trained: Any, gradient: Any) -> Any:
+        return self.guard.call("summand", self.own.summand, start, trained, gradient)
 
-    def read(self, carried: Any, cohort: Any, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
-        made = self.guard.call("read", self.own.read, carried, cohort, old, new, each, mean)
+    def finish(self, carried: Any, cohort: Any, old: Any, new: Any, each: Any, mean: Any) -> tuple[Any, Any]:
+        made = self.guard.call("finish", self.own.finish, carried, cohort, old, new, each, mean)
         if not (isinstance(made, tuple) and len(made) == 2):
-            raise self.guard.wrong("read", "it did not return two things", "Return (carried, said).")
+            raise self.guard.wrong("finish", "it did not return two things", "Return (carried, said).")
         before, after = (jax.tree.map(_shape, tree) for tree in (carried, made[0]))
         if before != after:
             why = f"it carries on {after}, where init or the round before gave {before}"
-            raise self.guard.wrong("read", why, "Keep shapes, dtypes and containers.")
+            raise self.guard.wrong("finish", why, "Keep shapes, dtypes and containers.")
         return made
 
     def rows(self, number: int, said: Any) -> list[Row]:

@@ -22,8 +22,8 @@ from fedjax_sim.core.rng import run_key
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
-from fedjax_sim.engine.observing import watch
-from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES, Watched, Witness
+from fedjax_sim.engine.observing import observer_request
+from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES, MergeView
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.assemble import prepare
@@ -335,8 +335,8 @@ _IN_ROUND = {
 """Label of a part of the traced round -> its name, and what makes it smaller."""
 
 
-def traced_round(simulation: Simulation, watched: Watched | None = None) -> Any:
-    """The round that the run compiles, as a jaxpr. `watched`: of a measured one."""
+def traced_round(simulation: Simulation, watched: Any = None) -> Any:
+    """The round that the run compiles, as a jaxpr. `watched`: slots i32[m] of a measured one."""
     inputs, _ = simulation.inputs(simulation.round)
     with jax.set_mesh(simulation.mesh):
         return jax.make_jaxpr(simulation.function)(
@@ -347,11 +347,10 @@ def traced_round(simulation: Simulation, watched: Watched | None = None) -> Any:
 def _round_parts(simulation: Simulation) -> list[Part]:
     """What is alive at a round's worst moment."""
     setup = simulation.setup
-    watched, stacks = watch(simulation.instruments, setup.draw(0)), []
-    if watched is not None:
-        # What observers compute comes after the merge, see `_probe_parts`; here are the models they look at.
-        watched = Watched(watched.slots, {})
-        count = len(watched.slots)
+    request, stacks = observer_request(simulation.instruments, setup.draw(0)), []
+    if request is not None:
+        # Observers are a program of their own, see `_probe_parts`; here are the models they look at.
+        count = len(request.slots)
         size = 3 * count * bytes_of(setup.model.abstract)
         name, remedy = f"models of {count} measured clients", "a smaller peel.clients or inertia.clients"
         stacks = [Part(name, size, size * setup.devices, "probe", remedy)]
@@ -362,7 +361,9 @@ def _round_parts(simulation: Simulation) -> list[Part]:
         share = setup.devices if array.shape and array.shape[0] in cut else 1
         return leaf_bytes(array) // (share if not array.shape or array.shape[0] % share == 0 else 1)
 
-    alive = peak_bytes(traced_round(simulation, watched), tuple(_IN_ROUND), donated=donated, size=size_of)
+    alive = peak_bytes(
+        traced_round(simulation, request and request.slots), tuple(_IN_ROUND), donated=donated, size=size_of
+    )
     return stacks + [
         Part(_IN_ROUND[label][0], size, size * setup.devices, "round", _IN_ROUND[label][1])
         for label, size in alive.items()
@@ -390,20 +391,20 @@ def _evaluation_parts(simulation: Simulation) -> list[Part]:
 
 
 def _probe_parts(simulation: Simulation, platform: str) -> list[Part]:
-    """What observers compute after the merge of a measured round, were all of them due in one."""
+    """What observers compute after a measured round, were all of them due in one."""
     setup = simulation.setup
-    watched = watch(simulation.instruments, setup.draw(0))
-    if watched is None:
+    request = observer_request(simulation.instruments, setup.draw(0))
+    if request is None:
         return []
-    count = len(watched.slots)
+    count = len(request.slots)
     stack = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), setup.model.abstract
     )
     numbers, rate = jnp.zeros(count, jnp.int32), jnp.float32(0)
-    witness = Witness(Cohort(numbers, numbers, jnp.int32(0)), stack, stack, stack, rate, run_key(0))
+    view = MergeView(Cohort(numbers, numbers, jnp.int32(0)), stack, stack, stack, rate, run_key(0))
     with jax.set_mesh(simulation.mesh):
         traced = [
-            jax.make_jaxpr(observer.observe)(witness, watched.given[name], simulation.data)
+            jax.make_jaxpr(observer.observe)(view, request.inputs[name], simulation.data)
             for instrument in simulation.instruments
             for name, observer in instrument.observers.items()
         ]

@@ -34,7 +34,7 @@ from fedjax_sim.core.algorithm import Cohort, Results
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.engine import waves
-from fedjax_sim.engine.round import Round, Watched
+from fedjax_sim.engine.round import Round
 from fedjax_sim.models import norms, peel
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
@@ -74,14 +74,6 @@ INNER = {"params/conv2/kernel": 108, "params/conv3/kernel": 20}
 # --- what clients start from, as an observer sees it ----------------------------------------------------
 
 
-class Eye:
-    """An observer that hands out all that it sees."""
-
-    def observe(self, witness, given, shard):
-        del given, shard
-        return witness
-
-
 @dataclasses.dataclass
 class Seen:
     """One round: ids of the cohort, its models by path [K, …], the deployed model after it, its metrics."""
@@ -106,9 +98,7 @@ def watch(simulation, ids=None, seeds=(None,)):
     ids: whom slots 0, 1, … serve in every round; None: as drawn.
     """
     setup = simulation.setup
-    function = Round(
-        setup.algorithm, setup.trainer, simulation.mesh, in_order=False, observers={"eye": Eye()}
-    )
+    function = Round(setup.algorithm, setup.trainer, simulation.mesh, in_order=False)
     program = jax.jit(lambda *args: function(*args))
     out = []
     for seed in seeds:
@@ -123,17 +113,17 @@ def watch(simulation, ids=None, seeds=(None,)):
                     cohort=Cohort(np.asarray(ids, np.int32), counts, np.int32(index)),  # type: ignore[arg-type]
                     plan=waves.make_plan(setup.steps[ids], setup.devices, setup.wave),
                 )
-            watched = Watched(np.arange(setup.cohort_size, dtype=np.int32), {"eye": None})  # type: ignore[arg-type]
+            watched = np.arange(setup.cohort_size, dtype=np.int32)
             with jax.set_mesh(simulation.mesh):
                 state, outputs = program(state, inputs, simulation.data, watched)
             assert np.asarray(outputs.included).all()
-            witness = jax.device_get(outputs.observed["eye"])
+            view = jax.device_get(outputs.view)
             rounds.append(
                 Seen(
                     np.asarray(inputs.cohort.ids).tolist(),
-                    by_name(witness.start),
-                    by_name(witness.before),
-                    by_name(witness.after),
+                    by_name(view.start),
+                    by_name(view.before),
+                    by_name(view.after),
                     by_name(setup.algorithm.deploy(state.algorithm)),
                     {name: float(value) for name, value in outputs.metrics.items()},
                     jax.device_get(state),

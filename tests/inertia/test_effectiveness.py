@@ -1,6 +1,7 @@
 """What a merge gains: models before and after it, evaluated by hand; who, when, and on which samples."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,13 @@ import pytest
 from fedjax_sim.algorithms import LIPS, FedAvg, FedMR
 from fedjax_sim.config import InertiaConfig, PeelConfig
 from fedjax_sim.data import Partition, Preprocessing, normalise
-from fedjax_sim.engine.round import Round, Watched
+from fedjax_sim.engine.observing import observe_all
+from fedjax_sim.engine.round import Round
 from fedjax_sim.probes.inertia.effectiveness import NAME, STATES, Effectiveness
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
-from tests.algorithms.test_lips import Eye, convolutional
+from tests.algorithms.test_lips import convolutional
 
 SIZES = (12, 7, 31, 7, 31, 12)
 TESTS = (9, 4, 6, 3, 8, 5)  # samples of their own
@@ -145,7 +147,7 @@ def test_under_fedmr_after_is_the_slot_and_samples_are_few_and_fixed():
     )
     setup = simulation.setup
     effectiveness = Effectiveness(setup.config, setup.model, dataset, partition, simulation.mesh, jnp.asarray)
-    given = effectiveness.given(np.arange(6))[NAME]
+    given = effectiveness.observer_inputs(np.arange(6))[NAME]
     everything = given["global"]
     assert len(set(everything.tolist())) == 5 and set(everything.tolist()) <= set(range(31))
     assert given["own"]["count"].tolist() == [min(size, 5) for size in TESTS]
@@ -153,7 +155,7 @@ def test_under_fedmr_after_is_the_slot_and_samples_are_few_and_fixed():
     assert partition.test is not None
     for client, chosen in enumerate(own):
         assert len(set(chosen.tolist())) == len(chosen) and set(chosen) <= set(partition.test[client])
-        alone = effectiveness.given(np.asarray([client]))[NAME]["own"]
+        alone = effectiveness.observer_inputs(np.asarray([client]))[NAME]["own"]
         np.testing.assert_array_equal(alone["index"][0, : alone["count"][0]], chosen)
 
     for index in range(2):
@@ -224,15 +226,8 @@ def test_under_lips_after_is_the_sparse_model_that_the_next_round_starts_from():
     )
     setup, state = simulation.setup, simulation.state
     effectiveness = Effectiveness(setup.config, model, dataset, partition, simulation.mesh, jnp.asarray)
-    program = jax.jit(
-        Round(
-            setup.algorithm,
-            setup.trainer,
-            simulation.mesh,
-            in_order=False,
-            observers={"eye": Eye(), **effectiveness.observers},
-        ).__call__
-    )
+    program = jax.jit(Round(setup.algorithm, setup.trainer, simulation.mesh, in_order=False).__call__)
+    observe = jax.jit(partial(observe_all, effectiveness.observers))
     loss_of = jax.jit(lambda variables, x: model.apply(variables, x)[0])
 
     def figures(variables, images, labels):
@@ -244,22 +239,23 @@ def test_under_lips_after_is_the_sparse_model_that_the_next_round_starts_from():
         inputs, _ = simulation.inputs(index)
         slots = effectiveness.slots(np.asarray(inputs.cohort.ids))
         ids = np.asarray(inputs.cohort.ids)[slots]
-        given = {"eye": None, **effectiveness.given(ids)}
+        given = effectiveness.observer_inputs(ids)
         with jax.set_mesh(simulation.mesh):
-            state, outputs = program(state, inputs, simulation.data, Watched(jnp.asarray(slots), given))
-        witness, observed = jax.device_get((outputs.observed["eye"], outputs.observed))
+            state, outputs = program(state, inputs, simulation.data, jnp.asarray(slots))
+            observed = observe(outputs.view, given, simulation.data)
+        view, observed = jax.device_get((outputs.view, observed))
         density = float(outputs.metrics["lips_density_after"])
         densities.append(density)
         got = table(effectiveness.rows(index + 1, ids, given, observed))
         for place, client in enumerate(ids.tolist()):
             own = cut[client][1]
-            stack = dict(zip(STATES, (witness.before, witness.after), strict=True))
+            stack = dict(zip(STATES, (view.before, view.after), strict=True))
             for name in STATES:
                 one = personal.row(stack[name], place)
                 accuracy, loss = figures(one, dataset.train_images[own], dataset.train_labels[own])
                 assert got[index + 1, "merge_own_accuracy", client, name] == pytest.approx(accuracy)
                 assert got[index + 1, "merge_own_loss", client, name] == pytest.approx(loss, rel=1e-4)
-            after = personal.row(witness.after, place)["params"]
+            after = personal.row(view.after, place)["params"]
             for layer in ("conv2", "conv3"):
                 zeros = (after[layer]["kernel"] == 0).mean()
                 assert zeros == pytest.approx(1 - density, abs=1e-3)

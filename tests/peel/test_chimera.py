@@ -11,13 +11,13 @@ from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.probes.peel import chimera
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
+from tests.peel.test_feature_probe import rows_of, settings_of, view_of
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet8", "resnet20", "vit", "vgg16_bn"])
@@ -52,10 +52,12 @@ def made(before_after_same=False):
         stacks[1] = stacks[0]
     index = draw.permutation(120).reshape(3, 40).astype(np.int32)
     given = {"measured": {"index": index, "count": np.asarray([40, 40, 29], np.int32)}, "test": None}
-    witness = witness_of(stacks[0], *stacks)
-    shard = Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros((3, 1), jnp.int32))
+    view = view_of(stacks[0], *stacks)
+    data = DeviceData(
+        oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
+    )
     with jax.set_mesh(placement.make_mesh(2)):
-        out = observe(witness, given, shard)
+        out = observe(view, given, data)
     return model, stacks, x, y, given["measured"], jax.device_get(out)
 
 

@@ -15,9 +15,8 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.data import Preprocessing
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Shard
-from fedjax_sim.engine.observing import watch
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel.feature_probe import EACH, STATES, Probe
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
@@ -63,11 +62,11 @@ MODELS = {
 }
 
 
-def witness_of(*stacks):
-    """A round's witness with clients 0, 1 … and stacks of models: start, before, after."""
+def view_of(*stacks):
+    """The view of a round with clients 0, 1 … and stacks of models: start, before, after."""
     count = jax.tree.leaves(stacks)[0].shape[0]
     cohort = Cohort(jnp.arange(count, dtype=jnp.int32), jnp.full((count,), 10, jnp.int32), jnp.int32(0))
-    return Witness(cohort, *stacks, jnp.float32(0.1), run_key(0))
+    return MergeView(cohort, *stacks, jnp.float32(0.1), run_key(0))
 
 
 @functools.cache
@@ -95,10 +94,12 @@ def observed(name, devices=2, batch_size=32):
     mesh = placement.make_mesh(devices)
     forward = Forward(model, oracles.task_of(model), PeelConfig(every=1), batch_size)
     probe = Probe(forward, mesh, 1)
-    witness = witness_of(*stacks)
-    shard = Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros((count, 1), jnp.int32))
+    view = view_of(*stacks)
+    data = DeviceData(
+        oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
+    )
     with jax.set_mesh(mesh):
-        out = jax.device_get(jax.jit(probe.observe)(witness, given | {"test": None}, shard))
+        out = jax.device_get(jax.jit(probe.observe)(view, given | {"test": None}, data))
     return model, stacks, x, y, index, counts, out
 
 
@@ -217,12 +218,11 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
     config = settings_of(peel={"every": 1, "clients": 4, "samples": 60, "class_samples": 1}, rounds=1)
     for name in ("fedavg", "fedmr"):
         simulation = Simulation(dataclasses.replace(config, algorithm=CONFIGS[name]()))
-        object.__setattr__(simulation.function, "observers", {"probe": _Keep()})
         inputs, _ = simulation.inputs(0)
-        watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
+        slots = simulation.instruments[0].slots(np.asarray(inputs.cohort.ids))
         with jax.set_mesh(simulation.mesh):
-            state, outputs = simulation.program(simulation.state, inputs, simulation.data, watched)
-        got = jax.device_get(outputs.observed["probe"])
+            state, outputs = simulation.program(simulation.state, inputs, simulation.data, slots)
+        got = jax.device_get(outputs.view)
         for before, after, one in zip(
             *map(
                 jax.tree.leaves,
@@ -238,13 +238,6 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
                 np.testing.assert_array_equal(after, np.broadcast_to(one, after.shape))
             else:
                 assert sorted(a.tobytes() for a in after) == sorted(b.tobytes() for b in before)
-
-
-class _Keep:
-    """An observer that hands out the witness itself."""
-
-    def observe(self, witness, given, shard):
-        return witness
 
 
 # --- what cannot be measured ----------------------------------------------------------------------------

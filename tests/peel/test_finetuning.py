@@ -14,15 +14,16 @@ from fedjax_sim.config import LocalConfig, PeelConfig
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, key_for, run_key
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Lanes, Shard, Trainer, shuffled
-from fedjax_sim.engine.observing import watch
+from fedjax_sim.engine.clients import Lanes, Trainer, shuffled
+from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.observing import observer_request
 from fedjax_sim.probes.peel.feature_probe import Probe
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.probes.peel.head_finetuning import FIGURES, Finetuning
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
+from tests.peel.test_feature_probe import rows_of, settings_of, view_of
 
 CLASSES, SIZES, IDS, ROUND, EPOCHS, LR = 3, (25, 8, 19, 31), (5, 0, 2), 4, 2, 0.5
 LOCAL = LocalConfig(
@@ -37,35 +38,34 @@ def world(name, options):
     y = draw.integers(0, CLASSES, 160).astype(np.int32)
     patterns = draw.uniform(0, 255, (CLASSES, 8, 8, 1))
     x = np.clip(0.4 * patterns[y] + draw.uniform(0, 150, (160, 8, 8, 1)), 0, 255).astype(np.uint8)
-    rows = np.zeros((6, max(SIZES)), np.int32)
+    rows = [np.zeros(0, np.int32)] * 6
     for client, size in zip((5, 0, 2, 3), SIZES, strict=True):
-        rows[client, :size] = draw.permutation(160)[:size]
+        rows[client] = draw.permutation(160)[:size].astype(np.int32)
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
     stacks = jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(0), 9))
     stacks = [jax.tree.map(lambda leaf, s=s: leaf[3 * s :][:3], stacks) for s in range(3)]
     cohort = Cohort(jnp.asarray(IDS, jnp.int32), jnp.asarray(SIZES[:3], jnp.int32), jnp.int32(ROUND))
-    witness = dataclasses.replace(witness_of(*stacks), cohort=cohort, lr=jnp.float32(LR))
+    view = dataclasses.replace(view_of(*stacks), cohort=cohort, lr=jnp.float32(LR))
     index = draw.permutation(160)[:120].reshape(3, 40).astype(np.int32)
     measured = {"index": index, "count": np.asarray((40, 12, 29), np.int32)}
-    return (
-        model,
-        witness,
-        Shard(oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.asarray(rows)),
-        measured,
-    )
+    samples = jnp.asarray(np.concatenate(rows))
+    data = DeviceData(oracles.examples(jnp.asarray(x), jnp.asarray(y)), samples, jnp.asarray(offsets))
+    return model, view, data, measured
 
 
 def instrument(model, devices=2, width=1, batch=20, **preprocessing):
     mesh, task = placement.make_mesh(devices), oracles.task_of(model, **preprocessing)
     forward = Forward(model, task, PeelConfig(every=1, finetune=EPOCHS), batch)
-    trainer = Trainer(model, LocalRule(), LOCAL, task, width, ragged=False, partial=True)
+    lengths = (max(SIZES),)
+    trainer = Trainer(model, LocalRule(), LOCAL, task, width, lengths, ragged=False, partial=True)
     return Finetuning(Probe(forward, mesh, width), trainer)
 
 
 def observed(made, **layout):
-    model, witness, shard, measured = made
+    model, view, data, measured = made
     found = instrument(model, **layout)
     with jax.set_mesh(found.probe.mesh):
-        out = jax.jit(found.observe)(witness, {"measured": measured, "test": None}, shard)
+        out = jax.jit(found.observe)(view, {"measured": measured, "test": None}, data)
     return jax.device_get(out)
 
 
@@ -75,13 +75,13 @@ MODELS = {"mlp": {"hidden": [9, 7]}, "resnet6": {"norm": "batch"}}
 @pytest.mark.parametrize("name", list(MODELS))
 def test_it_is_logistic_regression_on_the_penultimate_features(name):
     """Clip, decay, momentum and steps by hand, on features in evaluation mode."""
-    made = model, witness, shard, measured = world(name, MODELS[name])
+    made = model, view, data, measured = world(name, MODELS[name])
     out = observed(made)
-    x, y, rows = (np.asarray(leaf) for leaf in (*shard.example.values(), shard.indices))
+    x, y, samples, offsets = (np.asarray(leaf) for leaf in jax.tree.leaves(data))
     (layer, _), point = model.peel_points[-1].kernel, model.peel_points[-1].name
     local = dataclasses.replace(LOCAL, epochs=EPOCHS, steps=None)
     for place, (client, count) in enumerate(zip(IDS, SIZES, strict=False)):
-        one = jax.tree.map(lambda leaf, place=place: leaf[place], witness.after)
+        one = jax.tree.map(lambda leaf, place=place: leaf[place], view.after)
 
         def features(samples, one=one):
             padded = np.resize(samples, 40)  # one program for all numbers of samples
@@ -95,7 +95,9 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
             batches += [order[first : first + 8] for first in range(0, count, 8)]
         head = {"fc1": oracles.doubled(one["params"][layer])}
         before = head["fc1"]["kernel"]
-        head, _, _ = oracles.local_sgd(head, *features(rows[client][:count]), batches, local, LR)
+        head, _, _ = oracles.local_sgd(
+            head, *features(samples[offsets[client] :][:count]), batches, local, LR
+        )
         assert np.abs(head["fc1"]["kernel"] - before).max() > 1e-2
 
         z, labels = features(measured["index"][place][: measured["count"][place]])
@@ -111,21 +113,21 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_the_body_and_its_statistics_stay_bit_for_bit(width):
-    model, witness, shard, _ = world("resnet6", MODELS["resnet6"])
+    model, view, data, _ = world("resnet6", MODELS["resnet6"])
     trainer = instrument(model, flip=True).classifier_trainer(width)
-    start = jax.tree.map(lambda leaf: leaf[:width], witness.after)
+    start = jax.tree.map(lambda leaf: leaf[:width], view.after)
     lanes = Lanes(
         kept=trainer.init_client(None),
-        ids=witness.cohort.ids[:width],
-        counts=witness.cohort.counts[:width],
+        ids=view.cohort.ids[:width],
+        counts=view.cohort.counts[:width],
         weights=jnp.ones((width,), jnp.float32),
     )
 
-    def train(start, lanes, shard):
-        ready = trainer.ready(lanes, run_key(1), shard.indices)
-        return trainer.train_wave(start, None, ready, jnp.int32(8), jnp.float32(LR), shard)[0]
+    def train(start, lanes, data):
+        ready = trainer.ready(lanes, run_key(1), data)
+        return trainer.train_wave(start, None, ready, jnp.int32(8), jnp.float32(LR), data)[0]
 
-    trained, place = jax.jit(train)(start, lanes, shard), model.blocks()
+    trained, place = jax.jit(train)(start, lanes, data), model.blocks()
     moved = jax.tree_util.tree_map_with_path(
         lambda path, a, b: (tuple(key.key for key in path), bool((a != b).any())), dict(start), dict(trained)
     )
@@ -178,9 +180,11 @@ def test_no_decomposition_is_batched_on_a_cpu():
     """A batch of them can wait for ever, see `Peeling`."""
     simulation = Simulation(settings_of(peel=PEEL_ALL, execution={"devices": 2, "wave": 2}))
     inputs, _ = simulation.inputs(0)
-    watched = watch(simulation._due(1), np.asarray(inputs.cohort.ids))
+    request = observer_request(simulation.instruments, np.asarray(inputs.cohort.ids))
     with jax.set_mesh(simulation.mesh):
-        text = simulation.program.lower(simulation.state, inputs, simulation.data, watched).as_text()
+        state = simulation.abstract_state()
+        _, outputs = jax.eval_shape(simulation.function, state, inputs, simulation.data, request.slots)
+        text = simulation.observe.lower(outputs.view, request.inputs, simulation.data).as_text()
     calls = [line for line in text.splitlines() if "@lapack_" in line]
     assert len(calls) > 10
     assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf32>", line)]

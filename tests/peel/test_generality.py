@@ -10,13 +10,13 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Shard
+from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.probes.peel.generality import STATES, Generality
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, witness_of
+from tests.peel.test_feature_probe import rows_of, settings_of, view_of
 
 CLASSES, COUNTS = 3, {"fit": (40, 31, 22), "measured": (40, 17, 33)}
 
@@ -65,10 +65,12 @@ def world(same=(), counts=COUNTS, clients=3):
 def observed(made, devices=2, batch=20):
     _, stacks, train, test, given = made
     found, observe = instrument(devices, batch)
-    shard = Shard(oracles.examples(*map(jnp.asarray, train)), jnp.zeros((3, 1), jnp.int32))
+    data = DeviceData(
+        oracles.examples(*map(jnp.asarray, train)), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
+    )
     given = {**given, "test": None, "global": oracles.examples(*test)}
     with jax.set_mesh(found.mesh):
-        out = jax.device_get(observe(witness_of(*stacks), given, shard))
+        out = jax.device_get(observe(view_of(*stacks), given, data))
     count = len(given["measured"]["count"])
     rows = found.rows(4, np.arange(count) + 7, out, given["measured"]["count"])
     return out, {(row.client - 7, row.state, row.layer, row.metric): row.value for row in rows}

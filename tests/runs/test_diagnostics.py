@@ -37,8 +37,8 @@ class Drift:
     wrong: str = ""
 
     def build(self, context):
-        def measure(witness, data):
-            away = jax.tree.map(lambda a, b: a - b, witness.before, witness.start)
+        def measure(view, data):
+            away = jax.tree.map(lambda a, b: a - b, view.before, view.start)
             if self.wrong == "measure":
                 raise KeyError("away")
             return jax.vmap(norm)(away)
@@ -71,13 +71,13 @@ class Way:
     def init(self, deployed):
         return jnp.float32(0)
 
-    def each(self, start, trained, gradient):
+    def per_client(self, start, trained, gradient):
         return jnp.float32(1)
 
-    def share(self, start, trained, gradient):
+    def summand(self, start, trained, gradient):
         return jnp.float32(0)
 
-    def read(self, carried, cohort, old, new, each, mean):
+    def finish(self, carried, cohort, old, new, each, mean):
         way = carried + norm(jax.tree.map(lambda a, b: a - b, new, old))
         return (way[None] if self.wrong else way), {"way": way, "clients": each.sum()}
 
@@ -149,7 +149,7 @@ def test_by_name_in_a_file_they_measure_and_change_nothing(own, tmp_path):
             r"observers\.0\.build = .*returned a int, which has no",
         ),
         ("observers", "Drift", {"wrong": "measure"}, r"observers\.0\.observe = .*KeyError.*\.py, line 25"),
-        ("meters", "Travel", {"wrong": True}, r"meters\.0\.read = .*float32\[1\].*gave float32\[\]"),
+        ("meters", "Travel", {"wrong": True}, r"meters\.0\.finish = .*float32\[1\].*gave float32\[\]"),
     ],
 )
 def test_a_mistake_in_one_is_told_before_anything_is_compiled(own, kind, name, settings, told, monkeypatch):
@@ -178,7 +178,7 @@ class Constant:
         """See `ObserverConfig`."""
         assert context.setup.model.name == "mlp"
         return fs.Measurement(
-            lambda witness, data: jnp.float32(self.value),
+            lambda view, data: jnp.float32(self.value),
             lambda number, ids, found: [fs.Row(number, f"constant_{self.value:g}", found)],
         )
 

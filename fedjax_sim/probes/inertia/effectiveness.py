@@ -28,7 +28,7 @@ from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.samples import best_ranked
 from fedjax_sim.records import Row, make_row
@@ -38,7 +38,7 @@ STATES = ("before", "after")
 
 
 class Effectiveness:
-    """The observer (`fedjax_sim.engine.round.Observer`), and when and whom it observes.
+    """The observer (`fedjax_sim.engine.observing.Observer`), and when and whom it observes.
 
     Attributes:
       observers: itself, by name.
@@ -70,11 +70,11 @@ class Effectiveness:
         """Whom to watch. i32[K] client ids -> i32[m] slots."""
         return best_ranked(self._seed, self._partition.num_clients, cohort, self._config.clients)
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
+    def observer_inputs(self, ids: np.ndarray) -> dict[str, Any]:
         """What the observer wants at hand for these clients, i32[m]: samples by index and count, test set."""
         draw, most = np.random.default_rng([self._seed, INERTIA]), self._config.samples
         everything = draw.permutation(self._dataset.test_size)[:most].astype(np.int32)
-        given: dict[str, Any] = {"global": everything, "tests": self._tests, "own": None}
+        inputs: dict[str, Any] = {"global": everything, "tests": self._tests, "own": None}
         if self._partition.test is not None:
             draws = (np.random.default_rng([self._seed, INERTIA, int(i)]) for i in ids)
             parts = [
@@ -84,23 +84,23 @@ class Effectiveness:
             index = np.zeros((len(ids), longest), np.int32)
             for row, part in zip(index, parts, strict=True):
                 row[: len(part)] = part
-            given["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
-        return {NAME: given}
+            inputs["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
+        return {NAME: inputs}
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""
-        pools = {"global": given["tests"], "own": given["tests"]}
+        pools = {"global": inputs["tests"], "own": inputs["tests"]}
         if self._partition.test_from != "test":
             pools["own"] = data.train
-        count = len(witness.cohort.ids)
-        everything = jnp.broadcast_to(given["global"], (count, *given["global"].shape))
+        count = len(view.cohort.ids)
+        everything = jnp.broadcast_to(inputs["global"], (count, *inputs["global"].shape))
         chosen = {
             "global": {"index": everything, "count": jnp.full((count,), everything.shape[1], jnp.int32)}
         }
-        if given["own"] is not None:
-            chosen["own"] = given["own"]
+        if inputs["own"] is not None:
+            chosen["own"] = inputs["own"]
         spare = -count % self._mesh.size
         fill = partial(
             jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
@@ -108,8 +108,7 @@ class Effectiveness:
         out = {}
         for name, part in chosen.items():
             found = [
-                self._figures(fill(models), fill(part), pools[name])
-                for models in (witness.before, witness.after)
+                self._figures(fill(models), fill(part), pools[name]) for models in (view.before, view.after)
             ]
             for metric in found[0]:
                 out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)
@@ -129,9 +128,9 @@ class Effectiveness:
 
     # --- on the host, after -------------------------------------------------------------------------
 
-    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
+    def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
         """The tidy rows of round `number`."""
-        del given
+        del inputs
         headline = self._dataset.task.headline
         out = {
             metric: headline.finish(values) if metric.endswith(f"_{headline.name}") else values

@@ -99,17 +99,17 @@ class Movement:
         """The reference, of which nothing is read before it is taken."""
         return self._layers(deployed)
 
-    def each(self, start: Any, trained: Any, gradient: Any) -> Clients:
+    def per_client(self, start: Any, trained: Any, gradient: Any) -> Clients:
         """One client's norms."""
         update = [b - a for a, b in zip(self._layers(start), self._layers(trained), strict=True)]
         return Clients(jnp.float32(1), _norms(update), _norms(self._layers({"params": gradient})))
 
-    def share(self, start: Any, trained: Any, gradient: Any) -> Any:
+    def summand(self, start: Any, trained: Any, gradient: Any) -> Any:
         """One client's update and gradient."""
         update = [b - a for a, b in zip(self._layers(start), self._layers(trained), strict=True)]
         return {"update": update, "gradient": self._layers({"params": gradient})}
 
-    def read(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Clients, mean: Any):
+    def finish(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Clients, mean: Any):
         """(reference, metric -> f32[L])."""
         before, after = self._layers(old), self._layers(new)
         number = cohort.round + 1

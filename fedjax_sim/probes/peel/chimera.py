@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import moments
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.records import Row, make_row
@@ -56,13 +56,13 @@ class Chimeras:
     forward: Forward
     mesh: Mesh
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """log_c f32[m, 1 + 3 L, L] at each peel point, accuracy f32[m, 1 + 3 L]; in the order of `masks`."""
-        count = len(witness.cohort.ids)
+        count = len(view.cohort.ids)
         spare = -count % self.mesh.size
-        own = (witness.before, witness.after, given["measured"])
+        own = (view.before, view.after, inputs["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
-        pool = given["test"] or data.train
+        pool = inputs["test"] or data.train
 
         def share(own, pool):
             return jax.lax.map(lambda one: self._client(one, pool), own)

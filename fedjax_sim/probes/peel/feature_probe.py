@@ -47,7 +47,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
 from fedjax_sim.probes.peel.forward import Forward, pooled, zeros_like
 from fedjax_sim.records import Row, make_row
@@ -79,7 +79,7 @@ class Probe:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Everything that is measured, by name.
 
         f32[m, S, L] by state and layer; f32[m, S - 1, L] of each later state against `before`; f32[m, S + 1]
@@ -87,15 +87,15 @@ class Probe:
         kernel before (w) and after (w') the merge; `update_cosine` the mean cosine of a client's update of
         the kernel with the other measured clients'.
         """
-        count = len(witness.cohort.ids)
+        count = len(view.cohort.ids)
         spare = -count % self.mesh.size
-        key = key_for(witness.key, PEEL, witness.cohort.round)
-        keys = jax.vmap(partial(jax.random.fold_in, key))(witness.cohort.ids)
-        own = (witness.start, witness.before, witness.after, given["fit"], given["measured"], keys)
+        key = key_for(view.key, PEEL, view.cohort.round)
+        keys = jax.vmap(partial(jax.random.fold_in, key))(view.cohort.ids)
+        own = (view.start, view.before, view.after, inputs["fit"], inputs["measured"], keys)
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
 
         train = data.train
-        pools = {"fit": train, "measured": given["test"] or train}
+        pools = {"fit": train, "measured": inputs["test"] or train}
 
         def share(own, pools):
             width = None if self.width == 1 else self.width
@@ -105,7 +105,7 @@ class Probe:
             share, mesh=self.mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS), check_vma=False
         )
         out = jax.tree.map(lambda leaf: leaf[:count], run(own, pools))
-        return out | self._kernels(witness)
+        return out | self._kernels(view)
 
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: the same without m.
@@ -262,13 +262,13 @@ class Probe:
                 out["pabs_cosines"] = cosines
         return out
 
-    def _kernels(self, witness: Witness) -> dict[str, jax.Array]:
+    def _kernels(self, view: MergeView) -> dict[str, jax.Array]:
         """Of the layers' kernels: spread and agreement of updates, f32[m, L] each."""
         spread, agreement = [], []
         for point in self.forward.model.peel_points:
             start, before, after = (
                 leaf_at(tree["params"], point.kernel).astype(jnp.float32)
-                for tree in (witness.start, witness.before, witness.after)
+                for tree in (view.start, view.before, view.after)
             )
             norm = lambda a: jnp.sqrt((a * a).reshape(len(a), -1).sum(1))  # noqa: E731
             spread.append(norm(before - after) / norm(after))

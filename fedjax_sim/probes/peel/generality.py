@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import linear_probes
 from fedjax_sim.probes.peel.forward import Forward, pooled
 from fedjax_sim.records import Row, make_row
@@ -57,12 +57,12 @@ class Generality:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """What the m clients' models say on everybody's samples.
 
         Args:
-          witness: the models.
-          given: `fit`, `measured` and `test` as for the probe, and `global`: the samples of the global
+          view: the models.
+          inputs: `fit`, `measured` and `test` as for the probe, and `global`: the samples of the global
             test set.
           data: the training set.
 
@@ -70,13 +70,13 @@ class Generality:
           f32[m, 3, m] by client k, state and client j, for each of `OTHERS`, NaN where j has no sample to
           measure; `ridge_others` f32[m, 3, m, L - 1]; f32[m, 3] for each of `GLOBAL`.
         """
-        count = len(witness.cohort.ids)
+        count = len(view.cohort.ids)
         spare = -count % self.mesh.size
-        models = (witness.start, witness.before, witness.after)
+        models = (view.start, view.before, view.after)
         models = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), models)
         train = data.train
-        samples = {name: given[name] for name in ("fit", "measured")}
-        pools = {"fit": train, "measured": given["test"] or train, "global": given["global"]}
+        samples = {name: inputs[name] for name in ("fit", "measured")}
+        pools = {"fit": train, "measured": inputs["test"] or train, "global": inputs["global"]}
 
         run = jax.shard_map(
             self._each, mesh=self.mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False

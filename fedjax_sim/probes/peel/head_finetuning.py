@@ -34,7 +34,7 @@ from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Training, task_loss
 from fedjax_sim.engine.clients import Lanes, Trainer
 from fedjax_sim.engine.device_data import DeviceData
-from fedjax_sim.engine.round import Witness
+from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import moments
 from fedjax_sim.probes.peel.feature_probe import Probe, leaf_at
 from fedjax_sim.records import Row, make_row
@@ -83,14 +83,14 @@ class Finetuning:
 
     # --- inside the round ---------------------------------------------------------------------------
 
-    def observe(self, witness: Witness, given: Any, data: DeviceData) -> dict[str, jax.Array]:
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Accuracy, loss and `FIGURES` of each client's model with its new classifier, f32[m] each."""
-        count, mesh = len(witness.cohort.ids), self.probe.mesh
+        count, mesh = len(view.cohort.ids), self.probe.mesh
         trainer = self.classifier_trainer(min(self.trainer.width, -(-count // mesh.size)))
         spare = -count % (mesh.size * trainer.width)
-        own = (witness.after, witness.cohort.ids, witness.cohort.counts, given["measured"])
+        own = (view.after, view.cohort.ids, view.cohort.counts, inputs["measured"])
         own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), own)
-        key = key_for(witness.key, PEEL, witness.cohort.round)
+        key = key_for(view.key, PEEL, view.cohort.round)
 
         def share(own, lr, key, data, pool):
             models, ids, counts, measured = own
@@ -116,8 +116,8 @@ class Finetuning:
         run = jax.shard_map(
             share, mesh=mesh, in_specs=(P(AXIS), P(), P(), P(), P()), out_specs=P(AXIS), check_vma=False
         )
-        pool = given["test"] or data.train
-        return jax.tree.map(lambda leaf: leaf[:count], run(own, witness.lr, key, data, pool))
+        pool = inputs["test"] or data.train
+        return jax.tree.map(lambda leaf: leaf[:count], run(own, view.lr, key, data, pool))
 
     def _measured(self, own, pool) -> dict[str, jax.Array]:
         """One client: its fine-tuned model on its samples."""

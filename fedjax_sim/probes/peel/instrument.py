@@ -14,7 +14,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Partition
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Trainer
-from fedjax_sim.engine.round import Observer
+from fedjax_sim.engine.observing import Observer
 from fedjax_sim.engine.setup import DiagnosticContext
 from fedjax_sim.probes.peel.chimera import Chimeras
 from fedjax_sim.probes.peel.feature_probe import Probe
@@ -100,14 +100,14 @@ class Peeling:
         """Whom to watch. i32[K] client ids -> i32[m] slots."""
         return self._samples.slots(cohort)
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
-        """What the observers want at hand for these clients, i32[m]."""
-        given = {**self._samples.given(ids), **self._pools}
-        return dict.fromkeys(self.observers, given)
+    def observer_inputs(self, ids: np.ndarray) -> dict[str, Any]:
+        """What the observers want at hand for the clients i32[m]: which samples, and the test sets."""
+        inputs = {**self._samples.of_clients(ids), **self._pools}
+        return dict.fromkeys(self.observers, inputs)
 
-    def rows(self, number: int, ids: np.ndarray, given: Any, observed: dict[str, Any]) -> list[Row]:
-        """What came of it; `given`: what `given` said."""
-        counts = given["probe"]["measured"]["count"]
+    def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
+        """The records of round `number`; see `fedjax_sim.engine.observing.Instrument`."""
+        counts = inputs["probe"]["measured"]["count"]
         return [
             row
             for name, instrument in self.observers.items()

@@ -68,7 +68,7 @@ class Samples:
         """The slots to measure, best rank first. i32[K] client ids -> i32[m], m = min(config.clients, K)."""
         return best_ranked(self.seed, self.partition.num_clients, cohort, self.config.clients)
 
-    def given(self, ids: np.ndarray) -> dict[str, Any]:
+    def of_clients(self, ids: np.ndarray) -> dict[str, Any]:
         """For `fit` (of training images) and `measured`: index i32[m, s], padded, and count i32[m]."""
         chosen = [self.of_client(int(client)) for client in ids]
         out = {}

@@ -12,7 +12,7 @@ from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import key_for, run_key
 from fedjax_sim.engine.programs import CachedJit
-from fedjax_sim.engine.round import Round, Watched
+from fedjax_sim.engine.round import Round
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.probes.landscape.curvature import Spectrum, spectrum
 from fedjax_sim.probes.landscape.directions import filter_normalised
@@ -176,26 +176,18 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
     trainer = dataclasses.replace(setup.trainer, gradients=False)  # which no meter is here to look at
-    observed = Round(setup.algorithm, trainer, simulation.mesh, False, {"trained": _Trained()})
+    measured = Round(setup.algorithm, trainer, simulation.mesh, in_order=False)
 
     def models(state, inputs, data, watched):
-        return observed(state, inputs, data, watched)[1].observed["trained"]
+        view = measured(state, inputs, data, watched)[1].view
+        assert view is not None
+        return view.before
 
     with jax.set_mesh(simulation.mesh):
-        watched = Watched(cast(Any, slots), {"trained": None})
-        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.data, watched)
+        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.data, slots)
     found = jax.device_get(found)
     clients = tuple(int(client) for client in np.asarray(inputs.cohort.ids)[slots])
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(slots))], clients
-
-
-class _Trained:
-    """The observer of clients' trained models."""
-
-    def observe(self, witness, given, data):
-        """[m, …] models before the merge."""
-        del given, data
-        return witness.before
 
 
 def measure(simulation: Simulation, settings: Settings | None = None, *, planes: bool = True) -> Measured:
