@@ -80,8 +80,10 @@ class Effectiveness:
             parts = [
                 draw.permutation(self._partition.test[i])[:most] for draw, i in zip(draws, ids, strict=True)
             ]
-            longest = min(most, max(len(part) for part in self._partition.test))
-            index = np.zeros((len(ids), longest), np.int32)
+            longest = self._batch  # rounded up, so that seeds of a sweep mostly share one program
+            while longest < max(len(part) for part in self._partition.test):
+                longest *= 2
+            index = np.zeros((len(ids), min(most, longest)), np.int32)
             for row, part in zip(index, parts, strict=True):
                 row[: len(part)] = part
             inputs["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}

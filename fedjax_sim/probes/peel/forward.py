@@ -57,7 +57,8 @@ class Forward:
         # Traced once, though its shapes are asked for before the loop is made; the loop counts in weak types.
         traced = jax.jit(batch, inline=True)
         nothing = zeros_like(jax.eval_shape(traced, 0))
-        return jax.lax.fori_loop(0, len(index), lambda number, sums: merge(sums, traced(number)), nothing)
+        batches = -(-chosen["count"] // size)  # what is beyond the samples is not looked at
+        return jax.lax.fori_loop(0, batches, lambda number, sums: merge(sums, traced(number)), nothing)
 
     @functools.cached_property
     def features(self):

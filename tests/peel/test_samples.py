@@ -1,0 +1,46 @@
+"""Whom and what a probe measures: of the same shape for every seed, and nothing beyond what clients have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedjax_sim import models
+from fedjax_sim.config import PeelConfig
+from fedjax_sim.data import PartitionConfig, load, partition
+from fedjax_sim.probes.peel.forward import Forward
+from fedjax_sim.probes.peel.samples import Samples
+from tests import oracles
+
+DIGITS = load("digits")
+
+
+def test_seeds_of_a_sweep_hand_over_the_same_shapes():
+    """So that the probe, which takes long to compile, is compiled once."""
+    shapes, largest = set(), set()
+    for seed in range(4):
+        own = partition(DIGITS, PartitionConfig("dirichlet", clients=20, alpha=0.5, min_size=5), seed)
+        handed = Samples(PeelConfig(every=1), DIGITS, own, seed, 50).of_clients(np.array([3, 8]))
+        shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), handed)))
+        largest.add(int(own.sizes().max()))
+    assert len(largest) > 1 and len(shapes) == 1
+
+
+def test_batches_beyond_a_clients_samples_are_not_looked_at():
+    """The count says how many are its own."""
+    model = models.create("mlp", (8, 8, 1), 10, hidden=(4,))
+    forward = Forward(model, oracles.task_of(model), PeelConfig(every=1), 5)
+    pool = {key: jnp.asarray(leaf) for key, leaf in DIGITS.train.items()}
+    index = np.arange(20, dtype=np.int32)
+
+    def measure(images, labels, mask):
+        return {"batches": jnp.float32(1), "labels": jnp.where(mask, labels, 0).sum()}
+
+    def of(count):
+        chosen = {"index": jnp.asarray(index), "count": jnp.int32(count)}
+        return forward.over(chosen, pool, measure, lambda a, b: jax.tree.map(jnp.add, a, b))
+
+    labels = np.asarray(DIGITS.train_labels)
+    for count, batches in ((0, 0), (1, 1), (5, 1), (6, 2), (20, 4)):
+        found = of(count)
+        assert int(found["batches"]) == batches
+        assert int(found["labels"]) == labels[:count].sum()
