@@ -27,6 +27,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 import jax
+import jaxtyping
 import matplotlib
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 # A float32 that meets an int32 or a float64, a vector that meets a matrix: said out loud, or refused.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Shapes in the annotations of these modules are checked at every call, also while a program is traced. Users' runs
+# check nothing. To be said before anything imports them.
+CHECKED = ("core.stacked", "core.top_k", "core.rng", "engine.waves")
+jaxtyping.install_import_hook([f"fedjax_sim.{name}" for name in CHECKED], "beartype.beartype")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -33,7 +33,7 @@ class UserError(ValueError):
             return self
         return type(self)(new + self.field.removeprefix(old), self.value, self.why, self.fix)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
         return type(self), (self.field, self.value, self.why, self.fix)
 
 

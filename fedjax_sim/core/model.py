@@ -155,7 +155,7 @@ class Model:
         """(`abstract`, `layer_order()`), of one trace: a deep network takes some tenths of a second."""
         order: list[tuple[str, ...]] = []
 
-        def trace(key):
+        def trace(key: jax.Array) -> dict[str, Any]:
             variables = self.init(key)
             order.extend(traverse_util.flatten_dict(variables))  # not yet sorted by name
             return variables
@@ -208,7 +208,7 @@ class Model:
 
     def _call(
         self,
-        first: Any,
+        first: Any,  # a key to `init`, variables to apply
         *inputs: jax.Array,
         train: bool = False,
         mask: jax.Array | None = None,
@@ -226,7 +226,7 @@ class Model:
             return self.module.apply(first, *inputs, rngs=rngs, mutable=mutable, **keywords)
 
 
-def apply_dense(layer: Any, x: jax.Array) -> jax.Array:
+def apply_dense(layer: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
     """A dense layer's output. f32[B, d] -> f32[B, width]."""
     out = x @ layer["kernel"]
     return out + layer["bias"][None] if "bias" in layer else out

@@ -115,7 +115,7 @@ def check_steps(optimizer: optax.GradientTransformation, name: str, field: str) 
     Traces one abstractly; nothing is computed or compiled.
     """
 
-    def step(gradient, weights):
+    def step(gradient: jax.Array, weights: jax.Array) -> tuple[Any, Any]:
         return optimizer.update(gradient, optimizer.init(weights), weights)
 
     leaf = jax.ShapeDtypeStruct((2, 2), jnp.float32)

@@ -4,18 +4,21 @@ Nothing depends on the order of execution, so neither waves, devices nor a resum
 JAX's global settings: the generator, its seeds' offset and the form of its counters are fixed here.
 """
 
+# ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
+
 import contextlib
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int, Key
 
 INIT, SERVER, CLIENTS, COHORTS, PEEL, INERTIA = range(6)
 """First number below the run's key: initial model; server by round; clients by round and id; who is drawn;
 whom and what diagnostics measure: the layer-peeled probe, and effectiveness."""
 
 
-def run_key(seed: int) -> jax.Array:
+def run_key(seed: int) -> Key[Array, ""]:
     """The run's key. Always Threefry, whose draws for one client do not depend on who is drawn beside it.
 
     Made by hand of a seed from 0 to 2**32 - 1: `jax.random.key` adds `jax_random_seed_offset` to it.
@@ -35,7 +38,7 @@ def settled() -> contextlib.AbstractContextManager[None]:
     return jax.threefry_partitionable(True)
 
 
-def key_for(key: jax.Array, *numbers: int | jax.Array) -> jax.Array:
+def key_for(key: Key[Array, ""], *numbers: int | np.integer | Int[Array, ""]) -> Key[Array, ""]:
     """The key that is named by `numbers` below `key`."""
     for number in numbers:
         key = jax.random.fold_in(key, number)

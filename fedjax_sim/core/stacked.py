@@ -11,34 +11,42 @@ own dtype, and keep their dtype too. Whatever averages models does it by `mean`,
 `weighted_sum`, `add`, `over_devices` and `divided`; arithmetic beyond a mean asks `averages` first.
 """
 
+# ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 
 AXIS = "clients"
 """Name of the mesh axis over which slots are sharded."""
 
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""What has a shape and a dtype."""
 
-def broadcast(tree: Any, count: int) -> Any:
+
+def broadcast(tree: PyTree, count: int) -> PyTree[Shaped[Array, "{count} ..."]]:
     """One model -> [count, …], every slot the same."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), tree)
 
 
-def averages(leaf: Any) -> bool:
+def averages(leaf: Leaf) -> bool:
     """Whether numbers of this leaf's dtype can be averaged, or added to: floats and complex ones."""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def weighted_sum(tree: Any, weights: jax.Array) -> Any:
+def weighted_sum(tree: PyTree[Shaped[Array, "K ..."]], weights: Float32[Array, " K"]) -> PyTree:
     """Sum over slots of weights[k] * leaf[k]. [K, …] leaves, f32[K] -> […] leaves, float32 or wider.
 
     Of a leaf that is no float: the largest value in slots whose weight is not 0, see above; the least that
     its dtype has if there are none.
     """
 
-    def one(leaf):
+    def one(leaf: jax.Array) -> jax.Array:
         if not averages(leaf):
             return jnp.where(_column(weights != 0, leaf), leaf, _least(leaf.dtype)).max(0)
         leaf, factors = leaf.astype(_wide(leaf.dtype)), weights.astype(_wide(leaf.dtype))
@@ -48,27 +56,27 @@ def weighted_sum(tree: Any, weights: jax.Array) -> Any:
     return jax.tree.map(one, tree)
 
 
-def nothing(tree: Any) -> Any:
+def nothing(tree: PyTree) -> PyTree:
     """The `weighted_sum` of no slots, for models like `tree`. […] -> […]."""
 
-    def one(leaf):
+    def one(leaf: Leaf) -> jax.Array:
         return jnp.zeros(leaf.shape, _wide(leaf.dtype)) if averages(leaf) else _least(leaf.dtype, leaf.shape)
 
     return jax.tree.map(one, tree)
 
 
-def add(total: Any, part: Any) -> Any:
+def add(total: PyTree, part: PyTree) -> PyTree:
     """Two `weighted_sum`s as one."""
     return jax.tree.map(lambda a, b: a + b if averages(a) else jnp.maximum(a, b), total, part)
 
 
-def over_devices(total: Any, weight: jax.Array) -> tuple[Any, jax.Array]:
+def over_devices(total: PyTree, weight: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
     """Every device's `weighted_sum` and sum of weights f32[] -> those of all devices; inside `shard_map`."""
     leaves, structure = jax.tree.flatten(total)
     floats, weight = jax.lax.psum(([leaf for leaf in leaves if averages(leaf)], weight), AXIS)
     summed = iter(floats)
 
-    def largest(leaf):
+    def largest(leaf: jax.Array) -> jax.Array:
         # That it waits for the weight keeps the two exchanges in one order on all devices.
         return jax.lax.pmax(jnp.where(weight > 0, leaf, _least(leaf.dtype)), AXIS)
 
@@ -76,16 +84,16 @@ def over_devices(total: Any, weight: jax.Array) -> tuple[Any, jax.Array]:
     return jax.tree.unflatten(structure, leaves), weight
 
 
-def divided(total: Any, weight: jax.Array, like: Any) -> Any:
+def divided(total: PyTree, weight: Float[Array, ""], like: PyTree) -> PyTree:
     """The mean, of a `weighted_sum` and the sum of its weights f32[]; dtypes as in `like`."""
 
-    def one(leaf, like):
+    def one(leaf: jax.Array, like: Leaf) -> jax.Array:
         return (leaf / weight.astype(leaf.dtype)).astype(like.dtype) if averages(leaf) else leaf
 
     return jax.tree.map(one, total, like)
 
 
-def mean(tree: Any, weights: jax.Array | None = None) -> Any:
+def mean(tree: PyTree[Shaped[Array, "K ..."]], weights: Float32[Array, " K"] | None = None) -> PyTree:
     """Mean over slots. [K, …], f32[K] that add up to 1 (None: uniform) -> […], dtypes as they are."""
     if weights is None:
         count = jax.tree.leaves(tree)[0].shape[0]
@@ -93,12 +101,14 @@ def mean(tree: Any, weights: jax.Array | None = None) -> Any:
     return jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), weighted_sum(tree, weights), tree)
 
 
-def where_slot(flags: jax.Array, yes: Any, no: Any) -> Any:
+def where_slot(
+    flags: Bool[Array, " K"], yes: PyTree[Shaped[Array, "K ..."]], no: PyTree[Shaped[Array, "K ..."]]
+) -> PyTree[Shaped[Array, "K ..."]]:
     """Slot by slot: yes[k] where flags[k], else no[k]. bool[K], [K, …], [K, …] -> [K, …]."""
     return jax.tree.map(lambda a, b: jnp.where(_column(flags, a), a, b), yes, no)
 
 
-def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
+def permute(leaf: Shaped[Array, " K *rest"], index: Int32[Array, " m"]) -> Shaped[Array, " m *rest"]:
     """leaf[index] along the slot axis: out[k] = leaf[index[k]]. [K, …], i32[m] -> [m, …].
 
     Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
@@ -117,13 +127,15 @@ def permute(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return out.reshape(index.shape[0], *leaf.shape[1:])
 
 
-def _exchange(leaf: jax.Array, index: jax.Array, devices: int) -> jax.Array:
+def _exchange(
+    leaf: Shaped[Array, " K *rest"], index: Int32[Array, " K"], devices: int
+) -> Shaped[Array, " K *rest"]:
     """leaf[index] in strips of columns; every device holds K / devices slots."""
     count, size = leaf.shape[0], leaf[0].size
     width = _STRIP if jax.default_backend() == "cpu" else _WIDE_STRIP
     strip = min(max(width // count, 1) * devices, size)
 
-    def move(number, flat, index):
+    def move(number: jax.Array | int, flat: jax.Array, index: jax.Array) -> jax.Array:
         first = jnp.minimum(number * strip, size - strip)  # the last strip reaches back over moved columns
         columns = jax.lax.dynamic_slice_in_dim(flat, first, strip, axis=1)
         fresh = first + jnp.arange(strip, dtype=jnp.int32) >= number * strip
@@ -136,7 +148,7 @@ def _exchange(leaf: jax.Array, index: jax.Array, devices: int) -> jax.Array:
         columns = jnp.where(fresh[None], moved, columns)
         return jax.lax.dynamic_update_slice_in_dim(flat, columns, first, axis=1)
 
-    def run(leaf, index):
+    def run(leaf: jax.Array, index: jax.Array) -> jax.Array:
         flat = leaf.reshape(leaf.shape[0], size)
         strips = -(-size // strip)
         if strips == 1:
@@ -150,14 +162,16 @@ _STRIP, _WIDE_STRIP = 2**18, 2**24
 """Numbers of all slots together that each device moves at once: what a CPU's cache holds; an accelerator."""
 
 
-def overwrite(tree: Any, row: Any, when: jax.Array) -> Any:
+def overwrite(
+    tree: PyTree[Shaped[Array, "K ..."]], row: PyTree, when: Bool[Array, ""]
+) -> PyTree[Shaped[Array, "K ..."]]:
     """Every slot becomes `row` where `when`, written in place. [K, …], […], bool[] -> [K, …]."""
     devices = _devices()
     count = jax.tree.leaves(tree)[0].shape[0]
     devices = 1 if count % devices else devices
 
-    def run(tree, row, when):
-        def write(slot, tree):
+    def run(tree: PyTree, row: PyTree, when: jax.Array) -> PyTree:
+        def write(slot: jax.Array, tree: PyTree) -> PyTree:
             return jax.tree.map(
                 lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot, 0), tree, row
             )
@@ -167,19 +181,21 @@ def overwrite(tree: Any, row: Any, when: jax.Array) -> Any:
     return _on_own_slots(run, devices)(tree, row, when)
 
 
-def _on_own_slots(run, devices: int):
+def _on_own_slots(run: Callable[..., PyTree], devices: int) -> Callable[..., PyTree]:
     """`run` on every device's own slots of its first argument; the others are whole everywhere."""
     if devices == 1:
         return run
 
-    def call(slots, *others):
+    def call(slots: PyTree, *others: PyTree) -> PyTree:
         specs = (P(AXIS), *(P() for _ in others))
         return jax.shard_map(run, in_specs=specs, out_specs=P(AXIS), check_vma=False)(slots, *others)
 
     return call
 
 
-def take_rows(tree: Any, ids: jax.Array) -> Any:
+def take_rows(
+    tree: PyTree[Shaped[Array, "N ..."]], ids: Int32[Array, " K"]
+) -> PyTree[Shaped[Array, "K ..."]]:
     """Some clients' rows of a stack over all N: tree[ids]. [N, …], i32[K] -> [K, …]; leaves of any dtype.
 
     Where the stack is sharded, a request for K/D rows travels round the ring of devices and each fills in
@@ -192,14 +208,14 @@ def take_rows(tree: Any, ids: jax.Array) -> Any:
         return jax.tree.map(lambda leaf: leaf[ids], tree)
     share, even = -(-wanted // devices), wanted % devices == 0
 
-    def owned(leaf, own_ids, rows):
+    def owned(leaf: jax.Array, own_ids: jax.Array, rows: jax.Array) -> jax.Array:
         """`rows`, with those filled in that this device holds."""
         local = own_ids - jax.lax.axis_index(AXIS) * leaf.shape[0]
         mine = (local >= 0) & (local < leaf.shape[0])
         return where_slot(mine, jnp.take(leaf, local, axis=0, mode="clip"), rows)
 
-    def ring(tree, ids):
-        def hop(number, rows):
+    def ring(tree: PyTree, ids: jax.Array) -> PyTree:
+        def hop(number: jax.Array, rows: PyTree) -> PyTree:
             home = (jax.lax.axis_index(AXIS) - number) % devices
             chunk = jax.lax.dynamic_slice_in_dim(ids, home * share, share)
             rows = jax.tree.map(lambda leaf, part: owned(leaf, chunk, part), tree, rows)
@@ -215,7 +231,9 @@ def take_rows(tree: Any, ids: jax.Array) -> Any:
     return rows if even else jax.tree.map(lambda leaf: leaf[:wanted], rows)
 
 
-def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
+def put_rows(
+    tree: PyTree[Shaped[Array, "N ..."]], ids: Int32[Array, " K"], rows: PyTree[Shaped[Array, "K ..."]]
+) -> PyTree[Shaped[Array, "N ..."]]:
     """The stack over all N with some clients' rows replaced. [N, …], i32[K] distinct, [K, …] -> [N, …].
 
     Leaves of any dtype, the same in both. Sharded, the rows travel round the ring as in `take_rows`.
@@ -226,13 +244,13 @@ def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
         return jax.tree.map(lambda leaf, new: leaf.at[ids].set(new), tree, rows)
     hops = devices if given % devices == 0 else 1
 
-    def ring(tree, ids, rows):
-        def hop(number, carry):
+    def ring(tree: PyTree, ids: jax.Array, rows: PyTree) -> PyTree:
+        def hop(number: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             tree, rows = carry
             home = (jax.lax.axis_index(AXIS) - number) % hops
             chunk = jax.lax.dynamic_slice_in_dim(ids, home * (given // hops), given // hops)
 
-            def put(leaf, new):
+            def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
                 local = chunk - jax.lax.axis_index(AXIS) * leaf.shape[0]
                 beyond = jnp.where(
                     local < 0, leaf.shape[0], local
@@ -253,10 +271,10 @@ def put_rows(tree: Any, ids: jax.Array, rows: Any) -> Any:
     return _like(tree, run(_raw(tree), ids, _raw(rows)))
 
 
-def collected(tree: Any) -> Any:
+def collected(tree: PyTree) -> PyTree:
     """What one device has, and all others have zeros for, on all of them; inside `shard_map`."""
 
-    def one(leaf):
+    def one(leaf: jax.Array) -> jax.Array:
         flags = leaf.dtype == bool  # of which a sum would be an integer
         found = jax.lax.psum(leaf.astype(jnp.uint8) if flags else leaf, AXIS)
         return found.astype(bool) if flags else found
@@ -264,12 +282,12 @@ def collected(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def squared_norms(tree: Any) -> jax.Array:
+def squared_norms(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, " K"]:
     """Squared L2 norm of each slot's model over all leaves of floats. [K, …] -> f32[K]."""
     return jnp.stack([_dots(leaf, leaf) for leaf in jax.tree.leaves(tree) if averages(leaf)]).sum(0)
 
 
-def gram(leaves: list[jax.Array]) -> jax.Array:
+def gram(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, "K K"]:
     """Inner products between slots, summed over `leaves`. [K, …] each -> f32[K, K]."""
     total = jnp.float32(0)
     for leaf in leaves:
@@ -280,7 +298,7 @@ def gram(leaves: list[jax.Array]) -> jax.Array:
     return jnp.asarray(total)
 
 
-def pairwise_cosine(leaves: list[jax.Array]) -> jax.Array:
+def pairwise_cosine(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
     """Mean cosine over pairs of different slots, `leaves` taken together as one vector. -> f32[].
 
     1 for a single slot, and for slots that are all zero.
@@ -295,18 +313,18 @@ def pairwise_cosine(leaves: list[jax.Array]) -> jax.Array:
     return (cosine.sum() - jnp.trace(cosine)) / (count * (count - 1))
 
 
-def dispersion(tree: Any) -> jax.Array:
+def dispersion(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
     """D = sum over slots of ‖w_k − w̄‖², all leaves of floats. [K, …] -> f32[]."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if averages(leaf)]
     return squared_norms(jax.tree.map(lambda leaf, c: leaf - c[None], leaves, mean(leaves))).sum()
 
 
-def _dots(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dots(a: Shaped[Array, "K ..."], b: Shaped[Array, "K ..."]) -> Float32[Array, " K"]:
     a, b = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (a, b))
     return jnp.einsum("kp,kp->k", a, b)
 
 
-def _column(flags: jax.Array, leaf: jax.Array) -> jax.Array:
+def _column(flags: Shaped[Array, " K"], leaf: Shaped[Array, "K ..."]) -> Shaped[Array, "K ..."]:
     """A number a slot, against a leaf [K, …] of any rank. -> [K, 1, …]."""
     return flags.reshape(flags.shape + (1,) * (leaf.ndim - flags.ndim))
 
@@ -332,15 +350,15 @@ def _by_parameter(leaf: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(leaf.reshape(leaf.shape[0], -1), P(None, AXIS))
 
 
-def _raw(tree: Any) -> Any:
+def _raw(tree: PyTree) -> PyTree:
     """A tree whose random keys are the integers that they are made of, as collectives want them."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
-def _like(tree: Any, raw: Any) -> Any:
+def _like(tree: PyTree, raw: PyTree) -> PyTree:
     """The keys again, where `tree` has them."""
 
-    def one(leaf, raw):
+    def one(leaf: jax.Array, raw: jax.Array) -> jax.Array:
         return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else raw
 
     return jax.tree.map(one, tree, raw)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jaxtyping import PyTree
 
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.core import optimizers, stacked
@@ -353,28 +354,28 @@ class Trainer:
         new = new if moves is None else _where(moves, new, dict(variables))
         return new, memory, loss, gradient, extra
 
-    def _step_keys(self, keys, t):
+    def _step_keys(self, keys: jax.Array, t: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: key_for(key, _STEP, t))(keys)
 
     def _masked(self) -> bool:
         return self.partial or (self.ragged and self.width > 1)
 
 
-def _written(flags, new, old):
+def _written(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Lane by lane new or old, [L, …]; at no cost where no flag of bool[L] is set."""
     branches = (lambda new, old: stacked.where_slot(flags, new, old)), (lambda new, old: old)
     return jax.lax.cond(flags.any(), *branches, new, old)
 
 
-def _changed(flags, new, old):
+def _changed(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Lane by lane new or old, [L, …], of the leaves that are not the same anyway."""
     return jax.tree.map(lambda a, b: a if a is b else stacked.where_slot(flags, a, b), new, old)
 
 
-def _where(moves, new, old):
+def _where(moves: PyTree, new: PyTree, old: PyTree) -> PyTree:
     """Leaf by leaf new or old; of a flag known while tracing only one side is ever computed."""
 
-    def one(flag, a, b):
+    def one(flag: bool | jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         return (a if flag else b) if isinstance(flag, bool) else jnp.where(flag, a, b)
 
     return jax.tree.map(one, moves, new, old)
@@ -387,24 +388,24 @@ def _vmapped(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
 def _single(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
     """`function` on a wave of one client: the lane axis comes off and goes on again, without `vmap`."""
 
-    def call(*args):
+    def call(*args: PyTree) -> PyTree:
         bare = [arg if axis is None else _bare(arg) for arg, axis in zip(args, axes, strict=True)]
         return _laned(function(*bare))
 
     return call
 
 
-def _bare(tree):
+def _bare(tree: PyTree) -> PyTree:
     """Of a wave of one, that client's: [1, …] -> […]."""
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def _laned(tree):
+def _laned(tree: PyTree) -> PyTree:
     """Of one client, a wave: […] -> [1, …]."""
     return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-def all_finite(tree) -> jax.Array:
+def all_finite(tree: PyTree) -> jax.Array:
     """bool[L]: whether every number of a slot is finite, as integers are.
 
     A sum of tiny multiples, which overflows for no finite number. Written as products, row by row, because

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.core.model import Model
+from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.engine.device_data import DataStore
@@ -72,15 +72,15 @@ class Evaluator:
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "_forward", CachedJit(self.function, mesh, **readable(mesh)))
 
-    def __call__(self, variables: Any) -> Outcome:
+    def __call__(self, variables: Variables) -> Outcome:
         """One model on all samples, on the device."""
         return self._forward(variables, *self.data)
 
-    def function(self, variables: Any, example: Any, rows: Any) -> Outcome:
+    def function(self, variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
         """What is compiled. Args: a model, and `data`."""
 
-        def share(variables, example, rows):
-            def batch(_, part):
+        def share(variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
+            def batch(_: None, part: Any) -> tuple[None, Outcome]:
                 chosen = part if rows is None else {key: leaf[part] for key, leaf in example.items()}
                 return None, evaluate(self.model, self.task, variables, chosen)
 
@@ -117,7 +117,7 @@ class ClientEvaluator:
     def __post_init__(self):
         object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
 
-    def __call__(self, variables: Any, indices: np.ndarray) -> Outcome:
+    def __call__(self, variables: Variables, indices: np.ndarray) -> Outcome:
         """Model i on the samples indices[i].
 
         Args:
@@ -130,7 +130,7 @@ class ClientEvaluator:
         cut = sharded(self.mesh, self.mesh.size)
         return self._forward(jax.device_put(variables, cut), put(indices, cut), dict(self.example))
 
-    def _compiled(self, variables, indices, example):
+    def _compiled(self, variables: Variables, indices: jax.Array, example: Example) -> Outcome:
         settings = self.model, self.task, self.mesh, self.batch_size
         return of_clients(*settings, variables, indices, example)
 
@@ -140,7 +140,7 @@ def of_clients(
     task: Task,
     mesh: Mesh,
     batch_size: int,
-    variables: Any,
+    variables: Variables,
     indices: jax.Array,
     example: Example,
 ) -> Outcome:
@@ -150,10 +150,10 @@ def of_clients(
     padded = -(-width // batch) * batch
     indices = jnp.pad(indices, ((0, 0), (0, padded - width)))
 
-    def client(args, example):
+    def client(args: tuple[Variables, jax.Array], example: Example) -> Outcome:
         own, index = args
 
-        def one(chosen):
+        def one(chosen: jax.Array) -> Outcome:
             return evaluate(model, task, own, {key: leaf[chosen] for key, leaf in example.items()})
 
         return jax.lax.map(one, index.reshape(-1, batch))

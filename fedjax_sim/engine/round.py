@@ -19,9 +19,11 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, Cohort, Results, Starts
+from fedjax_sim.core.model import Variables
 from fedjax_sim.core.rng import CLIENTS, SERVER, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Lanes, Trainer, all_finite
@@ -402,7 +404,7 @@ class Round:
         names = [f"state{name}" for name, _ in of_state] + [f"deploy(state){name}" for name, _ in of_model]
         return Soundness(_kinds(of_state), _kinds(of_model), tuple(names))
 
-    def _nothing_read(self, model) -> Any:
+    def _nothing_read(self, model: Variables) -> Any:
         """(clients read f32[], name -> sum of what a meter adds up), before the first wave."""
         gradient = {name: model["params"] if meter.gradients else None for name, meter in self.meters.items()}
         shapes = {
@@ -430,17 +432,17 @@ class Round:
         return (read + counted.sum().astype(jnp.float32), added), each
 
     @jax.named_scope(ORDER)
-    def _move(self, tree, index):
+    def _move(self, tree: PyTree, index: jax.Array) -> PyTree:
         """Slots to places or back; nothing to do where the two are the same."""
         if self.in_order:
             return tree
         return jax.tree.map(lambda leaf: stacked.permute(leaf, index), tree)
 
 
-def _written(rows, where, models):
+def _written(rows: PyTree, where: jax.Array, models: PyTree) -> PyTree:
     """Each model into its row. [m, …], i32[L], [L, …] -> [m, …]."""
 
-    def write(lane, rows):
+    def write(lane: jax.Array, rows: PyTree) -> PyTree:
         return jax.tree.map(
             lambda row, new: jax.lax.dynamic_update_index_in_dim(row, new[lane], where[lane], 0), rows, models
         )
@@ -451,13 +453,13 @@ def _written(rows, where, models):
 _NONE, _CLIENTS, _SERVERS = (np.int32(fault) for fault in range(3))  # whose fault an update is
 
 
-def _faults(finite, sent, broadcast) -> jax.Array:
+def _faults(finite: jax.Array, sent: PyTree, broadcast: PyTree) -> jax.Array:
     """Whose fault it is that updates are not finite. bool[L], [L, …], no lane axis -> i32[L]."""
     sound = jnp.stack([jnp.bool_(True), *(_worst(leaf) != NAN for leaf in jax.tree.leaves(broadcast))]).all()
     return jnp.where(finite, _NONE, jnp.where(all_finite(sent) & sound, _CLIENTS, _SERVERS))
 
 
-def _worst(leaf) -> jax.Array:
+def _worst(leaf: jax.Array) -> jax.Array:
     """`FINE`, `INFINITE` or `NAN`, i32[]; what cannot be either is fine."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.int32(FINE)
@@ -466,16 +468,16 @@ def _worst(leaf) -> jax.Array:
     )
 
 
-def _kinds(named) -> jax.Array:
+def _kinds(named: list[tuple[str, jax.Array]]) -> jax.Array:
     """Of (path, leaf) the worst of each leaf, i32[leaves]."""
     return jnp.stack([jnp.int32(FINE), *(_worst(leaf) for _, leaf in named)])[1:]
 
 
-def _named(tree) -> list[tuple[str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
     """(path, leaf), as in `jax.tree.leaves`."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in pairs]
 
 
-def _take(leaf, index):
+def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(leaf, index, axis=0, mode="clip")

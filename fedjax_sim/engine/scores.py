@@ -1,12 +1,13 @@
 """How good the models are: rows of the deployed model, and of what each client uses."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import numpy as np
 
+from fedjax_sim.core.model import Variables
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.programs import CachedJit
@@ -37,13 +38,13 @@ class Scores:
         dataset = self._setup.dataset
         return dataset.test if self._setup.partition.test_from == "test" else dataset.train
 
-    def deployed(self, number: int, variables: Any) -> Callable[[], list[Row]]:
+    def deployed(self, number: int, variables: Variables) -> Callable[[], list[Row]]:
         """Starts an evaluation of the deployed model after round `number`; call the result for its rows."""
         with jax.set_mesh(self._mesh):
             outcome = self._evaluator("test")(variables)
         return lambda: self._rows(number, outcome)
 
-    def of_clients(self, state: ServerState, variables: Any) -> Callable[[], np.ndarray]:
+    def of_clients(self, state: ServerState, variables: Variables) -> Callable[[], np.ndarray]:
         """Starts evaluating what clients would use on their own test samples; call the result for f64[N].
 
         Args:
@@ -73,7 +74,7 @@ class Scores:
         pool, where = np.unique(np.concatenate(own), return_inverse=True)
         return pool, np.split(where, np.cumsum([len(part) for part in own])[:-1])
 
-    def _shared(self, own: Any, variables: Any) -> Callable[[], np.ndarray]:
+    def _shared(self, own: Sequence[np.ndarray], variables: Variables) -> Callable[[], np.ndarray]:
         """Of clients that all use one model. own: each client's test samples."""
         metric = self._setup.task.headline
         if self._setup.partition.test_from == "test":
@@ -90,7 +91,7 @@ class Scores:
 
         return figures
 
-    def _own_models(self, own: Any, state: ServerState) -> Callable[[], np.ndarray]:
+    def _own_models(self, own: Sequence[np.ndarray], state: ServerState) -> Callable[[], np.ndarray]:
         """Of clients that have models of their own. own: each client's test samples."""
         setup, metric = self._setup, self._setup.task.headline
         if "personal" not in self._evaluators:

@@ -14,7 +14,7 @@ from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
-from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.device_data import DataStore, DeviceData
 from fedjax_sim.engine.observing import Instrument, ObserverRequest, observe_all, observer_request
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState
@@ -362,7 +362,9 @@ class Simulation:
 def _named(function: Round) -> Callable[..., Any]:
     """The round under a name that profiles and logs can show."""
 
-    def federated_round(state, inputs, data, watched=None):
+    def federated_round(
+        state: ServerState, inputs: RoundInputs, data: DeviceData, watched: Watched | None = None
+    ) -> tuple[ServerState, RoundOutputs]:
         return function(state, inputs, data, watched)
 
     return federated_round

@@ -5,9 +5,13 @@ and cut into waves of like length, and the waves are dealt to the devices by the
 speed only.
 """
 
-import jax
+# ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
+
+from typing import Any
+
 import numpy as np
 from flax import struct
+from jaxtyping import Integer
 
 from fedjax_sim.config import LocalConfig
 
@@ -22,12 +26,13 @@ class Plan:
       wave_steps: i32[D * W], steps of each wave.
     """
 
-    slot_of_place: np.ndarray | jax.Array
-    place_of_slot: np.ndarray | jax.Array
-    wave_steps: np.ndarray | jax.Array
+    # Any: JAX also makes plans of shapes and of its own marks.
+    slot_of_place: Any
+    place_of_slot: Any
+    wave_steps: Any
 
 
-def steps_of(counts: np.ndarray, local: LocalConfig) -> np.ndarray:
+def steps_of(counts: Integer[np.ndarray, " K"], local: LocalConfig) -> Integer[np.ndarray, " K"]:
     """Optimiser steps of clients with `counts` samples. i64[K] -> i64[K]."""
     per_epoch = -(-np.asarray(counts) // local.batch_size)
     if local.epochs is not None:
@@ -36,7 +41,7 @@ def steps_of(counts: np.ndarray, local: LocalConfig) -> np.ndarray:
     return np.where(per_epoch > 0, local.steps, 0)
 
 
-def make_plan(steps: np.ndarray, devices: int, width: int) -> Plan:
+def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> Plan:
     """Balances slots over devices and cuts them into waves of like length.
 
     Slots are sorted by steps and dealt, largest first, to the device with the least work that still has a
@@ -71,12 +76,12 @@ def make_plan(steps: np.ndarray, devices: int, width: int) -> Plan:
     return Plan(flat, place_of_slot, wave_steps.reshape(-1))
 
 
-def in_order(steps: np.ndarray, devices: int, width: int) -> bool:
+def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> bool:
     """Whether slots may simply stay where they are: all alike, or one after another on one device."""
     return (devices == 1 and width == 1) or len(np.unique(steps)) <= 1
 
 
-def padding_waste(counts: np.ndarray, plan: Plan, local: LocalConfig, width: int) -> float:
+def padding_waste(counts: Integer[np.ndarray, " K"], plan: Plan, local: LocalConfig, width: int) -> float:
     """Samples that go through the network over samples that should (1.0 is none wasted)."""
     counts = np.asarray(counts)
     done = int(np.asarray(plan.wave_steps, np.int64).sum()) * width * local.batch_size

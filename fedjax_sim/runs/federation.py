@@ -46,7 +46,7 @@ class Simulation(simulation.Simulation):
         state, number = self.state, self.round  # which no later round overwrites
 
         def rows() -> list[Row]:
-            tuned = finetune.rows(self.setup, self.store, self._function, state, number)
+            tuned = finetune.rows(self.setup, self.store, self.function, state, number)
             self.ending.update(row.metric for row in tuned)
             return evaluated() + tuned
 
