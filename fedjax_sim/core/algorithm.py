@@ -445,7 +445,7 @@ class Algorithm:
     def is_stacked(self, state: State) -> Any:
         """Which leaves of a state lead with K or N: a tree of bool like `state`."""
 
-        def below(path, leaf):
+        def below(path: tuple[Any, ...], leaf: jax.Array) -> bool:
             del leaf
             return any(getattr(key, "name", None) in self.stacked for key in path)
 

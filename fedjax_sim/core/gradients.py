@@ -24,7 +24,7 @@ def of_loss(loss: Callable[[Apply, Variables, Batch, Any], tuple[jax.Array, Vari
     """
 
     def gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any, /) -> Step:
-        def own(apply: Apply, variables: Variables, batch: Batch):
+        def own(apply: Apply, variables: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
             return loss(apply, variables, batch, extra)
 
         (value, moved), grads = loss_and_grad(variables, batch, own)
@@ -45,8 +45,10 @@ def with_loss(
     """
 
     def gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any, /) -> Step:
-        def changed(variables: Variables, batch: Batch, inside: Loss = task_loss, /):
-            def more(apply: Apply, variables: Variables, batch: Batch):
+        def changed(
+            variables: Variables, batch: Batch, inside: Loss = task_loss, /
+        ) -> tuple[tuple[jax.Array, Variables], Any]:
+            def more(apply: Apply, variables: Variables, batch: Batch) -> tuple[jax.Array, Variables]:
                 return loss(inside, apply, variables, batch, extra)
 
             return loss_and_grad(variables, batch, more)

@@ -187,8 +187,10 @@ class LossAndGrad(Protocol):
 def differentiated(apply: Apply) -> LossAndGrad:
     """The losses of a model, with their gradients by reverse differentiation."""
 
-    def loss_and_grad(variables: Variables, batch: Batch, loss: Loss = task_loss, /):
-        def of(params):
+    def loss_and_grad(
+        variables: Variables, batch: Batch, loss: Loss = task_loss, /
+    ) -> tuple[tuple[jax.Array, Variables], Any]:
+        def of(params: Any) -> tuple[jax.Array, Variables]:
             return loss(apply, {**variables, "params": params}, batch)
 
         return jax.value_and_grad(of, has_aux=True)(variables["params"])

@@ -24,7 +24,7 @@ from jaxtyping import PyTree
 from fedjax_sim.config import LocalConfig
 from fedjax_sim.core import optimizers, stacked
 from fedjax_sim.core.algorithm import LocalRule, Step
-from fedjax_sim.core.model import Model
+from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
 from fedjax_sim.core.task import Batch, Task, Training, differentiated
 from fedjax_sim.engine.device_data import DeviceData
@@ -236,7 +236,15 @@ class Trainer:
         return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     @jax.named_scope(WAVE)
-    def train_wave(self, start, broadcast, lanes: Lanes, bound, lr, data: DeviceData):
+    def train_wave(
+        self,
+        start: Variables,
+        broadcast: PyTree,
+        lanes: Lanes,
+        bound: jax.Array,
+        lr: jax.Array,
+        data: DeviceData,
+    ) -> tuple[Variables, PyTree, PyTree, jax.Array, jax.Array, PyTree]:
         """Trains `width` clients to the end.
 
         Args:
@@ -273,7 +281,7 @@ class Trainer:
         bare, laned = (_bare, _laned) if self.width == 1 else (lambda tree: tree, lambda tree: tree)
 
         @jax.named_scope(STEP)
-        def body(t, carry):
+        def body(t: jax.Array, carry: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             orders, loss_sum, seen, carried = carry
             variables, memory, last_gradient, extra = laned(carried)
             epoch, within = t // per_epoch, t % per_epoch
@@ -317,14 +325,24 @@ class Trainer:
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
         return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite, last_gradient
 
-    def _wants_gradient(self, broadcast) -> jax.Array | None:
+    def _wants_gradient(self, broadcast: PyTree) -> jax.Array | None:
         """Whether the last gradient is kept in this round, bool[]; None: in none."""
         if self.gradients:
             return jnp.asarray(True)
         return None if self.rule.wants_last_gradient is None else self.rule.wants_last_gradient(broadcast)
 
-    def _batch(self, data, index, mask, rngs, epoch) -> Batch:
-        """All lanes' samples: one gather, prepared at once. index: i32[L, B] -> leaves [L, B, …]."""
+    def _batch(
+        self, data: DeviceData, index: jax.Array, mask: jax.Array, rngs: jax.Array, epoch: jax.Array
+    ) -> Batch:
+        """All lanes' samples: one gather, prepared at once. -> leaves [L, B, …].
+
+        Args:
+          data: the training set.
+          index: i32[L, B], rows of it.
+          mask: bool[L, B], False for padding.
+          rngs: key[L], of this step.
+          epoch: i32[L], of each client.
+        """
         chosen = index.reshape(-1)
         example = self.task.prepare({key: leaf[chosen] for key, leaf in data.train.items()})
         example = jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), dict(example))
@@ -333,9 +351,31 @@ class Trainer:
             example = jax.vmap(self.task.augment)(keys, example)
         return Batch(example, mask if self._masked() else None, None, epoch)
 
-    def _step(self, optimizer, variables, memory, batch, extra, rng, lr):
-        """One optimiser step of one client: (model, optimiser's state, loss, gradient, extra)."""
-        batch = batch.replace(rng=jax.random.fold_in(rng, 1))  # where nobody draws, XLA drops it
+    def _step(
+        self,
+        optimizer: optax.GradientTransformation,
+        variables: Variables,
+        memory: PyTree,
+        batch: Batch,
+        extra: PyTree,
+        rng: jax.Array,
+        lr: jax.Array,
+    ) -> tuple[Variables, PyTree, jax.Array, PyTree, PyTree]:
+        """One optimiser step of one client.
+
+        Args:
+          optimizer: as `make_optimizer` has it.
+          variables: the model.
+          memory: the optimiser's state.
+          batch: the step's samples.
+          extra: of the rule, see `LocalRule.start_round`.
+          rng: key of the step.
+          lr: f32[], the round's rate.
+
+        Returns:
+          (model, optimiser's state, loss f32[], gradient by `params`, extra).
+        """
+        batch = dataclasses.replace(batch, rng=jax.random.fold_in(rng, 1))  # where nobody draws, XLA drops it
         loss_and_grad = differentiated(Training(self.model, self.task))
         made = Step(*self.rule.gradient(loss_and_grad, variables, batch, extra))
         loss, moved, gradient, extra, moves = made

@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -115,9 +115,10 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
     CPU devices that have it whole share one buffer instead of holding a copy each.
     """
-    if sharding.mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
+    mesh = cast(Mesh, sharding.mesh)
+    if mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
         base = _aligned(array)
-        parts = [jax.device_put(base, device, may_alias=True) for device in sharding.mesh.local_devices]
+        parts = [jax.device_put(base, device, may_alias=True) for device in mesh.local_devices]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 

@@ -319,8 +319,37 @@ class Round:
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
         return results, faults != _SERVERS, back(kept), watched_models, readings
 
-    def _on_device(self, shared, watched, start, broadcast, lanes, wave_steps, lr, key, data, rank):
-        """One device's waves. Leaves of `lanes` and `rank` lead with S places; wave_steps: i32[W]."""
+    def _on_device(
+        self,
+        shared: bool,
+        watched: int,
+        start: Variables,
+        broadcast: PyTree,
+        lanes: Lanes,
+        wave_steps: jax.Array,
+        lr: jax.Array,
+        key: jax.Array,
+        data: DeviceData,
+        rank: jax.Array | None,
+    ) -> tuple[Variables | None, Variables | None, tuple[PyTree, ...], PyTree, PyTree]:
+        """All waves of one device, one after another; inside `shard_map`.
+
+        Args:
+          shared: whether all clients start from one model.
+          watched: m, how many clients' models are shown to observers.
+          start: that model, or [S, …], one a place.
+          broadcast: extra of the algorithm.
+          lanes: [S, …], the clients in this device's places; keys and first are filled in here.
+          wave_steps: i32[W], optimiser steps of each wave.
+          lr: f32[], the clients' learning rate.
+          key: of the run and round.
+          data: the training set.
+          rank: i32[S], of each place among the watched, m for the others; None if nobody is watched.
+
+        Returns:
+          (trained [S, …] or None, mean over all devices or None, (client_state, uploads, loss, faults, what
+          meters say of each client), all [S, …], (start, trained) of the watched [m, …], meters' means).
+        """
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
         # Of slots only the shape: reading one after the waves would keep all starts beside the trained.
@@ -339,7 +368,7 @@ class Round:
         watched_models = (None if same else rows, rows) if watched else None
         metered = self._nothing_read(one)
 
-        def wave(carry, w):
+        def wave(carry: tuple[PyTree, ...], w: jax.Array) -> tuple[tuple[PyTree, ...], tuple[PyTree, ...]]:
             models, total, weight, watched_models, metered = carry
             cut = lambda tree: jax.tree.map(  # noqa: E731
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
@@ -373,6 +402,7 @@ class Round:
                     trained,
                 )
             if watched:
+                assert rank is not None
                 where = jax.lax.dynamic_slice_in_dim(rank, w * width, width)
                 watched_models = (
                     None if same else _written(watched_models[0], where, received),
@@ -413,8 +443,18 @@ class Round:
         }
         return jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
 
-    def _read(self, metered, start, trained, gradient, counted) -> tuple[Any, Any]:
-        """One wave's part of the meters' sums, and what they say of each client: leaves [L, …]."""
+    def _read(
+        self, metered: PyTree, start: Variables, trained: Variables, gradient: PyTree, counted: jax.Array
+    ) -> tuple[PyTree, PyTree]:
+        """One wave's part of the meters' sums, and what they say of each client: leaves [L, …].
+
+        Args:
+          metered: the sums so far, as `_nothing_read` begins them.
+          start: [L, …], what each client started from.
+          trained: [L, …], what it trained.
+          gradient: [L, …], of its last step.
+          counted: bool[L], False where an update is left out.
+        """
         read, sums = metered
         each, added = {}, {}
         for name, meter in self.meters.items():
