@@ -40,8 +40,8 @@ jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Shapes in the annotations of these modules are checked at every call, also while a program is traced. Runs of
-# users check nothing. To be said before anything imports the modules.
+# Shapes in the annotations of these modules are checked at every call, also while a program is traced.
+# Runs of users check nothing. To be said before anything imports the modules.
 CHECKED = ("core.stacked", "core.top_k", "core.rng", "engine.waves")
 jaxtyping.install_import_hook([f"fedjax_sim.{name}" for name in CHECKED], "beartype.beartype")
 

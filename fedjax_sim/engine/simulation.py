@@ -363,7 +363,7 @@ def _named(function: Round) -> Callable[..., Any]:
     """The round under a name that profiles and logs can show."""
 
     def federated_round(
-        state: ServerState, inputs: RoundInputs, data: DeviceData, watched: Watched | None = None
+        state: ServerState, inputs: RoundInputs, data: DeviceData, watched: jax.Array | None = None
     ) -> tuple[ServerState, RoundOutputs]:
         return function(state, inputs, data, watched)
 
