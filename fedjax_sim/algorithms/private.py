@@ -1,13 +1,12 @@
 """Private leaves: some of a model's leaves never leave their client. What personalised methods share.
 
-`keep` takes any algorithm and gives the same one, except that the leaves it names are each client's own: they
-live in a stack over all N clients, join what the inner algorithm sends before training, and are taken from
-the trained models afterwards. The inner algorithm sees whole models and need not know; of the private leaves
-of what it keeps, nothing reaches a client. With no private leaves it is the inner algorithm, with all of them
-every client trains alone.
+`keep` takes any algorithm and gives the same one, except that some leaves are each client's own. They live in
+a stack over all N clients. Before training they replace those leaves of the model that the inner algorithm
+sends, and after it they are taken from the trained models. The inner algorithm sees whole models and does not
+know. With no private leaves it is the inner algorithm; with all of them every client trains alone.
 
-The deployed model holds, in place of private leaves, whatever the inner algorithm made of them (their mean,
-for averaging). It is a reference; what counts of a personalised method is `personal`.
+In the deployed model, the private leaves are what the inner algorithm made of them (their mean, for
+averaging). That model is a reference: a personalised method is judged by `Algorithm.personal_models`.
 """
 
 import difflib

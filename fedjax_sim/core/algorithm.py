@@ -530,8 +530,8 @@ class Context:
 class Prolonged(Context):
     """The context of a run some of whose rounds were done when it was to have another number of them.
 
-    An algorithm that asks for that number is refused, at whatever time it does: its rounds so far may not be
-    those of a run of so many.
+    An algorithm that asks for the number of rounds is refused, whenever it asks: its rounds so far may differ
+    from those of a run that was to have the new number from the start.
 
     Attributes:
       began: the number then.

@@ -187,6 +187,28 @@ def test_nested_algorithms_travel_through_yaml():
         assert made == CONFIGS[name](inner=FedMR()) and CONFIGS[name]().inner == FedAvg()
 
 
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """A method of somebody else's that says the same of itself as FedNova, Local and LIPS do."""
+
+    counts_gradients = True
+    returns_own_model = True
+    starts_sparse = True
+
+    def build(self, context):
+        return FedAvg().build(context)
+
+
+def test_methods_ask_for_what_another_says_of_itself_and_not_for_its_class():
+    for around in (FedProx, MOON, LIPS):
+        for inner in (Foreign(), FedSAM(Foreign())):
+            with pytest.raises(UserError) as caught:
+                around(inner).build(CONTEXT)
+            assert (caught.value.field, caught.value.value) == ("algorithm.inner", "Foreign")
+    FedProx(Foreign(), mu=0.0).build(CONTEXT)
+    FedSAM(Foreign()).build(CONTEXT)
+
+
 @pytest.mark.parametrize("inner", [Ditto(), FedRoD(), FedProx(Ditto())], ids=lambda inner: repr(inner)[:12])
 @pytest.mark.parametrize("name", NAMES)
 def test_clients_that_train_more_than_they_were_sent_are_refused(name, inner):

@@ -51,6 +51,11 @@ def algorithm(calls: list) -> Algorithm:
     return Algorithm(**server, local=LocalRule(**rule), cohort_chooser=chooser, stacked=("a",))
 
 
+def returned(uploads: Any) -> Results:
+    """A round's results of which only the uploads matter."""
+    return Results(None, None, uploads, jnp.ones(1, bool), jnp.zeros(1))
+
+
 ALL = ("state", "client", "extra", "broadcast", "uploads")
 
 
@@ -74,9 +79,9 @@ def test_the_wrapper_knows_every_hook():
 
 def test_a_layer_that_names_nothing_changes_nothing():
     calls: list = []
-    plain = algorithm(calls)
-    wrapped = wrap(plain, Layer())
-    state, starts, results = "state", Starts("models", "broadcast"), Results(None, None, "up", None, None)  # pyright: ignore
+    plain: Any = algorithm(calls)
+    wrapped: Any = wrap(plain, Layer())
+    state, starts, results = "state", Starts("models", "broadcast"), returned("up")
     for record in (plain, wrapped):
         assert record.merge(state, "cohort", starts, results, "key") == ("new state", {"m": 1})
         assert record.local.gradient("lag", "variables", "batch", "extra").extra == "new extra"
@@ -84,16 +89,16 @@ def test_a_layer_that_names_nothing_changes_nothing():
         record.cohort_chooser.measure("state")
     assert calls[: len(calls) // 2] == calls[len(calls) // 2 :]
     assert wrapped.stacked == ("a",) and wrapped.needs_models and not wrapped.steps_beyond_mean
-    none = wrap(dataclasses.replace(plain, local=LocalRule(), slot_models=None), Layer())
+    none: Any = wrap(dataclasses.replace(plain, local=LocalRule(), slot_models=None), Layer())
     assert none.slot_models is None and none.local.receive is None and none.local.send is None
 
 
 @pytest.mark.parametrize("held", [Held, lambda inner: {"inner": inner, "own": None}], ids=["class", "dict"])
 def test_what_is_inside_sees_its_own_states(held):
     calls: list = []
-    wrapped = wrap(algorithm(calls), every(held))
+    wrapped: Any = wrap(algorithm(calls), every(held))
     state, client, extra, sent = held("state"), held("client"), held("extra"), held("broadcast")
-    starts, results = Starts("models", sent), Results(None, None, held("up"), None, None)  # pyright: ignore
+    starts, results = Starts("models", sent), returned(held("up"))
 
     def got(name):
         return next(args for called, args in calls if called == name)
@@ -128,7 +133,7 @@ def test_a_layer_goes_around_a_hook_that_is_not_there():
     passed = {
         name: (lambda inside, *args: inside(*args)) for name in (*RULE, "personal_models", "slot_models")
     }
-    wrapped = wrap(plain, Layer(**passed))
+    wrapped: Any = wrap(plain, Layer(**passed))
     rule = wrapped.local
     assert rule.receive("model", None, None, "key") == "model" and rule.send("model") == "model"
     assert rule.personal(None, "model") == "model" and rule.init_client("model", "labels") is None
@@ -139,7 +144,7 @@ def test_a_layer_goes_around_a_hook_that_is_not_there():
 
 
 def test_flags_add_up_and_the_model_may_be_no_start():
-    wrapped = wrap(
+    wrapped: Any = wrap(
         dataclasses.replace(algorithm([]), needs_models=False),
         Layer(stacked=("b",), needs_models=True, steps_beyond_mean=True, keeps_model=False),
     )
