@@ -59,6 +59,8 @@ def _status(words: list[str]) -> int:
             warnings.showwarning = _show_warning
             return _dispatch(words)
     except UserError as error:
+        if error.detail:
+            _complain(error.detail)
         _complain("error: " + " ".join(str(error).split()))
         return 1 if isinstance(error, NotWritten) else 2
     except KeyboardInterrupt as stop:
@@ -155,8 +157,10 @@ def _run(words: list[str]) -> int:
 def _resume(words: list[str]) -> int:
     from fedjax_sim import runs
 
-    usage = "fedjax-sim resume FOLDER [--rounds N]"
-    given, flags = _given(words, usage, _RESUME, "--rounds")
+    usage = "fedjax-sim resume FOLDER [--rounds N] [--execution.debug]"
+    switches = {"--execution.debug": True, "--execution.no-debug": False}
+    debug = next((switches[word] for word in reversed(words) if word in switches), None)
+    given, flags = _given([word for word in words if word not in switches], usage, _RESUME, "--rounds")
     if not isinstance(given, str):
         raise UserError("resume", " ".join(given), "it takes one FOLDER", f"Write {usage}.")
     rounds = flags.get("--rounds")
@@ -164,7 +168,7 @@ def _resume(words: list[str]) -> int:
         raise UserError(
             "--rounds", rounds, "it must be a whole number", "Give how many rounds the run is to have in all."
         )
-    _told(runs.resume(given, rounds=None if rounds is None else int(rounds)))
+    _told(runs.resume(given, rounds=None if rounds is None else int(rounds), debug=debug))
     return 0
 
 
@@ -172,7 +176,8 @@ _RESUME = """Continues a run that was cut, to the numbers that it would have had
 shown, unless more rounds are asked of it.
 
   --rounds N    how many the run is to have in all. Its config.yaml will say so, and its numbers will be those
-                of a run of so many from the start; where they cannot be, as under a cosine, it is refused"""
+                of a run of so many from the start; where they cannot be, as under a cosine, it is refused
+  --execution.debug    the rounds to come without jit, one client after another; see execution.debug of run"""
 
 
 def _sweep(words: list[str]) -> int:

@@ -382,12 +382,16 @@ class ExecutionConfig:
         default, of those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and
         rounds ten times as coarsely: a loss may move in its fourth digit.
       donate: let a round overwrite the state that it came from.
+      debug: train clients one after another on one device, without jit, `vmap` or `shard_map`, whatever
+        `devices` and `wave` say. Slow: `print` and `breakpoint()` see values, an error names round, client
+        and step, and the run stops at the first NaN or infinity and says where it came up.
     """
 
     devices: int | None = None
     wave: int | None = None
     conv: str = "auto"
     donate: bool = True
+    debug: bool = False
 
     def __post_init__(self):
         check(self, "execution.")

@@ -16,7 +16,10 @@ class UserError(ValueError):
       value: what it held.
       why: what is wrong with it.
       fix: the way out.
+      detail: what the command line prints above the message, such as a traceback; mostly "".
     """
+
+    detail = ""
 
     def __init__(self, field: str, value: object, why: str, fix: str):
         self.field = field

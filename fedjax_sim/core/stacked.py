@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 
@@ -73,14 +74,15 @@ def add(total: PyTree, part: PyTree) -> PyTree:
 def over_devices(total: PyTree, weight: Float[Array, ""]) -> tuple[PyTree, Float[Array, ""]]:
     """Every device's `weighted_sum` and sum of weights f32[] -> those of all devices; inside `shard_map`."""
     leaves, structure = jax.tree.flatten(total)
-    floats, weight = jax.lax.psum(([leaf for leaf in leaves if averages(leaf)], weight), AXIS)
-    summed = iter(floats)
+    floats, weight = summed(([leaf for leaf in leaves if averages(leaf)], weight))
+    sums = iter(floats)
 
     def largest(leaf: jax.Array) -> jax.Array:
         # That it waits for the weight keeps the two exchanges in one order on all devices.
-        return jax.lax.pmax(jnp.where(weight > 0, leaf, _least(leaf.dtype)), AXIS)
+        leaf = jnp.where(weight > 0, leaf, _least(leaf.dtype))
+        return jax.lax.pmax(leaf, AXIS) if _on_many() else leaf
 
-    leaves = [next(summed) if averages(leaf) else largest(leaf) for leaf in leaves]
+    leaves = [next(sums) if averages(leaf) else largest(leaf) for leaf in leaves]
     return jax.tree.unflatten(structure, leaves), weight
 
 
@@ -271,12 +273,48 @@ def put_rows(
     return _like(tree, run(_raw(tree), ids, _raw(rows)))
 
 
+def summed(tree: PyTree) -> PyTree:
+    """What all devices have, added up, inside what `on_devices` runs on each of them."""
+    return jax.lax.psum(tree, AXIS) if _on_many() else tree
+
+
+def on_devices(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` without its check of replication; without jit, on one device, the function itself."""
+    if _eager() and mesh.size == 1:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def per_slot(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:
+    """`jax.vmap` over the slot axis; without jit one slot after another, whose values can be looked at.
+
+    Args:
+      function: of one slot.
+      in_axes: 0 or None for each argument, or 0 for all of them.
+    """
+    if not _eager():
+        return jax.vmap(function, in_axes=in_axes)
+
+    def call(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        pairs = list(zip(args, axes, strict=True))
+        count = next(leaf.shape[0] for arg, axis in pairs if axis == 0 for leaf in jax.tree.leaves(arg))
+
+        def one(slot: int) -> Any:
+            own = lambda leaf: leaf[slot]  # noqa: E731
+            return function(*(arg if axis is None else jax.tree.map(own, arg) for arg, axis in pairs))
+
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(one, range(count)))
+
+    return call
+
+
 def collected(tree: PyTree) -> PyTree:
     """What one device has, and all others have zeros for, on all of them; inside `shard_map`."""
 
     def one(leaf: jax.Array) -> jax.Array:
         flags = leaf.dtype == bool  # of which a sum would be an integer
-        found = jax.lax.psum(leaf.astype(jnp.uint8) if flags else leaf, AXIS)
+        found = summed(leaf.astype(jnp.uint8) if flags else leaf)
         return found.astype(bool) if flags else found
 
     return jax.tree.map(one, tree)
@@ -370,6 +408,16 @@ def _is_key(leaf: jax.Array) -> bool:
 
 def _around(devices: int) -> list[tuple[int, int]]:
     return [(d, (d + 1) % devices) for d in range(devices)]
+
+
+def _eager() -> bool:
+    """Whether nothing is compiled, as under `jax.disable_jit`."""
+    return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
+
+
+def _on_many() -> bool:
+    """Whether this is inside of `jax.shard_map`."""
+    return AXIS in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _devices() -> int:

@@ -27,6 +27,7 @@ from fedjax_sim.core.algorithm import LocalRule, Step
 from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
 from fedjax_sim.core.task import Batch, Task, Training, differentiated
+from fedjax_sim.engine.debugging import UNWATCHED, Watch
 from fedjax_sim.engine.device_data import DeviceData
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
@@ -163,6 +164,7 @@ class Trainer:
       partial: some client has a last batch that is not full.
       gradients: every round's clients hand over the gradient of their last step, for diagnostics; else only
         those of rounds in which the rule asks for it.
+      watch: is told what is computed.
       optimizer: of the clients, as `make_optimizer` has it.
     """
 
@@ -175,6 +177,7 @@ class Trainer:
     ragged: bool
     partial: bool
     gradients: bool = False
+    watch: Watch = UNWATCHED
     optimizer: optax.GradientTransformation = dataclasses.field(init=False)
 
     def __post_init__(self):
@@ -272,7 +275,7 @@ class Trainer:
         optimizer = self.optimizer if is_scaled(self.local) else make_optimizer(self.local, lr)
         memory = kept["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
         zeros = jnp.zeros(counts.shape, jnp.float32)
-        step = over(partial(self._step, optimizer), (0, 0, 0, 0, 0, None))
+        step = over(self.watch.called("step", partial(self._step, optimizer)), (0, 0, 0, 0, 0, None))
         wanted = self._wants_gradient(broadcast)
         last_gradient = None if wanted is None else jax.tree.map(jnp.zeros_like, params)
 
@@ -322,6 +325,8 @@ class Trainer:
         rule_state, uploads = over(rule.finish_round, (0, 0, 0, 0, 0, None, 0))(
             start, trained, kept["rule"], extra, total, lr, last_gradient
         )
+        self.watch.look("upload", uploads)
+        self.watch.look("client state", rule_state, kept["rule"], infinite=True)
         kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
         return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite, last_gradient
 
@@ -348,7 +353,7 @@ class Trainer:
         example = jax.tree.map(lambda leaf: leaf.reshape(*index.shape, *leaf.shape[1:]), dict(example))
         if self.task.augment is not None:
             keys = jax.vmap(lambda key: jax.random.fold_in(key, 0))(rngs)
-            example = jax.vmap(self.task.augment)(keys, example)
+            example = stacked.per_slot(self.task.augment)(keys, example)
         return Batch(example, mask if self._masked() else None, None, epoch)
 
     def _step(
@@ -392,6 +397,12 @@ class Trainer:
         params = jax.tree.map(jnp.add, variables["params"], updates)
         new = {**moved, "params": params}
         new = new if moves is None else _where(moves, new, dict(variables))
+        look = self.watch.look
+        look("loss", loss)
+        look("gradient", gradient)
+        look("optimiser update", updates)
+        look("parameters", new)
+        look("optimiser state", memory, infinite=True)
         return new, memory, loss, gradient, extra
 
     def _step_keys(self, keys: jax.Array, t: jax.Array) -> jax.Array:
@@ -422,7 +433,7 @@ def _where(moves: PyTree, new: PyTree, old: PyTree) -> PyTree:
 
 
 def _vmapped(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:
-    return jax.vmap(function, in_axes=axes)
+    return stacked.per_slot(function, axes)
 
 
 def _single(function: Callable[..., Any], axes: tuple) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.model import Model, Variables
-from fedjax_sim.core.stacked import AXIS
+from fedjax_sim.core.stacked import AXIS, on_devices
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.placement import put, readable, sharded
@@ -86,12 +86,11 @@ class Evaluator:
 
             return jax.lax.scan(batch, None, example if rows is None else rows)[1]
 
-        run = jax.shard_map(
+        run = on_devices(
             share,
             mesh=self.store.mesh,
             in_specs=(P(), P(AXIS) if rows is None else P(), P(AXIS)),
             out_specs=P(AXIS),
-            check_vma=False,
         )
         outcome = run(variables, example, rows)
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self._count], outcome)
@@ -158,12 +157,11 @@ def of_clients(
 
         return jax.lax.map(one, index.reshape(-1, batch))
 
-    run = jax.shard_map(
+    run = on_devices(
         lambda v, i, example: jax.lax.map(lambda args: client(args, example), (v, i)),
         mesh=mesh,
         in_specs=(P(AXIS), P(AXIS), P()),
         out_specs=P(AXIS),
-        check_vma=False,
     )
     found = run(variables, indices, example)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, padded, *leaf.shape[3:])[:, :width], found)

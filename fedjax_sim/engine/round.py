@@ -27,6 +27,7 @@ from fedjax_sim.core.model import Variables
 from fedjax_sim.core.rng import CLIENTS, SERVER, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Lanes, Trainer, all_finite
+from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.waves import Plan
 from fedjax_sim.records import Row
@@ -213,13 +214,19 @@ class Round:
           watched: i32[m], distinct slots whose models `RoundOutputs.view` shows; None: of nobody.
         """
         cohort = inputs.cohort
+        look = self.trainer.watch.look
         starts = self._dispatched(state.algorithm, cohort, inputs)
+        look("dispatched model", starts.models)
+        look("broadcast", starts.broadcast, infinite=True)
         with jax.named_scope(OF_CLIENTS):
             kept = stacked.take_rows(state.clients, cohort.ids)
         results, handed, kept, watched_models, readings = self._train(starts, kept, inputs, data, watched)
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
+        self.trainer.watch.client(None)
+        look("mean of the clients", results.mean)
         with jax.named_scope(MERGE):
             merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
+        look("merged state", merged, state.algorithm, infinite=True)
         with jax.named_scope(OF_CLIENTS):
             clients = stacked.put_rows(state.clients, cohort.ids, kept)
         view, metered, meters = None, {}, {}
@@ -254,7 +261,7 @@ class Round:
             models = stacked.broadcast(algorithm.deploy(state.algorithm), len(ids))
         if rule.personal is None:
             return models
-        return jax.vmap(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
+        return stacked.per_slot(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
 
     @jax.named_scope(DISPATCH)
     def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:
@@ -293,12 +300,11 @@ class Round:
             count = watched.shape[0]
             rank = jnp.full(plan.slot_of_place.shape, count, jnp.int32)
             rank = rank.at[_take(plan.place_of_slot, watched)].set(jnp.arange(count, dtype=jnp.int32))
-        run = jax.shard_map(
+        run = stacked.on_devices(
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
             in_specs=(same if starts.shared else own, same, own, own, same, same, same, own),
             out_specs=(own, same, own, same, same),
-            check_vma=False,
         )
         models, mean, rest, watched_models, means = jax.named_scope(WAVES)(run)(
             starts.models if starts.shared else place(starts.models),
@@ -374,7 +380,9 @@ class Round:
                 lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, w * width, width), tree
             )
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
+            trainer.watch.client(own.ids)
             received = trainer.receive(begin, broadcast, own.kept, own.keys)
+            trainer.watch.look("parameters", received)
             trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
                 received, broadcast, own, wave_steps[w], lr, data
             )
@@ -422,7 +430,7 @@ class Round:
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
         watched_models = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], watched_models))
-        read, sums = jax.lax.psum(metered, AXIS)
+        read, sums = stacked.summed(metered)
         means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
         return models if self.algorithm.needs_models else None, mean, rest, watched_models, means
 
@@ -430,7 +438,9 @@ class Round:
         """Of the algorithm's state after a merge."""
         stacks = jax.tree.leaves(self.algorithm.is_stacked(state))
         of_state = [leaf for leaf, stack in zip(_named(state), stacks, strict=True) if not stack]
-        of_model = [] if any(stacks) else _named(self.algorithm.deploy(state))
+        model = None if any(stacks) else self.algorithm.deploy(state)
+        self.trainer.watch.look("deployed model", model)
+        of_model = _named(model)
         names = [f"state{name}" for name, _ in of_state] + [f"deploy(state){name}" for name, _ in of_model]
         return Soundness(_kinds(of_state), _kinds(of_model), tuple(names))
 
@@ -438,7 +448,7 @@ class Round:
         """(clients read f32[], name -> sum of what a meter adds up), before the first wave."""
         gradient = {name: model["params"] if meter.gradients else None for name, meter in self.meters.items()}
         shapes = {
-            name: jax.eval_shape(meter.summand, model, model, gradient[name])
+            name: shapes_of(meter.summand, model, model, gradient[name])
             for name, meter in self.meters.items()
         }
         return jnp.float32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
@@ -460,7 +470,7 @@ class Round:
         for name, meter in self.meters.items():
             args = (start, trained, gradient if meter.gradients else None)
             each[name], summand = (
-                jax.vmap(function)(*args) for function in (meter.per_client, meter.summand)
+                stacked.per_slot(function)(*args) for function in (meter.per_client, meter.summand)
             )
             each[name], summand = (
                 jax.tree.map(lambda leaf: stacked.where_slot(counted, leaf, jnp.zeros_like(leaf)), part)

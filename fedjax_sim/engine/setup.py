@@ -15,6 +15,7 @@ from fedjax_sim.core.task import Task
 from fedjax_sim.data import Partition, Samples, label_counts
 from fedjax_sim.engine import cohorts, waves
 from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.engine.debugging import UNWATCHED, Watch
 from fedjax_sim.engine.device_data import order_lengths
 from fedjax_sim.engine.observing import Instrument
 from fedjax_sim.engine.round import Meter
@@ -69,6 +70,7 @@ class Setup:
       meters: diagnostics of every round, by name.
       observers: what builds the diagnostics of measured rounds, see
         `fedjax_sim.engine.observing.Instrument`.
+      watch: is told what the round computes.
       initial: gives the model that the first round starts from, NumPy leaves; None: a fresh one.
     """
 
@@ -83,6 +85,7 @@ class Setup:
     devices: int
     meters: Mapping[str, Meter] = field(default_factory=dict)
     observers: Sequence[ObserverConfig] = ()
+    watch: Watch = UNWATCHED
     initial: Callable[[], Any] | None = None
 
     @property
@@ -124,6 +127,7 @@ class Setup:
             ragged=len(np.unique(self.steps)) > 1,
             partial=bool(np.any(self.counts % self.config.local.batch_size)),
             gradients=any(meter.gradients for meter in self.meters.values()),
+            watch=self.watch,
         )
 
     @property

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
+from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore, DeviceData
 from fedjax_sim.engine.observing import Instrument, ObserverRequest, observe_all, observer_request
 from fedjax_sim.engine.programs import CachedJit
@@ -101,7 +103,7 @@ class Simulation:
         else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
             variables = jax.tree.map(jnp.copy, variables)
         labels = jnp.asarray(self.setup.label_counts)
-        clients = jax.vmap(self._trainer.init_client, in_axes=(None, 0))(variables, labels)
+        clients = stacked.per_slot(self._trainer.init_client, (None, 0))(variables, labels)
         state = self.setup.algorithm.init(key_for(key, 1), variables)
         deployed = self.setup.algorithm.deploy(state)
         meters = {name: meter.init(deployed) for name, meter in self.setup.meters.items()}
@@ -109,7 +111,7 @@ class Simulation:
         return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
 
     def _state_shardings(self) -> ServerState:
-        shapes = jax.eval_shape(self._make_state, run_key(0))
+        shapes = self._state_shapes()
         same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
         inner = jax.tree.map(
             lambda stack, leaf: cut(leaf.shape[0]) if stack else same,
@@ -119,17 +121,21 @@ class Simulation:
         clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
         return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
 
+    def _state_shapes(self) -> ServerState:
+        with self.setup.watch.during(0):
+            return shapes_of(self._make_state, run_key(0))
+
     def _initial_state(self) -> ServerState:
         key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self.setup.watch.during(0):
             return CachedJit(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(self._make_state, run_key(0)),
+            self._state_shapes(),
             self._shardings,
         )
 
@@ -202,10 +208,10 @@ class Simulation:
         and `local.non_finite` is stop; the state has moved on by then, without that update. It raises
         NonFiniteServer if what the algorithm's own functions made is not finite, whatever that setting.
         """
-        inputs, waste = self.inputs(self.round)
-        request = observer_request(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
-        observed = {}
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self.setup.watch.during(self.round + 1):
+            inputs, waste = self.inputs(self.round)
+            request = observer_request(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
+            observed = {}
             watched = None if request is None else request.slots
             self.state, outputs = self.program(self.state, inputs, self.data, watched)
             if request is not None:
@@ -326,7 +332,7 @@ class Simulation:
     @property
     def variables(self) -> Any:
         """The deployed model."""
-        with jax.set_mesh(self.mesh):
+        with jax.set_mesh(self.mesh), self.setup.watch.during(self.round):
             return self._deploy(self.state.algorithm)
 
     def evaluate(self, *, last: bool = False) -> Callable[[], list[Row]]:
@@ -337,9 +343,10 @@ class Simulation:
         """
         del last  # for those who do more after the last round
         number, config = self.round, self.setup.config.evaluation
-        variables = self.variables
-        deployed = self._scores.deployed(number, variables)
-        own = self._scores.of_clients(self.state, variables) if config.per_client else None
+        with self.setup.watch.during(number):
+            variables = self.variables
+            deployed = self._scores.deployed(number, variables)
+            own = self._scores.of_clients(self.state, variables) if config.per_client else None
 
         def rows() -> list[Row]:
             out = deployed()
@@ -356,7 +363,8 @@ class Simulation:
 
         The figure is the task's headline metric, accuracy for classes.
         """
-        return self._scores.of_clients(self.state, self.variables)
+        with self.setup.watch.during(self.round):
+            return self._scores.of_clients(self.state, self.variables)
 
 
 def _named(function: Round) -> Callable[..., Any]:

@@ -125,6 +125,7 @@ def resume(
     folder: str | Path,
     *,
     rounds: int | None = None,
+    debug: bool | None = None,
     dataset: Samples | None = None,
     model: Model | None = None,
     algorithm: Any = None,
@@ -142,6 +143,7 @@ def resume(
     Args:
       folder: of the run.
       rounds: how many it is to have in all; None: those of its config.yaml.
+      debug: takes the place of `execution.debug` for the rounds that are still to be done; None leaves it.
       dataset: what `run` was given, as the next five.
       model: likewise.
       algorithm: likewise.
@@ -162,6 +164,9 @@ def resume(
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
             if not hosts.on_first(lambda: place.done(config.rounds)):
+                if debug is not None:
+                    execution = dataclasses.replace(config.execution, debug=debug)
+                    config = dataclasses.replace(config, execution=execution)
                 provenance.check_jax_settings(about.get("jax", {}))
                 began, kept = hosts.on_first(lambda: rounds_before(place, config, about))
                 make = functools.partial(setup_of, place, config, about, **given)
@@ -216,7 +221,8 @@ def checked_setup(make: Callable[[], Setup]) -> Setup:
 
     def made() -> Setup:
         setup = make()
-        plan.check_memory(setup)
+        if not setup.config.execution.debug:  # which traces functions
+            plan.check_memory(setup)
         return setup
 
     setup = hosts.all_or_none(made)

@@ -15,7 +15,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples, as_dataset, as_partition
 from fedjax_sim.data.partition_files import check_partition
-from fedjax_sim.engine import hosts, placement
+from fedjax_sim.engine import debugging, hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import contract, diagnostics
@@ -74,8 +74,9 @@ def prepare(
             "Set partition.local_test to holdout or matching.",
         )
     make_optimizer(config.local)
-    devices = placement.make_mesh(config.execution.devices).size
-    wave, conv = placement.speed_defaults(config.execution, model, cohort_size, devices)
+    execution = debugging.layout(config.execution)
+    devices = placement.make_mesh(execution.devices).size
+    wave, conv = placement.speed_defaults(execution, model, cohort_size, devices)
     model = model.with_conv(conv)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
@@ -100,8 +101,12 @@ def prepare(
         wave=wave,
         devices=devices,
     )
+    if execution.debug:
+        setup = debugging.watched(setup)
     setup = replace(setup, **diagnostics.of(setup))
     _ = setup.draw  # which may find fault with a schedule
+    if execution.debug:  # own functions are called with numbers only
+        return setup
     diagnostics.check_diagnostics(setup)
     if not algorithms.builtin(config.algorithm):  # those are held to it by a test
         contract.check_contract(

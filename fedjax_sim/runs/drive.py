@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shlex
 import signal
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import cohorts, hosts
 from fedjax_sim.engine.setup import Setup
+from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
 from fedjax_sim.runs import provenance
@@ -139,6 +141,10 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
             journal.tabulate()
         hosts.on_first(lambda: None)  # nobody looks into the folder before all is in it
         ended = True
+    except (NonFiniteUpdate, NonFiniteServer) as error:
+        raise type(error)(
+            error.field, error.value, error.why, f"{error.fix} {_look(folder, saved)}"
+        ) from None
     finally:
         for thing in (bar, events, journal, best, checkpoints):
             # After an error closing may fail as well: the first error is the one to tell.
@@ -148,6 +154,15 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     if not result.finished:
         raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
     return result
+
+
+def _look(folder: Folder | None, saved: int) -> str:
+    """How to find where numbers ceased to be finite, of a run whose newest checkpoint is of round `saved`."""
+    if folder is None:
+        return "To see where it began, run it with execution.debug = True."
+    command = shlex.join(["fedjax-sim", "resume", str(folder.path), "--execution.debug"])
+    start = f"from the checkpoint of round {saved}" if saved else "from the first round"
+    return f"To see where it began, run it again {start}: {command}."
 
 
 def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import RunConfig, as_config
 from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
@@ -131,7 +131,11 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
     Raises:
       UserError: a configuration that cannot work.
     """
-    setup = config if isinstance(config, Setup) else with_start(prepare(config, **replacements))
+    if not isinstance(config, Setup):  # of a run that is debugged, what it takes otherwise
+        config = as_config(config)
+        execution = dataclasses.replace(config.execution, debug=False)
+        config = with_start(prepare(dataclasses.replace(config, execution=execution), **replacements))
+    setup = config
     platform, simulation = jax.default_backend(), _on_paper(setup)
     parts = [
         *_round_parts(simulation),
