@@ -247,6 +247,7 @@ def simulate(
     wave: int | None = 1,
     conv: str = "auto",
     donate: bool = True,
+    debug: bool = False,
     evaluation: EvaluationConfig | None = None,
     **local: Any,
 ) -> Simulation:
@@ -263,7 +264,7 @@ def simulate(
         if isinstance(cohort, CohortConfig)
         else CohortConfig(size=cohort or partition.num_clients),
         evaluation=evaluation or EvaluationConfig(every=0),
-        execution=ExecutionConfig(devices=devices, wave=wave, conv=conv, donate=donate),
+        execution=ExecutionConfig(devices=devices, wave=wave, conv=conv, donate=donate, debug=debug),
         output=OutputConfig(progress=False),
     )
     return Simulation(config, dataset=dataset, partition=partition, model=model)

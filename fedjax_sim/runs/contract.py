@@ -35,7 +35,7 @@ def build(config: Any, context: Context, name: str) -> Algorithm:
     except UserError:
         raise
     except Exception as error:
-        raise _failed("build", name, error, "Mend that line.") from error
+        raise _failed("build", name, error, "Correct that line.") from error
     if not isinstance(made, Algorithm):
         why = f"it returned a {type(made).__name__}, not an Algorithm"
         raise UserError("algorithm.build", name, why, "Let it return fedjax_sim.Algorithm(init=…, …).")
@@ -363,14 +363,16 @@ def _cause(error: Exception, args: tuple) -> str:
         if told := _missing(results, None if "None" in str(error) else lines):
             return told
     if isinstance(error, jax.errors.TracerArrayConversionError):
-        return "Use jax.numpy where NumPy is used: the function is traced, and its values are not there yet."
+        why = "the function is traced, and its values are not there yet, but with execution.debug"
+        return f"Use jax.numpy where NumPy is used: {why}."
     if isinstance(error, jax.errors.ConcretizationTypeError):
         return (
-            "It is traced: no `if`, `int()` or `float()` of an array's values. Use jnp.where or jax.lax.cond."
+            "It is traced: no `if`, `int()` or `float()` of an array's values, but with execution.debug. Use "
+            "jnp.where or jax.lax.cond."
         )
     if isinstance(error, TypeError) and "positional argument" in str(error):
         return "fedjax_sim/core/algorithm.py says which arguments each function gets."
-    return "Mend that line."
+    return "Correct that line; with execution.debug, `print` and `breakpoint()` see values there."
 
 
 def _missing(results: Results, lines: str | None = None) -> str:
