@@ -204,7 +204,8 @@ class Debugger(Watch):
                 self._last[1]()
         except FloatingPointError as error:
             # Of a derivative: where JAX says that the operation which it is of stands.
-            origin = error if own_lines(error) or error.__cause__ is None else error.__cause__
+            cause = error.__cause__
+            origin = error if cause is None or not own_lines(cause) else cause
             return _line(origin) if own_lines(origin) else "", error
         except Exception:
             return "", None

@@ -152,14 +152,16 @@ def test_an_error_of_the_server_names_no_client():
 
 
 def test_the_first_nan_of_a_gradient_is_found():
-    """The root of 0 has no derivative. At the first step, with biases of 0, it is one of 1."""
+    """The root of 0 has no derivative. At a client's first step it is a root of 1."""
+    first = []
 
     def loss(value, variables):
         layer = variables["params"]["fc1"]
-        begins = (layer["bias"] == 0).all().astype(jnp.float32)
+        begins = (layer["bias"] == first[0]).all().astype(jnp.float32)
         return value + jnp.sqrt((layer["kernel"] * 0).sum() + begins)  # not at 0
 
     simulation = debugged(loss=loss)
+    first.append(simulation.state.algorithm["params"]["fc1"]["bias"])
     client = int(simulation.inputs(0)[0].cohort.ids[0])
     with pytest.raises(NotFinite) as caught:
         oracles.run(simulation)
@@ -308,6 +310,7 @@ def test_layout_is_one_client_on_one_device():
     assert (execution.devices, execution.wave) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_the_run_without_it():
     config = fs.RunConfig(
         model=fs.ModelConfig("mlp", options={"hidden": (4,)}),
@@ -315,7 +318,7 @@ def test_a_plan_is_of_the_run_without_it():
         partition=fs.PartitionConfig("iid", clients=3),
     )
     execution = fs.ExecutionConfig(debug=True)
-    assert str(plan.plan(dataclasses.replace(config, execution=execution))) == str(plan.plan(config))
+    assert plan.plan(dataclasses.replace(config, execution=execution)).parts == plan.plan(config).parts
 
 
 def test_a_run_that_stops_names_the_way(tmp_path):
