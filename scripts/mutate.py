@@ -127,8 +127,8 @@ MUTANTS: list[tuple] = [
     ("engine/clients", "(t == total - 1)", "(t == total - 2)", MOVEMENT),
     (
         "engine/clients",
-        "jnp.where((within == 0)[:, None], _samples",
-        "jnp.where((within >= 0)[:, None], _samples",
+        "jnp.where((within == 0)[:, None], ordered",
+        "jnp.where((within >= 0)[:, None], ordered",
     ),
     ("engine/clients", "loss_sum / jnp.maximum(seen, 1)", "loss_sum / jnp.maximum(seen, 1) / 2"),
     ("engine/clients", "jnp.isfinite(loss_sum) & all_finite(trained)", "jnp.isfinite(loss_sum)"),
@@ -198,7 +198,7 @@ MUTANTS: list[tuple] = [
 HARMLESS: dict[tuple[str, str], str] = {
     (
         "engine/clients",
-        "jnp.where((within >= 0)[:, None], _samples",
+        "jnp.where((within >= 0)[:, None], ordered",
     ): "an order is a function of client and epoch: drawn again within the epoch it is the same",
     (
         "core/stacked",

@@ -429,7 +429,10 @@ def eligible(model: Model, layers: str = "inner_convs", patterns: Collection[str
         odd = sorted(path for path in chosen if path[0] != "params")
         if odd:
             raise UserError(
-                "algorithm.leaves", "/".join(odd[0]), "is no parameter, and has no gradient", "Leave it out."
+                "algorithm.leaves",
+                "/".join(odd[0]),
+                "is not a parameter and has no gradient",
+                "Leave it out.",
             )
     elif layers == "inner":
         points = [("params", *point.kernel) for point in model.peel_points]

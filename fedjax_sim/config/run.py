@@ -95,7 +95,7 @@ class RunConfig:
             raise UserError(
                 "algorithm",
                 self.algorithm,
-                "is no algorithm's configuration",
+                "is not the configuration of an algorithm",
                 f"Give one with a `build(context)` method, such as fs.{wanted}; names are for YAML.",
             )
         check(self)

@@ -131,7 +131,7 @@ def as_config(given: Any) -> RunConfig:
     fix = (
         "Give fs.RunConfig(…), or the path of its YAML file. A mapping becomes one by fs.config.from_dict(…)."
     )
-    raise UserError("config", type(given).__name__, "this is no configuration of a run", fix)
+    raise UserError("config", type(given).__name__, "this is not the configuration of a run", fix)
 
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:

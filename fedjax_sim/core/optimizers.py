@@ -68,7 +68,7 @@ def make(
     try:
         made = factory(learning_rate=lr, **options)
         if not isinstance(made, optax.GradientTransformation):
-            raise TypeError("what it gives is no optimiser")
+            raise TypeError("it does not return an optimiser")
     except Exception as error:
         raise UserError(
             f"{section}.options",

@@ -38,7 +38,7 @@ class Names:
         found = imports.imported(name, field)
         method = self.method.partition("(")[0]
         if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, method)):
-            raise UserError(field, name, f"it is no {self.kind}", f"Give {wanted}.")
+            raise UserError(field, name, f"it cannot be used as {self.kind}", f"Give {wanted}.")
         return self._others.setdefault(name, found)
 
     def name_of(self, config: Any) -> str | None:
@@ -56,7 +56,7 @@ class Names:
             known = self.builtin.get(config) if isinstance(config, str) else None
             fix = f"Give an object with a method {self.method}"
             fix += f", such as {known.__name__}(); names are for YAML." if known else "."
-            raise UserError(field, config, f"this is no {self.kind}", fix)
+            raise UserError(field, config, f"this cannot be used as {self.kind}", fix)
 
 
 def written(config: Any) -> str:

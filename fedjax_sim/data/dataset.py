@@ -198,7 +198,7 @@ def as_dataset(given: Any) -> Any:
         "Write fs.Dataset(name, train_images, train_labels, test_images, test_labels, num_classes), images "
         "u8[n, H, W, C]."
     )
-    raise UserError("dataset", type(given).__name__, "this is no Dataset", fix)
+    raise UserError("dataset", type(given).__name__, "this is not a Dataset", fix)
 
 
 def count_classes(*labels: np.ndarray) -> int:

@@ -191,7 +191,7 @@ def _walk(folder: Path, root: Path, above: tuple[str, ...]) -> tuple[list[Path],
             files.append(path)
         elif entry.is_symlink() and not path.exists() and path.suffix.lower() in (*EXTENSIONS, ""):
             why = f"{path.relative_to(root)} is a link to nothing ({os.readlink(path)})"
-            raise UserError("data.source", f"folder:{root}", why, "Mend or remove that link.")
+            raise UserError("data.source", f"folder:{root}", why, "Repair or remove that link.")
     return files, bare
 
 

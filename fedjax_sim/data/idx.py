@@ -101,7 +101,7 @@ def _read(file: Path, kind: str) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as e:
         raise _wrong(file, f"cannot be read ({e})") from e
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES or not content[3]:
-        raise _wrong(file, "is no idx file: it does not begin with 0, 0, a type and a number of axes")
+        raise _wrong(file, "is not an idx file: it does not begin with 0, 0, a type and a number of axes")
     axes, start = content[3], 4 + 4 * content[3]
     shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4")) if len(content) >= start else ()
     dtype = np.dtype(_TYPES[content[2]])

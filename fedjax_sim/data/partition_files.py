@@ -94,7 +94,7 @@ class Partition:
         k, sample = next((k, int(i)) for k, t in enumerate(tests) for i in t if i in trained)
         trainer = next(j for j, t in enumerate(self.train) if sample in t)
         why = (
-            f"client {k} tests on this training image, and client {trainer} trains on it; so it is with "
+            f"client {k} tests on this training image, and client {trainer} trains on it; the same holds for "
             f"{leaks} of {sum(map(len, tests))} held-out samples"
         )
         fix = "Take what is held out from every client's `train`, or test on images of the test set."
@@ -127,7 +127,7 @@ def as_partition(given: Any) -> Partition | None:
         given = [given[client] for client in range(len(given))]
     if not isinstance(given, list | tuple):
         fix = "Give a list of arrays, each client's indices into the training set, or fs.data.partition(…)."
-        raise UserError("partition", type(given).__name__, "this is no partition", fix)
+        raise UserError("partition", type(given).__name__, "this is not a partition", fix)
     return Partition(tuple(given))
 
 

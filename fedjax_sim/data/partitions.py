@@ -81,7 +81,7 @@ def _warn_of_unheld(made: Partition, dataset: Samples, config: PartitionConfig) 
         return
     why = f"{count:,} of {dataset.train_size:,} training samples are held by nobody"
     if classes:
-        why += f", and nobody trains on {named(classes)}, which the model is tested on all the same"
+        why += f", and no client trains on {named(classes)}, although the model is tested on them"
     if config.kind == "pathological":
         why += ". Use more partition.clients, or more partition.classes_per_client"
     elif config.kind == "natural" and config.clients is None:

@@ -184,7 +184,9 @@ def _own(source: str, options: Mapping[str, Any]) -> Samples:
             raise UserError(error.field, error.value, error.why, fix) from error
         raise
     if not callable(function):
-        raise UserError("data.source", source, "it is no function", "Give a function that makes a Dataset.")
+        raise UserError(
+            "data.source", source, "this is not a function", "Give a function that makes a Dataset."
+        )
     made = imports.called(function, source, "data.source", "data.options", **options)
     if not isinstance(made, Samples):
         why = f"its value is a {type(made).__name__}, not a Dataset"

@@ -311,7 +311,7 @@ def read_table(
     words = _is_text(column.type) or pa.types.is_boolean(column.type)
     task = task or ("classification" if words else "regression")
     if task == "regression" and words:
-        why = f"{target} is no number, and regression tells numbers"
+        why = f"{target} is not a number, and regression predicts numbers"
         raise UserError("data.source", f"task={task}", why, "Leave task out, or name another target.")
     answers, class_names = np.asarray(column.to_numpy(zero_copy_only=False)), ()
     if task == "classification":

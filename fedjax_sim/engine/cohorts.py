@@ -106,7 +106,7 @@ class Schedule:
         try:
             clients, cohorts = read["clients"], [_ids(cohort) for cohort in read["cohorts"]]
         except (KeyError, TypeError):
-            raise _bad(path, "it is no schedule of cohorts") from None
+            raise _bad(path, "this is not a schedule of cohorts") from None
         if type(clients) is not int or clients < 1:
             raise _bad(path, f"its number of clients is {clients!r}")
         if not cohorts or not cohorts[0]:

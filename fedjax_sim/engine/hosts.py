@@ -62,14 +62,15 @@ def join(address: str = "auto", processes: int | None = None, process: int | Non
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
-            "--join", address, "it is no address", "Write HOST:PORT of the first process, or auto."
+            "--join", address, "this is not an address", "Write HOST:PORT of the first process, or auto."
         )
     if processes is None or processes < 1:
         raise UserError(
             "--processes", processes, "an address needs the number of processes", "Give it, from 1."
         )
     if process is None or not 0 <= process < processes:
-        raise UserError("--process", process, "it is none of them", f"Give this one's, 0 to {processes - 1}.")
+        why = "an address needs the number of this process"
+        raise UserError("--process", process, why, f"Give one from 0 to {processes - 1}.")
     if process == 0:
         _check_free(host, int(port))
     else:

@@ -68,7 +68,7 @@ def from_flax(
     shape = check_shapes(input_shape, num_classes)
     if not isinstance(module, nn.Module):
         raise UserError(
-            "model", type(module).__name__, "this is no flax.linen.Module", "Give an instance of one."
+            "model", type(module).__name__, "this is not a flax.linen.Module", "Give an instance of one."
         )
     accepts = _keywords(module)
     own_mask = accepts("mask") if takes_mask is None else takes_mask
@@ -275,7 +275,7 @@ def _check_output(seen: tracing.Trace, name: str, num_classes: int) -> None:
             )  # fmt: skip
     if seen.keys:
         raise UserError(
-            "model", name, f"{'/'.join(seen.keys[0])} is a random key, and of clients' keys there is no mean",
+            "model", name, f"{'/'.join(seen.keys[0])} is a random key; these have no mean over clients",
             "Draw from `self.make_rng(\"dropout\")`, which is new in every step.",
         )  # fmt: skip
 

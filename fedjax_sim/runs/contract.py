@@ -216,7 +216,7 @@ class _Contract:
         for path, leaf in jax.tree_util.tree_leaves_with_path(out):
             if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float):
                 place = jax.tree_util.keystr(path)
-                why = f"returned{' at ' + place if place else ''} a {type(leaf).__name__}, which is no array"
+                why = f"returned{' at ' + place if place else ''} a {type(leaf).__name__}, not an array"
                 raise self._wrong(where, why, "Return arrays, in dicts, tuples or flax dataclasses.")
 
     def _stacks(self, own: Algorithm, state: Any, *args: Any) -> None:

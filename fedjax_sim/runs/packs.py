@@ -276,7 +276,7 @@ def _parsed(path: Path, version: tuple[int, ...]) -> dict[str, Any]:
         why = f"its format is {content['format']}, and this fedjax_sim reads {FORMAT}"
         raise UserError("pack", str(path), why, "Use the fedjax_sim that wrote it.")
     if not all(isinstance(content[part], dict) for part in ("shared", "runs")):
-        raise TypeError("it is no pack of runs")
+        raise TypeError("this is not a pack of runs")
     return content
 
 

@@ -79,8 +79,8 @@ def test_colour_and_labels_that_start_at_one(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda whole: b"hello world", "is no idx file"),
-        (lambda whole: b"", "is no idx file"),
+        (lambda whole: b"hello world", "is not an idx file"),
+        (lambda whole: b"", "is not an idx file"),
         (lambda whole: whole[:10], "holds 10 bytes, and its first ones say at least 16"),
         (lambda whole: whole[:-1], r"holds 255 bytes, and its first ones say 256 \(shape \(12, 5, 4\)\)"),
         (lambda whole: whole + b"\0", "holds 257 bytes"),

@@ -324,10 +324,13 @@ def test_matching_tests_follow_the_label_mix_of_the_client():
     [
         (
             PartitionConfig("pathological", clients=2),
-            "nobody trains on classes 1, 2, 4, 6, 7 ….*more partition",
+            "no client trains on classes 1, 2, 4, 6, 7 ….*more partition",
         ),
-        (PartitionConfig("dirichlet-classes", clients=2, alpha=0.01), "nobody trains on classes"),
-        (PartitionConfig("iid", clients=1, samples_per_client=10), "1,428 of 1,438.*nobody trains on class"),
+        (PartitionConfig("dirichlet-classes", clients=2, alpha=0.01), "no client trains on classes"),
+        (
+            PartitionConfig("iid", clients=1, samples_per_client=10),
+            "1,428 of 1,438.*no client trains on class",
+        ),
     ],
 )
 def test_classes_that_nobody_trains_on_are_told(config, says):

@@ -121,7 +121,7 @@ def test_users_are_clients_of_a_natural_partition(tmp_path, rng):
         ("#target=prize", "no such column.*price"),
         ("#target=price,user=town2", "no such column.*town"),
         ("#target=price,user=price", "the same column"),
-        ("#target=kind,task=regression", "regression tells numbers"),
+        ("#target=kind,task=regression", "regression predicts numbers"),
         ("#target=price,task=ranking", "no such task"),
         ("#target=price,test=2", "not between 0 and 1"),
         ("#target=price,test=part", "neither a share nor a column"),

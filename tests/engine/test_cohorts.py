@@ -78,9 +78,9 @@ def test_a_schedule_is_what_was_saved(tmp_path):
     [
         ("{", "cannot be read as JSON"),
         ('{"clients": 6, "cohorts": [[0, 1]], "cohorts": [[2, 3]]}', "the key 'cohorts' twice"),
-        ("[]", "no schedule"),
-        ('{"clients": 6}', "no schedule"),
-        ('{"clients": 6, "cohorts": [[0, "1"]]}', "no schedule"),
+        ("[]", "not a schedule"),
+        ('{"clients": 6}', "not a schedule"),
+        ('{"clients": 6, "cohorts": [[0, "1"]]}', "not a schedule"),
         ('{"clients": 0, "cohorts": [[0, 1]]}', "number of clients"),
         ('{"clients": 6, "cohorts": []}', "no cohort"),
         ('{"clients": 6, "cohorts": [[0, 1], [2]]}', "cohort 1 has 1"),

@@ -173,7 +173,7 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
     "a string as metric": (
         own(merge=lambda state, cohort, starts, results, key: (results.mean, {"a": "b"})),
         "merge",
-        "a str, which is no array",
+        "a str, not an array",
     ),
     "half precision": (
         own(init=lambda key, variables: half(variables)),
