@@ -3,9 +3,11 @@
     python scripts/structure.py [FOLDER]        a package's folder; by default this repository's
 
 Of another revision: git worktree add /tmp/old REVISION, then FOLDER is /tmp/old/fedjax_sim.
-A room is a folder of the package, or a module that lies in none. Imports are those anywhere in a file, also in
-functions. An import of a room that stands later in `STOREYS` is upward; a revision without these rooms has none
-to count. The cyclomatic number is one more than the branches of a function, without those of functions inside.
+
+A room is a folder of the package, or a module that lies in none. Imports are those anywhere in a file, also
+in functions. An import of a room that stands later in `STOREYS` is upward; a revision without these rooms has
+none to count. The cyclomatic number is one more than the branches of a function, without those of functions
+that stand inside it.
 """
 
 import ast

@@ -48,4 +48,4 @@ class NotWritten(UserError):
         """The one for an error of the system; `then` is what to do once it can be written again."""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = f"it cannot be written: {error.strerror or ' '.join(str(error).split())}"
-        return cls(field, value, why, f"{'Make room' if full else 'Repair that'}, then {then}.")
+        return cls(field, value, why, f"{'Make room' if full else 'Fix that'}, then {then}.")

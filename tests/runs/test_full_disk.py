@@ -156,7 +156,7 @@ def test_a_full_disk_has_a_status_of_its_own(monkeypatch, capsys):
     monkeypatch.setattr(commands, "_run", fails)
     assert commands.main(["run"]) == 1
     assert capsys.readouterr().err == (
-        "error: output.dir = 'x': it cannot be written: Input/output error. Repair that, then start it again.\n"
+        "error: output.dir = 'x': it cannot be written: Input/output error. Fix that, then start it again.\n"
     )
 
 
