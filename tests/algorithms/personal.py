@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
@@ -61,7 +62,7 @@ def row(stack, k):
 
 def rows_of(algorithm, state, ids):
     """What clients hold, one model each."""
-    stack = algorithm.personal_models(state, np.asarray(ids, np.int32))
+    stack = algorithm.personal_models(state, jnp.asarray(ids, jnp.int32))
     return [row(stack, k) for k in range(len(ids))]
 
 

@@ -1,6 +1,7 @@
 """The two controls, client by client against NumPy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedjax_sim.algorithms import FedIndep, Local
@@ -41,6 +42,7 @@ def test_local_lets_each_client_keep_its_own():
     oracles.assert_trees_close(
         simulation.variables["params"], oracles.weighted_mean(list(own.values()), [1] * 5)
     )
-    personal = simulation.setup.algorithm.personal_models(simulation.state.algorithm, np.array([4, 0]))
+    state, ids = simulation.state.algorithm, jnp.asarray([4, 0], jnp.int32)
+    personal = simulation.setup.algorithm.personal_models(state, ids)
     oracles.assert_trees_close(_slot(personal, 0)["params"], own[4])
     oracles.assert_trees_close(_slot(personal, 1)["params"], own[0])

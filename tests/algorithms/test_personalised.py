@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -39,7 +40,7 @@ def simulate(algorithm, **keywords):
 
 def stack_of(simulation):
     """What all clients hold, [N, …]."""
-    ids = np.arange(simulation.setup.num_clients, dtype=np.int32)
+    ids = jnp.arange(simulation.setup.num_clients, dtype=jnp.int32)
     return jax.device_get(simulation.setup.algorithm.personal_models(simulation.state.algorithm, ids))
 
 

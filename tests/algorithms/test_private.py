@@ -71,9 +71,8 @@ def test_layout_does_not_show_and_the_stack_is_sharded():
         state = simulation.state.algorithm
         for leaf in jax.tree.leaves(state.private):
             assert leaf.addressable_shards[0].data.shape[0] == 8 // layout["devices"]
-        held.append(
-            jax.device_get(simulation.setup.algorithm.personal_models(state, np.arange(8, dtype=np.int32)))
-        )
+        own = simulation.setup.algorithm.personal_models(state, jnp.arange(8, dtype=jnp.int32))
+        held.append(jax.device_get(own))
     for other in held[1:]:
         oracles.assert_trees_close(other, held[0], rtol=2e-5, atol=2e-6)
 
@@ -156,7 +155,8 @@ def test_fedmr_recombines_what_is_shared_and_leaves_what_is_private():
                 assert min(near) < 1e-5
                 left.pop(int(np.argmin(near)))
         own.update({c: model["fc3"] for c, model in zip(ids, trained, strict=True)})
-        after = simulation.setup.algorithm.client_models(state, np.array([2, 0]), np.array([ids[2], ids[0]]))
+        slots, clients = jnp.int32([2, 0]), jnp.int32([ids[2], ids[0]])
+        after = simulation.setup.algorithm.client_models(state, slots, clients)
         for place, slot in enumerate((2, 0)):
             held = personal.row(after, place)["params"]
             oracles.assert_trees_equal(held["fc1"], got[slot]["fc1"])

@@ -312,9 +312,8 @@ def test_fedexp(algorithm):
         if algorithm.averages and number > 1:
             expected = weighted_mean([expected, iterates[number - 1]], [1, 1])
         oracles.assert_trees_close(simulation.variables["params"], expected)
-        held = simulation.setup.algorithm.client_models(
-            simulation.state.algorithm, np.arange(2), np.arange(2)
-        )
+        two = jnp.arange(2, dtype=jnp.int32)
+        held = simulation.setup.algorithm.client_models(simulation.state.algorithm, two, two)
         oracles.assert_trees_close(jax.tree.map(lambda leaf: leaf[1], held)["params"], iterates[number])
     assert max(rates) > 1.05
 
