@@ -11,17 +11,17 @@ from pathlib import Path
 # Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Most of the time goes into compiling, and the programs are small: what LLVM's higher levels and XLA's newer
-# emitter of fusions would gain is less than they cost. Not level 0, which compiles faster still: two programs
-# of one sum then differ in the sixth digit, and tests of a thing in two ways hold it to the seventh.
+# Most of the time goes into compiling, and the programs are small: what LLVM's levels above 0 and XLA's newer
+# emitter of fusions would gain is less than they cost. At level 0 two programs of one sum may differ in the
+# sixth digit; a test that holds them to the seventh asks for the fixture `optimised`.
 # Other runs keep XLA's choices. XLA after jaxlib 0.10 has no other emitter, and a flag that it does not
 # know ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1"
     if version("jaxlib").startswith("0.10.")
-    else "--xla_backend_optimization_level=1",
+    else "--xla_backend_optimization_level=0",
 )
 # Nobody looks up the Python lines behind a compiled test's instructions: a tenth of tracing and lowering.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
@@ -79,6 +79,15 @@ def _machine() -> str:
     except (OSError, StopIteration):
         told = platform.processor()
     return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
+
+
+@pytest.fixture
+def optimised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of the engine are compiled at the level that runs use."""
+    from fedjax_sim.engine import programs
+
+    options = {"xla_backend_optimization_level": programs.CPU_LEVEL}
+    monkeypatch.setattr(programs, "_compiler_options", lambda platform: options)
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Compiled programs, one for each shape of their arguments, shared by the runs of one process.
 
-JAX's own cache on disk will not do for a program of several CPU devices that exchange data: jaxlib 0.10 runs
-one that it has read from there without the order among independent exchanges that a freshly compiled one
-keeps, so that two devices may wait in two different ones, for ever. Such programs are compiled outside of
-that cache, and found again in memory by their text.
+On CPUs programs are found again in memory by their text. JAX's own cache on disk serves those of one device
+alone: of a program of several CPU devices that exchange data, read from there, jaxlib 0.10 does not keep the
+order among independent exchanges that it keeps of a freshly compiled one, so that two devices may wait in two
+different ones, for ever.
 
 On CPUs LLVM optimises at level 1, not 3: compiling takes less time, of forward passes and initial states much
 less, and the programs run as fast, since products and convolutions are library calls and loops are vectorised
@@ -44,14 +44,12 @@ class CachedJit:
         joined.__name__ = getattr(function, "__name__", joined.__name__)  # what profiles and logs show
         donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
         platform = mesh.devices.flat[0].platform
+        compiler = _compiler_options(platform)
         self._jitted: Any = jax.jit(
-            joined,
-            static_argnums=0,
-            donate_argnums=donated,
-            compiler_options=_compiler_options(platform),
-            **options,
+            joined, static_argnums=0, donate_argnums=donated, compiler_options=compiler, **options
         )
-        self._plain = mesh.size == 1 or platform != "cpu"
+        self._plain = platform != "cpu"
+        self._place = mesh.size, tuple(compiler.items())
         self._compiled: dict[Any, Any] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -63,7 +61,8 @@ class CachedJit:
         shape = packing, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rest))
         if shape not in self._compiled:
             with settled():
-                self._compiled[shape] = _compile(self._jitted.lower(packing, words, *rest), shape)
+                lowered = self._jitted.lower(packing, words, *rest)
+                self._compiled[shape] = _compile(lowered, shape, *self._place)
         return self._compiled[shape](words, *rest)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
@@ -130,19 +129,23 @@ def _pack(args: Any) -> tuple[_Packing, np.ndarray, Any]:
 
 
 _RECENT: OrderedDict[Any, jax.stages.Compiled] = OrderedDict()
-MAX_CACHED = 16
+MAX_CACHED = 64
 _ON_DISK = "jax_enable_compilation_cache"
 
 
-def _compile(lowered: jax.stages.Lowered, shape: Any) -> jax.stages.Compiled:
-    """Compiled now, or in one of the last programs of this process that had the same text.
+def _compile(lowered: jax.stages.Lowered, shape: Any, devices: int, options: Any) -> jax.stages.Compiled:
+    """Compiled now, or found among the last programs of this process by its text.
 
-    `shape`: of all arguments, as the text has only those that it uses.
+    Args:
+      lowered: the program.
+      shape: of all arguments, as the text has only those that it uses.
+      devices: of the mesh; the program of one device may come from the cache on disk.
+      options: of the compiler.
     """
     text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    name = text, shape, lowered.out_tree
+    name = text, shape, lowered.out_tree, devices, options
     if name not in _RECENT:
-        with _without_disk():
+        with _without_disk() if devices > 1 else contextlib.nullcontext():
             _RECENT[name] = lowered.compile()
         if len(_RECENT) > MAX_CACHED:
             _RECENT.popitem(last=False)

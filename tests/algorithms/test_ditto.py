@@ -92,6 +92,7 @@ def test_both_models_are_numpys(layout):
     ],
     ids=lambda inner: type(inner).__name__,
 )
+@pytest.mark.usefixtures("optimised")
 def test_the_algorithm_inside_is_untouched(inner):
     """Bit for bit, with what it keeps on clients, and batch statistics."""
     model = personal.normed()

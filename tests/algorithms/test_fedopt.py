@@ -8,7 +8,7 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, FedAdam, FedAvg, FedAvgM, FedOpt, FedProx, FedYogi, Scaffold
-from fedjax_sim.core.algorithm import Cohort, Results
+from fedjax_sim.core.algorithm import Cohort, Results, Starts
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import personal
@@ -124,7 +124,7 @@ def test_a_round_that_nobody_survived_changes_nothing(means):
     record = algorithm.build(CONTEXT)
     x = record.deploy(state)
     lost = Results(None, x, None, np.zeros(3, bool), np.zeros(3))
-    after, _ = record.merge(state, COHORT, None, lost, None)
+    after, _ = record.merge(state, COHORT, Starts(x), lost, None)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), jax.device_get(state))
     assert np.abs(jax.tree.leaves(state.memory)[0]).max() > 1e-2
 

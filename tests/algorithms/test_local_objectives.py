@@ -73,8 +73,8 @@ ZEROS = {
 }
 
 
-@pytest.fixture(scope="module")
-def fedavg():
+@pytest.fixture
+def fedavg(optimised):
     simulation = simulate(FedAvg(), model=personal.normed())
     start = jax.device_get(simulation.variables)
     oracles.run(simulation)
