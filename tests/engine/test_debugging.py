@@ -35,10 +35,15 @@ class Small(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train=False, mask=None):
-        x = nn.Dense(4, name="fc1")(x.reshape(x.shape[0], -1))
-        x = nn.Dense(4, name="middle")(nn.relu(x))
+        x = x.reshape(x.shape[0], -1)
+        models.peel(self, "fc1", x)
+        x = nn.relu(nn.Dense(4, name="fc1")(x))
+        models.peel(self, "middle", x)
+        x = nn.Dense(4, name="middle")(x)
         x = nn.relu(BatchNorm(name="bn")(x, train=train, mask=mask))
-        return nn.Dense(3, name="fc2")(nn.Dropout(0.5, deterministic=not train)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        models.peel(self, "fc2", x)
+        return nn.Dense(3, name="fc2")(x)
 
 
 def pair(**settings):
@@ -248,7 +253,14 @@ def test_an_observer_sees_numbers_and_a_cut_run_goes_on(tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_in_either_mode(tmp_path):
     output = fs.OutputConfig(dir=str(tmp_path / "run"), progress=False, figures=False, tensorboard=False)
-    config = fs.RunConfig(rounds=1, data=fs.DataConfig("diabetes"), output=output)
+    config = fs.RunConfig(
+        rounds=1,
+        data=fs.DataConfig("diabetes"),
+        partition=fs.PartitionConfig("iid", clients=3),
+        model=fs.ModelConfig("mlp", options={"hidden": (4,)}),
+        local=fs.LocalConfig(steps=2, epochs=None),
+        output=output,
+    )
     fs.run(config)
     fs.resume(tmp_path / "run", rounds=2, debug=True)
     run = fs.resume(tmp_path / "run", rounds=3)
