@@ -4,8 +4,9 @@
 
 Prints a Markdown table. Every case is a process of its own, without a cache of compiled programs. `first` is
 the wall time of a run's first round, tracing and compiling included; `compile` is that less the median of
-the rounds after it, all of which are of the same kind. Clients are ten, with 600 images each of 32×32×3;
-the probe looks at all of them. Run it on a machine that does nothing else.
+the rounds after it, all of which are of the same kind; `cpu` is the same in processor seconds of all cores,
+which say something on a busy machine too. Clients are ten, with 600 images each of 32×32×3; the probe looks
+at all of them.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 
 from rounds import equal, noise, timed, training
 
@@ -33,12 +35,17 @@ CASES = {
 }
 
 
-def seconds(case: str, rounds: int) -> list[float]:
-    """Wall time of a case's first rounds, 1 + `rounds` of them."""
+def seconds(case: str, rounds: int) -> list[tuple[float, float]]:
+    """Wall time and processor time of a case's first rounds, 1 + `rounds` of them."""
     dataset = noise(6_100)
     local = fs.LocalConfig(epochs=1, batch_size=50, momentum=0.5)
     run = training(dataset, equal(dataset, 10, 600), local=local, **CASES[case])
-    return [timed(run) for _ in range(1 + rounds)]
+    told = []
+    for _ in range(1 + rounds):
+        before = time.process_time()
+        wall = timed(run)
+        told.append((wall, time.process_time() - before))
+    return told
 
 
 def main() -> None:
@@ -51,13 +58,14 @@ def main() -> None:
     if args.one:
         print(json.dumps(seconds(args.one, args.rounds)))
         return
-    print("| case | first s | compile s | round s |\n|---|---:|---:|---:|")
+    print("| case | first s | compile s | compile cpu s | round s |\n|---|---:|---:|---:|---:|")
     for case in args.cases:
         command = [sys.executable, __file__, "--one", case, "--rounds", str(args.rounds)]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         first, *later = json.loads(said.splitlines()[-1])
-        middle = statistics.median(later)
-        print(f"| {case} | {first:.1f} | {first - middle:.1f} | {middle:.3f} |", flush=True)
+        wall, cpu = (statistics.median(times) for times in zip(*later, strict=True))
+        columns = f"{first[0]:.1f} | {first[0] - wall:.1f} | {first[1] - cpu:.1f} | {wall:.3f}"
+        print(f"| {case} | {columns} |", flush=True)
 
 
 if __name__ == "__main__":
