@@ -365,7 +365,7 @@ def test_ones_own_algorithm_has_a_name(own_module):
     [
         ("{}:Other", "algorithm.name", "cannot be imported"),
         ("{}_:Halved", "algorithm.name", "No module named"),
-        ("{}:Plain", "algorithm.name", "no algorithm"),
+        ("{}:Plain", "algorithm.name", "cannot be used as"),
         ("{}:Halved:more", "algorithm.name", "cannot be imported"),
         ({"name": "{}:Halved", "shares": 1}, "algorithm.shares", "Did you mean share"),
         ({"name": "{}:Halved", "share": "much"}, "algorithm.share", "float"),
