@@ -202,7 +202,7 @@ HARMLESS: dict[tuple[str, str], str] = {
     ): "an order is a function of client and epoch: drawn again within the epoch it is the same",
     (
         "core/stacked",
-        "leaf, AXIS",
+        "leaf = leaf",
     ): "where nothing weighs, it is the least already; to wait for the weight is the point",
     ("core/stacked", "or False:"): "an axis that the devices do not divide is filled up by XLA; only slower",
     ("engine/waves", "rest * batch"): "fewer batches than an epoch has never reach a client's count",
