@@ -5,7 +5,6 @@ shape and dtype. NumPy's format has no name for bfloat16 and its like: such a le
 `array.view(ml_dtypes.bfloat16)` gives it back; safetensors names it.
 """
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -52,14 +51,11 @@ def write(variables: Any, path: str | Path) -> Path:
       UserError: see `check`; or the file cannot be written.
     """
     path, leaves = checked_path(path), named(variables)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        (_npz if path.suffix == ".npz" else _safetensors)(leaves, unfinished)
-        os.replace(unfinished, path)
+        with paths.whole(path, f".{os.getpid()}") as unfinished:
+            (_npz if path.suffix == ".npz" else _safetensors)(leaves, unfinished)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         why = f"it cannot be written: {error.strerror or error}"
         raise UserError("path", str(path), why, "Choose another file.") from None
     return path
