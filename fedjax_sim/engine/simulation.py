@@ -66,7 +66,7 @@ class Simulation:
         self._key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
-        in_order = even and (not self._trainer.ragged or setup.devices * setup.wave == 1)
+        in_order = even and waves.in_order(setup.steps, setup.devices, setup.wave)
         context = DiagnosticContext(setup, self.mesh, self.store.put)
         self.instruments = [observer.build(context) for observer in setup.observers]
         observers = {name: o for instrument in self.instruments for name, o in instrument.observers.items()}
