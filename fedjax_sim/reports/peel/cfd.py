@@ -148,7 +148,9 @@ def slope(changes: np.ndarray) -> np.ndarray:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation, ties sharing their mean rank; 0 where either is constant."""
-    return pearson(_ranks(np.asarray(a, np.float64)), _ranks(np.asarray(b, np.float64)))
+    from scipy.stats import rankdata  # slow to load: only where ranks are asked for
+
+    return pearson(rankdata(a), rankdata(b))
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:
@@ -194,9 +196,3 @@ def association(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> Association:
     if len(a) < FEWEST:
         return Association(np.nan, np.nan, np.nan, len(a))
     return Association(pearson(a, b), spearman(a, b), partial_correlation(a, b, given), len(a))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((last - counts + last - 1) / 2)[place]
