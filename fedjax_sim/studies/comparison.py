@@ -4,9 +4,7 @@ Only like is set against like. A method that trained on another partition than t
 neither ranked nor paired. Means over different seeds are not ranked: every seed of the table must be there.
 """
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.reports.shared import comma_separated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,11 +184,7 @@ class Comparison:
     def csv(self) -> str:
         """`records` as CSV."""
         rows = self.records()
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+        return comma_separated(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
