@@ -230,7 +230,14 @@ class PersonalModel(Protocol):
 
 
 def plain_gradient(loss_and_grad: LossAndGrad, variables: Variables, batch: Batch, extra: Any, /) -> Step:
-    """The gradient as it is, of all leaves."""
+    """The gradient as it is, of all leaves.
+
+    Args:
+      loss_and_grad: (variables, batch) -> ((loss f32[], variables), gradient like `params`).
+      variables: the client's model, no slot axis.
+      batch: B samples, prepared, with their mask.
+      extra: what the step before left; passed on as it is.
+    """
     (loss, moved), gradient = loss_and_grad(variables, batch)
     return Step(loss, moved, gradient, extra)
 
@@ -250,7 +257,20 @@ def nothing_sent(
     gradient: Any,
     /,
 ) -> tuple[Any, None]:
-    """The end of a round that changes nothing and sends nothing besides the model."""
+    """The end of a round that changes nothing and sends nothing besides the model.
+
+    Args:
+      start: what the client started to train, one model.
+      trained: what came of it.
+      client_state: what the client keeps between rounds.
+      extra: as the last step left it.
+      steps: i32[], how many it took.
+      lr: f32[], the round's rate.
+      gradient: of its last step, like `params`; None if no round wants it.
+
+    Returns:
+      (`client_state` as it is, None for no upload).
+    """
     del start, trained, extra, steps, lr, gradient
     return client_state, None
 

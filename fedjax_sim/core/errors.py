@@ -45,7 +45,14 @@ class NotWritten(UserError):
 
     @classmethod
     def of(cls, field: str, value: object, error: OSError, then: str) -> "NotWritten":
-        """The one for an error of the system; `then` is what to do once it can be written again."""
+        """The error for one of the operating system.
+
+        Args:
+          field: dotted name of the setting that says where.
+          value: what it is.
+          error: of the system; a full disk has a fix of its own.
+          then: what to do once the file can be written again, as the end of a sentence without its full stop.
+        """
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         why = f"it cannot be written: {error.strerror or ' '.join(str(error).split())}"
         return cls(field, value, why, f"{'Make room' if full else 'Fix that'}, then {then}.")

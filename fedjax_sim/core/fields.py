@@ -153,7 +153,19 @@ def positive(field: str, value: float, *, divides: bool = False) -> None:
 def within(
     field: str, value: float, low: float, high: float, *, open_left: bool = False, open_right: bool = False
 ) -> None:
-    """Raises UserError unless `value` lies between `low` and `high`."""
+    """Checks that `value` lies between `low` and `high`.
+
+    Args:
+      field: dotted name of the setting.
+      value: what it is.
+      low: the lower end.
+      high: the upper end.
+      open_left: `low` itself lies outside.
+      open_right: `high` itself lies outside.
+
+    Raises:
+      UserError: it lies outside.
+    """
     inside = (value > low if open_left else value >= low) and (value < high if open_right else value <= high)
     if not inside:
         span = f"{'(' if open_left else '['}{low}, {high}{')' if open_right else ']'}"

@@ -18,7 +18,13 @@ Variables = Mapping[str, Any]
 
 
 def peel(module: nn.Module, name: str, x: jax.Array) -> None:
-    """Marks `x` as the input of the weight layer `name` of `module`: a peel point. Free unless asked for."""
+    """Marks `x` as the input of the weight layer `name` of `module`: a peel point. Free unless asked for.
+
+    Args:
+      module: the module whose method calls this.
+      name: of the weight layer in it.
+      x: f[B, …], what that layer gets.
+    """
     module.sow("peel", _PREFIX + name, x)
 
 
@@ -62,7 +68,11 @@ class Model:
     conv: str = "canonical"
 
     def init(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh variables, `params` in float32. key: a typed PRNG key."""
+        """Fresh variables, `params` in float32.
+
+        Args:
+          key: key[], typed.
+        """
         images = jnp.zeros((1, *self.input_shape), jnp.float32)
         variables = dict(self._call(key, images, init=True))
         variables.pop("peel", None)
@@ -96,7 +106,15 @@ class Model:
         return logits, {**variables, **new}
 
     def features(self, variables: Variables, *inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Outputs and, for each peel point, the input of its weight layer (evaluation mode)."""
+        """Outputs and, for each peel point, the input of its weight layer (evaluation mode).
+
+        Args:
+          variables: one model.
+          *inputs: of the module, prepared; one array f32[B, …] mostly.
+
+        Returns:
+          (outputs f32[B, outputs], name of each peel point -> [B, …]).
+        """
         logits, sown = self._call(variables, *inputs, mutable=["peel"])
         return logits, self._peeled(sown.get("peel", {}))
 
@@ -117,6 +135,16 @@ class Model:
         """As `apply`, and after the outputs the representation: the classifier's input f32[B, d].
 
         The model must have a classifier (`check_classifier`).
+
+        Args:
+          variables: one model.
+          *inputs: of the module, prepared; one array f32[B, …] mostly.
+          train: batch statistics instead of running ones, dropout on.
+          mask: bool[B], False for padding; None counts all.
+          rng: key[] for dropout.
+
+        Returns:
+          (f32[B, outputs], representation f32[B, d], variables).
         """
         state = [name for name in variables if name != "params"] if train else []
         out = self._call(variables, *inputs, train=train, mask=mask, rng=rng, mutable=[*state, "peel"])

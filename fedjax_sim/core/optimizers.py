@@ -48,7 +48,7 @@ def make(
 
     Args:
       name: as in `optax.NAME`.
-      lr: its learning rate.
+      lr: f32[] or a number, its learning rate.
       options: its further arguments.
       section: dotted name of the settings `optimizer`, `lr` and `options`, for messages.
 

@@ -38,7 +38,9 @@ class Names:
         found = imports.imported(name, field)
         method = self.method.partition("(")[0]
         if not (isinstance(found, type) and dataclasses.is_dataclass(found) and hasattr(found, method)):
-            raise UserError(field, name, f"it cannot be used as {self.kind}", f"Give {wanted}.")
+            raise UserError(
+                field, name, f"it cannot be used as {_with_article(self.kind)}", f"Give {wanted}."
+            )
         return self._others.setdefault(name, found)
 
     def name_of(self, config: Any) -> str | None:
@@ -56,7 +58,11 @@ class Names:
             known = self.builtin.get(config) if isinstance(config, str) else None
             fix = f"Give an object with a method {self.method}"
             fix += f", such as {known.__name__}(); names are for YAML." if known else "."
-            raise UserError(field, config, f"this cannot be used as {self.kind}", fix)
+            raise UserError(field, config, f"this cannot be used as {_with_article(self.kind)}", fix)
+
+
+def _with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def written(config: Any) -> str:

@@ -279,7 +279,14 @@ def summed(tree: PyTree) -> PyTree:
 
 
 def on_devices(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` without its check of replication; without jit, on one device, the function itself."""
+    """`jax.shard_map` without its check of replication; without jit, on one device, the function itself.
+
+    Args:
+      function: of the shares that one device has.
+      mesh: the devices, its axis is `AXIS`.
+      in_specs: of each argument, whether it is cut along the axis or whole on each device.
+      out_specs: likewise of the results.
+    """
     if _eager() and mesh.size == 1:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -203,6 +203,12 @@ def evaluate(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """A model on samples as they are stored, in evaluation mode.
 
+    Args:
+      model: the network.
+      task: says what goes in, the loss and the metrics.
+      variables: one model, no slot axis.
+      example: samples as they are stored, leaves [B, …].
+
     Returns:
       (loss f32[B], metric -> statistics f32[B, s]), of each sample.
     """

@@ -243,6 +243,12 @@ def union(
     three channels if any set has colour. A set that has domains already keeps them. Writer ids are
     kept, renumbered, if every set has them.
 
+    Args:
+      datasets: one or more, with the same class names in the same order.
+      name: of the union.
+      size: (height, width) in pixels.
+      preprocessing: of the union; None: theirs, which has to be the same.
+
     Raises:
       UserError: no sets, classes that differ, or preprocessing that differs and is not given.
     """

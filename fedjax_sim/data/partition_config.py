@@ -120,5 +120,12 @@ class PartitionConfig:
 
 
 def wrong(field: str, value: object, why: str, fix: str) -> UserError:
-    """The error for one field of `PartitionConfig`."""
+    """The error for one field of `PartitionConfig`.
+
+    Args:
+      field: its name, without `partition.`.
+      value: what it is.
+      why: what is wrong with it.
+      fix: what to do.
+    """
     return UserError(f"partition.{field}", value, why, fix)

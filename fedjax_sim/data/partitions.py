@@ -40,6 +40,13 @@ def partition(
     Where it leaves samples to nobody that no setting says to leave (`samples_per_client` does,
     `dirichlet-classes` by nature), or a class that nobody trains on, it warns.
 
+    Args:
+      dataset: what is cut.
+      config: how.
+      seed: of the run; `config.seed` comes before it.
+      put_aside: share of the training samples, from 0 to 1, that is the server's.
+      given: a partition that takes the place of a drawn one.
+
     Raises:
       UserError: naming the setting that cannot be met with this set.
     """
@@ -106,6 +113,12 @@ def for_server(given: Partition, dataset: Samples, fraction: float, seed: int) -
     """`given`, with samples put aside that none of its clients holds; one that has such already stays.
 
     So many as `fraction` of all training images, with the classes in the shares that the free ones have.
+
+    Args:
+      given: the clients' samples.
+      dataset: the set that they index.
+      fraction: from 0 to 1; 0 puts nothing aside.
+      seed: of the draw.
 
     Raises:
       UserError: clients hold too many of the images.

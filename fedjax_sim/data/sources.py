@@ -200,6 +200,12 @@ def load_preset(
 ) -> Dataset:
     """Looks for a preset below `data_dir`: an npz file, then an image folder, then a prepared set.
 
+    Args:
+      name: of a preset.
+      data_dir: the folder that is searched.
+      preprocessing: None: the preset's.
+      size: (height, width) in pixels of images from files; None: the preset's.
+
     Raises:
       UserError: where none is there, with every way to get it.
     """

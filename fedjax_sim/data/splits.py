@@ -28,6 +28,14 @@ def dirichlet(
     handed out once they are accepted, which gives the same distribution sooner. Two differences:
     the retries are bounded, and a draw whose remaining p are all zero (tiny alpha) counts as failed.
 
+    Args:
+      labels: i32[n], classes of the samples.
+      clients: N.
+      alpha: of the Dirichlet distribution; small ones make clients with few classes.
+      min_size: samples that each client has at least; 1 or more.
+      max_tries: draws at most.
+      rng: advances with each draw.
+
     Returns:
       The parts (disjoint and complete), and how many draws it took.
 
@@ -77,7 +85,17 @@ def _draw_cuts(
 
 
 def class_mixes(alpha: float, clients: int, num_classes: int, rng: np.random.Generator) -> np.ndarray:
-    """f64[N, C]: one Dirichlet(alpha) draw over classes for each client."""
+    """One Dirichlet(alpha) draw over classes for each client.
+
+    Args:
+      alpha: of the Dirichlet distribution.
+      clients: N.
+      num_classes: C.
+      rng: advances.
+
+    Returns:
+      f64[N, C], each row sums to 1.
+    """
     return rng.dirichlet(np.full(num_classes, alpha), clients)
 
 
@@ -100,6 +118,15 @@ def draw_counts(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator
 
     Without replacement inside a client, except where the class has fewer samples than are asked for
     (FOUND, LIPS's `dirichlet_sampling`). So clients may share samples.
+
+    Args:
+      labels: i32[n], classes of the samples.
+      counts: i64[N, C].
+      rng: advances.
+      field: dotted name of the setting that asks for them, for messages.
+
+    Raises:
+      UserError: samples are wanted of a class that has none.
     """
     members = [np.flatnonzero(labels == c) for c in range(counts.shape[1])]
     empty = [c for c, m in enumerate(members) if not len(m) and counts[:, c].any()]
@@ -122,6 +149,15 @@ def pathological(labels: np.ndarray, clients: int, per_client: int, rng: np.rand
 
     Classes are dealt so that the numbers of holders differ by one at most. Disjoint, and complete
     if clients * per_client >= classes.
+
+    Args:
+      labels: i32[n], classes of the samples.
+      clients: N.
+      per_client: classes of each, as many as are present at most.
+      rng: advances.
+
+    Raises:
+      UserError: a class has fewer samples than clients that hold it.
     """
     present = np.unique(labels)
     held = np.zeros((clients, len(present)), bool)
@@ -147,6 +183,12 @@ def shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Gen
     """McMahan et al. (2017): sort by class, cut into clients * per_client shards, deal them out.
 
     Unlike `pathological`, a shard may lie across two classes and a client may get one class twice.
+
+    Args:
+      labels: i32[n], classes of the samples.
+      clients: N.
+      per_client: shards of each.
+      rng: advances.
     """
     by_class = rng.permutation(len(labels))
     by_class = by_class[np.argsort(labels[by_class], kind="stable")]
@@ -177,8 +219,17 @@ def by_writer(
 ) -> tuple[Parts, np.ndarray]:
     """One client for each writer with `min_size` samples; a random choice of `clients` of them if given.
 
+    Args:
+      writers: i32[n], who wrote each sample.
+      clients: N; None: all writers that have enough.
+      min_size: samples that a writer needs.
+      rng: advances if `clients` is given.
+
     Returns:
       The parts, in the order of the writer ids, and i64[N]: those ids.
+
+    Raises:
+      UserError: fewer writers have enough samples than clients are wanted, or none has.
     """
     ids, counts = np.unique(writers, return_counts=True)
     enough = ids[counts >= min_size]
@@ -198,6 +249,13 @@ def quantity(count: int, clients: int, sigma: float, min_size: int, rng: np.rand
     """Sizes proportional to exp(sigma * N(0, 1)) above a floor of `min_size`; labels iid.
 
     Everyone gets the floor, and what is left is shared out (our choice: no retries needed).
+
+    Args:
+      count: n, samples to hand out; clients * max(min_size, 1) at least.
+      clients: N.
+      sigma: standard deviation of the logarithms of sizes.
+      min_size: samples that each client has at least; 1 or more.
+      rng: advances.
     """
     logs = sigma * rng.standard_normal(clients)
     weights = np.exp(logs - logs.max())

@@ -45,9 +45,18 @@ def client_key(seed: int, round_index: int, client: int) -> jax.Array:
 
 
 def shuffled(key: jax.Array, epoch: jax.Array, count: jax.Array, length: int) -> jax.Array:
-    """A uniform permutation of 0 … count-1, then the numbers from count on. -> i32[length].
+    """A uniform permutation of 0 … count-1, then the numbers from count on.
 
     Does not depend on `length`: a client's order is the same beside larger ones.
+
+    Args:
+      key: key[], of the client and round.
+      epoch: i32[], from 0.
+      count: i32[], samples of the client, `length` at most.
+      length: of the result, static.
+
+    Returns:
+      i32[length].
     """
     with settled():  # by itself; inside of a program that program's own counts
         bits = jax.random.bits(key_for(key, _ORDER, epoch), (length,), jnp.uint32) >> 1
@@ -80,8 +89,8 @@ def make_optimizer(local: LocalConfig, lr: float | jax.Array | None = None) -> o
 
     Args:
       local: names it, with its options.
-      lr: the rate to make it at; None: 1 if the round's rate scales its updates (`is_scaled`), else that of
-        round 0.
+      lr: f32[] or a number, the rate to make it at; None: 1 if the round's rate scales its updates
+        (`is_scaled`), else that of round 0.
 
     Raises:
       UserError: optax has no such optimiser, it refuses the options, or it wants more than a gradient.

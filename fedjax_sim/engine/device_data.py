@@ -105,13 +105,13 @@ class DataStore:
         return self.mesh.devices.flat[0].platform == "cpu"
 
     def put(self, array: np.ndarray) -> Any:
-        """The array, whole on every device."""
+        """The array, any shape [n, …], whole on every device."""
         if id(array) not in self._placed:
             self._placed[id(array)] = array, self._place(array, placement.replicated(self.mesh))
         return self._placed[id(array)][1]
 
     def cut(self, array: np.ndarray) -> Any:
-        """The array, each device having its share of the first axis, which they divide."""
+        """The array [n, …], which the D devices divide: each has its n / D rows."""
         return self._place(array, placement.sharded(self.mesh, len(array)))
 
     def whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class DataStore:
         return {key: self.put(leaf) for key, leaf in example.items()}
 
     def has(self, example: Mapping[str, np.ndarray]) -> bool:
-        """Whether these very samples are whole on every device."""
+        """Whether these very samples, leaves [n, …], are whole on every device."""
         return all(id(leaf) in self._placed for leaf in example.values())
 
     @property
@@ -140,5 +140,5 @@ class DataStore:
 
 
 def abstract(array: np.ndarray, sharding: NamedSharding) -> Any:
-    """An array's shape and dtype, as it would be on the devices."""
+    """The shape and dtype of an array of any shape [n, …], as it would be on the devices."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)

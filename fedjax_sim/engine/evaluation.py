@@ -77,7 +77,16 @@ class Evaluator:
         return self._forward(variables, *self.data)
 
     def function(self, variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
-        """What is compiled. Args: a model, and `data`."""
+        """What is compiled. `data` holds the last two arguments.
+
+        Args:
+          variables: one model.
+          example: the samples, [n, …] whole on each device, or [batches, B, …] cut into batches.
+          rows: i32[batches, B], into samples that are whole; None if they are cut.
+
+        Returns:
+          (loss f32[rows], metric -> statistics f32[rows, s]).
+        """
 
         def share(variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
             def batch(_: None, part: Any) -> tuple[None, Outcome]:
@@ -143,7 +152,20 @@ def of_clients(
     indices: jax.Array,
     example: Example,
 ) -> Outcome:
-    """What `ClientEvaluator` computes, as a function to be traced; arguments as there."""
+    """What `ClientEvaluator` computes, as a function to be traced.
+
+    Args:
+      model: the network.
+      task: the loss and the metrics.
+      mesh: the devices; they divide m.
+      batch_size: samples in one forward pass, t at most.
+      variables: [m, …], a model for each client.
+      indices: i32[m, t], into the pool; padding is the caller's to ignore.
+      example: the pool, whole on each device, leaves [n, …].
+
+    Returns:
+      (loss f32[m, t], metric -> statistics f32[m, t, s]).
+    """
     width = indices.shape[1]
     batch = max(1, min(batch_size, width))
     padded = -(-width // batch) * batch

@@ -101,7 +101,14 @@ def observer_request(due: Sequence[Instrument], cohort: np.ndarray) -> ObserverR
 def observe_all(
     observers: Mapping[str, Observer], view: MergeView, inputs: Mapping[str, Any], data: DeviceData
 ) -> dict[str, Any]:
-    """What the observers that `inputs` names say, by name. Traced."""
+    """What the observers that `inputs` names say, by name. Traced.
+
+    Args:
+      observers: by name.
+      view: the models of m clients, before the merge and after it.
+      inputs: name of each observer to ask -> what `Instrument.observer_inputs` gave for it.
+      data: the training set.
+    """
     return {name: observers[name].observe(view, own, data) for name, own in inputs.items()}
 
 

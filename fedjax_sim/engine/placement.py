@@ -114,6 +114,10 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A NumPy array, which every process has whole, on the devices; each process fills its own.
 
     CPU devices that have it whole share one buffer instead of holding a copy each.
+
+    Args:
+      array: of any shape [n, …].
+      sharding: of its first axis, or replicated.
     """
     mesh = cast(Mesh, sharding.mesh)
     if mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
@@ -142,6 +146,12 @@ def speed_defaults(
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
     stay in cache; an accelerator wants the device's whole share side by side.
+
+    Args:
+      execution: what the user has chosen.
+      model: whether it convolves decides on a CPU.
+      cohort_size: K.
+      devices: D.
     """
     share = -(-cohort_size // devices)
     on_cpu = jax.default_backend() == "cpu"

@@ -77,12 +77,25 @@ def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> Pla
 
 
 def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> bool:
-    """Whether slots may simply stay where they are: all alike, or one after another on one device."""
+    """Whether slots may simply stay where they are: all alike, or one after another on one device.
+
+    Args:
+      steps: i64[K], of each slot.
+      devices: D.
+      width: L, lanes of a wave.
+    """
     return (devices == 1 and width == 1) or len(np.unique(steps)) <= 1
 
 
 def padding_waste(counts: Integer[np.ndarray, " K"], plan: Plan, local: LocalConfig, width: int) -> float:
-    """Samples that go through the network over samples that should (1.0 is none wasted)."""
+    """Samples that go through the network over samples that should (1.0 is none wasted).
+
+    Args:
+      counts: i64[K], training samples of each slot's client.
+      plan: of the round.
+      local: epochs or steps, and the size of a batch.
+      width: L, lanes of a wave.
+    """
     counts = np.asarray(counts)
     done = int(np.asarray(plan.wave_steps, np.int64).sum()) * width * local.batch_size
     if local.epochs is not None:

@@ -91,7 +91,7 @@ def test_a_sweep_varies_callbacks_as_it_does_algorithms():
         ({"callbacks": [{"patience": 3}]}, r"a mapping with `name` is wanted"),
         ({"callbacks": ["nowhere:Thing"]}, r"callbacks\.0\.name.*cannot be imported"),
         ({"observers": ["peel"]}, r"observers\.0\.name = 'peel'.*section.*peel: \{every"),
-        ({"meters": ["collections:OrderedDict"]}, r"it cannot be used as meter.*build\(context\)"),
+        ({"meters": ["collections:OrderedDict"]}, r"it cannot be used as a meter.*build\(context\)"),
     ],
 )
 def test_what_no_file_may_say_of_them(mapping, told):
@@ -105,7 +105,7 @@ def test_what_no_file_may_say_of_them(mapping, told):
         ({"callbacks": [fs.KeepBest]}, r"this is a class.*KeepBest\(\)"),
         ({"callbacks": ["keep_best"]}, r"such as KeepBest\(\); names are for YAML"),
         ({"observers": [types.SimpleNamespace()]}, r"observers\.0.*method build\(context\)"),
-        ({"meters": [np.zeros(2)]}, r"meters\.0.*this cannot be used as meter"),
+        ({"meters": [np.zeros(2)]}, r"meters\.0.*this cannot be used as a meter"),
     ],
 )
 def test_what_python_may_not_give(given, told):
