@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
-from fedjax_sim.core.stacked import AXIS, averages
+from fedjax_sim.core.stacked import AXIS, averages, on_devices
 from fedjax_sim.core.task import Task, evaluate
 from fedjax_sim.engine.placement import make_mesh, replicated, sharded
 from fedjax_sim.tasks.preprocessing import Preprocessing, normalise
@@ -249,7 +249,7 @@ def _values(function, mesh, variables, directions, coefficients, images, labels)
             return jax.lax.map(point, coefficients)
 
     specs = (P(), P(), P(), P(AXIS), P(AXIS))
-    run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P(None, AXIS), check_vma=False)
+    run = on_devices(share, mesh, specs, P(None, AXIS))
     return run(variables, directions, coefficients, images, labels)
 
 
@@ -271,7 +271,7 @@ def _derived(function, mesh, derive, variables, vector, total, images, labels, c
         return total + part[None], losses
 
     specs = (P(), P(), P(AXIS), P(AXIS), P(AXIS), P(AXIS))
-    run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=(P(AXIS), P(AXIS)), check_vma=False)
+    run = on_devices(share, mesh, specs, (P(AXIS), P(AXIS)))
     return run(variables, vector, total, images, labels, counted)
 
 
