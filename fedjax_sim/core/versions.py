@@ -36,7 +36,7 @@ def check_versions(jax: str | None = None, jaxlib: str | None = None) -> None:
       ImportError: names the package, its version, what is wrong with it and the command that mends it.
     """
     for name, version in (("jax", jax), ("jaxlib", jaxlib)):
-        version = _installed(name) if version is None else version
+        version = installed(name) if version is None else version
         reason = REFUSED.get(_release(version))
         if reason is not None:
             raise ImportError(
@@ -53,7 +53,8 @@ def remedy() -> str:
     return f'{sys.executable} -m pip install --upgrade "jax>=0.10.1{excluded}" "jaxlib>=0.10.1{excluded}"'
 
 
-def _installed(name: str) -> str:
+def installed(name: str) -> str:
+    """The version of a package; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -1,7 +1,6 @@
 """Which client holds which samples: from a set and the settings to a partition."""
 
 import dataclasses
-import importlib.metadata
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.versions import installed
 from fedjax_sim.data import partition_files, splits
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
@@ -257,7 +257,7 @@ def _finish(
     parts, test = alike * parts, None if test is None else tuple(alike * test)
     recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
     recipe |= partition_files.describe(dataset)
-    recipe |= {"fedjax_sim": _version("fedjax_sim"), "numpy": np.__version__}
+    recipe |= {"fedjax_sim": installed("fedjax_sim") or "unknown", "numpy": np.__version__}
     rng_ids = np.zeros(alike, np.int32) if config.kind == "identical" else None
     return Partition(tuple(parts), test, test_from, recipe, rng_ids=rng_ids)
 
@@ -316,10 +316,3 @@ def _check_smallest(parts: splits.Parts, least: int, field: str, value: object) 
 
 def _rng(seed: int, tag: str) -> np.random.Generator:
     return np.random.default_rng([int(seed), zlib.crc32(tag.encode())])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

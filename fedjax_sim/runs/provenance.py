@@ -4,7 +4,6 @@ No path is among them, so that the record may be published and is true on anothe
 """
 
 import hashlib
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -17,6 +16,7 @@ import jax
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.versions import installed
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine.placement import cores
 
@@ -55,7 +55,7 @@ def _crc(lists: Iterable[np.ndarray], crc: int) -> int:
 
 def describe_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: installed(name) or None for name in PACKAGES}}
 
 
 SETTINGS = (
@@ -142,13 +142,6 @@ def total_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):
         return 0
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:
