@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 AXIS = "clients"
 """Name of the mesh axis over which slots are sharded."""
 
-Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 """What has a shape and a dtype."""
 
 
