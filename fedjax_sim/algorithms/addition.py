@@ -74,6 +74,13 @@ def loss_and_outputs(
 ) -> tuple[jax.Array, Variables, jax.Array, jax.Array | None]:
     """The loss inside, and what the model said of the batch, in one pass.
 
+    Args:
+      inner: the loss.
+      apply: the model in training mode.
+      variables: one model, no slot axis.
+      batch: B samples.
+      represents: the representation is wanted too.
+
     Returns:
       (loss, variables, logits f32[B, C], representation f32[B, d] if `represents`).
     """

@@ -172,7 +172,14 @@ def normalisation(model: Model) -> frozenset[Path]:
 
 
 def marked(variables: Any, leaves: Collection[Path], inside: Any, outside: Any) -> Any:
-    """A tree like `variables`: `inside` at the places of `leaves`, `outside` elsewhere."""
+    """A tree like `variables`: `inside` at the places of `leaves`, `outside` elsewhere.
+
+    Args:
+      variables: the tree whose paths it has.
+      leaves: some of these paths.
+      inside: what to put at their places.
+      outside: what to put elsewhere.
+    """
     return traverse_util.unflatten_dict(
         {path: inside if path in leaves else outside for path in _flat(variables)}
     )

@@ -127,7 +127,15 @@ def nested(
 
     It takes over how `config` trains by name; whatever else a configuration has, or will have, is as in a
     fresh one. Diagnostics that are compiled into rounds would cost their time, and nobody would see them.
-    """  # fmt: skip
+
+    Args:
+      config: of the run around it.
+      rounds: how many to train.
+      algorithm: its settings.
+      local: what a client does in a round.
+      cohort: who takes part.
+      execution: None: that of `config`.
+    """
     kept = {name: getattr(config, name) for name in _TRAINS}
     if execution is not None:
         kept["execution"] = execution

@@ -54,6 +54,14 @@ def flat(config: Any) -> dict[str, Any]:
 def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "", base: Any = None) -> Any:
     """The dataclass that `mapping` describes; fields that it does not name come from `base` or the default.
 
+    In the place of a section that `NAMED_BY` lists a bare name may stand: `model: lenet`.
+
+    Args:
+      mapping: field -> value, sections within; the name alone for one of `NAMED_BY`.
+      cls: the dataclass that is wanted.
+      path: of the section, with a dot behind it, for messages; "" at the top.
+      base: an object of `cls`; None: the defaults.
+
     Raises:
       UserError: an unknown field, or a value of the wrong type; names the field by its dotted path.
 

@@ -62,7 +62,16 @@ def conv_relu_pool(
 ) -> jax.Array:
     """max_pool(relu(conv(x)), 2) as one fused layer `name`, PyTorch's initial weights; marks its input.
 
-    f[B, H, W, C] -> f[B, H'//2, W'//2, features].
+    Args:
+      module: whose method calls this, compact; its `dtype` is the layer's.
+      x: f[B, H, W, C].
+      name: of the layer.
+      features: of the output.
+      kernel: its height and width.
+      padding: SAME or VALID.
+
+    Returns:
+      f[B, H'//2, W'//2, features], where H' and W' are the convolution's.
     """
     peel(module, name, x)
     return ConvReluPool(
@@ -85,7 +94,19 @@ def dense(
     kernel_init: Initialiser = initialisers.torch_kernel,
     bias_init: Initialiser | None = None,
 ) -> jax.Array:
-    """Adds the dense layer `name` to `module` and marks its input. f[..., C] -> f[..., features]."""
+    """Adds the dense layer `name` to `module` and marks its input.
+
+    Args:
+      module: whose method calls this, compact; its `dtype` is the layer's.
+      x: f[..., C].
+      name: of the layer.
+      features: of the output.
+      kernel_init: PyTorch's, unless another is given.
+      bias_init: None: PyTorch's, which depends on C.
+
+    Returns:
+      f[..., features].
+    """
     peel(module, name, x)
     return Dense(
         features,
@@ -97,7 +118,17 @@ def dense(
 
 
 def classifier(module: Any, x: jax.Array, name: str, **inits: Any) -> jax.Array:
-    """The last dense layer; logits are float32 whatever the compute dtype. -> f32[B, num_classes]."""
+    """Adds the last dense layer. Logits are float32 whatever the compute dtype.
+
+    Args:
+      module: whose method calls this, compact; has `num_classes` and `dtype`.
+      x: f[B, d], the representation.
+      name: of the layer.
+      **inits: `kernel_init` and `bias_init`, as for `dense`.
+
+    Returns:
+      f32[B, num_classes].
+    """
     return dense(module, x, name, module.num_classes, **inits).astype(jnp.float32)
 
 
@@ -116,7 +147,17 @@ def global_mean(x: jax.Array) -> jax.Array:
 
 
 def padded_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    """Max pooling with `padding` rows and columns on every side which never win. f[B, H, W, C]."""
+    """Max pooling with `padding` rows and columns on every side which never win.
+
+    Args:
+      x: f[B, H, W, C].
+      window: its height and width.
+      stride: of the window.
+      padding: rows and columns that are added on every side.
+
+    Returns:
+      f[B, H', W', C].
+    """
     lowest = jnp.finfo(x.dtype).min
     side = (padding, padding)
     x = jnp.pad(x, ((0, 0), side, side, (0, 0)), constant_values=lowest)

@@ -63,7 +63,17 @@ class Picture(Figure):
 def new_figure(
     columns: int = 1, rows: int = 1, width: float = 4.0, height: float = 3.0
 ) -> tuple[Figure, Any]:
-    """A figure and its axes, an array [rows, columns]."""
+    """A figure and its axes.
+
+    Args:
+      columns: of axes.
+      rows: of axes.
+      width: of each, in inches.
+      height: of each, in inches.
+
+    Returns:
+      (figure, axes[rows, columns]).
+    """
     figure = Picture(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -235,7 +245,17 @@ def shade(depth: int, names: Sequence[str]) -> Any:
 
 
 def bar(figure: Figure, mappable: Any, axes: Any, label: str) -> Any:
-    """What colours mean, beside `axes`."""
+    """Draws a bar that says what colours mean, beside `axes`.
+
+    Args:
+      figure: gets the bar.
+      mappable: what has the colours and their scale.
+      axes: one, or an array of those that it is for.
+      label: what its numbers are.
+
+    Returns:
+      Matplotlib's colorbar.
+    """
     made = figure.colorbar(mappable, ax=axes, shrink=0.9, pad=0.02)
     made.set_label(label, fontsize=9)
     made.ax.tick_params(labelsize=8)

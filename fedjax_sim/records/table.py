@@ -63,7 +63,14 @@ class Row(NamedTuple):
 
 
 def make_row(number: int, metric: str, value: float, **where: Any) -> Row:
-    """A row of round `number`; for a value that is not defined one that says so."""
+    """A row of round `number`; for a value that is not defined one that says so.
+
+    Args:
+      number: of the round, from 1.
+      metric: its name.
+      value: the number; one that is not finite is not defined.
+      **where: `layer`, `client` and `state`, as in `Row`.
+    """
     if math.isfinite(value):
         return Row(number, metric, float(value), **where)
     return Row(number, f"undefined/{metric}", 1.0, **where)
@@ -159,7 +166,17 @@ class Table:
     def series(
         self, metric: str, *, layer: str = "", client: int = -1, state: str = ""
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One number over time: (rounds i32[T], values f64[T]); empty if it was never recorded."""
+        """One number over time.
+
+        Args:
+          metric: its name.
+          layer: at which layer, or "".
+          client: of which client, or -1.
+          state: of which model, or "".
+
+        Returns:
+          (rounds i32[length], values f64[length]); empty if it was never recorded.
+        """
         wanted = {"metric": metric, "layer": layer, "state": state}
         chosen = np.asarray(self._clients, np.int32) == client
         for name, text in wanted.items():

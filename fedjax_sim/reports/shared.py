@@ -158,8 +158,16 @@ AGAIN = "give the same command again"
 
 
 def home_of(given: Given, found: Sequence[Group], name: str, alone: str) -> Path:
-    """Where a report goes by default: `name` in a sweep's folder or beside the first of several runs, `alone`
-    in the folder of a single one.
+    """Where a report goes by default.
+
+    It is `name` in a sweep's folder or beside the first of several runs, `alone` in the folder of a single
+    one.
+
+    Args:
+      given: what the report is of.
+      found: the groups of it; the first has a run.
+      name: of the folder for a sweep or for several runs.
+      alone: of the folder for a single run.
 
     Raises:
       UserError: the first run is in memory.

@@ -41,7 +41,14 @@ class UnderWay:
     """
 
     def __init__(self, config: RunConfig, folder: Path | None, metrics: Table, variables: Callable[[], Any]):
-        """`variables`: gives the deployed model as it now is, on the devices."""
+        """Of a run that is about to begin.
+
+        Args:
+          config: the run's configuration.
+          folder: where it is; None if nothing is written.
+          metrics: the rows of all rounds so far; grows with the run.
+          variables: gives the deployed model as it now is, on the devices.
+        """
         self.config, self.folder, self.metrics = config, folder, metrics
         self._variables, self._made = variables, None
         self._number = 0

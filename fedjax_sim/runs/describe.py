@@ -53,9 +53,22 @@ def with_given(
     algorithm: Any = None,
     **lists: Sequence[Any] | None,
 ) -> RunConfig:
-    """`config` with the algorithm and the `lists` (observers, meters, callbacks) that are given, saying in
-    `given` what of all this a file cannot hold.
-    """  # fmt: skip
+    """`config` with what Python has given.
+
+    It has the algorithm and the `lists` that are given, and says in `given` what of all this a file cannot
+    hold.
+
+    Args:
+      config: the configuration.
+      dataset: the samples. None, here and below: it is not given.
+      partition: the clients' samples.
+      model: the network.
+      algorithm: takes the place of `config.algorithm`.
+      **lists: observers, meters and callbacks; each takes the place of the configuration's.
+
+    Raises:
+      UserError: one of the lists is no list.
+    """
     said = dict(config.given)
     for kind, entries in lists.items():
         if entries is not None:
@@ -142,7 +155,17 @@ def dataset_of(config: RunConfig, about: dict[str, Any], given: Samples | None) 
 def partition_of(
     folder: Folder, config: RunConfig, about: dict[str, Any], dataset: Samples | None
 ) -> Partition:
-    """The run's partition: from its file, or drawn again where that was not kept."""
+    """The run's partition: from its file, or drawn again where that was not kept.
+
+    Args:
+      folder: of the run.
+      config: its configuration.
+      about: its record of provenance.
+      dataset: what it was given; None: loaded by the configuration.
+
+    Raises:
+      UserError: the file is missing and the configuration gives another partition than the run had.
+    """
     if folder.partition.is_file():
         return data.load_partition(folder.partition, dataset)
     drawn = data.partition(
@@ -162,7 +185,14 @@ def partition_of(
 def recipe_of(
     folder: Folder, config: RunConfig, about: dict[str, Any], partition: Callable[[], Partition]
 ) -> Mapping[str, Any]:
-    """`Run.recipe`, from the record; those of older versions do not have it."""
+    """`Run.recipe`, from the record; those of older versions do not have it.
+
+    Args:
+      folder: of the run.
+      config: its configuration.
+      about: its record of provenance.
+      partition: gives the run's partition; called only where the record does not say enough.
+    """
     if "partition" in about:
         return about["partition"]
     wanted = config.partition

@@ -40,8 +40,17 @@ def load_run(
     algorithm: Any = None,
     meters: Sequence[Any] | None = None,
 ) -> Run:
-    """Opens a run's folder to look at it. Nothing is trained; `variables` and `best_variables` are read when
-    asked for. What Python gave is mostly not needed; where it is, the error says so.
+    """Opens a run's folder to look at it.
+
+    Nothing is trained; `variables` and `best_variables` are read when asked for. What Python gave is mostly
+    not needed; where it is, the error says so.
+
+    Args:
+      folder: of the run.
+      dataset: what `run` was given, as the next three.
+      model: likewise.
+      algorithm: likewise.
+      meters: likewise.
 
     Raises:
       UserError: no run is there, or its configuration is of another version.
@@ -99,6 +108,13 @@ def restored(
 
     It has neither the run's own observers nor its callbacks; meters carry numbers from round to round, which
     are part of its state.
+
+    Args:
+      folder: of the run.
+      dataset: what `run` was given, as the next three.
+      model: likewise.
+      algorithm: likewise.
+      meters: likewise.
 
     Raises:
       UserError: as `resume`; no checkpoint is sound; or the run is finished and its last one is not.

@@ -59,6 +59,15 @@ class Bar:
     """
 
     def __init__(self, config: RunConfig, start: int, clients: int, table: Table, headline: str = "accuracy"):
+        """Begins to show a run.
+
+        Args:
+          config: of the run.
+          start: rounds that are done already.
+          clients: of a round, for clients/s.
+          table: the run's rows so far.
+          headline: the metric that is shown.
+        """
         self._clients, self._pace = clients, 0.0
         self._done, self._start, self._rounds = start, start, config.rounds
         known = table.series(headline)[1]

@@ -100,6 +100,22 @@ def conv_general_dilated(
 
     What the implementations do not cover (other than two spatial axes, transposed convolutions, an explicit
     precision) goes to XLA as it is.
+
+    Args:
+      lhs: f32[B, H, W, C], the input.
+      rhs: f32[kh, kw, C / groups, F], the kernel.
+      window_strides: of the window, one for each spatial axis.
+      padding: SAME, VALID, or (low, high) for each spatial axis.
+      lhs_dilation: of the input; None: 1.
+      rhs_dilation: of the kernel; None: 1.
+      dimension_numbers: read only where XLA does it; the implementations take NHWC and HWIO, as flax has
+        them.
+      feature_group_count: groups of features.
+      precision: None, or XLA does it.
+      **unused: further arguments of `lax.conv_general_dilated`; ignored.
+
+    Returns:
+      f32[B, H', W', F].
     """
     odd = lhs.ndim != 4 or precision is not None or any(d != 1 for d in lhs_dilation or ())
     if odd:
@@ -168,9 +184,18 @@ def max_pool(x: jax.Array, window: int = 2, strides: int | None = None) -> jax.A
 
 
 def conv_relu_pool(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, padding: str = "VALID") -> jax.Array:
-    """max_pool(relu(conv(x, kernel) + bias), 2), stride 1. f32[B, H, W, C] -> f32[B, H'//2, W'//2, F].
+    """max_pool(relu(conv(x, kernel) + bias), 2), stride 1.
 
     Where several of a window's four values are the maximum, the first (row by row) takes the gradient.
+
+    Args:
+      x: f32[B, H, W, C].
+      kernel: f32[kh, kw, C, F].
+      bias: f32[F].
+      padding: SAME or VALID.
+
+    Returns:
+      f32[B, H'//2, W'//2, F], where H' and W' are the convolution's.
     """
     pads = jax.lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (1, 1), padding)
     geometry = Geometry((1, 1), (tuple(pads[0]), tuple(pads[1])), (1, 1), 1)  # type: ignore[arg-type]
@@ -331,7 +356,17 @@ _WIDE = 16
 
 
 def best_tile(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry, even: bool = False) -> Tile:
-    """The a×b tile of least estimated cost on one CPU core; see `_cost`."""
+    """The a×b tile of least estimated cost on one CPU core; see `_cost`.
+
+    Args:
+      shape: [B, H, W, C], of the input.
+      kernel_shape: [kh, kw, C, F].
+      g: strides, padding, dilation and groups.
+      even: a and b have to be even, as for pooling.
+
+    Returns:
+      (a, b), outputs at a time.
+    """
     sides = (2, 4) if even else (1, 2, 4)
     return min(((a, b) for a in sides for b in sides), key=lambda t: _cost(shape, kernel_shape, g, t))
 

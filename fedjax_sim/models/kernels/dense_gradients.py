@@ -31,7 +31,21 @@ _BLOCK = 2**16
 
 
 def dot_general(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any = None, **more: Any):
-    """Takes the place of `lax.dot_general` in `flax.linen.Dense`."""
+    """Takes the place of `lax.dot_general` in `flax.linen.Dense`.
+
+    What has not two axes, or many samples, or an explicit precision, goes to XLA as it is.
+
+    Args:
+      lhs: f32[B, d], the input.
+      rhs: f32[d, width], the kernel.
+      dimension_numbers: read only where XLA does it; as flax has them, the last axis of `lhs` by the first of
+        `rhs`.
+      precision: None, or XLA does it.
+      **more: further arguments of `lax.dot_general`, for XLA.
+
+    Returns:
+      f32[B, width].
+    """
     if lhs.ndim == 2 and len(lhs) <= _FEW and precision is None and current_conv_impl() != "xla":
         return _few(current_conv_impl() == "auto" and rhs.size >= _LARGE, lhs, rhs)
     return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision=precision, **more)

@@ -45,7 +45,14 @@ class Layout(NamedTuple):
 
 
 def layout(shape: Sequence[int], kernel_shape: Sequence[int], g: Geometry, tile: Tile) -> Layout:
-    """Cuts the outputs of a convolution into tiles. shape: [B, H, W, C]; kernel_shape: [kh, kw, C, F]."""
+    """Cuts the outputs of a convolution into tiles.
+
+    Args:
+      shape: [B, H, W, C], of the input.
+      kernel_shape: [kh, kw, C, F].
+      g: strides and padding; no dilation.
+      tile: (a, b), outputs at a time.
+    """
     out, tiles, step, blocks, padded = [], [], [], [], []
     for axis in (0, 1):
         size, low_high = shape[1 + axis], g.padding[axis]
@@ -87,7 +94,16 @@ class Way(Protocol):
         ...
 
     def forward(self, x: jax.Array, kernel: jax.Array, order: list[Tile]) -> tuple[jax.Array, Any]:
-        """(y, what `backward` needs)."""
+        """The convolution of tiles.
+
+        Args:
+          x: f32[B, H, W, C].
+          kernel: f32[kh, kw, C, F].
+          order: the a * b outputs of a tile, `rowwise` or `phasewise`.
+
+        Returns:
+          (y […, columns], what `backward` needs). The module says how y is ordered.
+        """
         ...
 
     def backward(
@@ -98,15 +114,45 @@ class Way(Protocol):
         dy: jax.Array,
         order: list[Tile],
     ) -> tuple[jax.Array, jax.Array]:
-        """(dx, dkernel) of a cotangent in the form of `y`."""
+        """The gradients by the input and by the kernel.
+
+        Args:
+          shape: [B, H, W, C], of the input.
+          kernel_shape: [kh, kw, C, F].
+          saved: what `forward` gave besides y.
+          dy: […, columns], cotangent of y.
+          order: as `forward` had it.
+
+        Returns:
+          (f32[B, H, W, C], f32[kh, kw, C, F]).
+        """
         ...
 
     def image(self, y: jax.Array, count: int, tiles: Tile, tile: Tile) -> jax.Array:
-        """`y`, whose tiles are now `tile` large and in rowwise order, as f32[count, H, W, F]."""
+        """`y` as images. Its tiles are now `tile` large and in rowwise order.
+
+        Args:
+          y: […, columns], as `forward` gives it.
+          count: B.
+          tiles: how many there are in height and width.
+          tile: how large they now are.
+
+        Returns:
+          f32[B, tiles[0] * tile[0], tiles[1] * tile[1], F].
+        """
         ...
 
     def rows(self, image: jax.Array, tiles: Tile, tile: Tile) -> jax.Array:
-        """The transpose of `image`."""
+        """The transpose of `image`.
+
+        Args:
+          image: f32[B, H', W', F], outputs of the convolution.
+          tiles: how many there are in height and width.
+          tile: how large they are.
+
+        Returns:
+          […, columns], in the form of y, rowwise.
+        """
         ...
 
 
