@@ -53,7 +53,16 @@ class Effectiveness:
         mesh: Mesh,
         put: Callable[[np.ndarray], jax.Array],
     ):
-        """`put`: places an array on all devices."""
+        """Places the test set on the devices.
+
+        Args:
+          config: of the run.
+          model: the network.
+          dataset: the samples and their task.
+          partition: who holds them, for tests on clients' own.
+          mesh: the devices.
+          put: places an array on all devices.
+        """
         self._config, self._seed = config.inertia, config.seed
         self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
         self._batch = placement.forward_batch(config.evaluation, model)
@@ -131,7 +140,17 @@ class Effectiveness:
     # --- on the host, after -------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
-        """The tidy rows of round `number`."""
+        """The tidy rows of a round.
+
+        The task's headline metric and the loss by client and state, and how much the merge gains on average
+        in the headline metric.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          inputs: not used.
+          observed: what `observe` returned, by the observer's name; NumPy leaves.
+        """
         del inputs
         headline = self._dataset.task.headline
         out = {

@@ -110,7 +110,16 @@ class Movement:
         return {"update": update, "gradient": self._layers({"params": gradient})}
 
     def finish(self, carried: Any, cohort: Cohort, old: Any, new: Any, each: Clients, mean: Any):
-        """(reference, metric -> f32[L])."""
+        """(reference, metric -> f32[L]).
+
+        Args:
+          carried: the reference, an array for each of L layers.
+          cohort: of the round.
+          old: the deployed model before the round.
+          new: the deployed model after it.
+          each: norms of each client, [K, …], zero where an update was left out.
+          mean: of `summand` over the clients that were not left out.
+        """
         before, after = self._layers(old), self._layers(new)
         number = cohort.round + 1
         reference = jax.lax.cond(number <= self.reference, lambda a, b: a, lambda a, b: b, after, carried)
@@ -138,7 +147,12 @@ class Movement:
     # --- on the host --------------------------------------------------------------------------------
 
     def rows(self, number: int, said: dict[str, np.ndarray]) -> list[Row]:
-        """The tidy rows of round `number`; up to the reference round without those that compare with it."""
+        """The tidy rows of a round; up to the reference round without those that compare with it.
+
+        Args:
+          number: of the round, from 1.
+          said: metric -> f32[L], what `finish` said of it.
+        """
         return [
             make_row(number, metric, value, layer=layer)
             for metric in METRICS

@@ -47,7 +47,7 @@ def spectrum(
     Args:
       objective: what is differentiated.
       variables: one model.
-      key: typed; of the first vector and of the probes.
+      key: key[], typed; of the first vector and of the probes.
       k: how many eigenvalues.
       steps: of Lanczos; more than there are parameters are not taken.
       probes: of Hutchinson.

@@ -22,7 +22,7 @@ def filter_normalised(key: jax.Array, variables: Any) -> Any:
     several axes that is no kernel, such as learned positions, counts as one filter (OUR CHOICE).
 
     Args:
-      key: typed; models of the same shapes get the same Gaussian for the same key.
+      key: key[], typed; models of the same shapes get the same Gaussian for the same key.
       variables: one model.
 
     Returns:

@@ -63,7 +63,7 @@ def sharpness(
     Args:
       objective: what is evaluated.
       variables: one model, w.
-      key: typed; of the random points.
+      key: key[], typed; of the random points.
       rho: ρ.
       scale: absolute, relative or filter.
       steps: of each ascent.

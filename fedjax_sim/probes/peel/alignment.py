@@ -46,6 +46,12 @@ def kernel_basis(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     OUR CHOICE, not for class means: these products hold squares, so that singular values below the largest
     times √(d · 1.2e-7) pass for 0 here. Among the leading ones of a kernel there are none, among those of
     means that nearly coincide there are.
+
+    Args:
+      kernel: f32[d, F] or f32[kh, kw, C, F].
+
+    Returns:
+      (f32[d, q], f32[q]) as of `basis`; d is C for a convolution.
     """
     matrix = kernel_matrix(kernel)
     if matrix.shape[1] <= matrix.shape[0]:

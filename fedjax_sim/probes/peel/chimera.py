@@ -99,7 +99,14 @@ class Chimeras:
         return {"log_c": log_c, "accuracy": accuracy}
 
     def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
-        """The tidy rows of round `number`: `chimera_*` by layer, and `stitched_*` by block."""
+        """The tidy rows of a round: `chimera_*` by layer, and `stitched_*` by block.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          out: what `observe` returned, log_c f32[m, 1 + 3 L, L] and accuracy f32[m, 1 + 3 L].
+          counts: not used.
+        """
         del counts
         made = []
         names = [point.name for point in self.forward.model.peel_points]

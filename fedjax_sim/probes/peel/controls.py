@@ -48,7 +48,7 @@ def make(name: str, forward: Forward, before: Any, after: Any, fit: Any, key: ja
       before: variables of the client's own model.
       after: of what it holds once merged.
       fit: (samples, pool) as `Forward.over` takes them, for `reestimated`.
-      key: of the client and round.
+      key: key[], of the client and round.
     """
     if name == "perturbed":
         return perturbed(before, after, key)
@@ -59,7 +59,13 @@ def make(name: str, forward: Forward, before: Any, after: Any, fit: Any, key: ja
 
 
 def perturbed(before: Any, after: Any, key: jax.Array) -> Any:
-    """`before` with each leaf of `params` moved by ‖after - before‖ of that leaf in a Gaussian direction."""
+    """`before` with each leaf of `params` moved by ‖after - before‖ of that leaf in a Gaussian direction.
+
+    Args:
+      before: variables of the client's own model.
+      after: of what it holds once merged.
+      key: key[], of the client and round.
+    """
     old, structure = jax.tree.flatten(before["params"])
     new = jax.tree.leaves(after["params"])
 
@@ -78,6 +84,13 @@ def reestimated(forward: Forward, model: Any, chosen: Any, pool: Any, key: jax.A
     A layer moves its running statistics to (1 - rate) · old + rate · batch. From old = 0 that is
     rate · batch; how far old = 1 moves on the same batch says the rate, so nothing has to be known of the
     layer. What is no float, such as a count of batches, stays as it is.
+
+    Args:
+      forward: the model on samples.
+      model: its variables.
+      chosen: index i32[s], whole batches of it; count i32[].
+      pool: samples that the index counts in, [n, …].
+      key: key[], for dropout.
     """
 
     def moved(level, images, mask):

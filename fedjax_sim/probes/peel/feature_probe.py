@@ -240,7 +240,7 @@ class Probe:
 
         Args:
           m: class moments of the input.
-          kernel: of the layer.
+          kernel: of the layer, f32[d, F] or f32[kh, kw, C, F].
           shape: of one sample's input, see `Forward.shapes`.
         """
         maps = m.mean.reshape(self.forward.num_classes, *shape)
@@ -284,9 +284,13 @@ class Probe:
     # --- on the host --------------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
-        """The tidy rows of round `number`, from what `observe` returned for the clients `ids`.
+        """The tidy rows of a round.
 
-        counts: i32[m], samples that were measured of each.
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          out: what `observe` returned, by name; [m, …].
+          counts: i32[m], samples that were measured of each.
         """
         made: list[Row] = []
         layers = [point.name for point in self.forward.model.peel_points]

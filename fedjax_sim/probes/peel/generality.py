@@ -151,9 +151,13 @@ class Generality:
     # --- on the host --------------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
-        """The tidy rows of round `number`, from what `observe` returned for the clients `ids`.
+        """The tidy rows of a round.
 
-        counts: i32[m], samples that were measured of each.
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          out: what `observe` returned, by name; [m, …].
+          counts: i32[m], samples that were measured of each.
         """
         made = []
         names = [point.name for point in self.forward.model.peel_points[1:]]

@@ -144,7 +144,14 @@ class Finetuning:
     # --- on the host --------------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, out: dict[str, np.ndarray], counts: np.ndarray) -> list[Row]:
-        """The tidy rows of round `number`, from what `observe` returned for the clients `ids`."""
+        """The tidy rows of a round.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          out: what `observe` returned, by name; f32[m] each.
+          counts: not used.
+        """
         del counts
         classifier = self.probe.forward.model.peel_points[-1].name
         return [

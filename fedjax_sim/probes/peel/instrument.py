@@ -29,7 +29,14 @@ class Instrument(Observer, Protocol):
     """An observer that turns what it has observed into records."""
 
     def rows(self, number: int, ids: np.ndarray, out: Any, counts: np.ndarray) -> list[Row]:
-        """Of round `number` and the clients i32[m] `ids`; counts: i32[m], samples measured of each."""
+        """The records of a round.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          out: what `observe` returned, by name; NumPy leaves.
+          counts: i32[m], samples that were measured of each.
+        """
         ...
 
 
@@ -49,10 +56,19 @@ class Peeling:
         mesh: Mesh,
         put: Callable[[np.ndarray], jax.Array],
     ):
-        """`trainer`: the run's; `put`: places an array on all devices.
+        """Chooses the samples and builds the observers.
+
+        Args:
+          config: of the run.
+          dataset: the samples and their task.
+          partition: who holds them.
+          trainer: the run's; has the model.
+          mesh: the devices.
+          put: places an array on all devices.
 
         Raises:
-          UserError: the model has no peel points, or clients no samples of the wanted split.
+          UserError: the model has no peel points, samples have no classes, or clients have no samples of the
+            wanted split.
         """
         model, peel = trainer.model, config.peel
         if not model.peel_points:
@@ -106,7 +122,14 @@ class Peeling:
         return dict.fromkeys(self.observers, inputs)
 
     def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
-        """The records of round `number`; see `fedjax_sim.engine.observing.Instrument`."""
+        """The records of a round.
+
+        Args:
+          number: of the round, from 1.
+          ids: i32[m], the clients that were looked at.
+          inputs: what `observer_inputs` gave.
+          observed: what the observers returned, by their names; NumPy leaves.
+        """
         counts = inputs["probe"]["measured"]["count"]
         return [
             row

@@ -13,10 +13,19 @@ from fedjax_sim.data import Partition
 
 
 def best_ranked(seed: int, num_clients: int, cohort: np.ndarray, count: int) -> np.ndarray:
-    """Slots of a cohort to measure, best rank first. i32[K] client ids -> i32[m], m = min(count, K).
+    """Slots of a cohort to measure, best rank first.
 
     Every client of the population has a rank, drawn once, so that under full participation the same ones are
     measured in every round.
+
+    Args:
+      seed: of the run.
+      num_clients: N.
+      cohort: i32[K], client ids.
+      count: how many to measure at most.
+
+    Returns:
+      i32[m], m = min(count, K).
     """
     ranks = np.random.default_rng([seed, PEEL]).permutation(num_clients)
     return np.argsort(ranks[cohort])[:count].astype(np.int32)
