@@ -104,7 +104,10 @@ def test_what_no_file_may_say_of_them(mapping, told):
     [
         ({"callbacks": [fs.KeepBest]}, r"this is a class.*KeepBest\(\)"),
         ({"callbacks": ["keep_best"]}, r"such as KeepBest\(\); names are for YAML"),
-        ({"observers": [types.SimpleNamespace()]}, r"observers\.0.*this cannot be used as an observer.*method build\(context\)"),
+        (
+            {"observers": [types.SimpleNamespace()]},
+            r"observers\.0.*used as an observer.*method build\(context\)",
+        ),
         ({"meters": [np.zeros(2)]}, r"meters\.0.*this cannot be used as a meter"),
     ],
 )

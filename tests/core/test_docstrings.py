@@ -5,7 +5,7 @@ The rule, for public functions and for the public methods of public classes:
 - With four parameters or more (`self` not counted) an `Args:` section has an entry for each. Those of
   `__init__` may stand in the class's docstring instead, below `Args:` or `Attributes:`.
 - With a parameter annotated as an array, the docstring gives a shape: `f32[K, C]`, `[m, …]`, `i32[]`.
-- "See `X`." at its beginning counts for both: the reader finds them there.
+- "See `X`." at its beginning counts for both if X, or its method of the same name, has its own docstring.
 """
 
 import ast
@@ -64,12 +64,27 @@ def described(docstring: str) -> set[str]:
     return found
 
 
-def nameless(source: str) -> list[str]:
+def own(source: str) -> set[str]:
+    """The names of those whose docstring does not send the reader elsewhere."""
+    return {name for name, _, docstring in public(source) if docstring and not docstring.startswith("See `")}
+
+
+KNOWN = {name for path in FILES for name in own(path.read_text())}
+
+
+def refers(name: str, docstring: str, known: set[str]) -> bool:
+    """Whether the docstring of `name` sends the reader to one of those that are `known`."""
+    found = re.match(r"See `(?:\w+\.)*(\w+)`", docstring)
+    method = name.partition(".")[2]
+    return bool(found) and (f"{found[1]}.{method}" if method else found[1]) in known
+
+
+def nameless(source: str, known: set[str] = KNOWN) -> list[str]:
     """`function(parameter)` that the docstring of a function with many parameters leaves out."""
     return [
         f"{name}({each.arg})"
         for name, given, docstring in public(source)
-        if len(given) >= MANY and not docstring.startswith("See `")
+        if len(given) >= MANY and not refers(name, docstring, known)
         for each in given
         if each.arg not in described(docstring)
     ]
@@ -81,14 +96,14 @@ def is_array(parameter: ast.arg) -> bool:
     return bool(ARRAY.search(annotation)) and not annotation.startswith("Callable")
 
 
-def shapeless(source: str) -> list[str]:
+def shapeless(source: str, known: set[str] = KNOWN) -> list[str]:
     """The functions of arrays whose docstrings give no shape."""
     return [
         name
         for name, given, docstring in public(source)
         if any(is_array(each) for each in given)
         and not SHAPE.search(docstring)
-        and not docstring.startswith("See `")
+        and not refers(name, docstring, known)
     ]
 
 
@@ -103,7 +118,10 @@ def f(a: int, b, c, *, d):
     """
 
 def g(a, b, c, d):
-    """See `f`."""
+    """See `some.f`."""
+
+def k(a, b, c, d):
+    """See `g`."""
 
 class A:
     """Some.
@@ -126,12 +144,20 @@ class A:
         """Of x, f32[n]."""
 
     def _j(self, x: jax.Array) -> None: ...
+
+class B:
+    def h(self, x: jax.Array) -> None:
+        """See `g`."""
+
+    def i(self, x: jax.Array) -> None:
+        """See `A`."""
 '''
 
 
 def test_one_without_is_seen():
-    assert nameless(SOURCE) == ["f(d)", "A.__init__(d)"]
-    assert shapeless(SOURCE) == ["A.h"]
+    known = own(SOURCE)
+    assert nameless(SOURCE, known) == ["f(d)", "k(a)", "k(b)", "k(c)", "k(d)", "A.__init__(d)"]
+    assert shapeless(SOURCE, known) == ["A.h", "B.h"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
