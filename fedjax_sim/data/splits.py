@@ -153,7 +153,7 @@ def pathological(labels: np.ndarray, clients: int, per_client: int, rng: np.rand
     Args:
       labels: i32[n], classes of the samples.
       clients: N.
-      per_client: classes of each, as many as are present at most.
+      per_client: classes of each; more than the set has are not taken.
       rng: advances.
 
     Raises:

@@ -158,7 +158,7 @@ def of_clients(
       model: the network.
       task: the loss and the metrics.
       mesh: the devices; they divide m.
-      batch_size: samples in one forward pass, t at most.
+      batch_size: samples in one forward pass; more than t are not taken.
       variables: [m, …], a model for each client.
       indices: i32[m, t], into the pool; padding is the caller's to ignore.
       example: the pool, whole on each device, leaves [n, …].

@@ -117,7 +117,7 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
     Args:
       array: of any shape [n, …].
-      sharding: of its first axis, or replicated.
+      sharding: where its parts lie; its mesh names the devices.
     """
     mesh = cast(Mesh, sharding.mesh)
     if mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
@@ -149,7 +149,7 @@ def speed_defaults(
 
     Args:
       execution: what the user has chosen.
-      model: whether it convolves decides on a CPU.
+      model: the network; on a CPU its convolutions decide.
       cohort_size: K.
       devices: D.
     """
