@@ -142,7 +142,7 @@ def test_a_function_makes_the_data(own):
     ("source", "options", "field", "told"),
     [
         ("{}:arrays", {}, "data.source", "its value is a tuple, not a Dataset"),
-        ("{}:number", {}, "data.source", "no function"),
+        ("{}:number", {}, "data.source", "not a function"),
         ("{}:stripe", {}, "data.source", "Did you mean stripes"),
         ("{}:stripes", {"sample": 3}, "data.options.sample", "Did you mean samples"),
         ("{}:stripes", {"samples": "many"}, "data.source", r"own_for_tests.py, line 44\)"),

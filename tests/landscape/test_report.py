@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -113,7 +114,9 @@ def test_the_models_are_what_one_more_round_trains(study, name):
     simulation.step()
     if name == "local":  # of whom clients keep what they trained
         assert simulation.setup.algorithm.personal_models is not None
-        own = simulation.setup.algorithm.personal_models(simulation.state.algorithm, inputs.cohort.ids)
+        own = simulation.setup.algorithm.personal_models(
+            simulation.state.algorithm, jnp.asarray(inputs.cohort.ids)
+        )
         expected = np.concatenate([np.asarray(x).reshape(4, -1) for x in jax.tree.leaves(own)], 1)
         np.testing.assert_allclose(flat, expected, atol=1e-6)
         return
