@@ -126,7 +126,7 @@ def nested(
     """A run inside of `config`'s run, which only trains: it measures nothing, writes nothing, starts afresh.
 
     It takes over how `config` trains by name; whatever else a configuration has, or will have, is as in a
-    fresh one. Diagnostics that are compiled into rounds would cost their time, and nobody would see them.
+    fresh one. Diagnostics of rounds would cost their time, and nobody would see them.
 
     Args:
       config: of the run around it.

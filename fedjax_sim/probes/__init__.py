@@ -1,1 +1,1 @@
-"""Diagnostics that are compiled into rounds, or look at models: what is measured."""
+"""Diagnostics of rounds as they run, or of finished models: what is measured."""

@@ -98,7 +98,7 @@ class Effectiveness:
             inputs["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
         return {NAME: inputs}
 
-    # --- inside the round ---------------------------------------------------------------------------
+    # --- on the devices ----------------------------------------------------------------------------
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""

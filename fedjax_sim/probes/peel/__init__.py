@@ -1,1 +1,1 @@
-"""Layer-peeled analysis: what aggregation does to every layer, measured inside the compiled round."""
+"""Layer-peeled analysis: what aggregation does to every layer, measured right after a round."""

@@ -46,7 +46,7 @@ def masks(depth: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chimeras:
-    """Measures rounds; the engine compiles it into them.
+    """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 
     Attributes:
       forward: the model on samples.

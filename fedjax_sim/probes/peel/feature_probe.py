@@ -1,4 +1,4 @@
-"""The layer-peeled probe: what a merge does to every layer's features, measured inside the round.
+"""The layer-peeled probe: what a merge does to every layer's features, measured right after it.
 
 For some clients of a measured round it takes the model that the client trained (`before`) and what the
 client holds once merged (`after`), runs both on the same samples of the client's own, and peels off the
@@ -57,7 +57,7 @@ STATES = ("before", "after")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Probe:
-    """Measures rounds; the engine compiles it into them.
+    """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 
     Attributes:
       forward: the model on samples.
@@ -77,7 +77,7 @@ class Probe:
         """The S models of a client that are measured layer by layer: before, after, and the controls."""
         return STATES + self.forward.config.controls
 
-    # --- inside the round ---------------------------------------------------------------------------
+    # --- on the devices ----------------------------------------------------------------------------
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Everything that is measured, by name.

@@ -45,7 +45,7 @@ GLOBAL = ("peel_accuracy_global", "peel_loss_global")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Generality:
-    """Measures rounds; the engine compiles it into them.
+    """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 
     Attributes:
       forward: the model on samples.
@@ -55,7 +55,7 @@ class Generality:
     forward: Forward
     mesh: Mesh
 
-    # --- inside the round ---------------------------------------------------------------------------
+    # --- on the devices ----------------------------------------------------------------------------
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """What the m clients' models say on everybody's samples.

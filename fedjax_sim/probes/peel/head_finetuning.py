@@ -45,7 +45,7 @@ FIGURES = ("pabs", "pabs_centred")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Finetuning:
-    """Measures rounds; the engine compiles it into them.
+    """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 
     Attributes:
       probe: whose samples, devices and figures are used; clients are measured as it measures them, one after
@@ -81,7 +81,7 @@ class Finetuning:
             ragged=True,
         )
 
-    # --- inside the round ---------------------------------------------------------------------------
+    # --- on the devices ----------------------------------------------------------------------------
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """Accuracy, loss and `FIGURES` of each client's model with its new classifier, f32[m] each."""

@@ -44,7 +44,7 @@ class Peeling:
     """Measures the rounds of a run that `config.peel` asks for.
 
     Attributes:
-      observers: what is compiled into them, by name; their rows come in this order.
+      observers: what is computed of them, by name; their rows come in this order.
     """
 
     def __init__(
