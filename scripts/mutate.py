@@ -140,8 +140,8 @@ MUTANTS: list[tuple] = [
     ),
     (
         "engine/clients",
-        "new_memory = stacked.where_slot(active, new_memory, memory)",
-        "new_memory = new_memory",
+        "new_opt_state = stacked.where_slot(active, new_opt_state, opt_state)",
+        "new_opt_state = new_opt_state",
     ),
     ("engine/clients", "loss_sum + loss * size, seen + size", "loss_sum + loss, seen + 1"),
     ("engine/evaluation", "leaf.shape[2:])[: self._count]", "leaf.shape[2:])[-self._count :]"),

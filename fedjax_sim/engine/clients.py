@@ -122,7 +122,7 @@ class Lanes:
     """Clients side by side, leaves [S, …]: all of a device, or those of a wave.
 
     Attributes:
-      kept: their own state between rounds.
+      client_state: their own state between rounds.
       ids: i32[S].
       counts: i32[S], training samples; 0 for an empty place.
       weights: f32[S], in the mean; 0 for an empty place.
@@ -130,7 +130,7 @@ class Lanes:
       first: i32[S], where each one's samples begin in `DeviceData.samples`.
     """
 
-    kept: Any
+    client_state: Any
     ids: jax.Array
     counts: jax.Array
     weights: jax.Array
@@ -200,34 +200,36 @@ class Trainer:
           labels: i32[C], the client's training samples of each class; C = 0 where samples have no classes.
         """
         rule = self.rule.init_client(variables, labels) if self.rule.init_client else None
-        kept = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
-        return {"rule": rule, "optimizer": kept}
+        opt_state = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
+        return {"rule": rule, "optimizer": opt_state}
 
     def ready(self, lanes: Lanes, key: jax.Array, data: DeviceData) -> Lanes:
         """Fills in what the clients' training draws on.
 
         Args:
-          lanes: [S, …] with ids, counts, weights and kept.
+          lanes: [S, …] with ids, counts, weights and client_state.
           key: of the run and round.
           data: the training set.
         """
         keys = self.keys(key, lanes.ids, data.rng_ids)
         return dataclasses.replace(lanes, keys=keys, first=data.offsets[lanes.ids])
 
-    def receive(self, sent: Any, broadcast: Any, kept: Any, keys: jax.Array) -> Any:
+    def receive(self, sent: Any, broadcast: Any, client_state: Any, keys: jax.Array) -> Any:
         """What clients start from.
 
         Args:
           sent: [L, …], the models that were sent to them.
           broadcast: extra of the algorithm, no lane axis.
-          kept: [L, …], their own state.
+          client_state: [L, …], their own state.
           keys: key[L], theirs in this round.
         """
         if self.rule.receive is None:
             return sent
         over = _vmapped if len(keys) > 1 else _single
         receive = over(self.rule.receive, (0, 0, None, 0))
-        return receive(sent, kept["rule"], broadcast, jax.vmap(lambda key: key_for(key, _RECEIVE))(keys))
+        return receive(
+            sent, client_state["rule"], broadcast, jax.vmap(lambda key: key_for(key, _RECEIVE))(keys)
+        )
 
     def send(self, variables: Any) -> Any:
         """The model that goes back to the server, of leaves with any leading axes."""
@@ -268,8 +270,8 @@ class Trainer:
           data: the training set.
 
         Returns:
-          (trained, kept, uploads, loss f32[L], finite bool[L], gradient of each one's last step, zero or None
-          where nobody asked for it).
+          (trained, client_state, uploads, loss f32[L], finite bool[L], gradient of each one's last step,
+          zero or None where nobody asked for it).
         """
         over = _vmapped if self.width > 1 else _single
         batch, counts, keys = self.local.batch_size, lanes.counts, lanes.keys
@@ -278,11 +280,13 @@ class Trainer:
         assert length is not None
         total = jnp.where(counts > 0, length, 0)
 
-        rule, kept = self.rule, lanes.kept
-        extra = over(rule.start_round, (0, 0, None))(start, kept["rule"], broadcast)
+        rule, client_state = self.rule, lanes.client_state
+        extra = over(rule.start_round, (0, 0, None))(start, client_state["rule"], broadcast)
         params = start["params"]
         optimizer = self.optimizer if is_scaled(self.local) else make_optimizer(self.local, lr)
-        memory = kept["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
+        opt_state = (
+            client_state["optimizer"] if self.local.keep_optimizer else over(optimizer.init, (0,))(params)
+        )
         zeros = jnp.zeros(counts.shape, jnp.float32)
         step = over(self.watch.called("step", partial(self._step, optimizer)), (0, 0, 0, 0, 0, None))
         wanted = self._wants_gradient(broadcast)
@@ -295,7 +299,7 @@ class Trainer:
         @jax.named_scope(STEP)
         def body(t: jax.Array, carry: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
             orders, loss_sum, seen, carried = carry
-            variables, memory, last_gradient, extra = laned(carried)
+            variables, opt_state, last_gradient, extra = laned(carried)
             epoch, within = t // per_epoch, t % per_epoch
             if self.local.epochs != 1:  # one epoch gets by with the first order
                 orders = jax.lax.cond(
@@ -311,7 +315,7 @@ class Trainer:
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
             made = self._batch(data, index, mask, rngs, epoch)
-            new, new_memory, loss, gradient, new_extra = step(variables, memory, made, extra, rngs, lr)
+            new, new_opt_state, loss, gradient, new_extra = step(variables, opt_state, made, extra, rngs, lr)
             if wanted is not None:
                 here = wanted & (t == total - 1)
                 last_gradient = _written(here, gradient, last_gradient)
@@ -319,25 +323,25 @@ class Trainer:
             if self.ragged and self.width > 1:
                 active = t < total
                 new = stacked.where_slot(active, new, variables)
-                new_memory = stacked.where_slot(active, new_memory, memory)
+                new_opt_state = stacked.where_slot(active, new_opt_state, opt_state)
                 loss = jnp.where(active, loss, 0)
                 new_extra = _changed(active, new_extra, extra)
-            carried = bare((new, new_memory, last_gradient, new_extra))
+            carried = bare((new, new_opt_state, last_gradient, new_extra))
             return orders, loss_sum + loss * size, seen + size, carried
 
         ordered = partial(_orders, lanes, lengths=self.order_lengths)
         orders = ordered(jnp.zeros_like(counts))
-        carried = bare((start, memory, last_gradient, extra))
+        carried = bare((start, opt_state, last_gradient, extra))
         _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (orders, zeros, zeros, carried))
-        trained, memory, last_gradient, extra = laned(carried)
+        trained, opt_state, last_gradient, extra = laned(carried)
         finite = jnp.isfinite(loss_sum) & all_finite(trained)
         rule_state, uploads = over(rule.finish_round, (0, 0, 0, 0, 0, None, 0))(
-            start, trained, kept["rule"], extra, total, lr, last_gradient
+            start, trained, client_state["rule"], extra, total, lr, last_gradient
         )
         self.watch.look("upload", uploads)
-        self.watch.look("client state", rule_state, kept["rule"], infinite=True)
-        kept = {"rule": rule_state, "optimizer": memory if self.local.keep_optimizer else None}
-        return trained, kept, uploads, loss_sum / jnp.maximum(seen, 1), finite, last_gradient
+        self.watch.look("client state", rule_state, client_state["rule"], infinite=True)
+        client_state = {"rule": rule_state, "optimizer": opt_state if self.local.keep_optimizer else None}
+        return trained, client_state, uploads, loss_sum / jnp.maximum(seen, 1), finite, last_gradient
 
     def _wants_gradient(self, broadcast: PyTree) -> jax.Array | None:
         """Whether the last gradient is kept in this round, bool[]; None: in none."""
@@ -369,7 +373,7 @@ class Trainer:
         self,
         optimizer: optax.GradientTransformation,
         variables: Variables,
-        memory: PyTree,
+        opt_state: PyTree,
         batch: Batch,
         extra: PyTree,
         rng: jax.Array,
@@ -380,7 +384,7 @@ class Trainer:
         Args:
           optimizer: as `make_optimizer` has it.
           variables: the model.
-          memory: the optimiser's state.
+          opt_state: the optimiser's state.
           batch: the step's samples.
           extra: of the rule, see `LocalRule.start_round`.
           rng: key of the step.
@@ -397,10 +401,10 @@ class Trainer:
         if moves is not None:
             still = jax.tree.map(jnp.zeros_like, gradient)
             gradient = _where(moves["params"], gradient, still)
-            # Nor is there weight decay for the optimiser's memory to take in.
+            # Nor is there weight decay for the optimiser's state to take in.
             seen = _where(moves["params"], seen, still)
         with jax.numpy_dtype_promotion("standard"):  # optax's bias correction: a float and an int32
-            updates, memory = optimizer.update(gradient, memory, seen)
+            updates, opt_state = optimizer.update(gradient, opt_state, seen)
         if is_scaled(self.local):
             updates = jax.tree.map(lambda u: lr * u, updates)
         params = jax.tree.map(jnp.add, variables["params"], updates)
@@ -411,8 +415,8 @@ class Trainer:
         look("gradient", gradient)
         look("optimiser update", updates)
         look("parameters", new)
-        look("optimiser state", memory, infinite=True)
-        return new, memory, loss, gradient, extra
+        look("optimiser state", opt_state, infinite=True)
+        return new, opt_state, loss, gradient, extra
 
     def _step_keys(self, keys: jax.Array, t: jax.Array) -> jax.Array:
         return jax.vmap(lambda key: key_for(key, _STEP, t))(keys)

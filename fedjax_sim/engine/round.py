@@ -219,8 +219,10 @@ class Round:
         look("dispatched model", starts.models)
         look("broadcast", starts.broadcast, infinite=True)
         with jax.named_scope(OF_CLIENTS):
-            kept = stacked.take_rows(state.clients, cohort.ids)
-        results, handed, kept, watched_models, readings = self._train(starts, kept, inputs, data, watched)
+            client_state = stacked.take_rows(state.clients, cohort.ids)
+        results, handed, client_state, watched_models, readings = self._train(
+            starts, client_state, inputs, data, watched
+        )
         key = key_for(key_for(inputs.key, SERVER, cohort.round), _MERGE)
         self.trainer.watch.client(None)
         look("mean of the clients", results.mean)
@@ -228,7 +230,7 @@ class Round:
             merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         look("merged state", merged, state.algorithm, infinite=True)
         with jax.named_scope(OF_CLIENTS):
-            clients = stacked.put_rows(state.clients, cohort.ids, kept)
+            clients = stacked.put_rows(state.clients, cohort.ids, client_state)
         view, metered, meters = None, {}, {}
         if watched is not None:
             ids, counts = (_take(leaf, watched) for leaf in (cohort.ids, cohort.counts))
@@ -238,8 +240,8 @@ class Round:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast
                 keys = self.trainer.keys(key_for(inputs.key, CLIENTS, upcoming.round), ids, data.rng_ids)
-                kept = stacked.take_rows(clients, ids)
-                after = self.trainer.send(self.trainer.receive(after, broadcast, kept, keys))
+                client_state = stacked.take_rows(clients, ids)
+                after = self.trainer.send(self.trainer.receive(after, broadcast, client_state, keys))
             them = Cohort(ids, counts, cohort.round)
             view = MergeView(them, start, before, after, inputs.lr, inputs.key)
         if self.meters:
@@ -270,7 +272,12 @@ class Round:
         return self.algorithm.dispatch(state, cohort, key)
 
     def _train(
-        self, starts: Starts, kept: Any, inputs: RoundInputs, data: DeviceData, watched: jax.Array | None
+        self,
+        starts: Starts,
+        client_state: Any,
+        inputs: RoundInputs,
+        data: DeviceData,
+        watched: jax.Array | None,
     ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
         """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
         watched slots, meters' (each, mean).
@@ -290,7 +297,7 @@ class Round:
 
         occupied = plan.slot_of_place < cohort.ids.shape[0]
         lanes = Lanes(
-            kept=place(kept),
+            client_state=place(client_state),
             ids=_take(cohort.ids, plan.slot_of_place),
             counts=jnp.where(occupied, _take(cohort.counts, plan.slot_of_place), 0),
             weights=jnp.where(occupied, _take(weights, plan.slot_of_place), 0),
@@ -318,12 +325,12 @@ class Round:
         )
         if watched is not None and watched_models[0] is None:
             watched_models = (stacked.broadcast(starts.models, count), watched_models[1])
-        kept, uploads, loss, faults, each = rest
+        client_state, uploads, loss, faults, each = rest
         loss, faults = _take(loss, plan.place_of_slot), _take(faults, plan.place_of_slot)
         each = jax.tree.map(lambda leaf: _take(leaf, plan.place_of_slot), each)
         readings = {name: (each[name], means[name]) for name in self.meters}
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
-        return results, faults != _SERVERS, back(kept), watched_models, readings
+        return results, faults != _SERVERS, back(client_state), watched_models, readings
 
     def _on_device(
         self,
@@ -381,21 +388,21 @@ class Round:
             )
             begin, own = stacked.broadcast(start, width) if shared else cut(models), cut(lanes)
             trainer.watch.client(own.ids)
-            received = trainer.receive(begin, broadcast, own.kept, own.keys)
+            received = trainer.receive(begin, broadcast, own.client_state, own.keys)
             trainer.watch.look("parameters", received)
-            trained, kept, uploads, loss, finite, gradient = trainer.train_wave(
+            trained, client_state, uploads, loss, finite, gradient = trainer.train_wave(
                 received, broadcast, own, wave_steps[w], lr, data
             )
             received, trained = trainer.send(received), trainer.send(trained)
             metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
             # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
             # for which XLA then copies all slots, as it also reads them. Who is at fault is asked there too.
-            trained, kept, faults = jax.lax.cond(
+            trained, client_state, faults = jax.lax.cond(
                 finite.all(),
                 lambda new, old: (*new, jnp.full(width, _NONE)),
                 lambda new, old: (*stacked.where_slot(finite, new, old), _faults(finite, old[0], broadcast)),
-                (trained, kept),
-                (begin, own.kept),
+                (trained, client_state),
+                (begin, own.client_state),
             )
             uploads = jax.tree.map(lambda u: stacked.where_slot(finite, u, jnp.zeros_like(u)), uploads)
             if wants_mean:
@@ -416,7 +423,13 @@ class Round:
                     None if same else _written(watched_models[0], where, received),
                     _written(watched_models[1], where, trained),
                 )
-            return (models, total, weight, watched_models, metered), (kept, uploads, loss, faults, each)
+            return (models, total, weight, watched_models, metered), (
+                client_state,
+                uploads,
+                loss,
+                faults,
+                each,
+            )
 
         numbers = jnp.arange(wave_steps.shape[0], dtype=jnp.int32)
         (models, total, weight, watched_models, metered), rest = jax.lax.scan(

@@ -73,7 +73,9 @@ def test_orders_are_the_same_at_whatever_length_they_are_computed(largest):
     counts = np.array([largest, largest // 2, min(largest, 1)], np.int32)
     keys = jax.random.split(run_key(3), 3)
     nothing = jnp.zeros(3, jnp.float32)
-    lanes = Lanes(kept=None, ids=jnp.arange(3), counts=jnp.asarray(counts), weights=nothing, keys=keys)
+    lanes = Lanes(
+        client_state=None, ids=jnp.arange(3), counts=jnp.asarray(counts), weights=nothing, keys=keys
+    )
     epochs = jnp.array([0, 1, 2], jnp.int32)
     orders = np.asarray(_orders(lanes, epochs, (32, 128, 512)))
     assert orders.shape == (3, 512)

@@ -117,7 +117,7 @@ def test_the_body_and_its_statistics_stay_bit_for_bit(width):
     trainer = instrument(model, flip=True).classifier_trainer(width)
     start = jax.tree.map(lambda leaf: leaf[:width], view.after)
     lanes = Lanes(
-        kept=trainer.init_client(None),
+        client_state=trainer.init_client(None),
         ids=view.cohort.ids[:width],
         counts=view.cohort.counts[:width],
         weights=jnp.ones((width,), jnp.float32),

@@ -94,8 +94,8 @@ class Finetuning:
 
         def share(own, lr, key, data, pool):
             models, ids, counts, measured = own
-            kept, weights = trainer.init_client(None), jnp.ones(ids.shape, jnp.float32)
-            lanes = Lanes(kept=kept, ids=ids, counts=counts, weights=weights)
+            client_state, weights = trainer.init_client(None), jnp.ones(ids.shape, jnp.float32)
+            lanes = Lanes(client_state=client_state, ids=ids, counts=counts, weights=weights)
             lanes = trainer.ready(lanes, key, data)
 
             def wave(own):
