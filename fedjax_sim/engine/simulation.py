@@ -47,6 +47,7 @@ class Simulation:
       mesh: the devices.
       function: the round, as it is traced.
       instruments: diagnostics of measured rounds.
+      observers: theirs, by name.
       program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
@@ -69,7 +70,11 @@ class Simulation:
         in_order = even and waves.in_order(setup.steps, setup.devices, setup.wave)
         context = DiagnosticContext(setup, self.mesh, self.store.put)
         self.instruments = [observer.build(context) for observer in setup.observers]
-        observers = {name: o for instrument in self.instruments for name, o in instrument.observers.items()}
+        self.observers = {
+            name: observer
+            for instrument in self.instruments
+            for name, observer in instrument.observers.items()
+        }
         self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters)
         self.data = self.store.of_round(setup.dataset, setup.partition)
         self._shardings = self._state_shardings()
@@ -80,7 +85,7 @@ class Simulation:
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
         self.observe = CachedJit(
-            partial(observe_all, observers), self.mesh, out_shardings=placement.replicated(self.mesh)
+            partial(observe_all, self.observers), self.mesh, out_shardings=placement.replicated(self.mesh)
         )
         self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser
@@ -152,8 +157,12 @@ class Simulation:
 
         Of an algorithm that chooses its clients itself, only of the next round.
         """
+        ids = self.setup.draw(round_index) if self._measure is None else self._selected(round_index)
+        return self.inputs_of(round_index, ids)
+
+    def inputs_of(self, round_index: int, ids: np.ndarray) -> tuple[RoundInputs, float]:
+        """As `inputs`, with the cohort given: i32[K], client ids."""
         setup = self.setup
-        ids = setup.draw(round_index) if self._measure is None else self._selected(round_index)
         counts = setup.counts[ids]
         plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
         waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)

@@ -9,21 +9,19 @@ round too, and adds what XLA says of it.
 import contextlib
 import dataclasses
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from fedjax_sim.config import RunConfig, as_config
-from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import run_key
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
-from fedjax_sim.engine.observing import observer_request
-from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES, MergeView
+from fedjax_sim.engine.observing import observe_all, observer_request
+from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.assemble import prepare
@@ -140,7 +138,6 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
     parts = [
         *_round_parts(simulation),
         *_evaluation_parts(simulation),
-        *_probe_parts(simulation, platform),
         *_data_parts(simulation, platform),  # after the others, which have asked for what they read
         *_state_parts(simulation),
         _checkpoint_part(simulation, platform),
@@ -159,7 +156,7 @@ def _on_paper(setup: Setup) -> Simulation:
 
 def compiled_round(simulation: Simulation) -> dict[str, int]:
     """XLA's own account of the compiled round: bytes on one device."""
-    inputs, _ = simulation.inputs(simulation.round)
+    inputs, _ = simulation.inputs_of(0, simulation.setup.draw(0))
     with jax.set_mesh(simulation.mesh):
         made = simulation.program.lower(simulation.abstract_state(), inputs, simulation.data).compile()
     found: Any = made.memory_analysis()
@@ -339,36 +336,35 @@ _IN_ROUND = {
 """Label of a part of the traced round -> its name, and what makes it smaller."""
 
 
-def traced_round(simulation: Simulation, watched: Any = None) -> Any:
-    """The round that the run compiles, as a jaxpr. `watched`: slots i32[m] of a measured one."""
-    inputs, _ = simulation.inputs(simulation.round)
-    with jax.set_mesh(simulation.mesh):
-        return jax.make_jaxpr(simulation.function)(
-            simulation.abstract_state(), inputs, simulation.data, watched
-        )
-
-
 def _round_parts(simulation: Simulation) -> list[Part]:
-    """What is alive at a round's worst moment."""
-    setup = simulation.setup
-    request, stacks = observer_request(simulation.instruments, setup.draw(0)), []
-    if request is not None:
-        # Observers are a program of their own, see `_probe_parts`; here are the models they look at.
-        count = len(request.slots)
-        size = 3 * count * bytes_of(setup.model.abstract)
-        name, remedy = f"models of {count} measured clients", "a smaller peel.clients or inertia.clients"
-        stacks = [Part(name, size, size * setup.devices, "probe", remedy)]
-    donated = len(jax.tree.leaves(simulation.abstract_state())) if setup.config.execution.donate else 0
-    cut = {setup.cohort_size, setup.num_clients}
+    """What is alive at the worst moment of a round, and of its observers, were all of them due in one."""
+    setup, parts = simulation.setup, []
+    ids, state = setup.draw(0), simulation.abstract_state()
+    request = observer_request(simulation.instruments, ids)
+    with jax.set_mesh(simulation.mesh):
+        traced, (_, outputs) = jax.make_jaxpr(simulation.function, return_shape=True)(
+            state, simulation.inputs_of(0, ids)[0], simulation.data, request and request.slots
+        )
+        if request is not None:
+            observe, view = partial(observe_all, simulation.observers), outputs.view
+            observed = jax.make_jaxpr(observe)(view, request.inputs, simulation.data)
+            remedy = "a smaller peel.clients or inertia.clients"
+            sizes = {
+                f"models of {len(request.slots)} measured clients": bytes_of(
+                    (view.start, view.before, view.after)
+                ),
+                "the probe's features and moments": sum(peak_bytes(observed).values()),
+            }
+            parts = [Part(name, size, size * setup.devices, "probe", remedy) for name, size in sizes.items()]
+    donated = len(jax.tree.leaves(state)) if setup.config.execution.donate else 0
+    rows = {setup.cohort_size, setup.num_clients}
 
     def size_of(array: Any) -> int:
-        share = setup.devices if array.shape and array.shape[0] in cut else 1
-        return leaf_bytes(array) // (share if not array.shape or array.shape[0] % share == 0 else 1)
+        is_cut = bool(array.shape) and array.shape[0] in rows and array.shape[0] % setup.devices == 0
+        return leaf_bytes(array) // (setup.devices if is_cut else 1)
 
-    alive = peak_bytes(
-        traced_round(simulation, request and request.slots), tuple(_IN_ROUND), donated=donated, size=size_of
-    )
-    return stacks + [
+    alive = peak_bytes(traced, tuple(_IN_ROUND), donated=donated, size=size_of)
+    return parts + [
         Part(_IN_ROUND[label][0], size, size * setup.devices, "round", _IN_ROUND[label][1])
         for label, size in alive.items()
     ]
@@ -392,26 +388,3 @@ def _evaluation_parts(simulation: Simulation) -> list[Part]:
         text = f"all clients' models and optimisers, to fine-tune ({setup.num_clients})"
         parts.append(Part(text, -(-size // setup.devices), size, "evaluation", "evaluation.finetune = 0"))
     return parts
-
-
-def _probe_parts(simulation: Simulation, platform: str) -> list[Part]:
-    """What observers compute after a measured round, were all of them due in one."""
-    setup = simulation.setup
-    request = observer_request(simulation.instruments, setup.draw(0))
-    if request is None:
-        return []
-    count = len(request.slots)
-    stack = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), setup.model.abstract
-    )
-    numbers, rate = jnp.zeros(count, jnp.int32), jnp.float32(0)
-    view = MergeView(Cohort(numbers, numbers, jnp.int32(0)), stack, stack, stack, rate, run_key(0))
-    with jax.set_mesh(simulation.mesh):
-        traced = [
-            jax.make_jaxpr(observer.observe)(view, request.inputs[name], simulation.data)
-            for instrument in simulation.instruments
-            for name, observer in instrument.observers.items()
-        ]
-    peak = max(sum(peak_bytes(program).values()) for program in traced)
-    remedy = "a smaller peel.clients or inertia.clients"
-    return [Part("the probe's features and moments", peak, peak * setup.devices, "probe", remedy)]
