@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Example
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import placement
@@ -43,9 +44,19 @@ def sample_table(partition: Partition, train_size: int) -> tuple[np.ndarray, np.
     Args:
       partition: N clients.
       train_size: n, training samples of the set.
+
+    Raises:
+      UserError: clients hold more samples than 32 bits count.
     """
     offsets = np.concatenate([[0], np.cumsum(partition.sizes())])
     total = int(offsets[-1])
+    if total >= 2**31:
+        raise UserError(
+            "partition.train",
+            total,
+            "clients hold so many samples together, and 2147483647 can be counted",
+            "Give clients fewer samples, or let fewer clients hold the same one.",
+        )
     samples = np.zeros(train_size if total <= train_size else _rounded_up(total), np.int32)
     samples[:total] = np.concatenate(partition.train)
     return samples, offsets.astype(np.int32)
@@ -121,11 +132,6 @@ class DataStore:
     def has(self, example: Mapping[str, np.ndarray]) -> bool:
         """Whether these very samples, leaves [n, …], are whole on every device."""
         return all(id(leaf) in self._placed for leaf in example.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all that has been placed, on one device."""
-        return sum(array.nbytes for array, _ in self._placed.values())
 
     def of_round(self, dataset: Samples, partition: Partition) -> DeviceData:
         """What the round of a run reads."""
