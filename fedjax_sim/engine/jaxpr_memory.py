@@ -17,8 +17,8 @@ import numpy as np
 from jax.extend import core
 
 _LOOPS = {"while", "scan"}
-_VIEWS = {"reshape", "squeeze", "expand_dims", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
-_FUSED = {"broadcast_in_dim", "iota", "convert_element_type", "select_and_gather_add", "pad_constant"}
+_VIEWS = {"reshape", "squeeze", "copy", "sharding_constraint"}
+_FUSED = {"broadcast_in_dim", "iota", "convert_element_type"}
 _REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "argmax", "argmin"}
 _NOT_FUSED = {"dot_general", "conv_general_dilated", "sort", "scatter", "scatter-add", "cumsum", "gather"}
 

@@ -55,10 +55,8 @@ class CachedJit:
     def __call__(self, *args: Any) -> Any:
         """The function's value."""
         packing, words, rest = _pack(args)
-        if jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
-            with settled():  # there is nothing to compile
-                return self._jitted(packing, words, *rest)
-        if self._plain:
+        # Without jit there is nothing to compile.
+        if self._plain or jax.config.jax_disable_jit:  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
             with settled():
                 return self._jitted(packing, words, *rest)
         shape = packing, tuple((leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(rest))

@@ -89,8 +89,8 @@ class Effectiveness:
             parts = [
                 draw.permutation(self._partition.test[i])[:most] for draw, i in zip(draws, ids, strict=True)
             ]
-            longest = self._batch  # rounded up, so that seeds of a sweep mostly share one program
-            while longest < max(len(part) for part in self._partition.test):
+            held, longest = max(len(part) for part in self._partition.test), self._batch
+            while longest < held:  # rounded up, so that seeds of a sweep mostly share one program
                 longest *= 2
             index = np.zeros((len(ids), min(most, longest)), np.int32)
             for row, part in zip(index, parts, strict=True):
