@@ -47,10 +47,12 @@ jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Shapes in the annotations of these modules are checked at every call, also while a program is traced.
-# Runs of users check nothing. To be said before anything imports the modules.
+# Shapes in the annotations of these modules can be checked at every call, also while a program is traced.
+# That takes up to a tenth of the time: tests/core/test_shapes.py and test_primitives.py ask for it in processes
+# that they start. To be said before anything imports the modules.
 CHECKED = ("core.stacked", "core.top_k", "core.rng", "engine.waves")
-jaxtyping.install_import_hook([f"fedjax_sim.{name}" for name in CHECKED], "beartype.beartype")
+if os.environ.get("FEDJAX_SIM_CHECK_SHAPES"):
+    jaxtyping.install_import_hook([f"fedjax_sim.{name}" for name in CHECKED], "beartype.beartype")
 
 
 def pytest_configure(config: pytest.Config) -> None:

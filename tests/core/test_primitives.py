@@ -29,9 +29,10 @@ def mesh(devices):
 
 
 def test_five_and_six_devices():
+    """Shapes in annotations are checked along with it (tests/conftest.py)."""
     if jax.device_count() >= 6:
         pytest.skip("they are here")
-    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "6", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "JAX_NUM_CPU_DEVICES": "6", "JAX_PLATFORMS": "cpu", "FEDJAX_SIM_CHECK_SHAPES": "1"}
     command = [
         sys.executable,
         "-m",
