@@ -48,8 +48,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Shapes in the annotations of these modules can be checked at every call, also while a program is traced.
-# That takes up to a tenth of the time: tests/core/test_shapes.py and test_primitives.py ask for it in processes
-# that they start. To be said before anything imports the modules.
+# That takes up to a tenth of the time: tests/core/test_shapes.py and test_primitives.py ask for it, in
+# processes of their own. To be said before anything imports the modules.
 CHECKED = ("core.stacked", "core.top_k", "core.rng", "engine.waves")
 if os.environ.get("FEDJAX_SIM_CHECK_SHAPES"):
     jaxtyping.install_import_hook([f"fedjax_sim.{name}" for name in CHECKED], "beartype.beartype")

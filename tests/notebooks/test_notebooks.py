@@ -16,6 +16,8 @@ from fedjax_sim.runs import assemble
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 # Minutes each; `test_every_cell_works_on_a_short_run` runs their cells on short runs.
 LONG = {"layer_peeled", "lips"}
+# What another notebook writes for the length of its runs, and what a short test has in its place.
+LENGTHS = {"quickstart": ("rounds=400,", "rounds=20,")}
 SHORTER = {
     # Peeling compiles for long, FedMR as for FedAvg, and tests of its own measure controls and probes.
     "layer_peeled": {
@@ -34,17 +36,31 @@ def code_of(path):
 
 
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else []) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
+    "path", [path for path in NOTEBOOKS if path.stem not in LONG], ids=lambda path: path.stem
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
+    """In a kernel, from its first cell to its last, with fewer rounds."""
+    written, short = LENGTHS[path.stem]
+    execute(path, tmp_path, monkeypatch, lambda source: source.replace(written, short))
+    assert "".join(code_of(path)).count(written) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_at_full_length(path, tmp_path, monkeypatch):
+    execute(path, tmp_path, monkeypatch)
+
+
+def execute(path, tmp_path, monkeypatch, change=lambda source: source):
+    """Runs a notebook in a kernel, its cells changed; it draws something."""
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel draws inline
     # On one device, whose programs are kept on disk between the runs of this test.
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     if jax.config.jax_compilation_cache_dir:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.jax_compilation_cache_dir)
     notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.source = change(cell.source)
     client = NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     )

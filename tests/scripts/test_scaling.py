@@ -1,5 +1,6 @@
 """The scripts that time our own rounds: what of them needs no clock, and that they run."""
 
+import functools
 import importlib
 import math
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import fedjax_sim as fs
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmark"
 
@@ -53,6 +56,7 @@ def test_overheads_are_printed(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", asked.split())
     overhead, rounds = script("overhead"), script("rounds")
     monkeypatch.setattr(overhead, "noise", lambda count: rounds.noise(count, (4, 4, 1)))
+    monkeypatch.setattr(fs, "ModelConfig", functools.partial(fs.ModelConfig, options={"hidden": [4, 4]}))
     overhead.main()
     out = capsys.readouterr().out
     for row in ("FedAvg", "movement measured", "LIPS, gradients kept and a sparse start", "probe"):
