@@ -87,7 +87,7 @@ def test_both_models_are_numpys(layout):
     "inner",
     [
         Scaffold(option="I"),
-        FedRep(head_epochs=1),
+        pytest.param(FedRep(head_epochs=1), marks=pytest.mark.slow),  # Scaffold keeps on clients, too
         LIPS(inner=FedMR(), period=2, density=0.5, layers="inner"),
     ],
     ids=lambda inner: type(inner).__name__,

@@ -1,5 +1,7 @@
 """FedProx, FedSAM, FedASAM, FedNTD, MOON, pFedSD: rounds against NumPy, and when they change nothing."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +77,11 @@ ZEROS = {
 
 @pytest.fixture
 def fedavg(optimised):
+    return _fedavg()
+
+
+@functools.cache
+def _fedavg():
     simulation = simulate(FedAvg(), model=personal.normed())
     start = jax.device_get(simulation.variables)
     oracles.run(simulation)

@@ -28,6 +28,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
+from tests.algorithms.families import one_of_each
 
 FC3 = {("fc3", "kernel"), ("fc3", "bias")}
 CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=5)
@@ -318,9 +319,9 @@ BY_NAME = {
 }
 
 
-@pytest.mark.parametrize("name", BY_NAME)
-def test_a_run_by_name_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch, name):
-    words, wanted = BY_NAME[name]
+@pytest.fixture
+def by_name(tmp_path, name):
+    """The configuration that a file and words of the command line give."""
     path = tmp_path / "run.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -337,9 +338,18 @@ def test_a_run_by_name_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch, n
             }
         )
     )  # fmt: skip
-    model = personal.normed((8, 8, 1), 10)
-    config, _ = flags.parse([str(path), *words], "run", "")
-    assert config.algorithm == wanted and config_lib.from_dict(config_lib.to_dict(config)) == config
+    return flags.parse([str(path), *BY_NAME[name][0]], "run", "")[0]
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_each_is_asked_for_by_name(by_name, name):
+    assert by_name.algorithm == BY_NAME[name][1]
+    assert config_lib.from_dict(config_lib.to_dict(by_name)) == by_name
+
+
+@pytest.mark.parametrize("name", one_of_each(BY_NAME))
+def test_a_run_by_name_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch, by_name):
+    model, config = personal.normed((8, 8, 1), 10), by_name
     whole = runs.run(config, model=model)
     assert whole.metrics.last("client_accuracy_mean") > 0
 

@@ -103,7 +103,9 @@ def observed(name, devices=2, batch_size=32):
     return model, stacks, x, y, index, counts, out
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name", ["lenet", pytest.param("resnet6", marks=pytest.mark.slow), "vit"]
+)  # test_finetuning.py has features of resnet6 by hand
 def test_figures_agree_with_float64_numpy_on_real_features(name):
     model, stacks, x, y, index, counts, out = observed(name)
     images = Preprocessing()
