@@ -99,7 +99,7 @@ def observed(name, devices=2, batch_size=32):
         oracles.examples(jnp.asarray(x), jnp.asarray(y)), jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.int32)
     )
     with jax.set_mesh(mesh):
-        out = jax.device_get(jax.jit(probe.observe)(view, given | {"test": None}, data))
+        out = probe.by_name(jax.device_get(jax.jit(probe.observe)(view, given | {"test": None}, data)))
     return model, stacks, x, y, index, counts, out
 
 

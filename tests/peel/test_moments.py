@@ -20,14 +20,14 @@ def made(seed, n=60, d=7, classes=4, offset=0.0, spread=1.0):
 
 def streamed(z, y, classes, batch):
     """Moments merged over batches, the last one padded with what must not count."""
-    total = moments.empty(classes, z.shape[1])
+    total = moments.empty(classes, z.shape[1:])
     for first in range(0, len(z), batch):
         part, label = z[first : first + batch], y[first : first + batch]
         spare = batch - len(part)
         mask = np.arange(batch) < len(part)
         part = np.concatenate([part, np.full((spare, z.shape[1]), 1e6, np.float32)])
         label = np.concatenate([label, np.zeros(spare, np.int32)])
-        total = moments.merge(total, moments.of_batch(jnp.asarray(part), jnp.asarray(label), mask, classes))
+        total = moments.merge(total, moments.of_batch([jnp.asarray(part)], jnp.asarray(label), mask, classes))
     return total
 
 
@@ -40,10 +40,10 @@ def test_traces_agree_with_numpy_however_they_are_streamed(seed, batch, offset):
     for balanced in (False, True):
         wanted = reference.traces(z.astype(np.float64), y, balanced)
         found = moments.traces(got, balanced=balanced)
-        np.testing.assert_allclose(found[:2], wanted[:2], rtol=1e-4)
+        np.testing.assert_allclose(np.ravel(found[:2]), wanted[:2], rtol=1e-4)
         if not balanced:
-            np.testing.assert_allclose(found.total, wanted[2], rtol=1e-4)
-    np.testing.assert_allclose(moments.cdnv(got), reference.cdnv(z.astype(np.float64), y), rtol=1e-3)
+            np.testing.assert_allclose(found.total[0], wanted[2], rtol=1e-4)
+    np.testing.assert_allclose(moments.cdnv(got)[0], reference.cdnv(z.astype(np.float64), y), rtol=1e-3)
 
 
 def test_a_collapsed_layer_keeps_its_small_variance():
@@ -51,7 +51,7 @@ def test_a_collapsed_layer_keeps_its_small_variance():
     z, y = made(3, spread=1e-3)
     wanted = reference.traces(z.astype(np.float64), y)
     got = moments.traces(streamed(z, y, 4, 16))
-    np.testing.assert_allclose(got.within, wanted[0], rtol=1e-4)
+    np.testing.assert_allclose(got.within[0], wanted[0], rtol=1e-4)
 
 
 def test_the_normalised_variances_ignore_scale():
@@ -63,7 +63,7 @@ def test_the_normalised_variances_ignore_scale():
 def test_distances_and_cosines_of_class_means():
     z, y = made(5, offset=2.0)
     means = np.stack([z[y == c].mean(0) for c in range(4)]).astype(np.float64)
-    apart, cosine = moments.distances(streamed(z, y, 6, 20))
+    (apart,), (cosine,) = moments.distances(streamed(z, y, 6, 20))
     wanted = ((means[:, None] - means[None]) ** 2).sum(-1)
     np.testing.assert_allclose(apart[:4, :4], wanted, rtol=1e-4, atol=1e-4)
     norms = np.linalg.norm(means, axis=1)
@@ -76,12 +76,12 @@ def test_the_nearest_mean_is_never_an_absent_class():
     m = streamed(z, y, 9, 60)
     means = np.stack([z[y == c].mean(0) for c in range(4)])
     wanted = ((z[:, None] - means[None]) ** 2).sum(-1).argmin(1)
-    assert (np.asarray(moments.nearest_mean(m, jnp.asarray(z))) == wanted).mean() > 0.98
+    assert (np.asarray(moments.nearest_mean(m, [jnp.asarray(z)]))[:, 0] == wanted).mean() > 0.98
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_without_two_classes_what_compares_classes_is_zero(count):
-    m = moments.of_batch(jnp.ones((3, 2)), jnp.zeros(3, jnp.int32), np.arange(3) < count, 4)
+    m = moments.of_batch([jnp.ones((3, 2))], jnp.zeros(3, jnp.int32), np.arange(3) < count, 4)
     assert moments.cdnv(m) == 0 and moments.discrimination(m) == 0
     assert all(value == 0 for value in moments.traces(m))
 
@@ -89,23 +89,44 @@ def test_without_two_classes_what_compares_classes_is_zero(count):
 def test_merging_with_nothing_changes_nothing():
     z, y = made(4)
     m = streamed(z, y, 4, 60)
-    for pair in ((m, moments.empty(4, 7)), (moments.empty(4, 7), m)):
+    for pair in ((m, moments.empty(4, [7])), (moments.empty(4, [7]), m)):
         jax.tree.map(np.testing.assert_array_equal, moments.merge(*pair), m)
 
 
 def test_the_nearest_of_means_of_unequal_length():
-    m = moments.of_batch(jnp.asarray([[0.0, 0.0], [4.0, 0.0]]), jnp.asarray([0, 1]), np.ones(2, bool), 2)
+    m = moments.of_batch([jnp.asarray([[0.0, 0.0], [4.0, 0.0]])], jnp.asarray([0, 1]), np.ones(2, bool), 2)
     z = jnp.asarray([[1.5, 3.0], [1.9, -9.0], [2.1, 9.0], [9.0, 0.0]])
-    np.testing.assert_array_equal(moments.nearest_mean(m, z), [0, 0, 1, 1])
-    far = moments.of_batch(jnp.asarray([[1.0], [-1.0], [9.0]]), jnp.asarray([0, 0, 1]), np.ones(3, bool), 2)
-    np.testing.assert_array_equal(moments.nearest_mean(far, jnp.asarray([[4.4], [4.6]])), [0, 1])
+    np.testing.assert_array_equal(moments.nearest_mean(m, [z])[:, 0], [0, 0, 1, 1])
+    far = moments.of_batch([jnp.asarray([[1.0], [-1.0], [9.0]])], jnp.asarray([0, 0, 1]), np.ones(3, bool), 2)
+    np.testing.assert_array_equal(moments.nearest_mean(far, [jnp.asarray([[4.4], [4.6]])])[:, 0], [0, 1])
     three = jnp.asarray([[0.0], [1.0], [9.0]])
-    m = moments.of_batch(three, jnp.asarray([0, 1, 2]), np.ones(3, bool), 3)
+    m = moments.of_batch([three], jnp.asarray([0, 1, 2]), np.ones(3, bool), 3)
     np.testing.assert_array_equal(
-        moments.nearest_mean(m, jnp.asarray([[4.9], [5.1], [0.6], [0.4]])), [1, 2, 1, 0]
+        moments.nearest_mean(m, [jnp.asarray([[4.9], [5.1], [0.6], [0.4]])])[:, 0], [1, 2, 1, 0]
     )
 
 
 def test_means_that_oppose_each_other_discriminate_beyond_one():
-    m = moments.of_batch(jnp.asarray([[1.0, 0.0], [-2.0, 0.0]]), jnp.asarray([0, 1]), np.ones(2, bool), 3)
+    m = moments.of_batch([jnp.asarray([[1.0, 0.0], [-2.0, 0.0]])], jnp.asarray([0, 1]), np.ones(2, bool), 3)
     assert moments.discrimination(m) == pytest.approx(2)
+
+
+def test_layers_side_by_side_are_each_what_they_are_alone():
+    """Of widths that fill whole blocks or not; what is infinite in one layer leaves the others alone."""
+    draw = np.random.default_rng(7)
+    y = jnp.asarray(draw.integers(0, 4, 30), jnp.int32)
+    features = [jnp.asarray(draw.normal(size=(30, d)) + d, jnp.float32) for d in (3, 32, 70)]
+    features.append(jnp.full((30, 2), jnp.inf))
+    mask = np.arange(30) < 27
+    both = moments.of_batch(features, y, mask, 4)
+    both = moments.merge(both, moments.of_batch([2 * z for z in features], y, mask, 4))
+    found = {name: getattr(moments, name)(both) for name in ("cdnv", "discrimination")}
+    nearest = moments.nearest_mean(both, features)
+    for layer, z in enumerate(features[:3]):
+        own = moments.merge(*(moments.of_batch([factor * z], y, mask, 4) for factor in (1, 2)))
+        for got, wanted in zip(moments.traces(both), moments.traces(own), strict=True):
+            np.testing.assert_allclose(got[layer], wanted[0], rtol=1e-6)
+        for name, got in found.items():
+            np.testing.assert_allclose(got[layer], getattr(moments, name)(own)[0], rtol=1e-5)
+        np.testing.assert_array_equal(nearest[:, layer], moments.nearest_mean(own, [z])[:, 0])
+        np.testing.assert_array_equal(both.means()[layer], own.means()[0])

@@ -61,32 +61,47 @@ def kernel_basis(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
     return vectors[:, ::-1], jnp.sqrt(jnp.where(told, squares, 0))[::-1]
 
 
-def cosines(
-    weights: tuple[jax.Array, jax.Array], features: tuple[jax.Array, jax.Array], wanted: jax.Array, most: int
+def overlap(
+    weights: tuple[jax.Array, jax.Array], features: tuple[jax.Array, jax.Array], most: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines of the principal angles between two leading subspaces.
+    """What `cosines` makes principal angles of, of the same shape whatever the layer.
 
     Args:
       weights: `kernel_basis` of the kernel.
       features: `basis` of the means' matrix.
-      wanted: i32[], dimension of the subspaces; less where a matrix has less rank.
-      most: a static bound on `wanted`.
+      most: the largest dimension that is asked for.
 
     Returns:
-      (f32[most] in [0, 1], largest first and 0 beyond r; r i32[]).
+      (U_wᵀ U_m f32[most, most]; f32[2, 1 + most], for either the least singular value that float32 can tell
+      from 0, and the singular values). Where there are no more, 0.
     """
-    most = min(most, weights[0].shape[1], features[0].shape[1])
-    rank = jnp.minimum(*(_rank(values) for _, values in (weights, features)))
-    r = jnp.minimum(jnp.minimum(wanted, rank), most)
-    used = (jnp.arange(most, dtype=jnp.int32) < r).astype(jnp.float32)
-    u, v = (vectors[:, :most] * used[None] for vectors, _ in (weights, features))
+    size = min(most, weights[0].shape[1], features[0].shape[1])
+    u, v = weights[0][:, :size], features[0][:, :size]
     product = jnp.matmul(u.T, v, precision=jax.lax.Precision.HIGHEST)
-    return jnp.clip(jnp.linalg.svd(product, compute_uv=False), 0, 1) * used, r
+    eps = jnp.finfo(jnp.float32).eps
+    rows = [jnp.concatenate([s[:1] * len(s) * eps, s[:size]]) for _, s in (weights, features)]
+    return jnp.pad(product, (0, most - size)), jnp.pad(jnp.stack(rows), ((0, 0), (0, most - size)))
 
 
-def _rank(values: jax.Array) -> jax.Array:
-    """Singular values that float32 can tell from 0."""
-    return (values > values[0] * len(values) * jnp.finfo(jnp.float32).eps).sum().astype(jnp.int32)
+def cosines(product: jax.Array, values: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines of the principal angles between leading subspaces of kernels and features.
+
+    Args:
+      product: f32[…, most, most] of `overlap`.
+      values: f32[…, 2, 1 + most] of `overlap`.
+      wanted: i32[…], dimension of the subspaces; less where a matrix has less rank.
+
+    Returns:
+      (f32[…, most] in [0, 1], largest first and 0 beyond r; r i32[…]).
+    """
+    most = product.shape[-1]
+    rank = (values[..., 1:] > values[..., :1]).sum(-1).min(-1).astype(jnp.int32)
+    r = jnp.minimum(wanted, rank)
+    used = (jax.lax.broadcasted_iota(jnp.int32, (*r.shape, most), r.ndim) < r[..., None]).astype(jnp.float32)
+    product = product * used[..., :, None] * used[..., None, :]
+    flat = product.reshape(-1, most, most)  # one by one, see `Peeling`
+    found = jax.lax.map(lambda own: jnp.linalg.svd(own, compute_uv=False), flat)
+    return jnp.clip(found.reshape(used.shape), 0, 1) * used, r
 
 
 @functools.cache

@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import moments
+from fedjax_sim.probes.peel.clients import each_client
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.records import Row, make_row
 
@@ -58,19 +57,8 @@ class Chimeras:
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """log_c f32[m, 1 + 3 L, L] at each peel point, accuracy f32[m, 1 + 3 L]; in the order of `masks`."""
-        count = len(view.cohort.ids)
-        spare = -count % self.mesh.size
         own = (view.before, view.after, inputs["measured"])
-        own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
-        pool = inputs["test"] or data.train
-
-        def share(own, pool):
-            return jax.lax.map(lambda one: self._client(one, pool), own)
-
-        run = jax.shard_map(
-            share, mesh=self.mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS), check_vma=False
-        )
-        return jax.tree.map(lambda leaf: leaf[:count], run(own, pool))
+        return each_client(self.mesh, self._client, own, inputs["test"] or data.train)
 
     def _client(self, own, pool):
         before, after, measured = own
@@ -85,15 +73,16 @@ class Chimeras:
             def seen(images, labels, valid):
                 logits, features = self.forward.features(mixed, images)
                 right = ((jnp.argmax(logits, -1) == labels) & valid).sum().astype(jnp.float32)
-                return right, [self.forward.moments(z, labels, valid) for z in features]
+                return right, self.forward.moments(features, labels, valid)
 
             def added(old, new):
-                return old[0] + new[0], [moments.merge(a, b) for a, b in zip(old[1], new[1], strict=True)]
+                return old[0] + new[0], moments.merge(old[1], new[1])
 
             right, found = self.forward.over(measured, pool, seen, added)
-            traces = [moments.traces(m) for m in found]
-            log_c = jnp.stack([jnp.log(t.within / t.between) for t in traces])
-            return log_c, right / jnp.maximum(measured["count"], 1).astype(jnp.float32)
+            traces = moments.traces(found)
+            return jnp.log(traces.within / traces.between), right / jnp.maximum(measured["count"], 1).astype(
+                jnp.float32
+            )
 
         log_c, accuracy = jax.lax.map(one, jnp.asarray(masks(len(self.forward.model.peel_points))))
         return {"log_c": log_c, "accuracy": accuracy}

@@ -42,14 +42,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.rng import PEEL, key_for
-from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
-from fedjax_sim.probes.peel.forward import Forward, pooled, zeros_like
+from fedjax_sim.probes.peel.clients import each_client
+from fedjax_sim.probes.peel.forward import Forward, side_by_side
+from fedjax_sim.probes.peel.layers import Layers
 from fedjax_sim.records import Row, make_row
 
 STATES = ("before", "after")
@@ -80,206 +80,229 @@ class Probe:
     # --- on the devices ----------------------------------------------------------------------------
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
-        """Everything that is measured, by name.
+        """Everything that is measured; `by_name` takes it apart.
 
-        f32[m, S, L] by state and layer; f32[m, S - 1, L] of each later state against `before`; f32[m, S + 1]
-        of `start` and all states; f32[m, L] of the kernels. `spread` is ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's
-        kernel before (w) and after (w') the merge; `update_cosine` the mean cosine of a client's update of
-        the kernel with the other measured clients'.
+        Returns:
+          figures: f32[m, S, L, F] by state, layer and figure.
+          shifts: f32[m, S - 1, L, 2] of each later state against `before`.
+          answers: f32[m, S + 1, 2], accuracy and loss of `start` and all states.
+          pabs_cosines: f32[m, S, L, C].
+          spread: f32[m, L], ‖w_k - w'_k‖ / ‖w'_k‖ of a layer's kernel before (w) and after (w') the merge.
+          update_cosine: f32[m, L], the mean cosine of a client's update of the kernel with the other measured
+            clients'.
         """
-        count = len(view.cohort.ids)
-        spare = -count % self.mesh.size
         key = key_for(view.key, PEEL, view.cohort.round)
         keys = jax.vmap(partial(jax.random.fold_in, key))(view.cohort.ids)
         own = (view.start, view.before, view.after, inputs["fit"], inputs["measured"], keys)
-        own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1].repeat(spare, 0)]), own)
-
-        train = data.train
-        pools = {"fit": train, "measured": inputs["test"] or train}
-
-        def share(own, pools):
-            width = None if self.width == 1 else self.width
-            return jax.lax.map(lambda one: self._client(one, pools), own, batch_size=width)
-
-        run = jax.shard_map(
-            share, mesh=self.mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS), check_vma=False
-        )
-        out = jax.tree.map(lambda leaf: leaf[:count], run(own, pools))
+        pools = {"fit": data.train, "measured": inputs["test"] or data.train}
+        out = each_client(self.mesh, self._client, own, pools, width=self.width)
         return out | self._kernels(view)
+
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        return EACH + RANKS * self.forward.config.ranks
+
+    def by_name(self, out: dict[str, Any]) -> dict[str, Any]:
+        """What `observe` returned by the metrics' names: [m, S, L], [m, S - 1, L], [m, S + 1] or [m, L]."""
+        names = {"figures": self._figures, "shifts": SHIFTS, "answers": ANSWERS}
+        found = {
+            name: out[stack][..., place] for stack, own in names.items() for place, name in enumerate(own)
+        }
+        return found | {name: value for name, value in out.items() if name not in names}
 
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: the same without m.
 
-        The S models pass one after another through loops whose bodies hold the network once: written out, a
-        deep network takes minutes to compile.
+        The network stands in two loops, over batches and in them over models, and what follows is computed
+        of all layers at once as far as their shapes allow it: written out, a deep network takes minutes to
+        compile.
         """
         start, before, after, fit, measured, key = own
         models = [before, after]
         for name in self.forward.config.controls:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
-        models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models)
-        learnt = self._fitted(models, fit, pools["fit"])
-        begun, sums, classes, pairs = self._seen(start, models, learnt, measured, pools["measured"])
+        models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models, start)
+        known, fitted = self._fitted(models, fit, pools["fit"])
+        sums, found, seen = self._seen(models, known, measured, pools["measured"])
 
+        answers = self._linear(
+            fitted,
+            self.forward.labels(fit, pools["fit"]),
+            seen,
+            self.forward.labels(measured, pools["measured"]),
+        )
         total = measured["count"].astype(jnp.float32)
-        for name in begun:
-            sums[name] = jnp.concatenate([begun[name][None], sums[name]])
-        out = {name: value / total for name, value in sums.items()}
-        out["shift_cosine"] = 1 - out["shift_cosine"][1:]
-        out["shift_cka"] = jnp.stack([1 - jax.vmap(linear_probes.linear_cka)(pair)[1:] for pair in pairs], 1)
-        figures, traced = [], jax.jit(self._figures, inline=True, static_argnames="shape")  # once for a shape
-        for moment, pair, point, shape in zip(
-            classes, pairs, self.forward.model.peel_points, self.forward.shapes(), strict=True
-        ):
-            covariance = jnp.concatenate([pair.xx[1:2], pair.yy[1:]])
-            one = partial(traced, shape=shape)
-            kernels = leaf_at(models["params"], point.kernel)
-            figures.append(jax.lax.map(lambda args, one=one: one(*args), (moment, covariance, kernels)))
-        for name in figures[0]:
-            out[name] = jnp.stack([of_layer[name] for of_layer in figures], 1)
-        return out
+        out = answers | {name: value / total for name, value in (sums | {"ridge": answers["ridge"]}).items()}
+        out["shift_cosine"], out["shift_cka"] = 1 - out["shift_cosine"][1:], 1 - out["cka"][1:]
+        kernels = [leaf_at(models["params"], point.kernel) for point in self.forward.model.peel_points]
+        angles = partial(self.angles, shapes=self.forward.shapes())
+        out |= jax.vmap(_class_figures)(found) | self._of_models(angles, (found, kernels))
+        names = {"figures": self._figures, "shifts": SHIFTS, "answers": ANSWERS}
+        stacks = {stack: jnp.stack([out[name] for name in own], -1) for stack, own in names.items()}
+        return stacks | {"pabs_cosines": out["pabs_cosines"]}
+
+    def _of_models(self, one, trees):
+        """`one` of every of the S models, one after another; leaves [S or more, …]."""
+        pick = lambda number: jax.tree.map(lambda leaf: leaf[number], trees)  # noqa: E731
+        return jax.lax.map(lambda number: one(*pick(number)), jnp.arange(len(self.states), dtype=jnp.int32))
 
     def _fitted(self, models, fit, pool):
-        """What probes are made of: a pair (Ridge, Moments), leaves [S, …], for each layer."""
+        """Of the samples that probes are fitted to: class moments [S, …], pooled features f32[S, s, L, p]."""
 
         def measure(images, labels, mask):
-            target = jax.nn.one_hot(labels, self.forward.num_classes)
-
             def one(model):
-                return [
-                    (linear_probes.of_batch(pooled(z), target, mask), self.forward.moments(z, labels, mask))
-                    for z in self.forward.features(model, images)[1]
-                ]
+                features = self.forward.features(model, images)[1]
+                return self.forward.moments(features, labels, mask), side_by_side(features)
 
-            return jax.lax.map(one, models)
+            return self._of_models(one, (models,))
 
-        learnt = self.forward.over(fit, pool, measure, _merged)
-        return [(jax.lax.map(linear_probes.ridge, linear), means) for linear, means in learnt]
+        known, rows = self.forward.collected(fit, pool, measure, jax.vmap(moments.merge))
+        return known, _joined(rows)
 
-    def _seen(self, start, models, learnt, measured, pool):
+    def _seen(self, models, known, measured, pool):
         """The pass over the measured samples.
 
+        Args:
+          models: the S models and `start`, leaves [S + 1, …].
+          known: class moments of the other samples, leaves [S, …].
+          measured: which samples.
+          pool: what they count in.
+
         Returns:
-          Sums over them of `start`, f32[], and of the models, f32[S] or f32[S, L]; class moments, and
-          comoments with the first model's features (none for itself), leaves [S, …], of each layer.
+          Sums over the samples, f32[S + 1] with `start` first, and f32[S, L]; class moments, leaves [S, …];
+          pooled features, f32[S, s, L, p].
         """
+        count = len(self.states)
 
         def measure(images, labels, mask):
             def right(guess):
-                return ((guess == labels) & mask).sum().astype(jnp.float32)
+                valid = mask.reshape(-1, *[1] * (guess.ndim - 1))
+                here = labels.reshape(valid.shape)
+                return ((guess == here) & valid).sum(0).astype(jnp.float32)
 
-            def answers(logits):
-                loss = jnp.where(mask, _losses(logits, labels), 0).sum()
-                return {"peel_loss": loss, "peel_accuracy": right(jnp.argmax(logits, -1))}
-
-            def compared(first, own):
-                flat, mean = zip(*[zip(*pair, strict=True) for pair in (first, own)], strict=True)
-                cosines = [jnp.where(mask, _cosine(*pair), 0).sum() for pair in zip(*flat, strict=True)]
-                return jnp.stack(cosines), [
-                    linear_probes.of_batch(x, y, mask) for x, y in zip(*mean, strict=True)
-                ]
-
-            def viewed(model):
+            def one(first, number):
+                model = jax.tree.map(lambda leaf: leaf[number], models)
+                means = jax.tree.map(lambda leaf: leaf[jnp.minimum(number, count - 1)], known)
                 logits, features = self.forward.features(model, images)
-                return logits, [(self.forward.flat(z), pooled(z)) for z in features]
+                flat = [self.forward.flat(z) for z in features]
+                z = known.layers.join(flat)
+                first = jnp.where(number == 0, z, first)
+                cosines = jnp.where(mask[:, None], _cosines(known.layers, first, z), 0).sum(0)
+                loss = jnp.where(mask, _losses(logits, labels), 0).sum()
+                sums = [
+                    jnp.stack([loss, right(jnp.argmax(logits, -1))]),
+                    right(moments.nearest_mean(means, flat)),
+                    cosines,
+                ]
+                found = self.forward.moments(features, labels, mask)
+                return first, ((jnp.concatenate(sums), found), side_by_side(features))
 
-            def one(first, inputs):
-                number, model, learnt = inputs
-                logits, own = viewed(model)
-                first = jax.tree.map(lambda a, b: jnp.where(number == 0, b, a), first, own)
-                sums = answers(logits)
-                sums["ridge"] = jnp.stack(
-                    [
-                        right(linear_probes.predict(ridge, mean))
-                        for (ridge, _), (_, mean) in zip(learnt, own, strict=True)
-                    ]
-                )
-                sums["ncm"] = jnp.stack(
-                    [
-                        right(moments.nearest_mean(means, flat))
-                        for (_, means), (flat, _) in zip(learnt, own, strict=True)
-                    ]
-                )
-                nothing = zeros_like(jax.eval_shape(compared, first, own))
-                alike, pairs = jax.lax.cond(number > 0, compared, lambda *_: nothing, first, own)
-                classes = [moments.of_batch(flat, labels, mask, self.forward.num_classes) for flat, _ in own]
-                return first, (sums | {"shift_cosine": alike}, classes, pairs)
+            nothing = jnp.zeros((len(images), known.layers.size), jnp.float32)
+            return jax.lax.scan(one, nothing, jnp.arange(count + 1, dtype=jnp.int32))[1]
 
-            count = jax.tree.leaves(models)[0].shape[0]
-            nothing = zeros_like(jax.eval_shape(viewed, jax.tree.map(lambda leaf: leaf[0], models))[1])
-            inputs = (jnp.arange(count, dtype=jnp.int32), models, learnt)
-            _, seen = jax.lax.scan(one, nothing, inputs)
-            return answers(self.forward.features(start, images)[0]), *seen
+        def merge(old, new):
+            return old[0] + new[0], jax.vmap(moments.merge)(old[1], new[1])
 
-        return self.forward.over(measured, pool, measure, _merged)
+        (sums, found), rows = self.forward.collected(measured, pool, measure, merge)
+        loss, hits, (ncm, cosines) = sums[:, 0], sums[:, 1], jnp.split(sums[:count, 2:], 2, 1)
+        sums = {"peel_loss": jnp.roll(loss, 1), "peel_accuracy": jnp.roll(hits, 1)}
+        sums |= {"ncm": ncm, "shift_cosine": cosines}
+        return sums, jax.tree.map(lambda leaf: leaf[:count], found), _joined(rows)
 
-    def _figures(self, m: moments.Moments, covariance, kernel, *, shape) -> dict[str, jax.Array]:
-        """What one layer's features of one model say."""
-        plain, even = moments.traces(m), moments.traces(m, balanced=True)
-        out = {
-            "trace_within": plain.within,
-            "trace_between": plain.between,
-            "trace_total": plain.total,
-            "sigma_within": plain.within / plain.total,
-            "sigma_between": plain.between / plain.total,
-            "log_c": jnp.log(plain.within / plain.between),
-            "log_c_balanced": jnp.log(even.within / even.between),
-            "cdnv": moments.cdnv(m),
-            "discrimination": moments.discrimination(m),
-        }
-        if self.forward.config.ranks:
-            share = m.count / jnp.maximum(m.count.sum(), 1)
-            centres = pooled(m.mean.reshape(self.forward.num_classes, *shape))
-            away = (centres - (share @ centres)[None]) * jnp.sqrt(m.count)[:, None]
-            out["rank"], out["stable_rank"] = linear_probes.ranks(covariance - away.T @ away)
-
-        return out | self.angles(m, kernel, shape)
-
-    def angles(self, m: moments.Moments, kernel: jax.Array, shape: Any) -> dict[str, jax.Array]:
-        """The `pabs` family of one layer: its kernel against the class means of its input.
+    def _linear(self, fitted, fit, seen, measured):
+        """What linear probes and covariances of pooled features say of each layer of each model.
 
         Args:
-          m: class moments of the input.
-          kernel: of the layer, f32[d, F] or f32[kh, kw, C, F].
-          shape: of one sample's input, see `Forward.shapes`.
+          fitted: pooled features of the samples that probes are fitted to, f32[S, s, L, p].
+          fit: labels i32[s] of these, and bool[s], False for padding.
+          seen: pooled features of the measured samples, f32[S + 1, s, L, p].
+          measured: labels and mask of these.
+
+        Returns:
+          f32[S, L]: `ridge`, samples that the probe gets right; `cka` with the first model; the ranks.
         """
-        maps = m.mean.reshape(self.forward.num_classes, *shape)
-        share = m.count / jnp.maximum(m.count.sum(), 1)
-        out = {}
-        present = (m.count > 0).reshape(-1, *[1] * len(shape))
-        classes = present.sum().astype(jnp.int32)
-        centre = jnp.tensordot(share, maps, 1)
-        weights = alignment.kernel_basis(kernel)
-        for suffix, means, wanted in (("", maps, classes), ("_centred", maps - centre[None], classes - 1)):
-            found = alignment.basis(alignment.means_matrix(jnp.where(present, means, 0)))
-            cosines, r = alignment.cosines(weights, found, wanted, self.forward.num_classes)
-            cosines = jnp.pad(cosines, (0, self.forward.num_classes - len(cosines)))
-            size = r.astype(jnp.float32)
-            out["pabs" + suffix] = cosines.sum() / size
-            out["pabs_rank" + suffix] = size
-            if not suffix:
-                out["pabs_smallest"] = jnp.where(r > 0, cosines[jnp.maximum(r - 1, 0)], jnp.nan)
-                out["pabs_cosines"] = cosines
-        return out
+        target = jax.nn.one_hot(fit[0], self.forward.num_classes)
+        labels, mask = measured
+        member = jax.nn.one_hot(labels, self.forward.num_classes) * mask.astype(jnp.float32)[:, None]
+
+        def of_layer(own):
+            fitted, seen = own
+
+            def one(pair):
+                old, new = pair
+                guess = jnp.argmax(linear_probes.ridge_scores(old, target, fit[1], new), 1)
+                hits = ((guess == labels) & mask).sum().astype(jnp.float32)
+                out = [hits, linear_probes.linear_cka(seen[0], new, mask)]
+                if self.forward.config.ranks:
+                    means = _product(member.T, new) / jnp.maximum(member.sum(0), 1)[:, None]
+                    away = (new - means[labels]) * mask.astype(jnp.float32)[:, None]
+                    out += linear_probes.ranks(away)
+                return jnp.stack(out)
+
+            return jax.lax.map(one, (fitted, seen))
+
+        layers = [jnp.moveaxis(stack[: len(self.states)], 2, 0) for stack in (fitted, seen)]
+        figures = jax.lax.map(of_layer, layers)  # [L, S, …]
+        names = ("ridge", "cka", *(RANKS if self.forward.config.ranks else ()))
+        return dict(zip(names, figures.transpose(2, 1, 0), strict=True))
+
+    def angles(self, m: moments.Moments, kernels: Any, shapes: Any) -> dict[str, jax.Array]:
+        """The `pabs` family of some layers: their kernels against the class means of their inputs.
+
+        Args:
+          m: class moments of the layers' inputs.
+          kernels: of the layers, f32[d, F] or f32[kh, kw, C, F].
+          shapes: of one sample's input of each layer, see `Forward.shapes`.
+
+        Returns:
+          f32[L] each; `pabs_cosines` f32[L, C].
+        """
+        most, share = self.forward.num_classes, m.count / jnp.maximum(m.count.sum(), 1)
+        weights = [alignment.kernel_basis(kernel) for kernel in kernels]
+
+        def against(means):
+            parts = zip(weights, m.layers.split(means), shapes, strict=True)
+            matrices = ((own, part.reshape(most, *shape)) for own, part, shape in parts)
+            overlaps = [
+                alignment.overlap(own, alignment.basis(alignment.means_matrix(maps)), most)
+                for own, maps in matrices
+            ]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *overlaps)
+
+        both = jnp.stack([m.mean, m.mean - _product(share[None], m.mean)])
+        product, values = jax.lax.map(against, jnp.where(m.present[None, :, None], both, 0))
+        present = m.present.sum().astype(jnp.int32)
+        found, r = alignment.cosines(product, values, jnp.stack([present, present - 1])[:, None])
+        mean = found.sum(2) / r.astype(jnp.float32)
+        smallest = jnp.take_along_axis(found[0], jnp.maximum(r[0][:, None] - 1, 0), 1)[:, 0]
+        return {
+            "pabs": mean[0],
+            "pabs_rank": r[0].astype(jnp.float32),
+            "pabs_cosines": found[0],
+            "pabs_smallest": jnp.where(r[0] > 0, smallest, jnp.nan),
+            "pabs_centred": mean[1],
+        }
 
     def _kernels(self, view: MergeView) -> dict[str, jax.Array]:
         """Of the layers' kernels: spread and agreement of updates, f32[m, L] each."""
-        spread, agreement = [], []
+        gaps, sizes, products = [], [], []
         for point in self.forward.model.peel_points:
             start, before, after = (
                 leaf_at(tree["params"], point.kernel).astype(jnp.float32)
                 for tree in (view.start, view.before, view.after)
             )
-            norm = lambda a: jnp.sqrt((a * a).reshape(len(a), -1).sum(1))  # noqa: E731
-            spread.append(norm(before - after) / norm(after))
-            update = (before - start).reshape(len(start), -1)
-            size = norm(update)
-            cosine = jnp.matmul(update, update.T, precision=jax.lax.Precision.HIGHEST) / (
-                size[None] * size[:, None]
-            )
-            others = cosine.sum(1) - jnp.diagonal(cosine)
-            agreement.append(others / (len(start) - 1) if len(start) > 1 else jnp.full_like(others, jnp.nan))
-        return {"spread": jnp.stack(spread, 1), "update_cosine": jnp.stack(agreement, 1)}
+            flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
+            gaps.append((flat(before - after) ** 2).sum(1))
+            sizes.append((flat(after) ** 2).sum(1))
+            update = flat(before - start)
+            products.append(_product(update, update.T))
+        products = jnp.stack(products)
+        size = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
+        cosines = products / (size[:, None] * size[:, :, None])
+        others = cosines.sum(2) - jnp.diagonal(cosines, axis1=1, axis2=2)
+        count = others.shape[1]
+        agreement = others / (count - 1) if count > 1 else jnp.full_like(others, jnp.nan)
+        return {"spread": jnp.sqrt(jnp.stack(gaps, 1) / jnp.stack(sizes, 1)), "update_cosine": agreement.T}
 
     # --- on the host --------------------------------------------------------------------------------
 
@@ -289,10 +312,11 @@ class Probe:
         Args:
           number: of the round, from 1.
           ids: i32[m], the clients that were looked at.
-          out: what `observe` returned, by name; [m, …].
+          out: what `observe` returned.
           counts: i32[m], samples that were measured of each.
         """
         made: list[Row] = []
+        out = self.by_name(out)
         layers = [point.name for point in self.forward.model.peel_points]
         widths = [shape[-1] for shape in self.forward.shapes()]
 
@@ -300,7 +324,7 @@ class Probe:
             made.append(make_row(number, metric, value, **where))
 
         for place, client in enumerate(ids.tolist()):
-            for name in ("peel_accuracy", "peel_loss"):
+            for name in ANSWERS:
                 for state, value in zip(("start", *self.states), out[name][place], strict=True):
                     add(name, value, client=client, state=state)
             add("peel_samples", counts[place], client=client)
@@ -312,7 +336,7 @@ class Probe:
                     for metric in SHIFTS if s else ():
                         of = "" if state == "after" else state
                         add(metric, out[metric][place, s - 1, layer], layer=name, client=client, state=of)
-                    for metric in EACH + RANKS * self.forward.config.ranks:
+                    for metric in self._figures:
                         add(metric, out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
                     add("pabs_corrected", alignment.corrected(float(pabs), widths[layer], r), **where)
@@ -326,6 +350,7 @@ class Probe:
         return made
 
 
+ANSWERS = ("peel_accuracy", "peel_loss")
 SHIFTS = ("shift_cka", "shift_cosine")
 KERNELS = ("spread", "update_cosine")
 EACH = (
@@ -336,23 +361,41 @@ EACH = (
 RANKS = ("rank", "stable_rank")
 
 
-def _merged(old, new):
-    """Measurements of two batches together: moments, [S] of them, by their rules, arrays by addition."""
-    rules = {moments.Moments: jax.vmap(moments.merge), linear_probes.Comoments: jax.vmap(linear_probes.merge)}
-    is_one = lambda node: type(node) in rules  # noqa: E731
-    return jax.tree.map(lambda a, b: rules.get(type(a), jnp.add)(a, b), old, new, is_leaf=is_one)
+def _class_figures(m: moments.Moments) -> dict[str, jax.Array]:
+    """What class moments of a model say, f32[L] each."""
+    plain, even = moments.traces(m), moments.traces(m, balanced=True)
+    return {
+        "trace_within": plain.within,
+        "trace_between": plain.between,
+        "trace_total": plain.total,
+        "sigma_within": plain.within / plain.total,
+        "sigma_between": plain.between / plain.total,
+        "log_c": jnp.log(plain.within / plain.between),
+        "log_c_balanced": jnp.log(even.within / even.between),
+        "cdnv": moments.cdnv(m),
+        "discrimination": moments.discrimination(m),
+    }
+
+
+def _joined(rows: jax.Array) -> jax.Array:
+    """Batches one after another: f32[n, S, B, L, p] -> f32[S, n B, L, p]."""
+    return rows.swapaxes(0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
 
 
 def _losses(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def _cosine(a, b):
-    """Of rows; 1 where both are zero, 0 where one is. f32[B, d] twice -> f32[B]."""
-    square = [(v * v).sum(1) for v in (a, b)]
+def _cosines(layers: Layers, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Layer by layer; 1 where both are zero, 0 where one is. f32[B, D] twice -> f32[B, L]."""
+    product, *square = layers.sums(jnp.stack([a * b, a * a, b * b]))
     scale = jnp.sqrt(square[0] * square[1])
-    cosine = (a * b).sum(1) / jnp.where(scale > 0, scale, 1)
-    return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(a.dtype))
+    cosine = product / jnp.where(scale > 0, scale, 1)
+    return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(jnp.float32))
+
+
+def _product(a, b):
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def leaf_at(tree: Any, path: tuple[str, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 from typing import cast
 
 import jax
@@ -43,6 +44,20 @@ class Forward:
           measure: (what the model is called with, labels, mask) -> what a batch says.
           merge: (two of these) -> of both; zeros must be nothing to it.
         """
+        return self.collected(chosen, pool, lambda *batch: (measure(*batch), None), merge)[0]
+
+    def collected(self, chosen, pool, measure, merge):
+        """Measures batch by batch; merges one part of what is measured, and collects the other.
+
+        Args:
+          chosen: as for `over`.
+          pool: as for `over`.
+          measure: (what the model is called with, labels, mask) -> (what is merged, what is collected).
+          merge: as for `over`.
+
+        Returns:
+          What was merged; and what was collected, leaves [batches, …], zero for batches without samples.
+        """
         index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
         size = index.shape[1]
 
@@ -53,12 +68,25 @@ class Forward:
             return measure(*self.task.inputs(example), example[cast(str, self.task.label)], mask)
 
         if len(index) == 1:
-            return batch(0)
+            total, rows = batch(0)
+            return total, jax.tree.map(lambda leaf: leaf[None], rows)
         # Traced once, though its shapes are asked for before the loop is made; the loop counts in weak types.
         traced = jax.jit(batch, inline=True)
-        nothing = zeros_like(jax.eval_shape(traced, 0))
+        total, rows = jax.eval_shape(traced, 0)
+        room = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(index), *leaf.shape), leaf.dtype), rows)
+
+        def step(number, carry):
+            (total, room), (new, rows) = carry, traced(number)
+            put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+            return merge(total, new), jax.tree.map(put, room, rows)
+
         batches = -(-chosen["count"] // size)  # what is beyond the samples is not looked at
-        return jax.lax.fori_loop(0, batches, lambda number, sums: merge(sums, traced(number)), nothing)
+        return jax.lax.fori_loop(0, batches, step, zeros_like((total, room)))
+
+    def labels(self, chosen, pool):
+        """Of all chosen samples, as `over` comes by them: i32[s], and bool[s], False for padding."""
+        index = chosen["index"]
+        return pool[self.task.label][index], jnp.arange(len(index), dtype=jnp.int32) < chosen["count"]
 
     @functools.cached_property
     def features(self):
@@ -77,9 +105,9 @@ class Forward:
         """A feature as variances take it: f32[B, …] -> f32[B, d]."""
         return pooled(z) if self.config.pool or z.ndim == 3 else z.reshape(len(z), -1)
 
-    def moments(self, z, labels, mask):
-        """Class moments of a batch's feature."""
-        return class_moments.of_batch(self.flat(z), labels, mask, self.num_classes)
+    def moments(self, features, labels, mask):
+        """Class moments of a batch's features, of any layers."""
+        return class_moments.of_batch([self.flat(z) for z in features], labels, mask, self.num_classes)
 
     def shapes(self):
         """Of one sample's feature at each point, as `flat` keeps it before flattening."""
@@ -91,6 +119,16 @@ class Forward:
         _, features = jax.eval_shape(self.model.features, self.model.abstract, images)
         whole = [features[point.name].shape[1:] for point in self.model.peel_points]
         return [shape[-1:] if self.config.pool or len(shape) == 2 else shape for shape in whole]
+
+
+def side_by_side(features):
+    """Features of L layers, pooled and filled up with zeros to the widest: f32[B, …, C] each -> f32[B, L, p].
+
+    A feature that is 0 for every sample changes nothing of what `fedjax_sim.probes.peel.linear_probes` says.
+    """
+    means = [pooled(z) for z in features]
+    widest = max(z.shape[1] for z in means)
+    return jnp.stack([jnp.pad(z, ((0, 0), (0, widest - z.shape[1]))) for z in means], 1)
 
 
 def pooled(z):

@@ -35,7 +35,7 @@ from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import linear_probes
-from fedjax_sim.probes.peel.forward import Forward, pooled
+from fedjax_sim.probes.peel.forward import Forward, side_by_side
 from fedjax_sim.records import Row, make_row
 
 STATES = ("start", "before", "after")
@@ -122,30 +122,32 @@ class Generality:
 
     def _client(self, model, samples, pools):
         """One model on one client's samples."""
+        adding = partial(jax.tree.map, jnp.add)
+
+        def pooled(part, measure):
+            return self.forward.collected(samples[part], pools[part], measure, adding)
 
         def fitted(images, labels, mask):
-            target = jax.nn.one_hot(labels, self.forward.num_classes)
-            features = self.forward.features(model, images)[1][1:]
-            return [linear_probes.of_batch(pooled(z), target, mask) for z in features]
-
-        def merged(old, new):
-            return [linear_probes.merge(a, b) for a, b in zip(old, new, strict=True)]
-
-        ridges = [
-            linear_probes.ridge(c) for c in self.forward.over(samples["fit"], pools["fit"], fitted, merged)
-        ]
+            del labels, mask
+            return (), side_by_side(self.forward.features(model, images)[1][1:])
 
         def seen(images, labels, mask):
             logits, features = self.forward.features(model, images)
-            hits = [
-                _right(linear_probes.predict(ridge, pooled(z)), labels, mask)
-                for ridge, z in zip(ridges, features[1:], strict=True)
-            ]
-            return *_sums(logits, labels, mask), jnp.asarray(hits, jnp.float32)
+            return _sums(logits, labels, mask), side_by_side(features[1:])
 
-        measured = samples["measured"]
-        sums = self.forward.over(measured, pools["measured"], seen, partial(jax.tree.map, jnp.add))
-        count = measured["count"].astype(jnp.float32)
+        (_, old), (sums, new) = pooled("fit", fitted), pooled("measured", seen)
+        (fit_labels, known), (labels, mask) = (
+            self.forward.labels(samples[part], pools[part]) for part in ("fit", "measured")
+        )
+        target = jax.nn.one_hot(fit_labels, self.forward.num_classes)
+
+        def hits(layer):
+            scores = linear_probes.ridge_scores(layer[0], target, known, layer[1])
+            return _right(jnp.argmax(scores, 1), labels, mask)
+
+        layers = [jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 1, 0) for rows in (old, new)]
+        count = samples["measured"]["count"].astype(jnp.float32)
+        sums = *sums, jax.lax.map(hits, layers)
         return {name: value / count for name, value in zip((*OTHERS, "ridge_others"), sums, strict=True)}
 
     # --- on the host --------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class Finetuning:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             right = ((jnp.argmax(logits, -1) == labels) & mask).sum().astype(jnp.float32)
             loss = jnp.where(mask, losses, 0).sum()
-            return (right, loss), forward.moments(features[-1], labels, mask)
+            return (right, loss), forward.moments(features[-1:], labels, mask)
 
         def added(old, new):
             return jax.tree.map(jnp.add, old[0], new[0]), moments.merge(old[1], new[1])
@@ -136,9 +136,9 @@ class Finetuning:
         (right, loss), found = forward.over(measured, pool, seen, added)
         count = measured["count"].astype(jnp.float32)
         kernel = leaf_at(model["params"], forward.model.peel_points[-1].kernel)
-        figures = self.probe.angles(found, kernel, forward.shapes()[-1])
+        figures = self.probe.angles(found, [kernel], forward.shapes()[-1:])
         return {"peel_accuracy": right / count, "peel_loss": loss / count} | {
-            name: figures[name] for name in FIGURES
+            name: figures[name][0] for name in FIGURES
         }
 
     # --- on the host --------------------------------------------------------------------------------

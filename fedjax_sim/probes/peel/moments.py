@@ -6,6 +6,7 @@ their squared distances to that mean. Batches are merged by the pairwise rule of
 subtracted from anything large: float32 suffices, and memory is one mean a class, whatever the samples.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,44 +14,62 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from fedjax_sim.probes.peel.layers import Layers
+
 
 @struct.dataclass
 class Moments:
-    """Of one layer's features, by class.
+    """Of the features of L layers, by class.
 
     Attributes:
       count: f32[C], samples.
-      mean: f32[C, d]; zero for a class without samples.
-      scatter: f32[C], sum over the class's samples of ‖z - mean‖².
+      mean: f32[C, D], of all layers' features side by side; zero for a class without samples.
+      scatter: f32[C, L], sum over the class's samples of ‖z - mean‖².
+      layers: where each layer lies in the D numbers.
     """
 
     count: jax.Array
     mean: jax.Array
     scatter: jax.Array
+    layers: Layers = struct.field(pytree_node=False)
+
+    @property
+    def present(self) -> jax.Array:
+        """Whether a class has samples, bool[C]."""
+        return self.count > 0
+
+    def means(self) -> list[jax.Array]:
+        """f32[C, d_l] of every layer."""
+        return self.layers.split(self.mean)
 
 
-def empty(num_classes: int, dim: int) -> Moments:
-    """No samples yet."""
-    zeros = jnp.zeros((num_classes,), jnp.float32)
-    return Moments(zeros, jnp.zeros((num_classes, dim), jnp.float32), zeros)
+def empty(num_classes: int, widths: Sequence[int]) -> Moments:
+    """No samples yet, of layers with so many features."""
+    layers = Layers(tuple(widths))
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
+    return Moments(
+        zeros(num_classes), zeros(num_classes, layers.size), zeros(num_classes, len(widths)), layers
+    )
 
 
 @partial(jax.jit, inline=True, static_argnames="num_classes")
-def of_batch(z: jax.Array, labels: jax.Array, mask: jax.Array, num_classes: int) -> Moments:
+def of_batch(features: Sequence[jax.Array], labels: jax.Array, mask: jax.Array, num_classes: int) -> Moments:
     """Moments of one batch.
 
     Args:
-      z: f32[B, d].
+      features: f32[B, d_l] of every layer.
       labels: i32[B].
       mask: bool[B], False for padding.
       num_classes: C.
     """
+    layers = Layers(tuple(z.shape[1] for z in features))
+    z = layers.join(features)
     member = (labels[:, None] == jnp.arange(num_classes, dtype=labels.dtype)[None]) & mask[:, None]
     member = member.astype(jnp.float32)
     count = member.sum(0)
-    mean = _product(member.T, z.astype(jnp.float32)) / jnp.maximum(count, 1)[:, None]
-    away = z.astype(jnp.float32) - mean[jnp.where(mask, labels, 0)]
-    return Moments(count, mean, member.T @ (away * away).sum(1))
+    mean = _product(member.T, z) / jnp.maximum(count, 1)[:, None]
+    away = z - mean[jnp.where(mask, labels, 0)]
+    return Moments(count, mean, _product(member.T, layers.sums(away * away)), layers)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -59,11 +78,12 @@ def merge(a: Moments, b: Moments) -> Moments:
     share = b.count / jnp.maximum(count, 1)
     step = b.mean - a.mean
     mean = a.mean + share[:, None] * step
-    return Moments(count, mean, a.scatter + b.scatter + a.count * share * (step * step).sum(1))
+    moved = (a.count * share)[:, None] * a.layers.sums(step * step)
+    return Moments(count, mean, a.scatter + b.scatter + moved, a.layers)
 
 
 class Traces(NamedTuple):
-    """Traces of the class-covariance matrices, each f32[]. within + between = total.
+    """Traces of the class-covariance matrices, each f32[L]. within + between = total.
 
     Attributes:
       within: (1/n) Σ_c Σ_{i∈c} ‖z_i - μ_c‖².
@@ -78,64 +98,72 @@ class Traces(NamedTuple):
 
 def traces(m: Moments, *, balanced: bool = False) -> Traces:
     """Weighted by samples (the identity above, OUR CHOICE); or every present class alike, μ_G included."""
-    present = (m.count > 0).astype(jnp.float32)
-    weight = present if balanced else m.count
+    weight = m.present.astype(jnp.float32) if balanced else m.count
     weight = weight / jnp.maximum(weight.sum(), 1)
-    each = m.scatter / jnp.maximum(m.count, 1)
     away = m.mean - _product(weight[None], m.mean)
-    within, between = weight @ each, weight @ (away * away).sum(1)
+    within, between = weight @ _variances(m), weight @ m.layers.sums(away * away)
     return Traces(within, between, within + between)
 
 
 def distances(m: Moments) -> tuple[jax.Array, jax.Array]:
-    """Squared distances and cosines between class means, both f32[C, C]; 0 with an absent class."""
-    present = (m.count > 0).astype(jnp.float32)
+    """Squared distances and cosines between class means, both f32[L, C, C]; 0 with an absent class."""
+    present = m.present.astype(jnp.float32)
     pairs = present[:, None] * present[None]
     weight = present / jnp.maximum(present.sum(), 1)
     centred = (m.mean - _product(weight[None], m.mean)) * present[:, None]
-    gram = _product(centred, centred.T)
-    square = jnp.diagonal(gram)
-    apart = jnp.maximum(square[:, None] + square[None] - 2 * gram, 0) * pairs
-    raw = _product(m.mean, m.mean.T)
-    norm = jnp.sqrt(jnp.maximum(jnp.diagonal(raw), 0))
-    scale = norm[:, None] * norm[None]
+    both = m.layers.split(jnp.stack([centred, m.mean]))
+    gram, raw = jnp.stack([_product(means, means.swapaxes(1, 2)) for means in both], 1)
+    square = _diagonals(gram)
+    apart = jnp.maximum(square[:, :, None] + square[:, None] - 2 * gram, 0) * pairs[None]
+    norm = jnp.sqrt(jnp.maximum(_diagonals(raw), 0))
+    scale = norm[:, :, None] * norm[:, None]
     cosine = jnp.where(scale > 0, raw / jnp.where(scale > 0, scale, 1), 0)
-    return apart, cosine * pairs
+    return apart, cosine * pairs[None]
 
 
 def cdnv(m: Moments) -> jax.Array:
-    """Class-distance normalised variance: mean over pairs of (v_c + v_c') / 2‖μ_c - μ_c'‖². f32[].
+    """Class-distance normalised variance: mean over pairs of (v_c + v_c') / 2‖μ_c - μ_c'‖². f32[L].
 
     Galanti, György and Hutter, "On the Role of Neural Collapse in Transfer Learning", ICLR 2022. Infinite
     where two present classes have the same mean; 0 with fewer than two classes.
     """
-    present = m.count > 0
-    each = m.scatter / jnp.maximum(m.count, 1)
-    apart, _ = distances(m)
-    pairs = present[:, None] & present[None] & ~jnp.eye(len(present), dtype=bool)
-    ratio = (each[:, None] + each[None]) / (2 * jnp.where(pairs, apart, 1))
-    return jnp.where(pairs, ratio, 0).sum() / jnp.maximum(pairs.astype(jnp.float32).sum(), 1)
+    each, (apart, _), pairs = _variances(m).T, distances(m), _pairs(m)
+    ratio = (each[:, :, None] + each[:, None]) / (2 * jnp.where(pairs, apart, 1))
+    return jnp.where(pairs, ratio, 0).sum((1, 2)) / jnp.maximum(pairs.astype(jnp.float32).sum(), 1)
 
 
 def discrimination(m: Moments) -> jax.Array:
-    """D_l = 1 - the largest cosine between the means of two present classes; 0 with fewer than two. f32[].
+    """D_l = 1 - the largest cosine between the means of two present classes; 0 with fewer than two. f32[L].
 
     Wang et al., "Understanding Deep Representation Learning via Layerwise Feature Compression and
     Discrimination", arXiv 2311.02960.
     """
-    present = m.count > 0
-    pairs = present[:, None] & present[None] & ~jnp.eye(len(present), dtype=bool)
-    _, cosine = distances(m)
-    return jnp.where(pairs.any(), 1 - jnp.where(pairs, cosine, -jnp.inf).max(initial=-jnp.inf), 0)
+    (_, cosine), pairs = distances(m), _pairs(m)
+    largest = jnp.where(pairs, cosine, -jnp.inf).max((1, 2), initial=-jnp.inf)
+    return jnp.where(pairs.any(), 1 - largest, 0)
 
 
-def nearest_mean(m: Moments, z: jax.Array) -> jax.Array:
-    """The present class whose mean is nearest. f32[B, d] -> i32[B]."""
-    present = m.count > 0
-    reference = m.mean.sum(0, keepdims=True) / jnp.maximum(present.astype(jnp.float32).sum(), 1)
-    means, z = m.mean - reference, z.astype(jnp.float32) - reference
-    score = _product(z, means.T) - (means * means).sum(1)[None] / 2
-    return jnp.argmax(jnp.where(present[None], score, -jnp.inf), 1).astype(jnp.int32)
+def nearest_mean(m: Moments, features: Sequence[jax.Array]) -> jax.Array:
+    """The present class whose mean is nearest. f32[B, d_l] of every layer -> i32[B, L]."""
+    reference = m.mean.sum(0) / jnp.maximum(m.present.astype(jnp.float32).sum(), 1)
+    means, z = m.mean - reference[None], m.layers.join(features) - reference[None]
+    products = [_product(a, b.T) for a, b in zip(*map(m.layers.split, (z, means)), strict=True)]
+    score = jnp.stack(products, 1) - m.layers.sums(means * means).T[None] / 2
+    return jnp.argmax(jnp.where(m.present[None, None], score, -jnp.inf), 2).astype(jnp.int32)
+
+
+def _variances(m):
+    """Of each class about its mean, f32[C, L]."""
+    return m.scatter / jnp.maximum(m.count, 1)[:, None]
+
+
+def _pairs(m):
+    """Pairs of two present classes, bool[1, C, C]."""
+    return (m.present[:, None] & m.present[None] & ~jnp.eye(len(m.count), dtype=bool))[None]
+
+
+def _diagonals(matrices):
+    return jnp.diagonal(matrices, axis1=1, axis2=2)
 
 
 def _product(a, b):

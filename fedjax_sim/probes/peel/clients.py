@@ -1,0 +1,39 @@
+"""Measured clients over the devices of a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from fedjax_sim.core.stacked import AXIS
+
+
+def each_client(
+    mesh: Mesh, measure: Callable[[Any, Any], Any], own: Any, shared: Any, *, width: int = 1
+) -> Any:
+    """What is measured of m clients, every device taking its share of them.
+
+    Args:
+      mesh: the devices.
+      measure: (what is a client's own, what all share) -> any pytree of arrays.
+      own: leaves [m, …], whole on every device.
+      shared: likewise whole.
+      width: clients side by side on a device.
+
+    Returns:
+      Leaves [m, …] of what was measured.
+    """
+    count = len(jax.tree.leaves(own)[0])
+    numbers = jnp.minimum(jnp.arange(count + -count % mesh.size, dtype=jnp.int32), count - 1)
+
+    def share(numbers, own, shared):
+        def one(number):
+            return measure(jax.tree.map(lambda leaf: leaf[number], own), shared)
+
+        return jax.lax.map(one, numbers, batch_size=None if width == 1 else width)
+
+    run = jax.shard_map(share, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False)
+    return jax.tree.map(lambda leaf: leaf[:count], run(numbers, own, shared))
