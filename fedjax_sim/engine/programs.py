@@ -22,6 +22,7 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -35,8 +36,17 @@ from fedjax_sim.core.rng import settled
 class CachedJit:
     """A function under `jax.jit`, for arguments on the devices of a mesh; called as the function is."""
 
-    def __init__(self, function: Callable[..., Any], mesh: Mesh, **options: Any):
-        """`options`: of `jax.jit`, arguments by number."""
+    def __init__(
+        self, function: Callable[..., Any], mesh: Mesh, *, many_kernels: bool = False, **options: Any
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          function: to be compiled.
+          mesh: the devices.
+          many_kernels: it is made of hundreds of small operations, which take longer to compile than to run.
+          **options: of `jax.jit`, arguments by number.
+        """
 
         def joined(packing: _Packing, words: Any, *rest: Any) -> Any:
             return function(*packing.join(words, rest))
@@ -44,7 +54,7 @@ class CachedJit:
         joined.__name__ = getattr(function, "__name__", joined.__name__)  # what profiles and logs show
         donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
         platform = mesh.devices.flat[0].platform
-        compiler = _compiler_options(platform)
+        compiler = _compiler_options(platform, many_kernels)
         self._jitted: Any = jax.jit(
             joined, static_argnums=0, donate_argnums=donated, compiler_options=compiler, **options
         )
@@ -78,15 +88,24 @@ class CachedJit:
 
 
 CPU_LEVEL = 1
-"""LLVM's level of optimisation for programs made from now on; the user's own flag goes before it."""
+"""LLVM's level of optimisation for programs made from now on."""
 
 _LEVEL = "xla_backend_optimization_level"
 
+OLDER_EMITTER = version("jaxlib").startswith("0.10.")
+"""Whether XLA still has its older emitter of CPU kernels, which takes half the time for each; 0.12 does not."""
 
-def _compiler_options(platform: str) -> dict[str, Any]:
-    if platform != "cpu" or _LEVEL in os.environ.get("XLA_FLAGS", ""):
+_EMITTER = "xla_cpu_use_fusion_emitters"
+
+
+def _compiler_options(platform: str, many_kernels: bool) -> dict[str, Any]:
+    """The user's own flags go before these."""
+    if platform != "cpu":
         return {}
-    return {_LEVEL: CPU_LEVEL}
+    options: dict[str, Any] = {_LEVEL: CPU_LEVEL}
+    if many_kernels and OLDER_EMITTER:
+        options[_EMITTER] = False
+    return {name: value for name, value in options.items() if name not in os.environ.get("XLA_FLAGS", "")}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,10 @@ class Simulation:
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
         self.observe = CachedJit(
-            partial(observe_all, self.observers), self.mesh, out_shardings=placement.replicated(self.mesh)
+            partial(observe_all, self.observers),
+            self.mesh,
+            many_kernels=True,
+            out_shardings=placement.replicated(self.mesh),
         )
         self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser

@@ -27,7 +27,6 @@ def each_client(
       Leaves [m, …] of what was measured.
     """
     count = len(jax.tree.leaves(own)[0])
-    numbers = jnp.minimum(jnp.arange(count + -count % mesh.size, dtype=jnp.int32), count - 1)
 
     def share(numbers, own, shared):
         def one(number):
@@ -36,4 +35,9 @@ def each_client(
         return jax.lax.map(one, numbers, batch_size=None if width == 1 else width)
 
     run = jax.shard_map(share, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False)
-    return jax.tree.map(lambda leaf: leaf[:count], run(numbers, own, shared))
+    return jax.tree.map(lambda leaf: leaf[:count], run(shares(count, mesh.size), own, shared))
+
+
+def shares(count: int, parts: int) -> jax.Array:
+    """Numbers of m clients, the last one repeated until they make parts of equal length: i32[m or more]."""
+    return jnp.minimum(jnp.arange(count + -count % parts, dtype=jnp.int32), count - 1)

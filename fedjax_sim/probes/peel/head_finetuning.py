@@ -36,6 +36,7 @@ from fedjax_sim.engine.clients import Lanes, Trainer
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import moments
+from fedjax_sim.probes.peel.clients import shares
 from fedjax_sim.probes.peel.feature_probe import Probe, leaf_at
 from fedjax_sim.records import Row, make_row
 
@@ -87,19 +88,18 @@ class Finetuning:
         """Accuracy, loss and `FIGURES` of each client's model with its new classifier, f32[m] each."""
         count, mesh = len(view.cohort.ids), self.probe.mesh
         trainer = self.classifier_trainer(min(self.trainer.width, -(-count // mesh.size)))
-        spare = -count % (mesh.size * trainer.width)
-        own = (view.after, view.cohort.ids, view.cohort.counts, inputs["measured"])
-        own = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]), own)
+        own = (view.after, inputs["measured"])
         key = key_for(view.key, PEEL, view.cohort.round)
 
-        def share(own, lr, key, data, pool):
-            models, ids, counts, measured = own
-            client_state, weights = trainer.init_client(None), jnp.ones(ids.shape, jnp.float32)
+        def share(numbers, own, cohort, lr, key, data, pool):
+            client_state, weights = trainer.init_client(None), jnp.ones(numbers.shape, jnp.float32)
+            ids, counts = cohort.ids[numbers], cohort.counts[numbers]
             lanes = Lanes(client_state=client_state, ids=ids, counts=counts, weights=weights)
             lanes = trainer.ready(lanes, key, data)
 
-            def wave(own):
-                models, lanes, measured = own
+            def wave(wave):
+                numbers, lanes = wave
+                models, measured = jax.tree.map(lambda leaf: leaf[numbers], own)
                 steps = -(-lanes.counts // trainer.local.batch_size) * trainer.local.epochs
                 trained = trainer.train_wave(models, None, lanes, steps.max(), lr, data)[0]
                 return jax.lax.map(
@@ -109,15 +109,15 @@ class Finetuning:
                 )
 
             waves = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, trainer.width, *leaf.shape[1:]), (models, lanes, measured)
+                lambda leaf: leaf.reshape(-1, trainer.width, *leaf.shape[1:]), (numbers, lanes)
             )
             return jax.tree.map(lambda leaf: leaf.reshape(-1), jax.lax.map(wave, waves))
 
-        run = jax.shard_map(
-            share, mesh=mesh, in_specs=(P(AXIS), P(), P(), P(), P()), out_specs=P(AXIS), check_vma=False
-        )
-        pool = inputs["test"] or data.train
-        return jax.tree.map(lambda leaf: leaf[:count], run(own, view.lr, key, data, pool))
+        specs = (P(AXIS), *[P()] * 6)
+        run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
+        numbers, pool = shares(count, mesh.size * trainer.width), inputs["test"] or data.train
+        out = run(numbers, own, view.cohort, view.lr, key, data, pool)
+        return jax.tree.map(lambda leaf: leaf[:count], out)
 
     def _measured(self, own, pool) -> dict[str, jax.Array]:
         """One client: its fine-tuned model on its samples."""
