@@ -96,7 +96,7 @@ def optimised(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedjax_sim.engine import programs
 
     options = {"xla_backend_optimization_level": programs.CPU_LEVEL}
-    monkeypatch.setattr(programs, "_compiler_options", lambda platform: options)
+    monkeypatch.setattr(programs, "_compiler_options", lambda platform, many_kernels: options)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ CPU_LEVEL = 1
 _LEVEL = "xla_backend_optimization_level"
 
 OLDER_EMITTER = version("jaxlib").startswith("0.10.")
-"""Whether XLA still has its older emitter of CPU kernels, which takes half the time for each; 0.12 does not."""
+"""Whether XLA has its older emitter of CPU kernels, which takes less time for each; later releases do not."""
 
 _EMITTER = "xla_cpu_use_fusion_emitters"
 

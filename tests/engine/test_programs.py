@@ -147,10 +147,13 @@ def test_what_a_function_holds_tells_programs_apart(size):
 
 def test_llvm_optimises_less_on_cpus_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert set(programs._compiler_options("cpu").values()) == {programs.CPU_LEVEL}
-    assert programs._compiler_options("gpu") == programs._compiler_options("tpu") == {}
+    assert set(programs._compiler_options("cpu", False).values()) == {programs.CPU_LEVEL}
+    assert programs._compiler_options("gpu", True) == programs._compiler_options("tpu", True) == {}
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
-    assert programs._compiler_options("cpu") == {}
+    assert programs._compiler_options("cpu", False) == {}
+    for older, options in ((True, {programs._EMITTER: False}), (False, {})):
+        monkeypatch.setattr(programs, "OLDER_EMITTER", older)
+        assert programs._compiler_options("cpu", True) == options
 
 
 def test_llvms_level_changes_rounding_at_most(monkeypatch):

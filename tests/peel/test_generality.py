@@ -166,3 +166,11 @@ def test_a_run_records_them_and_they_agree_with_its_own_evaluation():
         assert value[client, "after", "peel_loss_global"] == pytest.approx(value[-1, "", "loss"], rel=1e-4)
     assert len({value[client, "before", "peel_loss_global"] for client in clients}) == 3
     assert {row.layer for row in rows if row.metric == "ridge_others"} == {"fc2", "fc3"}
+
+
+def test_a_model_of_one_layer_has_no_layer_to_probe():
+    peel = {"every": 1, "clients": 2, "samples": 40, "class_samples": 1, "others": True, "chimeras": True}
+    model = {"name": "mlp", "options": {"hidden": []}}
+    rows = rows_of(Simulation(settings_of(rounds=1, peel=peel, model=model)))
+    metrics = {row.metric for row in rows}
+    assert {"log_c", "ridge", "peel_accuracy_others"} <= metrics and "ridge_others" not in metrics

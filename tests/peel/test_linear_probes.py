@@ -60,12 +60,14 @@ def test_ranks(transposed):
     assert linear_probes.ranks(jnp.zeros((3, 3))) == (0, 0)
 
 
-def test_the_ridge_probe_is_the_plain_systems_solution(rng):
+@pytest.mark.parametrize("width", [5, 90])  # fewer features than samples, and more
+def test_the_ridge_probe_is_the_plain_systems_solution(rng, width):
     """Standardised features and a column of ones, all penalised by n / 100, in float64."""
-    z, y = rng.normal(size=(40, 5)) * [1, 2, 3, 4, 5] + 6, np.eye(3)[rng.integers(0, 3, 40)]
-    new = rng.normal(size=(7, 5)) + 6
+    scale = np.linspace(1, 5, width)
+    z, y = rng.normal(size=(40, width)) * scale + 6, np.eye(3)[rng.integers(0, 3, 40)]
+    new = rng.normal(size=(7, width)) + 6
     columns = np.concatenate([(z - z.mean(0)) / z.std(0), np.ones((40, 1))], 1)
-    wanted = np.linalg.solve(columns.T @ columns + 0.01 * 40 * np.eye(6), columns.T @ y)
+    wanted = np.linalg.solve(columns.T @ columns + 0.01 * 40 * np.eye(width + 1), columns.T @ y)
     outputs = np.concatenate([(new - z.mean(0)) / z.std(0), np.ones((7, 1))], 1) @ wanted
     np.testing.assert_allclose(scores_of(z, y, new), outputs, atol=1e-4)
 

@@ -379,7 +379,7 @@ def _class_figures(m: moments.Moments) -> dict[str, jax.Array]:
 
 def _joined(rows: jax.Array) -> jax.Array:
     """Batches one after another: f32[n, S, B, L, p] -> f32[S, n B, L, p]."""
-    return rows.swapaxes(0, 1).reshape(rows.shape[1], -1, *rows.shape[3:])
+    return jax.lax.collapse(rows.swapaxes(0, 1), 1, 3)
 
 
 def _losses(logits, labels):

@@ -122,18 +122,21 @@ class Generality:
 
     def _client(self, model, samples, pools):
         """One model on one client's samples."""
-        adding = partial(jax.tree.map, jnp.add)
+        adding, depth = partial(jax.tree.map, jnp.add), len(self.forward.model.peel_points)
+
+        def layers(features):
+            return side_by_side(features[1:]) if depth > 1 else jnp.zeros((len(features[0]), 0, 1))
 
         def pooled(part, measure):
             return self.forward.collected(samples[part], pools[part], measure, adding)
 
         def fitted(images, labels, mask):
             del labels, mask
-            return (), side_by_side(self.forward.features(model, images)[1][1:])
+            return (), layers(self.forward.features(model, images)[1])
 
         def seen(images, labels, mask):
             logits, features = self.forward.features(model, images)
-            return _sums(logits, labels, mask), side_by_side(features[1:])
+            return _sums(logits, labels, mask), layers(features)
 
         (_, old), (sums, new) = pooled("fit", fitted), pooled("measured", seen)
         (fit_labels, known), (labels, mask) = (
@@ -145,9 +148,9 @@ class Generality:
             scores = linear_probes.ridge_scores(layer[0], target, known, layer[1])
             return _right(jnp.argmax(scores, 1), labels, mask)
 
-        layers = [jnp.moveaxis(rows.reshape(-1, *rows.shape[2:]), 1, 0) for rows in (old, new)]
+        stacks = [jnp.moveaxis(jax.lax.collapse(rows, 0, 2), 1, 0) for rows in (old, new)]
         count = samples["measured"]["count"].astype(jnp.float32)
-        sums = *sums, jax.lax.map(hits, layers)
+        sums = *sums, jax.lax.map(hits, stacks)
         return {name: value / count for name, value in zip((*OTHERS, "ridge_others"), sums, strict=True)}
 
     # --- on the host --------------------------------------------------------------------------------
