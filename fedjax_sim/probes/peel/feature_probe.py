@@ -99,16 +99,18 @@ class Probe:
         return out | self._kernels(view)
 
     @property
-    def _figures(self) -> tuple[str, ...]:
-        return EACH + RANKS * self.forward.config.ranks
+    def _stacks(self) -> dict[str, tuple[str, ...]]:
+        """The metrics in each array of `observe`, in order of its last axis."""
+        ranks = RANKS if self.forward.config.ranks else ()
+        return {"figures": EACH + ranks, "shifts": SHIFTS, "answers": ANSWERS}
 
     def by_name(self, out: dict[str, Any]) -> dict[str, Any]:
         """What `observe` returned by the metrics' names: [m, S, L], [m, S - 1, L], [m, S + 1] or [m, L]."""
-        names = {"figures": self._figures, "shifts": SHIFTS, "answers": ANSWERS}
+        stacks = self._stacks
         found = {
-            name: out[stack][..., place] for stack, own in names.items() for place, name in enumerate(own)
+            name: out[stack][..., place] for stack, own in stacks.items() for place, name in enumerate(own)
         }
-        return found | {name: value for name, value in out.items() if name not in names}
+        return found | {name: value for name, value in out.items() if name not in stacks}
 
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: the same without m.
@@ -137,8 +139,7 @@ class Probe:
         kernels = [leaf_at(models["params"], point.kernel) for point in self.forward.model.peel_points]
         angles = partial(self.angles, shapes=self.forward.shapes())
         out |= jax.vmap(_class_figures)(found) | self._of_models(angles, (found, kernels))
-        names = {"figures": self._figures, "shifts": SHIFTS, "answers": ANSWERS}
-        stacks = {stack: jnp.stack([out[name] for name in own], -1) for stack, own in names.items()}
+        stacks = {stack: jnp.stack([out[name] for name in own], -1) for stack, own in self._stacks.items()}
         return stacks | {"pabs_cosines": out["pabs_cosines"]}
 
     def _of_models(self, one, trees):
@@ -336,7 +337,7 @@ class Probe:
                     for metric in SHIFTS if s else ():
                         of = "" if state == "after" else state
                         add(metric, out[metric][place, s - 1, layer], layer=name, client=client, state=of)
-                    for metric in self._figures:
+                    for metric in self._stacks["figures"]:
                         add(metric, out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
                     add("pabs_corrected", alignment.corrected(float(pabs), widths[layer], r), **where)
