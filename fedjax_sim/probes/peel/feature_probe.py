@@ -48,7 +48,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
 from fedjax_sim.probes.peel.clients import each_client
-from fedjax_sim.probes.peel.forward import Forward, side_by_side
+from fedjax_sim.probes.peel.forward import Forward, loop, side_by_side
 from fedjax_sim.probes.peel.layers import Layers
 from fedjax_sim.records import Row, make_row
 
@@ -115,8 +115,8 @@ class Probe:
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: the same without m.
 
-        The network stands in two loops, over batches and in them over models, and what follows is computed
-        of all layers at once as far as their shapes allow it: written out, a deep network takes minutes to
+        The network stands once, in a loop over batches and in it over models, and what follows is computed of
+        all layers at once as far as their shapes allow it: written out, a deep network takes minutes to
         compile.
         """
         start, before, after, fit, measured, key = own
@@ -124,15 +124,9 @@ class Probe:
         for name in self.forward.config.controls:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
         models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models, start)
-        known, fitted = self._fitted(models, fit, pools["fit"])
-        sums, found, seen = self._seen(models, known, measured, pools["measured"])
-
-        answers = self._linear(
-            fitted,
-            self.forward.labels(fit, pools["fit"]),
-            seen,
-            self.forward.labels(measured, pools["measured"]),
-        )
+        parts = [(fit, pools["fit"]), (measured, pools["measured"])]
+        sums, found, (fitted, seen) = self._seen(models, parts)
+        answers = self._linear(fitted, self.forward.labels(*parts[0]), seen, self.forward.labels(*parts[1]))
         total = measured["count"].astype(jnp.float32)
         out = answers | {name: value / total for name, value in (sums | {"ridge": answers["ridge"]}).items()}
         out["shift_cosine"], out["shift_cka"] = 1 - out["shift_cosine"][1:], 1 - out["cka"][1:]
@@ -147,68 +141,58 @@ class Probe:
         pick = lambda number: jax.tree.map(lambda leaf: leaf[number], trees)  # noqa: E731
         return jax.lax.map(lambda number: one(*pick(number)), jnp.arange(len(self.states), dtype=jnp.int32))
 
-    def _fitted(self, models, fit, pool):
-        """Of the samples that probes are fitted to: class moments [S, …], pooled features f32[S, s, L, p]."""
-
-        def measure(images, labels, mask):
-            def one(model):
-                features = self.forward.features(model, images)[1]
-                return self.forward.moments(features, labels, mask), side_by_side(features)
-
-            return self._of_models(one, (models,))
-
-        known, rows = self.forward.collected(fit, pool, measure, jax.vmap(moments.merge))
-        return known, _joined(rows)
-
-    def _seen(self, models, known, measured, pool):
-        """The pass over the measured samples.
+    def _seen(self, models, parts):
+        """The pass over the samples that probes are fitted to, and then over the measured ones.
 
         Args:
-          models: the S models and `start`, leaves [S + 1, …].
-          known: class moments of the other samples, leaves [S, …].
-          measured: which samples.
-          pool: what they count in.
+          models: the S models and `start`, which sees the measured samples alone; leaves [S + 1, …].
+          parts: (chosen, pool) of the one and of the other, see `Forward.collected`.
 
         Returns:
-          Sums over the samples, f32[S + 1] with `start` first, and f32[S, L]; class moments, leaves [S, …];
-          pooled features, f32[S, s, L, p].
+          Sums over the measured samples, f32[S + 1] with `start` first, and f32[S, L]; their class moments,
+          leaves [S, …]; pooled features of both parts, f32[2, S, s, L, p].
         """
-        count = len(self.states)
+        count, layers = len(self.states), self.forward.layers
 
-        def measure(images, labels, mask):
+        def measure(part, total, images, labels, mask):
+            known = jax.tree.map(lambda leaf: leaf[0], total[1])  # of the first part
+
             def right(guess):
                 valid = mask.reshape(-1, *[1] * (guess.ndim - 1))
                 here = labels.reshape(valid.shape)
                 return ((guess == here) & valid).sum(0).astype(jnp.float32)
 
             def one(first, number):
-                model = jax.tree.map(lambda leaf: leaf[number], models)
-                means = jax.tree.map(lambda leaf: leaf[jnp.minimum(number, count - 1)], known)
+                model, means = jax.tree.map(lambda leaf: leaf[number], (models, known))
                 logits, features = self.forward.features(model, images)
                 flat = [self.forward.flat(z) for z in features]
-                z = known.layers.join(flat)
+                z = layers.join(flat)
                 first = jnp.where(number == 0, z, first)
-                cosines = jnp.where(mask[:, None], _cosines(known.layers, first, z), 0).sum(0)
                 loss = jnp.where(mask, _losses(logits, labels), 0).sum()
                 sums = [
                     jnp.stack([loss, right(jnp.argmax(logits, -1))]),
                     right(moments.nearest_mean(means, flat)),
-                    cosines,
+                    jnp.where(mask[:, None], _cosines(layers, first, z), 0).sum(0),
                 ]
                 found = self.forward.moments(features, labels, mask)
                 return first, ((jnp.concatenate(sums), found), side_by_side(features))
 
-            nothing = jnp.zeros((len(images), known.layers.size), jnp.float32)
-            return jax.lax.scan(one, nothing, jnp.arange(count + 1, dtype=jnp.int32))[1]
+            nothing = jnp.zeros((len(images), layers.size), jnp.float32)
+            return loop(one, nothing, count + part, count + 1)
 
         def merge(old, new):
             return old[0] + new[0], jax.vmap(moments.merge)(old[1], new[1])
 
-        (sums, found), rows = self.forward.collected(measured, pool, measure, merge)
+        empty = moments.empty(self.forward.num_classes, layers.widths)
+        nothing = jnp.zeros(2 + 2 * len(layers.widths), jnp.float32), empty
+        nothing = jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), nothing)
+        total, rows = self.forward.collected(parts, measure, merge, nothing)
+        sums, found = jax.tree.map(lambda leaf: leaf[1], total)
         loss, hits, (ncm, cosines) = sums[:, 0], sums[:, 1], jnp.split(sums[:count, 2:], 2, 1)
         sums = {"peel_loss": jnp.roll(loss, 1), "peel_accuracy": jnp.roll(hits, 1)}
         sums |= {"ncm": ncm, "shift_cosine": cosines}
-        return sums, jax.tree.map(lambda leaf: leaf[:count], found), _joined(rows)
+        rows = jax.lax.collapse(rows[:, :, :count].swapaxes(1, 2), 2, 4)  # batches one after another
+        return sums, jax.tree.map(lambda leaf: leaf[:count], found), rows
 
     def _linear(self, fitted, fit, seen, measured):
         """What linear probes and covariances of pooled features say of each layer of each model.
@@ -216,7 +200,7 @@ class Probe:
         Args:
           fitted: pooled features of the samples that probes are fitted to, f32[S, s, L, p].
           fit: labels i32[s] of these, and bool[s], False for padding.
-          seen: pooled features of the measured samples, f32[S + 1, s, L, p].
+          seen: pooled features of the measured samples, f32[S, s, L, p].
           measured: labels and mask of these.
 
         Returns:
@@ -242,7 +226,7 @@ class Probe:
 
             return jax.lax.map(one, (fitted, seen))
 
-        layers = [jnp.moveaxis(stack[: len(self.states)], 2, 0) for stack in (fitted, seen)]
+        layers = [jnp.moveaxis(stack, 2, 0) for stack in (fitted, seen)]
         figures = jax.lax.map(of_layer, layers)  # [L, S, …]
         names = ("ridge", "cka", *(RANKS if self.forward.config.ranks else ()))
         return dict(zip(names, figures.transpose(2, 1, 0), strict=True))
@@ -376,11 +360,6 @@ def _class_figures(m: moments.Moments) -> dict[str, jax.Array]:
         "cdnv": moments.cdnv(m),
         "discrimination": moments.discrimination(m),
     }
-
-
-def _joined(rows: jax.Array) -> jax.Array:
-    """Batches one after another: f32[n, S, B, L, p] -> f32[S, n B, L, p]."""
-    return jax.lax.collapse(rows.swapaxes(0, 1), 1, 3)
 
 
 def _losses(logits, labels):

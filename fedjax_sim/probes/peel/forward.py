@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from functools import partial
 from typing import cast
 
@@ -12,6 +13,7 @@ from fedjax_sim.config import PeelConfig
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Task
 from fedjax_sim.probes.peel import moments as class_moments
+from fedjax_sim.probes.peel.layers import Layers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,44 +46,74 @@ class Forward:
           measure: (what the model is called with, labels, mask) -> what a batch says.
           merge: (two of these) -> of both; zeros must be nothing to it.
         """
-        return self.collected(chosen, pool, lambda *batch: (measure(*batch), None), merge)[0]
+        measure = jax.jit(measure, inline=True)  # traced once, though its shapes are asked for beforehand
 
-    def collected(self, chosen, pool, measure, merge):
-        """Measures batch by batch; merges one part of what is measured, and collects the other.
+        def alone(part, total, *batch):
+            del part, total
+            return measure(*batch), None
+
+        index = chosen["index"][: self._size([chosen])]
+        mask = jnp.ones(index.shape, bool)
+        nothing = zeros_like(jax.eval_shape(lambda: measure(*self._batch(pool, index), mask)))
+        total, _ = self.collected([(chosen, pool)], alone, merge, nothing)
+        return jax.tree.map(lambda leaf: leaf[0], total)
+
+    def collected(self, parts, measure, merge, nothing):
+        """Measures several parts of samples batch by batch; merges some of it, and collects the rest.
+
+        All pass one after another through one loop, whose body holds the network once.
 
         Args:
-          chosen: as for `over`.
-          pool: as for `over`.
-          measure: (what the model is called with, labels, mask) -> (what is merged, what is collected).
+          parts: (chosen, pool) each, as for `over`; as many chosen in every part.
+          measure: (number of the part i32[], what was merged so far, what the model is called with, labels,
+            mask) -> (what is merged, what is collected).
           merge: as for `over`.
+          nothing: zeros of the shapes of what is merged.
 
         Returns:
-          What was merged; and what was collected, leaves [batches, …], zero for batches without samples.
+          What was merged, leaves [parts, …]; and what was collected, leaves [parts, batches, …], zero for
+          batches without samples.
         """
-        index = chosen["index"].reshape(-1, min(self.batch_size, len(chosen["index"])))
-        size = index.shape[1]
+        size = self._size([chosen for chosen, _ in parts])
+        index = jnp.stack([chosen["index"].reshape(-1, size) for chosen, _ in parts])
+        count = jnp.stack([chosen["count"] for chosen, _ in parts])
+        pools, length = [pool for _, pool in parts], index.shape[1]
+        ends = jnp.cumsum(-(-count // size))  # what is beyond the samples is not looked at
 
-        def batch(number):
-            rows = index[number]
-            example = self.task.prepare({key: leaf[rows] for key, leaf in pool.items()})
-            mask = number * size + jnp.arange(size, dtype=jnp.int32) < chosen["count"]
-            return measure(*self.task.inputs(example), example[cast(str, self.task.label)], mask)
+        def batch(number, total):
+            part = (number >= ends[:-1]).sum().astype(jnp.int32)
+            place = number - jnp.where(part > 0, ends[part - 1], 0)
+            rows = index[part, place]
+            if all(pool is pools[0] for pool in pools):
+                given = self._batch(pools[0], rows)
+            else:
+                given = jax.lax.switch(part, [partial(self._batch, pool) for pool in pools], rows)
+            mask = place * size + jnp.arange(size, dtype=jnp.int32) < count[part]
+            return part, place, measure(part, total, *given, mask)
 
-        if len(index) == 1:
-            total, rows = batch(0)
-            return total, jax.tree.map(lambda leaf: leaf[None], rows)
-        # Traced once, though its shapes are asked for before the loop is made; the loop counts in weak types.
-        traced = jax.jit(batch, inline=True)
-        total, rows = jax.eval_shape(traced, 0)
-        room = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((len(index), *leaf.shape), leaf.dtype), rows)
+        traced = jax.jit(batch, inline=True)  # likewise once
+        empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(parts), *leaf.shape)), nothing)
+        shapes = jax.eval_shape(traced, jnp.int32(0), empty)[2][1]
+        room = jax.tree.map(lambda leaf: jnp.zeros((len(parts) * length, *leaf.shape), leaf.dtype), shapes)
 
         def step(number, carry):
-            (total, room), (new, rows) = carry, traced(number)
-            put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
-            return merge(total, new), jax.tree.map(put, room, rows)
+            total, room = carry
+            part, place, (new, rows) = traced(number, total)
+            put = partial(jax.lax.dynamic_update_index_in_dim, axis=0)
+            new = merge(jax.tree.map(lambda leaf: leaf[part], total), new)
+            total = jax.tree.map(lambda leaf, own: put(leaf, own, part), total, new)
+            return total, jax.tree.map(lambda leaf, own: put(leaf, own, part * length + place), room, rows)
 
-        batches = -(-chosen["count"] // size)  # what is beyond the samples is not looked at
-        return jax.lax.fori_loop(0, batches, step, zeros_like((total, room)))
+        total, room = jax.lax.fori_loop(0, ends[-1], step, (empty, room))
+        return total, jax.tree.map(lambda leaf: leaf.reshape(len(parts), length, *leaf.shape[1:]), room)
+
+    def _size(self, chosen):
+        return min(self.batch_size, *(len(one["index"]) for one in chosen))
+
+    def _batch(self, pool, rows):
+        """What the model is called with, and labels, of rows i32[B] of a pool."""
+        example = self.task.prepare({key: leaf[rows] for key, leaf in pool.items()})
+        return *self.task.inputs(example), example[cast(str, self.task.label)]
 
     def labels(self, chosen, pool):
         """Of all chosen samples, as `over` comes by them: i32[s], and bool[s], False for padding."""
@@ -109,6 +141,11 @@ class Forward:
         """Class moments of a batch's features, of any layers."""
         return class_moments.of_batch([self.flat(z) for z in features], labels, mask, self.num_classes)
 
+    @functools.cached_property
+    def layers(self):
+        """Where each layer lies in the vector of all, flattened as `flat` does."""
+        return Layers(tuple(math.prod(shape) for shape in self._shapes))
+
     def shapes(self):
         """Of one sample's feature at each point, as `flat` keeps it before flattening."""
         return list(self._shapes)
@@ -134,6 +171,30 @@ def side_by_side(features):
 def pooled(z):
     """f32[B, …, C] -> f32[B, C], the mean over places or tokens."""
     return z.mean(tuple(range(1, z.ndim - 1))) if z.ndim > 2 else z
+
+
+def loop(one, first, length, most):
+    """As `jax.lax.scan` over the numbers 0 … length - 1, of which there are not always as many.
+
+    Args:
+      one: (carry, number i32[]) -> (carry, what is collected).
+      first: the carry.
+      length: i32[].
+      most: a static bound on it.
+
+    Returns:
+      What was collected, leaves [most, …], 0 beyond the length.
+    """
+    traced = jax.jit(one, inline=True)
+    shapes = jax.eval_shape(traced, first, jnp.int32(0))[1]
+    room = jax.tree.map(lambda leaf: jnp.zeros((most, *leaf.shape), leaf.dtype), shapes)
+
+    def step(number, carry):
+        state, found = traced(carry[0], number)
+        put = partial(jax.lax.dynamic_update_index_in_dim, index=number, axis=0)
+        return state, jax.tree.map(put, carry[1], found)
+
+    return jax.lax.fori_loop(0, length, step, (first, room))[1]
 
 
 def zeros_like(shapes):

@@ -122,35 +122,27 @@ class Generality:
 
     def _client(self, model, samples, pools):
         """One model on one client's samples."""
-        adding, depth = partial(jax.tree.map, jnp.add), len(self.forward.model.peel_points)
+        parts = [(samples[part], pools[part]) for part in ("fit", "measured")]
+        depth = len(self.forward.model.peel_points)
 
-        def layers(features):
-            return side_by_side(features[1:]) if depth > 1 else jnp.zeros((len(features[0]), 0, 1))
-
-        def pooled(part, measure):
-            return self.forward.collected(samples[part], pools[part], measure, adding)
-
-        def fitted(images, labels, mask):
-            del labels, mask
-            return (), layers(self.forward.features(model, images)[1])
-
-        def seen(images, labels, mask):
+        def seen(part, total, images, labels, mask):
+            del part, total
             logits, features = self.forward.features(model, images)
-            return _sums(logits, labels, mask), layers(features)
+            rows = side_by_side(features[1:]) if depth > 1 else jnp.zeros((len(logits), 0, 1))
+            return _sums(logits, labels, mask), rows
 
-        (_, old), (sums, new) = pooled("fit", fitted), pooled("measured", seen)
-        (fit_labels, known), (labels, mask) = (
-            self.forward.labels(samples[part], pools[part]) for part in ("fit", "measured")
-        )
+        nothing = jnp.float32(0), jnp.float32(0)
+        sums, rows = self.forward.collected(parts, seen, partial(jax.tree.map, jnp.add), nothing)
+        (fit_labels, known), (labels, mask) = (self.forward.labels(*part) for part in parts)
         target = jax.nn.one_hot(fit_labels, self.forward.num_classes)
 
         def hits(layer):
             scores = linear_probes.ridge_scores(layer[0], target, known, layer[1])
             return _right(jnp.argmax(scores, 1), labels, mask)
 
-        stacks = [jnp.moveaxis(jax.lax.collapse(rows, 0, 2), 1, 0) for rows in (old, new)]
+        stacks = [jnp.moveaxis(jax.lax.collapse(own, 0, 2), 1, 0) for own in rows]
         count = samples["measured"]["count"].astype(jnp.float32)
-        sums = *sums, jax.lax.map(hits, stacks)
+        sums = *(of_part[1] for of_part in sums), jax.lax.map(hits, stacks)
         return {name: value / count for name, value in zip((*OTHERS, "ridge_others"), sums, strict=True)}
 
     # --- on the host --------------------------------------------------------------------------------
