@@ -34,7 +34,9 @@ def test_the_ridge_probe_predicts_what_the_plain_system_does(seed, width):
 
 def cka(x, y):
     (x, mask), (y, _) = padded(x), padded(y)
-    return float(linear_probes.linear_cka(x, y, mask))
+    itself, other = linear_probes.linear_cka(jnp.stack([x, y]), mask)
+    assert itself == 1
+    return float(other)
 
 
 @pytest.mark.parametrize("width", [6, 120])

@@ -217,18 +217,19 @@ class Probe:
                 old, new = pair
                 guess = jnp.argmax(linear_probes.ridge_scores(old, target, fit[1], new), 1)
                 hits = ((guess == labels) & mask).sum().astype(jnp.float32)
-                out = [hits, linear_probes.linear_cka(seen[0], new, mask)]
+                out = [hits]
                 if self.forward.config.ranks:
                     means = _product(member.T, new) / jnp.maximum(member.sum(0), 1)[:, None]
                     away = (new - means[labels]) * mask.astype(jnp.float32)[:, None]
                     out += linear_probes.ranks(away)
                 return jnp.stack(out)
 
-            return jax.lax.map(one, (fitted, seen))
+            similar = linear_probes.linear_cka(seen, mask)
+            return jnp.concatenate([similar[:, None], jax.lax.map(one, (fitted, seen))], 1)
 
         layers = [jnp.moveaxis(stack, 2, 0) for stack in (fitted, seen)]
         figures = jax.lax.map(of_layer, layers)  # [L, S, …]
-        names = ("ridge", "cka", *(RANKS if self.forward.config.ranks else ()))
+        names = ("cka", "ridge", *(RANKS if self.forward.config.ranks else ()))
         return dict(zip(names, figures.transpose(2, 1, 0), strict=True))
 
     def angles(self, m: moments.Moments, kernels: Any, shapes: Any) -> dict[str, jax.Array]:

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BLOCK = 32
-"""Every layer fills whole blocks of so many numbers, with zeros at its end."""
+ROWS = 32
+"""A layer's features fill so many rows, with zeros at their end; the rows of all layers lie side by side."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """Where the features of L layers lie in a vector of D numbers.
+
+    The vector is a matrix of `ROWS` rows, of which every layer has some columns: sums within layers go down
+    the rows first, which processors do for many columns at once.
 
     Attributes:
       widths: how many numbers each layer has of its own, d_1 … d_L.
@@ -28,33 +31,33 @@ class Layers:
     @property
     def size(self) -> int:
         """D."""
-        return BLOCK * sum(self._blocks)
+        return ROWS * sum(self._columns)
 
     @property
-    def _blocks(self) -> list[int]:
-        return [-(-width // BLOCK) for width in self.widths]
+    def _columns(self) -> list[int]:
+        return [-(-width // ROWS) for width in self.widths]
 
     def join(self, features: Sequence[jax.Array]) -> jax.Array:
         """f32[…, d_l] of every layer -> f32[…, D]."""
-        spare = [BLOCK * n - width for n, width in zip(self._blocks, self.widths, strict=True)]
-        none = [(0, 0)] * (features[0].ndim - 1)
-        return jnp.concatenate(
-            [
-                jnp.pad(z.astype(jnp.float32), [*none, (0, more)])
-                for z, more in zip(features, spare, strict=True)
-            ],
-            -1,
-        )
+
+        def rows(z, columns):
+            spare = [(0, 0)] * (z.ndim - 1) + [(0, ROWS * columns - z.shape[-1])]
+            return jnp.pad(z.astype(jnp.float32), spare).reshape(*z.shape[:-1], ROWS, columns)
+
+        parts = [rows(z, columns) for z, columns in zip(features, self._columns, strict=True)]
+        return jax.lax.collapse(jnp.concatenate(parts, -1), parts[0].ndim - 2)
 
     def split(self, vector: jax.Array) -> list[jax.Array]:
         """f32[…, D] -> f32[…, d_l] of every layer."""
-        starts = BLOCK * np.cumsum([0, *self._blocks])
-        return [vector[..., a : a + width] for a, width in zip(starts[:-1], self.widths, strict=True)]
+        rows = vector.reshape(*vector.shape[:-1], ROWS, -1)
+        ends = np.cumsum(self._columns)
+        parts = zip(ends - self._columns, ends, self.widths, strict=True)
+        return [jax.lax.collapse(rows[..., a:b], vector.ndim - 1)[..., :width] for a, b, width in parts]
 
     def sums(self, vector: jax.Array) -> jax.Array:
         """Within each layer. f32[…, D] -> f32[…, L]."""
-        blocks = vector.reshape(*vector.shape[:-1], -1, BLOCK).sum(-1)
-        of_layer = np.repeat(np.arange(len(self.widths)), self._blocks)
+        columns = vector.reshape(*vector.shape[:-1], ROWS, -1).sum(-2)
+        of_layer = np.repeat(np.arange(len(self.widths)), self._columns)
         # A choice and not a product with 0 and 1: what is infinite in one layer leaves the others alone.
-        own = of_layer[:, None] == np.arange(len(self.widths))
-        return jnp.where(own, blocks[..., None], 0).sum(-2)
+        own = of_layer == np.arange(len(self.widths))[:, None]
+        return jnp.where(own, columns[..., None, :], 0).sum(-1)

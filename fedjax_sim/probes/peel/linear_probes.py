@@ -40,26 +40,28 @@ def ridge_scores(
     return _product(new, weights) + bias[None] / (1 + penalty)
 
 
-def linear_cka(x: jax.Array, y: jax.Array, mask: jax.Array) -> jax.Array:
-    """‖C_xy‖² / (‖C_xx‖ ‖C_yy‖) of covariances, in [0, 1]; 1 where both are constant, 0 where one is. f32[].
+def linear_cka(stack: jax.Array, mask: jax.Array) -> jax.Array:
+    """‖C_xy‖² / (‖C_xx‖ ‖C_yy‖) of the first features x with all, in [0, 1]: f32[S].
 
-    Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019.
+    1 where both are constant, 0 where one is. Kornblith et al., "Similarity of Neural Network Representations
+    Revisited", ICML 2019.
 
     Args:
-      x: f32[s, p].
-      y: f32[s, p].
+      stack: f32[S, s, p], features of S models for the same samples.
       mask: bool[s], False for what is no sample.
     """
-    x, y = (centred(v, mask)[0] for v in (x, y))
-    if x.shape[0] < x.shape[1]:  # ‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩
-        a, b = (_product(v, v.T) for v in (x, y))
-        xx, yy, xy = (jnp.sqrt(jnp.maximum((u * v).sum(), 0)) for u, v in ((a, a), (b, b), (a, b)))
+    x = jax.vmap(lambda one: centred(one, mask)[0])(stack)
+    if x.shape[1] < x.shape[2]:  # ‖XᵀY‖² = ⟨XXᵀ, YYᵀ⟩
+        products = _product(x, x.swapaxes(1, 2))
+        own, cross = ((products * other).sum((1, 2)) for other in (products, products[:1]))
     else:
-        pairs = ((x, x), (y, y), (x, y))
-        xx, yy, xy = (jnp.sqrt((m * m).sum()) for m in (_product(u.T, v) for u, v in pairs))
-    scale = xx * yy
-    ratio = jnp.clip(xy * xy / jnp.where(scale > 0, scale, 1), 0, 1)
-    return jnp.where(scale > 0, ratio, ((xx == 0) & (yy == 0)).astype(jnp.float32))
+        turned = x.swapaxes(1, 2)
+        first = jnp.broadcast_to(turned[:1], turned.shape)
+        own, cross = ((m * m).sum((1, 2)) for m in (_product(turned, x), _product(first, x)))
+    size, xy = jnp.sqrt(own), jnp.sqrt(jnp.maximum(cross, 0))
+    scale = size[0] * size
+    ratio = jnp.clip(xy * xy / jnp.where(scale > 0, scale, 1), 0, 1)  # 1 exactly where they are the same
+    return jnp.where(scale > 0, ratio, ((size[0] == 0) & (size == 0)).astype(jnp.float32))
 
 
 def ranks(x: jax.Array, tolerance: float = 1e-3) -> tuple[jax.Array, jax.Array]:
