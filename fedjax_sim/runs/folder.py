@@ -86,6 +86,13 @@ class Folder:
         """Whether the run that is here is `done`."""
         return self.started and self.done(self.records.config().rounds)
 
+    @property
+    def run_again(self) -> str:
+        """What a user does to have the model of a run of which only the records were kept."""
+        if self.packed is None:
+            return "Run its config.yaml again in another folder."
+        return "Its records are packed: run that run of its study again, in another folder."
+
     def done(self, rounds: int) -> bool:
         """Whether the table, which is written last, reaches the end of a run of so many rounds."""
         return self.records.reached() >= self.end(rounds)

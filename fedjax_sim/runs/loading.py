@@ -130,7 +130,7 @@ def restored(
         if found is not None and (found[1] == place.end(config.rounds) or not place.finished):
             simulation.restore(*found)
             return simulation
-    fix = "Run its config.yaml again in another folder." if place.finished else "Resume the run."
+    fix = place.run_again if place.finished else "Resume the run."
     which = " of its last round" if place.finished else ""
     raise UserError("folder", str(folder), f"it has no sound checkpoint{which}", fix)
 

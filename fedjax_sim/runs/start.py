@@ -81,7 +81,7 @@ def of_run(folder: str, model: Model, dataset: Samples) -> Any:
         raise _wrong(folder, why, "Give the output.dir of a run, relative to the working directory.")
     if not Checkpoints(place.checkpoints).rounds():
         if place.finished:
-            why, fix = "only the records of that run were kept", "Run its config.yaml again elsewhere."
+            why, fix = "only the records of that run were kept", place.run_again
         else:
             why, fix = "that run has not come to its first checkpoint", "Resume it."
         raise _wrong(folder, f"it has no checkpoint: {why}", fix)

@@ -323,7 +323,7 @@ def test_a_run_does_not_start_where_one_is_packed_nor_goes_on(study):
     assert runs.resume(where).finished
     with pytest.raises(UserError, match="--unpack"):
         runs.resume(where, rounds=9)
-    with pytest.raises(UserError, match="no sound checkpoint"):
+    with pytest.raises(UserError, match=r"no sound checkpoint.*are packed: run that run of its study again"):
         runs.restored(where)
     with pytest.raises(UserError, match="there is no such folder"):
         fs.load(Path(where).with_name("seed9"))

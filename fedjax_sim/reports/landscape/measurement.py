@@ -125,9 +125,9 @@ def check_measurable(run: Run) -> None:
         if name not in ("partition", "observers", "callbacks"):
             why = f"the run was given this {name} from Python, which its folder does not hold: {told}"
             raise UserError("run", str(run.folder), why, "Use measure() with its Simulation.")
-    if not Checkpoints(Folder(run.folder).checkpoints).rounds():
-        fix = "Run its config.yaml again in another folder."
-        raise UserError("run", str(run.folder), "it has no checkpoint, and so no model", fix)
+    place = Folder(run.folder)
+    if not Checkpoints(place.checkpoints).rounds():
+        raise UserError("run", str(run.folder), "it has no checkpoint, and so no model", place.run_again)
 
 
 def objectives(simulation: Simulation, settings: Settings) -> dict[str, Objective]:
