@@ -117,7 +117,8 @@ class CluSamp:
             away = others - one[None]
             return jnp.sqrt((away * away).sum(1))
         squares = (others * others).sum(1) * (one * one).sum()
-        cosine = (others @ one) / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+        products = jnp.matmul(others, one, precision=jax.lax.Precision.HIGHEST)
+        cosine = products / jnp.sqrt(jnp.where(squares > 0, squares, 1))
         return jnp.where(squares > 0, jnp.arccos(jnp.clip(cosine, -1, 1)), 0)
 
 

@@ -120,7 +120,8 @@ class FedCAC:
     def _collaborators(self, masks: Any, included: jax.Array, number: jax.Array) -> jax.Array:
         """Who takes from whom, with themselves. -> f32[K, K], of 0 and 1; a row is a client."""
         flat = [mask.reshape(len(mask), -1).astype(jnp.float32) for mask in jax.tree.leaves(masks)]
-        common = jnp.stack([mask @ mask.T for mask in flat]).sum(0)
+        shared = [jnp.matmul(mask, mask.T, precision=jax.lax.Precision.HIGHEST) for mask in flat]
+        common = jnp.stack(shared).sum(0)
         critical = sum(int(self.critical * mask.shape[1]) for mask in flat)
         overlap = common / max(critical, 1)
         slots = len(included)

@@ -259,7 +259,8 @@ class _Built:
 def _diversity(noise: jax.Array, made: jax.Array) -> jax.Array:
     """exp(−mean_{i,j} ‖ε_i − ε_j‖ · |G_i − G_j|). f32[B, n], f32[B, d] -> f32[]."""
     square = (noise * noise).sum(1)
-    apart = square[:, None] + square[None, :] - 2 * noise @ noise.T
+    products = jnp.matmul(noise, noise.T, precision=jax.lax.Precision.HIGHEST)
+    apart = square[:, None] + square[None, :] - 2 * products
     apart = jnp.maximum(apart, 0) / noise.shape[1]
     layers = jnp.abs(made[:, None, :] - made[None, :, :]).mean(-1)
     return jnp.exp(-(apart * layers).mean())

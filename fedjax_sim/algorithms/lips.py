@@ -52,6 +52,7 @@ from fedjax_sim.algorithms.card import Card
 from fedjax_sim.algorithms.fedavg import FedAvg
 from fedjax_sim.algorithms.shared import build_inner, named, nested_with
 from fedjax_sim.algorithms.wrap import Layer, wrap
+from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import at_least, check, within
@@ -286,7 +287,7 @@ class _Wrapped:
             metrics["lips_untrained"] = mean(reports["untrained"])
         if self._shares and self._stores:
             # Of a round that did not ask for gradients, or left all clients out, there is nothing new.
-            fresh = jax.tree.map(lambda g: jnp.tensordot(counted, g, 1), reports["gradient"])
+            fresh = stacked.weighted_sum(reports["gradient"], counted)
             count = counted.sum()
             gradient = jax.tree.map(
                 lambda new, old: jnp.where(sent.wanted & (count > 0), new / jnp.maximum(count, 1), old),

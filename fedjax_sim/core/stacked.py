@@ -26,6 +26,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 AXIS = "clients"
 """Name of the mesh axis over which slots are sharded."""
 
+_FULL = jax.lax.Precision.HIGHEST
+"""Of products; accelerators may otherwise round factors, to 8 bits (TPUs) or 11 (GPUs) of a float32's 24."""
+
 Leaf = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
 """What has a shape and a dtype."""
 
@@ -52,7 +55,9 @@ def weighted_sum(tree: PyTree[Shaped[Array, "K ..."]], weights: Float32[Array, "
             return jnp.where(_column(weights != 0, leaf), leaf, _least(leaf.dtype)).max(0)
         leaf, factors = leaf.astype(_wide(leaf.dtype)), weights.astype(_wide(leaf.dtype))
         # Of one slot, a product that fuses with what is around it.
-        return factors[0] * leaf[0] if len(factors) == 1 else jnp.tensordot(factors, leaf, axes=1)
+        if len(factors) == 1:
+            return factors[0] * leaf[0]
+        return jnp.tensordot(factors, leaf, axes=1, precision=_FULL)
 
     return jax.tree.map(one, tree)
 
@@ -339,7 +344,7 @@ def gram(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, "K K"]:
         movable = _movable(leaf, _devices())
         flat = _by_parameter(leaf) if movable else leaf.reshape(leaf.shape[0], -1)
         flat = flat.astype(jnp.float32)
-        total = total + jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+        total = total + jnp.matmul(flat, flat.T, precision=_FULL)
     return jnp.asarray(total)
 
 
@@ -366,7 +371,7 @@ def dispersion(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
 
 def _dots(a: Shaped[Array, "K ..."], b: Shaped[Array, "K ..."]) -> Float32[Array, " K"]:
     a, b = (x.reshape(x.shape[0], -1).astype(jnp.float32) for x in (a, b))
-    return jnp.einsum("kp,kp->k", a, b)
+    return jnp.einsum("kp,kp->k", a, b, precision=_FULL)
 
 
 def _column(flags: Shaped[Array, " K"], leaf: Shaped[Array, "K ..."]) -> Shaped[Array, "K ..."]:

@@ -62,6 +62,20 @@ class Counting(nn.Module):
         return x
 
 
+class Exact(nn.Module):
+    """Three dense layers whose own products ask for all of float32."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False, mask=None):
+        del train, mask
+        x = x.reshape(x.shape[0], -1)
+        for depth, width in enumerate((5, 4, 3), 1):
+            peel(self, f"fc{depth}", x)
+            x = nn.Dense(width, name=f"fc{depth}", precision="highest")(x)
+            x = norms.BatchNorm(name=f"bn{depth}")(x) if depth < 3 else x
+        return x
+
+
 def config_of(name):
     return CONFIGS[name](**EAGER.get(name, {}))
 
@@ -199,3 +213,41 @@ def test_a_file_of_methods_is_in_the_table():
             card = getattr(value, "card", None)
             if isinstance(value, type) and isinstance(card, Card):
                 assert CONFIGS[card.name] is value
+
+
+# --- accelerators ---------------------------------------------------------------------------------------
+
+PRODUCTS = {"fedavg", "fedmr", "lips", "fedcac"}
+"""What the others have of products, these have."""
+
+
+def operations(jaxpr):
+    """All equations, those of loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for part in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "jaxpr")):
+            inner = getattr(part, "jaxpr", part)
+            if hasattr(inner, "eqns"):
+                yield from operations(inner)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in PRODUCTS else pytest.mark.slow) for name in CONFIGS]
+)
+def test_models_are_merged_in_all_of_float32(name):
+    """A product without a precision leaves it to XLA whether factors are rounded, to bfloat16 on a TPU."""
+    model = models.from_flax(Exact(), (3, 3, 1), 3, name="exact")
+    simulation = oracles.simulate(
+        SIZES, algorithm=config_of(name), model=model, cohort=3, rounds=3, momentum=0.5, wave=3
+    )
+    inputs, _ = simulation.inputs(0)
+    with jax.set_mesh(simulation.mesh):
+        traced = jax.make_jaxpr(simulation.function)(simulation.abstract_state(), inputs, simulation.data)
+    # Networks of an algorithm's own are trained as any is; tiny multiples only tell whether all is finite.
+    own = ("all_finite", "apply_dense", "linear.py")
+    products = [one for one in operations(traced.jaxpr) if one.primitive.name == "dot_general"]
+    assert len(products) > 12
+    for one in products:
+        where = str(one.source_info.traceback)
+        if not any(word in where for word in own):
+            assert "HIGHEST" in str(one.params["precision"]), where

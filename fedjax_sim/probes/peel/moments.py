@@ -101,7 +101,7 @@ def traces(m: Moments, *, balanced: bool = False) -> Traces:
     weight = m.present.astype(jnp.float32) if balanced else m.count
     weight = weight / jnp.maximum(weight.sum(), 1)
     away = m.mean - _product(weight[None], m.mean)
-    within, between = weight @ _variances(m), weight @ m.layers.sums(away * away)
+    within, between = (_product(weight[None], own)[0] for own in (_variances(m), m.layers.sums(away * away)))
     return Traces(within, between, within + between)
 
 
