@@ -419,8 +419,8 @@ def test_a_fresh_copy_sets_itself_up_and_passes(tmp_path):
     shutil.copytree(
         ROOT / "fedjax_sim", checkout / "fedjax_sim", ignore=shutil.ignore_patterns("__pycache__")
     )
-    (checkout / "tests").mkdir()
-    for name in ("conftest.py", "test_versions.py"):
+    (checkout / "tests" / "core").mkdir(parents=True)
+    for name in ("conftest.py", "core/test_versions.py"):
         shutil.copy(ROOT / "tests" / name, checkout / "tests" / name)
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     environment["PYTHON"] = sys.executable
