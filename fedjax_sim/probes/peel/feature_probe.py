@@ -115,9 +115,9 @@ class Probe:
     def _client(self, own, pools) -> dict[str, jax.Array]:
         """One client: the same without m.
 
-        But for controls that run it too, the network stands once, in a loop over batches and in it over models.
-        What follows is computed of all layers at once as far as their shapes allow it: written out, a deep
-        network takes minutes to compile.
+        But for controls that run it too, the network stands once, in a loop over batches and in it over
+        models. What follows is computed of all layers at once as far as their shapes allow it: written out,
+        a deep network takes minutes to compile.
         """
         start, before, after, fit, measured, key = own
         models = [before, after]
