@@ -5,9 +5,10 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 # Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -88,6 +89,23 @@ def _machine() -> str:
     except (OSError, StopIteration):
         told = platform.processor()
     return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """pytest's, which also lets no traced program outlive what it was traced with."""
+    from fedjax_sim.core import memo
+
+    replace = monkeypatch.setattr
+
+    def setattr_and_forget(*args: Any, **keywords: Any) -> None:
+        memo.forget()
+        replace(*args, **keywords)
+
+    monkeypatch.setattr = setattr_and_forget
+    yield monkeypatch
+    if monkeypatch._setattr:
+        memo.forget()
 
 
 @pytest.fixture

@@ -72,7 +72,7 @@ class FedOpt:
 
     optimizer: str = "sgd"
     lr: float | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     inner: AlgorithmConfig = dataclasses.field(default_factory=FedAvg)
 
     def __post_init__(self):

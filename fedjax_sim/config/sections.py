@@ -61,7 +61,7 @@ class ModelConfig:
     name: str = "mlp"
     norm: Literal["batch", "group", "none"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         check(self, "model.")
@@ -110,7 +110,7 @@ class LocalConfig:
     momentum: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     clip_norm: float | None = None
     schedule: Literal["constant", "exponential", "cosine", "inverse"] = "constant"
     decay: float = 1.0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from fedjax_sim.core import memo
 from fedjax_sim.core.conv_impl import conv_impl
 from fedjax_sim.core.errors import UserError
 
@@ -181,14 +182,18 @@ class Model:
     @functools.cached_property
     def _traced(self) -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
         """(`abstract`, `layer_order()`), of one trace: a deep network takes some tenths of a second."""
-        order: list[tuple[str, ...]] = []
 
-        def trace(key: jax.Array) -> dict[str, Any]:
-            variables = self.init(key)
-            order.extend(traverse_util.flatten_dict(variables))  # not yet sorted by name
-            return variables
+        def traced() -> tuple[dict[str, Any], tuple[tuple[str, ...], ...]]:
+            order: list[tuple[str, ...]] = []
 
-        return jax.eval_shape(trace, jax.random.key(0)), tuple(order)
+            def trace(key: jax.Array) -> dict[str, Any]:
+                variables = self.init(key)
+                order.extend(traverse_util.flatten_dict(variables))  # not yet sorted by name
+                return variables
+
+            return jax.eval_shape(trace, jax.random.key(0)), tuple(order)
+
+        return memo.once("shapes of a model", self, traced)
 
     @property
     def abstract(self) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _orders(lanes: Lanes, epochs: jax.Array, lengths: tuple[int, ...]) -> jax.Ar
 # --- one wave -----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Trainer:
     """The static part of local training: everything that the compiled program is specialised to.
 
@@ -187,7 +187,7 @@ class Trainer:
     partial: bool
     gradients: bool = False
     watch: Watch = UNWATCHED
-    optimizer: optax.GradientTransformation = dataclasses.field(init=False)
+    optimizer: optax.GradientTransformation = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "optimizer", make_optimizer(self.local))

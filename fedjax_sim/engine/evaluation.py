@@ -5,6 +5,7 @@ the task's metrics for every sample, and all figures are made of these on the ho
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,65 +20,30 @@ from fedjax_sim.core.stacked import AXIS, on_devices
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.placement import put, readable, sharded
-from fedjax_sim.engine.programs import CachedJit
+from fedjax_sim.engine.programs import cached_jit
 
 Outcome = tuple[jax.Array, dict[str, jax.Array]]
 """(loss f32[n], metric -> statistics f32[n, s]), of each sample."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Evaluator:
-    """Evaluates models on one fixed set of samples; each device takes its share of them.
-
-    Samples that are whole on every device anyway, and on CPU devices, which share one buffer, are read there.
-    Otherwise each device gets its own.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """One model on one set of samples, as a function.
 
     Attributes:
       model: the network.
       task: how it is judged; nothing is augmented here.
-      store: has the samples on the devices.
-      example: the samples as they are stored, leaves [n, …].
-      batch_size: samples in one forward pass.
-      rows: i64[rows], which of the samples; None: all of them.
-      data: what it reads on the devices: (samples, their rows i32[batches, B] or, where they are cut, None).
+      mesh: the devices; each takes its share of the samples.
+      count: how many samples there are, without what fills up the last batch.
     """
 
     model: Model
     task: Task
-    store: DataStore
-    example: Mapping[str, np.ndarray]
-    batch_size: int
-    rows: np.ndarray | None = None
-    _count: int = dataclasses.field(init=False, repr=False)
-    data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
-    _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
+    mesh: Mesh
+    count: int
 
-    def __post_init__(self):
-        mesh, example, rows = self.store.mesh, self.example, self.rows
-        count = len(next(iter(example.values()))) if rows is None else len(rows)
-        batch = max(1, min(self.batch_size, -(-count // mesh.size)))
-        batches = -(-count // (mesh.size * batch))
-
-        def cut(array: np.ndarray) -> jax.Array:
-            rest = np.zeros((mesh.size * batches * batch - count, *array.shape[1:]), array.dtype)
-            shape = (mesh.size * batches, batch, *array.shape[1:])
-            return self.store.cut(np.concatenate([array, rest]).reshape(shape))
-
-        if rows is not None or self.store.shares_host or self.store.has(example):
-            rows = np.arange(count) if rows is None else rows
-            data = self.store.whole(example), cut(rows.astype(np.int32))
-        else:
-            data = {key: cut(leaf) for key, leaf in example.items()}, None
-        object.__setattr__(self, "_count", count)
-        object.__setattr__(self, "data", data)
-        object.__setattr__(self, "_forward", CachedJit(self.function, mesh, **readable(mesh)))
-
-    def __call__(self, variables: Variables) -> Outcome:
-        """One model on all samples, on the device."""
-        return self._forward(variables, *self.data)
-
-    def function(self, variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
-        """What is compiled. `data` holds the last two arguments.
+    def __call__(self, variables: Variables, example: Example, rows: jax.Array | None) -> Outcome:
+        """What is compiled. `Evaluator.data` holds the last two arguments.
 
         Args:
           variables: one model.
@@ -97,46 +63,101 @@ class Evaluator:
 
         run = on_devices(
             share,
-            mesh=self.store.mesh,
+            mesh=self.mesh,
             in_specs=(P(), P(AXIS) if rows is None else P(), P(AXIS)),
             out_specs=P(AXIS),
         )
         outcome = run(variables, example, rows)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self._count], outcome)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[: self.count], outcome)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Evaluates models on one fixed set of samples; each device takes its share of them.
+
+    Samples that are whole on every device anyway, and on CPU devices, which share one buffer, are read there.
+    Otherwise each device gets its own.
+
+    Attributes:
+      model: the network.
+      task: how it is judged; nothing is augmented here.
+      store: has the samples on the devices.
+      example: the samples as they are stored, leaves [n, …].
+      batch_size: samples in one forward pass.
+      rows: i64[rows], which of the samples; None: all of them.
+      data: what it reads on the devices: (samples, their rows i32[batches, B] or, where they are cut, None).
+      function: what is compiled.
+    """
+
+    model: Model
+    task: Task
+    store: DataStore
+    example: Mapping[str, np.ndarray]
+    batch_size: int
+    rows: np.ndarray | None = None
+    data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
+    function: Evaluation = dataclasses.field(init=False, repr=False)
+    _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        mesh, example, rows = self.store.mesh, self.example, self.rows
+        count = len(next(iter(example.values()))) if rows is None else len(rows)
+        batch = max(1, min(self.batch_size, -(-count // mesh.size)))
+        batches = -(-count // (mesh.size * batch))
+
+        def cut(array: np.ndarray) -> jax.Array:
+            rest = np.zeros((mesh.size * batches * batch - count, *array.shape[1:]), array.dtype)
+            shape = (mesh.size * batches, batch, *array.shape[1:])
+            return self.store.cut(np.concatenate([array, rest]).reshape(shape))
+
+        if rows is not None or self.store.shares_host or self.store.has(example):
+            rows = np.arange(count) if rows is None else rows
+            data = self.store.whole(example), cut(rows.astype(np.int32))
+        else:
+            data = {key: cut(leaf) for key, leaf in example.items()}, None
+        function = Evaluation(self.model, self.task, mesh, count)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "function", function)
+        object.__setattr__(self, "_forward", cached_jit(function, mesh, **readable(mesh)))
+
+    def __call__(self, variables: Variables) -> Outcome:
+        """One model on all samples, on the device."""
+        return self._forward(variables, *self.data)
+
+
+@dataclasses.dataclass(frozen=True)
 class ClientEvaluator:
     """Evaluates a stack of models, each on the samples of its own client.
 
     Attributes:
-      model, task, mesh: as in `Evaluator`.
-      example: a pool of samples on all devices, leaves [n, …].
+      model: the network.
+      task: the loss and the metrics.
+      mesh: the devices.
       batch_size: samples in one forward pass.
     """
 
     model: Model
     task: Task
     mesh: Mesh
-    example: Example
     batch_size: int
-    _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "_forward", CachedJit(self._compiled, self.mesh, **readable(self.mesh)))
-
-    def __call__(self, variables: Variables, indices: np.ndarray) -> Outcome:
+    def __call__(self, variables: Variables, indices: np.ndarray, example: Example) -> Outcome:
         """Model i on the samples indices[i].
 
         Args:
           variables: [m, …], m a multiple of the number of devices.
           indices: i32[m, t], into the pool; padding is the caller's to ignore.
+          example: the pool of samples on all devices, leaves [n, …].
 
         Returns:
           (loss f32[m, t], metric -> statistics f32[m, t, s]).
         """
         cut = sharded(self.mesh, self.mesh.size)
-        return self._forward(jax.device_put(variables, cut), put(indices, cut), dict(self.example))
+        return self._forward(jax.device_put(variables, cut), put(indices, cut), dict(example))
+
+    @functools.cached_property
+    def _forward(self) -> Callable[..., Outcome]:
+        return cached_jit(self._compiled, self.mesh, **readable(self.mesh))
 
     def _compiled(self, variables: Variables, indices: jax.Array, example: Example) -> Outcome:
         settings = self.model, self.task, self.mesh, self.batch_size

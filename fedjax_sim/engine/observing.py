@@ -98,18 +98,25 @@ def observer_request(due: Sequence[Instrument], cohort: np.ndarray) -> ObserverR
     )
 
 
-def observe_all(
-    observers: Mapping[str, Observer], view: MergeView, inputs: Mapping[str, Any], data: DeviceData
-) -> dict[str, Any]:
-    """What the observers that `inputs` names say, by name. Traced.
+@dataclasses.dataclass(frozen=True)
+class AllObservers:
+    """The program of a measured round's observers.
 
-    Args:
+    Attributes:
       observers: by name.
-      view: the models of m clients, before the merge and after it.
-      inputs: name of each observer to ask -> what `Instrument.observer_inputs` gave for it.
-      data: the training set.
     """
-    return {name: observers[name].observe(view, own, data) for name, own in inputs.items()}
+
+    observers: Mapping[str, Observer] = dataclasses.field(hash=False)
+
+    def __call__(self, view: MergeView, inputs: Mapping[str, Any], data: DeviceData) -> dict[str, Any]:
+        """What the observers that `inputs` names say, by name. Traced.
+
+        Args:
+          view: the models of m clients, before the merge and after it.
+          inputs: name of each observer to ask -> what `Instrument.observer_inputs` gave for it.
+          data: the training set.
+        """
+        return {name: self.observers[name].observe(view, own, data) for name, own in inputs.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Compiled programs, one for each shape of their arguments, shared by the runs of one process.
 
-On CPUs programs are found again in memory by their text. JAX's own cache on disk serves those of one device
-alone: of a program of several CPU devices that exchange data, read from there, jaxlib 0.10 does not keep the
-order among independent exchanges that it keeps of a freshly compiled one, so that two devices may wait in two
-different ones, for ever.
+A function that equals an earlier one is neither traced nor compiled again (`cached_jit`), on any backend. The
+others are traced, and on CPUs their programs are found again in memory by their text. JAX's own cache on disk
+serves those of one device alone: of a program of several CPU devices that exchange data, read from there,
+jaxlib 0.10 does not keep the order among independent exchanges that it keeps of a freshly compiled one, so
+that two devices may wait in two different ones, for ever.
 
 On CPUs LLVM optimises at level 1, not 3: compiling takes less time, of forward passes and initial states much
 less, and the programs run as fast, since products and convolutions are library calls and loops are vectorised
@@ -23,6 +24,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from types import MethodType
 from typing import Any
 
 import jax
@@ -30,7 +32,24 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from fedjax_sim.core import memo
 from fedjax_sim.core.rng import settled
+
+
+def cached_jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> "CachedJit":
+    """A `CachedJit`; one and the same for equal functions with equal options, see `fedjax_sim.core.memo`.
+
+    Args:
+      function: it depends on nothing that may differ between equal ones; a frozen dataclass, say, or a method
+        of one.
+      mesh: the devices.
+      **options: of `CachedJit`.
+    """
+    named = isinstance(function, MethodType)
+    of = (function.__func__, function.__self__) if named else function
+    leaves, structure = jax.tree.flatten(options)
+    made_of = of, mesh, structure, tuple(leaves), CPU_LEVEL
+    return memo.once("program", made_of, lambda: CachedJit(function, mesh, **options))
 
 
 class CachedJit:
@@ -51,7 +70,8 @@ class CachedJit:
         def joined(packing: _Packing, words: Any, *rest: Any) -> Any:
             return function(*packing.join(words, rest))
 
-        joined.__name__ = getattr(function, "__name__", joined.__name__)  # what profiles and logs show
+        # What profiles and logs show.
+        joined.__name__ = getattr(function, "__name__", type(function).__name__)
         donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
         platform = mesh.devices.flat[0].platform
         compiler = _compiler_options(platform, many_kernels)

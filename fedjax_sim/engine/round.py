@@ -180,9 +180,11 @@ class RoundOutputs:
     view: MergeView | None = None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Round:
     """The round as a function, specialised to an algorithm, a trainer and a mesh.
+
+    Equal ones, whose algorithm is the same object, compute the same.
 
     Attributes:
       algorithm: the record.
@@ -196,7 +198,7 @@ class Round:
     trainer: Trainer
     mesh: Mesh
     in_order: bool
-    meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict)
+    meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict, hash=False)
 
     def __call__(
         self,

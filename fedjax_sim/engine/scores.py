@@ -10,7 +10,7 @@ import numpy as np
 from fedjax_sim.core.model import Variables
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.programs import CachedJit
+from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
@@ -27,7 +27,7 @@ class Scores:
 
     def __init__(self, setup: Setup, store: DataStore, personal: Callable[[ServerState, jax.Array], Any]):
         self._setup, self._store, self._mesh = setup, store, store.mesh
-        self._personal = CachedJit(personal, self._mesh)
+        self._personal = cached_jit(personal, self._mesh)
         self._evaluators: dict[str, Any] = {}
         if setup.personalised and setup.config.evaluation.per_client:
             store.whole(self._clients_pool)  # before an evaluator cuts them
@@ -99,19 +99,19 @@ class Scores:
                 setup.model,
                 setup.task,
                 self._mesh,
-                self._store.whole(self._clients_pool),
                 placement.forward_batch(setup.config.evaluation, setup.model),
             )
         width = max(len(part) for part in own)
         table = np.zeros((len(own), width), np.int32)
         for row, part in zip(table, own, strict=True):
             row[: len(part)] = part
+        pool = self._store.whole(self._clients_pool)
         chunk = setup.devices * math.ceil(min(len(own), 64) / setup.devices)
         found = []
         for first in range(0, len(own), chunk):
             ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
             stack = self._personal(state, ids)
-            found.append(self._evaluators["personal"](stack, table[ids])[1][metric.name])
+            found.append(self._evaluators["personal"](stack, table[ids], pool)[1][metric.name])
 
         def figures() -> np.ndarray:
             statistics = np.concatenate([np.asarray(part) for part in found])[: len(own)]

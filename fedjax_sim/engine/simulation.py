@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_sim.core import stacked
-from fedjax_sim.core.algorithm import Cohort
+from fedjax_sim.core import memo, stacked
+from fedjax_sim.core.algorithm import Algorithm, Cohort
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
+from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
-from fedjax_sim.engine.device_data import DataStore, DeviceData
-from fedjax_sim.engine.observing import Instrument, ObserverRequest, observe_all, observer_request
-from fedjax_sim.engine.programs import CachedJit
-from fedjax_sim.engine.round import FINE, NAN, Round, RoundInputs, RoundOutputs, ServerState
+from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
+from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, ServerState
 from fedjax_sim.engine.scores import Scores, client_rows
 from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.records import Row
@@ -34,6 +36,42 @@ _ALL = " As it was all of the round's: a learning rate of the server (algorithm.
 
 class NonFiniteServer(UserError):
     """What the server made of finite updates, or handed out, held an infinity or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """The state before the first round, as a function.
+
+    Attributes:
+      model: the network.
+      algorithm: the record.
+      trainer: local training.
+      meters: name -> diagnostic of every round.
+    """
+
+    model: Model
+    algorithm: Algorithm
+    trainer: Trainer
+    meters: Mapping[str, Meter] = dataclasses.field(hash=False)
+
+    def __call__(self, key: jax.Array, labels: jax.Array, variables: Any = None) -> ServerState:
+        """The state.
+
+        Args:
+          key: of what is drawn for it.
+          labels: i32[N, C], training samples of each class that each client has.
+          variables: the model that clients start from; None: a fresh one.
+        """
+        if variables is None:
+            variables = self.model.init(key_for(key, 0))
+        else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
+            variables = jax.tree.map(jnp.copy, variables)
+        clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
+        state = self.algorithm.init(key_for(key, 1), variables)
+        deployed = self.algorithm.deploy(state)
+        meters = {name: meter.init(deployed) for name, meter in self.meters.items()}
+        # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
+        return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
 
 
 class Simulation:
@@ -77,23 +115,24 @@ class Simulation:
         }
         self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters)
         self.data = self.store.of_round(setup.dataset, setup.partition)
+        self._start = _Start(setup.model, setup.algorithm, self._trainer, setup.meters)
         self._shardings = self._state_shardings()
-        self.program = CachedJit(
-            _named(self.function),
+        self.program = cached_jit(
+            self.function,
             self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
-        self.observe = CachedJit(
-            partial(observe_all, self.observers),
+        self.observe = cached_jit(
+            AllObservers(self.observers),
             self.mesh,
             many_kernels=True,
             out_shardings=placement.replicated(self.mesh),
         )
         self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser
-        self._measure = chooser and CachedJit(chooser.measure, self.mesh, **placement.readable(self.mesh))
-        self._deploy = CachedJit(
+        self._measure = chooser and cached_jit(chooser.measure, self.mesh, **placement.readable(self.mesh))
+        self._deploy = cached_jit(
             setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
         )
 
@@ -103,20 +142,6 @@ class Simulation:
     def state(self) -> ServerState:
         """See the class."""
         return self._initial_state()
-
-    def _make_state(self, key: jax.Array, variables: Any = None) -> ServerState:
-        """The state before the first round; `variables` None: of a fresh model."""
-        if variables is None:
-            variables = self.setup.model.init(key_for(key, 0))
-        else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
-            variables = jax.tree.map(jnp.copy, variables)
-        labels = jnp.asarray(self.setup.label_counts)
-        clients = stacked.per_slot(self._trainer.init_client, (None, 0))(variables, labels)
-        state = self.setup.algorithm.init(key_for(key, 1), variables)
-        deployed = self.setup.algorithm.deploy(state)
-        meters = {name: meter.init(deployed) for name, meter in self.setup.meters.items()}
-        # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
-        return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
 
     def _state_shardings(self) -> ServerState:
         shapes = self._state_shapes()
@@ -130,14 +155,20 @@ class Simulation:
         return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
 
     def _state_shapes(self) -> ServerState:
+        labels = self.setup.label_counts
         with self.setup.watch.during(0):
-            return shapes_of(self._make_state, run_key(0))
+            return memo.once(
+                "shapes of a state",
+                (self._start, labels.shape),
+                lambda: shapes_of(self._start, run_key(0), labels),
+            )
 
     def _initial_state(self) -> ServerState:
         key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh), self.setup.watch.during(0):
-            return CachedJit(self._make_state, self.mesh, out_shardings=self._shardings)(key, variables)
+            made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
+            return made(key, self.setup.label_counts, variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
@@ -377,17 +408,6 @@ class Simulation:
         """
         with self.setup.watch.during(self.round):
             return self._scores.of_clients(self.state, self.variables)
-
-
-def _named(function: Round) -> Callable[..., Any]:
-    """The round under a name that profiles and logs can show."""
-
-    def federated_round(
-        state: ServerState, inputs: RoundInputs, data: DeviceData, watched: jax.Array | None = None
-    ) -> tuple[ServerState, RoundOutputs]:
-        return function(state, inputs, data, watched)
-
-    return federated_round
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fedjax_sim.core import imports
+from fedjax_sim.core import imports, memo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.models import norms, tracing
@@ -160,8 +160,12 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
     module: Any = entry.module(num_classes=num_classes, **fields)  # pyright: ignore[reportCallIssue]
     if isinstance(module, ViT):
         _check_vit(module, cast(tuple[int, int, int], shape))
-    points = tracing.peel_points(tracing.trace(module, shape, train=False, mask=None))
-    return Model(name, module, shape, num_classes, points)
+
+    def traced() -> Model:
+        points = tracing.peel_points(tracing.trace(module, shape, train=False, mask=None))
+        return Model(name, module, shape, num_classes, points)
+
+    return memo.once("model", (name, module, shape), traced)
 
 
 def _check_option(name: str, entry: Entry, option: str, value: Any) -> Any:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from fedjax_sim.core import stacked
-from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Results, Starts, Step
+from fedjax_sim.core import memo, stacked
+from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Prolonged, Results, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import own_lines, place_of
 from fedjax_sim.core.task import Batch
@@ -31,7 +31,10 @@ def build(config: Any, context: Context, name: str) -> Algorithm:
       UserError: its `build` fails, or does not return a record.
     """
     try:
-        made = config.build(context)
+        if isinstance(context, Prolonged):  # whose fields are not all to be read
+            made = config.build(context)
+        else:
+            made = memo.once("algorithm", (config, context), lambda: config.build(context))
     except UserError:
         raise
     except Exception as error:

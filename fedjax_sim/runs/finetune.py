@@ -21,7 +21,7 @@ from fedjax_sim.algorithms.independent import Local, LocalState
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.programs import CachedJit
+from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import Round, ServerState
 from fedjax_sim.engine.scores import client_rows
 from fedjax_sim.engine.setup import Setup
@@ -49,7 +49,7 @@ def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, nu
     ids = np.arange(setup.num_clients, dtype=np.int32)
     cut = placement.sharded(mesh, setup.num_clients)
     with jax.set_mesh(mesh):
-        models = CachedJit(function.personal, mesh, out_shardings=cut)(state, ids)
+        models = cached_jit(function.personal, mesh, out_shardings=cut)(state, ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
     alone.round = number
     out, accuracies = [], np.zeros(0)

@@ -9,7 +9,6 @@ round too, and adds what XLA says of it.
 import contextlib
 import dataclasses
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
-from fedjax_sim.engine.observing import observe_all, observer_request
+from fedjax_sim.engine.observing import AllObservers, observer_request
 from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
@@ -346,7 +345,7 @@ def _round_parts(simulation: Simulation) -> list[Part]:
             state, simulation.inputs_of(0, ids)[0], simulation.data, request and request.slots
         )
         if request is not None:
-            observe, view = partial(observe_all, simulation.observers), outputs.view
+            observe, view = AllObservers(simulation.observers), outputs.view
             observed = jax.make_jaxpr(observe)(view, request.inputs, simulation.data)
             remedy = "a smaller peel.clients or inertia.clients"
             sizes = {

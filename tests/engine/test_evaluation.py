@@ -49,8 +49,8 @@ def test_a_stack_of_models_each_on_its_own_samples(devices, batch, rng):
     stack = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
     indices = rng.integers(0, 40, (4, 7)).astype(np.int32)
     mesh = placement.make_mesh(devices)
-    evaluator = ClientEvaluator(MODEL, dataset.task, mesh, DataStore(mesh).whole(dataset.train), batch)
-    losses, statistics = evaluator(stack, indices)
+    evaluator = ClientEvaluator(MODEL, dataset.task, mesh, batch)
+    losses, statistics = evaluator(stack, indices, DataStore(mesh).whole(dataset.train))
     for c, chosen in enumerate(indices):
         wanted, classes = numpy_outcome(each[c], dataset.train_images[chosen], dataset.train_labels[chosen])
         np.testing.assert_allclose(losses[c], wanted, rtol=1e-5, atol=1e-6)

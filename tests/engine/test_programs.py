@@ -1,15 +1,19 @@
 """Programs: values of `jax.jit`, found again in memory, not on disk where CPU devices exchange data."""
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec as P
 
+import fedjax_sim as fs
 from fedjax_sim.config import from_dict
+from fedjax_sim.core import memo
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine import placement, programs
 from fedjax_sim.engine.programs import CachedJit
@@ -186,3 +190,147 @@ def test_draws_are_the_same_under_any_setting_of_the_generator(devices):
         found, lowered = program(key), program.lower(key).as_text()
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert lowered == CachedJit(draw, mesh).lower(key).as_text()
+
+
+# --- runs that share programs ------------------------------------------------------------------------------
+
+BASE = {
+    "rounds": 2,
+    "model": {"name": "mlp", "options": {"hidden": [8]}},
+    "partition": {"kind": "iid", "clients": 4},
+    "local": {"batch_size": 40, "lr": 0.1, "epochs": 1},
+    "execution": {"devices": 2},
+    "evaluation": {"per_client": True},
+}
+LOCAL_TEST = {"kind": "iid", "clients": 4, "local_test": "holdout"}
+PROBE = {"every": 1, "clients": 2, "samples": 20, "controls": ["perturbed"]}
+
+
+def lowered_by(action):
+    """What came of it, and the names of the programs that were lowered meanwhile."""
+    lowered = []
+
+    def listen(event: str, duration_secs: float, **keywords) -> None:
+        del duration_secs
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            lowered.append(keywords.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        return action(), lowered
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def outcome(changes, **replacements):
+    """All records of a run, and its model."""
+    simulation = Simulation(from_dict({**BASE, "partition": LOCAL_TEST, **changes}), **replacements)
+    rows = [tuple(row) for rows in simulation.advance() for row in rows]
+    return rows, jax.device_get(simulation.variables)
+
+
+def assert_same(got, wanted):
+    assert got[0] == wanted[0]
+    jax.tree.map(np.testing.assert_array_equal, got[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"name": "fedmr"}, "peel": PROBE},
+        {
+            "model": {"name": "mlp", "options": {"hidden": [8, 8]}},
+            "algorithm": {"name": "lips", "layers": "inner", "inner": {"name": "fedmr"}},
+            "inertia": {"every": 1},
+        },
+        {"algorithm": {"name": "ditto"}},
+        {"algorithm": {"name": "clusamp"}},
+    ],
+    ids=lambda changes: changes["algorithm"]["name"],
+)
+def test_a_run_with_another_seed_lowers_nothing_and_is_what_it_would_be_alone(changes):
+    """Also with diagnostics, state of clients, personal models and a chooser of cohorts."""
+    memo.forget()
+    alone = outcome(changes)
+    memo.forget()
+    outcome({**changes, "seed": 1})
+    after, lowered = lowered_by(lambda: outcome(changes))
+    assert not lowered
+    assert_same(after, alone)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"local": {**BASE["local"], "momentum": 0.9}},
+        {"local": {**BASE["local"], "weight_decay": 0.1}},
+        {"local": {**BASE["local"], "clip_norm": 0.01}},
+        {"local": {**BASE["local"], "optimizer": "adam", "options": {"b1": 0.5}}},
+        {"local": {**BASE["local"], "epochs": 2}},
+        {"algorithm": {"name": "fedprox", "mu": 5.0}},
+        {"algorithm": {"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {"eps": 0.5}}},
+        {"model": {"name": "mlp", "options": {"hidden": [8], "dtype": "bfloat16"}}},
+        {"peel": PROBE},
+        {"peel": {**PROBE, "ranks": True}},
+    ],
+    ids=str,
+)
+def test_runs_that_differ_share_nothing_that_matters(changes):
+    """Each after one that differs in little, against the same with nothing remembered."""
+    near = {
+        "local": {"local": {**BASE["local"], "optimizer": "adam", "options": {"b1": 0.9}}}
+        if "options" in changes.get("local", {})
+        else {},
+        "algorithm": {"algorithm": {"name": "fedprox", "mu": 1.0}}
+        if changes.get("algorithm", {}).get("name") == "fedprox"
+        else {"algorithm": {"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {"eps": 1e-3}}},
+        "peel": {"peel": PROBE} if "ranks" in changes.get("peel", {}) else {},
+        "model": {},
+    }[next(iter(changes))]
+    memo.forget()
+    alone = outcome(changes)
+    memo.forget()
+    before = outcome(near)
+    after = outcome(changes)
+    assert_same(after, alone)
+    assert after[0] != before[0]
+
+
+SCALE = 1.0
+
+
+def scaled(x):
+    """A user's helper, which another cell of a notebook may redefine."""
+    return SCALE * x
+
+
+class Net(nn.Module):
+    """A user's network."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(10)(scaled(x).reshape(x.shape[0], -1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A user's algorithm, whose functions are the same objects in every run."""
+
+    def build(self, context):
+        return dataclasses.replace(fs.FedAvg().build(context), deploy=halved)
+
+
+def halved(state):
+    return jax.tree.map(scaled, state.model)
+
+
+@pytest.mark.parametrize("given", [{"model": Net()}, {"algorithm": Mine()}], ids=["model", "algorithm"])
+def test_what_a_user_has_changed_counts_in_the_next_run(given, monkeypatch):
+    first = outcome({}, **given)
+    globals()["SCALE"] = 0.5
+    try:
+        second = outcome({}, **given)
+    finally:
+        globals()["SCALE"] = 1.0
+    assert first[0] != second[0]
+    assert_same(outcome({}, **given), first)

@@ -24,6 +24,7 @@ from fedjax_sim.algorithms import (
     Scaffold,
 )
 from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
+from fedjax_sim.core import memo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.runs.assemble import prepare
@@ -73,6 +74,7 @@ def test_all_algorithms_see_the_same_cohorts():
 @pytest.mark.smoke
 def test_nothing_is_compiled_after_the_first_round(small, caplog):
     """Other clients, other sizes, the switch from averaging to recombination: the same program."""
+    memo.forget()
     simulation = _rewind(small)
     oracles.run(simulation, 1)
     with jax.log_compiles(), caplog.at_level(logging.DEBUG, logger="jax"):

@@ -1,7 +1,6 @@
 """What a merge gains: models before and after it, evaluated by hand; who, when, and on which samples."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,9 @@ import pytest
 
 from fedjax_sim.algorithms import LIPS, FedAvg, FedMR
 from fedjax_sim.config import InertiaConfig, PeelConfig
+from fedjax_sim.core import memo
 from fedjax_sim.data import Partition, Preprocessing, normalise
-from fedjax_sim.engine.observing import observe_all
+from fedjax_sim.engine.observing import AllObservers
 from fedjax_sim.engine.round import Round
 from fedjax_sim.probes.inertia.effectiveness import NAME, STATES, Effectiveness
 from fedjax_sim.runs.federation import Simulation
@@ -181,6 +181,7 @@ def test_under_fedmr_after_is_the_slot_and_samples_are_few_and_fixed():
 
 def test_with_the_probe_all_look_at_its_clients_and_else_at_ones_own():
     """Both measure rounds 1 and 3, effectiveness round 2 besides; clients have no tests of their own."""
+    memo.forget()
     simulation = measured(
         oracles.simulate(SIZES, cohort=4, rounds=3, wave=2),
         peel=PeelConfig(every=3, clients=2, samples=40, class_samples=1),
@@ -227,7 +228,7 @@ def test_under_lips_after_is_the_sparse_model_that_the_next_round_starts_from():
     setup, state = simulation.setup, simulation.state
     effectiveness = Effectiveness(setup.config, model, dataset, partition, simulation.mesh, jnp.asarray)
     program = jax.jit(Round(setup.algorithm, setup.trainer, simulation.mesh, in_order=False).__call__)
-    observe = jax.jit(partial(observe_all, effectiveness.observers))
+    observe = jax.jit(AllObservers(effectiveness.observers))
     loss_of = jax.jit(lambda variables, x: model.apply(variables, x)[0])
 
     def figures(variables, images, labels):

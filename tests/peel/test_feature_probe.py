@@ -11,6 +11,7 @@ import pytest
 from fedjax_sim import models
 from fedjax_sim.algorithms import CONFIGS, Cohort
 from fedjax_sim.config import PeelConfig, from_dict
+from fedjax_sim.core import memo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.data import Preprocessing
@@ -175,6 +176,7 @@ def test_a_measured_run_is_the_same_run():
 
 
 def test_measured_rounds_are_the_first_the_last_and_every_so_many_and_compile_once():
+    memo.forget()
     simulation = Simulation(settings_of(rounds=5))
     rows = rows_of(simulation)
     assert {row.round for row in rows if row.metric == "log_c"} == {1, 2, 4, 5}

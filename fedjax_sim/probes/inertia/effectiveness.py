@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from fedjax_sim.config import InertiaConfig, RunConfig
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
+from fedjax_sim.core.task import Task
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DeviceData
@@ -37,11 +38,64 @@ NAME = "effectiveness"
 STATES = ("before", "after")
 
 
-class Effectiveness:
-    """The observer (`fedjax_sim.engine.observing.Observer`), and when and whom it observes.
+@dataclasses.dataclass(frozen=True)
+class Accuracies:
+    """The observer (`fedjax_sim.engine.observing.Observer`).
 
     Attributes:
-      observers: itself, by name.
+      model: the network.
+      task: how it is judged.
+      mesh: the devices.
+      batch_size: samples in one forward pass.
+      from_test: whether clients' own test samples are of the global test set; else of the training set.
+    """
+
+    model: Model
+    task: Task
+    mesh: Mesh
+    batch_size: int
+    from_test: bool
+
+    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
+        """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""
+        pools = {"global": inputs["tests"], "own": inputs["tests"] if self.from_test else data.train}
+        count = len(view.cohort.ids)
+        everything = jnp.broadcast_to(inputs["global"], (count, *inputs["global"].shape))
+        chosen = {
+            "global": {"index": everything, "count": jnp.full((count,), everything.shape[1], jnp.int32)}
+        }
+        if inputs["own"] is not None:
+            chosen["own"] = inputs["own"]
+        spare = -count % self.mesh.size
+        fill = partial(
+            jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
+        )
+        out = {}
+        for name, part in chosen.items():
+            found = [
+                self._figures(fill(models), fill(part), pools[name]) for models in (view.before, view.after)
+            ]
+            for metric in found[0]:
+                out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)
+        return out
+
+    def _figures(self, models, part, pool):
+        """Means over each client's samples: of the headline's statistics f32[m, s], and `loss` f32[m]."""
+        losses, statistics = evaluation.of_clients(
+            self.model, self.task, self.mesh, self.batch_size, models, part["index"], pool
+        )
+        mask = jnp.arange(losses.shape[1], dtype=jnp.int32)[None] < part["count"][:, None]
+        total = part["count"].astype(jnp.float32)
+        headline = self.task.headline.name
+        figures = jnp.where(mask[..., None], statistics[headline], 0).sum(1) / total[:, None]
+        return {headline: figures, "loss": jnp.where(mask, losses, 0).sum(1) / total}
+
+
+class Effectiveness:
+    """The instrument (`fedjax_sim.engine.observing.Instrument`).
+
+    Attributes:
+      observers: the one that there is, by name.
     """
 
     def __init__(
@@ -64,12 +118,11 @@ class Effectiveness:
           put: places an array on all devices.
         """
         self._config, self._seed = config.inertia, config.seed
-        self._model, self._dataset, self._partition, self._mesh = model, dataset, partition, mesh
+        self._dataset, self._partition = dataset, partition
         self._batch = placement.forward_batch(config.evaluation, model)
         self._tests = {key: put(leaf) for key, leaf in dataset.test.items()}
-        self.observers = {NAME: self}
-
-    # --- on the host, before ------------------------------------------------------------------------
+        from_test = partition.test_from == "test"
+        self.observers = {NAME: Accuracies(model, dataset.task, mesh, self._batch, from_test)}
 
     def due(self, number: int, rounds: int) -> bool:
         """Whether round `number`, from 1, of `rounds` is measured."""
@@ -97,47 +150,6 @@ class Effectiveness:
                 row[: len(part)] = part
             inputs["own"] = {"index": index, "count": np.asarray([len(part) for part in parts], np.int32)}
         return {NAME: inputs}
-
-    # --- on the devices ----------------------------------------------------------------------------
-
-    def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
-        """By client and state: f32[m, 2, s] of the task's headline metric, f32[m, 2] of the loss."""
-        pools = {"global": inputs["tests"], "own": inputs["tests"]}
-        if self._partition.test_from != "test":
-            pools["own"] = data.train
-        count = len(view.cohort.ids)
-        everything = jnp.broadcast_to(inputs["global"], (count, *inputs["global"].shape))
-        chosen = {
-            "global": {"index": everything, "count": jnp.full((count,), everything.shape[1], jnp.int32)}
-        }
-        if inputs["own"] is not None:
-            chosen["own"] = inputs["own"]
-        spare = -count % self._mesh.size
-        fill = partial(
-            jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
-        )
-        out = {}
-        for name, part in chosen.items():
-            found = [
-                self._figures(fill(models), fill(part), pools[name]) for models in (view.before, view.after)
-            ]
-            for metric in found[0]:
-                out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)
-        return out
-
-    def _figures(self, models, part, pool):
-        """Means over each client's samples: of the headline's statistics f32[m, s], and `loss` f32[m]."""
-        task = self._dataset.task
-        losses, statistics = evaluation.of_clients(
-            self._model, task, self._mesh, self._batch, models, part["index"], pool
-        )
-        mask = jnp.arange(losses.shape[1], dtype=jnp.int32)[None] < part["count"][:, None]
-        total = part["count"].astype(jnp.float32)
-        named = statistics[task.headline.name]
-        figures = jnp.where(mask[..., None], named, 0).sum(1) / total[:, None]
-        return {task.headline.name: figures, "loss": jnp.where(mask, losses, 0).sum(1) / total}
-
-    # --- on the host, after -------------------------------------------------------------------------
 
     def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
         """The tidy rows of a round.

@@ -71,7 +71,7 @@ class Clients:
     gradient: jax.Array
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Movement:
     """The meter (`fedjax_sim.engine.round.Meter`).
 

@@ -43,7 +43,7 @@ def masks(depth: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, depth), bool), block <= upto, block == upto, block >= upto])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Chimeras:
     """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 

@@ -55,7 +55,7 @@ from fedjax_sim.records import Row, make_row
 STATES = ("before", "after")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Probe:
     """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 

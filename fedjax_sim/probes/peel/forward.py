@@ -16,7 +16,7 @@ from fedjax_sim.probes.peel import moments as class_moments
 from fedjax_sim.probes.peel.layers import Layers
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Forward:
     """A model's features over a client's samples, in evaluation mode.
 

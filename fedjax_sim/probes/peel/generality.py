@@ -44,7 +44,7 @@ OTHERS = ("peel_accuracy_others", "peel_loss_others")
 GLOBAL = ("peel_accuracy_global", "peel_loss_global")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Generality:
     """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 

@@ -44,7 +44,7 @@ STATE = "finetuned"
 FIGURES = ("pabs", "pabs_centred")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Finetuning:
     """Measures rounds; the engine compiles it (`fedjax_sim.engine.observing.Observer`).
 

@@ -11,8 +11,9 @@ from jax.flatten_util import ravel_pytree
 from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import key_for, run_key
-from fedjax_sim.engine.programs import CachedJit
-from fedjax_sim.engine.round import Round
+from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.round import Round, RoundInputs, ServerState
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.probes.landscape.curvature import Spectrum, spectrum
 from fedjax_sim.probes.landscape.directions import filter_normalised
@@ -176,18 +177,25 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
     trainer = dataclasses.replace(setup.trainer, gradients=False)  # which no meter is here to look at
-    measured = Round(setup.algorithm, trainer, simulation.mesh, in_order=False)
-
-    def models(state, inputs, data, watched):
-        view = measured(state, inputs, data, watched)[1].view
-        assert view is not None
-        return view.before
-
+    one_more = _Trained(Round(setup.algorithm, trainer, simulation.mesh, in_order=False))
     with jax.set_mesh(simulation.mesh):
-        found = CachedJit(models, simulation.mesh)(simulation.state, inputs, simulation.data, slots)
+        models = cached_jit(one_more, simulation.mesh)
+        found = models(simulation.state, inputs, simulation.data, slots)
     found = jax.device_get(found)
     clients = tuple(int(client) for client in np.asarray(inputs.cohort.ids)[slots])
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(slots))], clients
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """The watched clients' models before the merge, [m, …], as a function of what the round is one of."""
+
+    round: Round
+
+    def __call__(self, state: ServerState, inputs: RoundInputs, data: DeviceData, watched: jax.Array) -> Any:
+        view = self.round(state, inputs, data, watched)[1].view
+        assert view is not None
+        return view.before
 
 
 def measure(simulation: Simulation, settings: Settings | None = None, *, planes: bool = True) -> Measured:
