@@ -67,6 +67,13 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_sessionstart() -> None:
+    """What tests define stays as it is, or is replaced by `monkeypatch`: runs may share its traces."""
+    from fedjax_sim.core import memo
+
+    memo.SHIPPED.add("tests")
+
+
 def pytest_collection_finish() -> None:
     """What importing left stays: tracing makes many small objects, and each collection would look at all."""
     gc.collect()

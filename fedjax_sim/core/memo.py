@@ -17,7 +17,9 @@ import jax
 
 _Made = TypeVar("_Made")
 
-_SHIPPED = frozenset({__name__.partition(".")[0], "builtins", "flax", "jax", "jaxlib", "numpy", "optax"})
+SHIPPED = {__name__.partition(".")[0], "builtins", "flax", "jax", "jaxlib", "numpy", "optax"}
+"""Packages whose code stays as it is while a process runs; one's own may be added."""
+
 MAX_KEPT = 128
 """How many things are kept, the last ones that were asked for."""
 
@@ -55,7 +57,7 @@ def forget() -> None:
 
 
 def shipped(value: Any) -> bool:
-    """Whether a value consists of plain data and of code of this package, JAX, Flax, Optax and NumPy.
+    """Whether a value consists of plain data and of code of the packages in `SHIPPED`.
 
     Args:
       value: plain data, a function, a class or a dataclass, or tuples, lists and mappings of these.
@@ -67,7 +69,7 @@ def shipped(value: Any) -> bool:
     record = dataclasses.is_dataclass(value)
     if record or callable(value):
         module = getattr(value, "__module__", None) or type(value).__module__
-        if module.partition(".")[0] not in _SHIPPED:
+        if module.partition(".")[0] not in SHIPPED:
             return False
     if record and not isinstance(value, type):
         return all(shipped(getattr(value, field.name, None)) for field in dataclasses.fields(value))

@@ -120,18 +120,20 @@ def permute(leaf: Shaped[Array, " K *rest"], index: Int32[Array, " m"]) -> Shape
 
     Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
     device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls,
-    and memory a device stays what its share is. With m = K it goes strip by strip, each written where it
-    was read, so that a donated leaf needs no second copy of itself.
+    and memory a device stays what its share is. Parameters that the devices do not divide are filled up with
+    zeros on the way. With m = K it goes strip by strip, each written where it was read, so that a donated
+    leaf needs no second copy of itself.
     """
-    devices = _devices()
-    if index.shape[0] == leaf.shape[0] and (devices == 1 or _movable(leaf, devices)):
-        return _exchange(leaf, index, devices)
-    if not _movable(leaf, devices) or index.shape[0] % devices:
+    devices, count, wanted, size = _devices(), leaf.shape[0], index.shape[0], leaf[0].size
+    if count % devices or wanted % devices or (devices == 1 and count != wanted):
         return jnp.take(leaf, index, axis=0, mode="clip")
-    flat = jnp.take(_by_parameter(leaf), index, axis=0, mode="clip")
+    if count == wanted:
+        return _exchange(leaf, index, devices)
+    flat = _filled_up(leaf.reshape(count, size), _multiple(size, devices))
+    flat = jnp.take(jax.lax.with_sharding_constraint(flat, P(None, AXIS)), index, axis=0, mode="clip")
     flat = jax.lax.with_sharding_constraint(flat, P(None, AXIS))
     out = jax.lax.with_sharding_constraint(flat, P(AXIS))
-    return out.reshape(index.shape[0], *leaf.shape[1:])
+    return out[:, :size].reshape(wanted, *leaf.shape[1:])
 
 
 def _exchange(
@@ -140,10 +142,11 @@ def _exchange(
     """leaf[index] in strips of columns; every device holds K / devices slots."""
     count, size = leaf.shape[0], leaf[0].size
     width = _STRIP if jax.default_backend() == "cpu" else _WIDE_STRIP
-    strip = min(max(width // count, 1) * devices, size)
+    strip = min(max(width // count, 1) * devices, _multiple(size, devices))
 
     def move(number: jax.Array | int, flat: jax.Array, index: jax.Array) -> jax.Array:
-        first = jnp.minimum(number * strip, size - strip)  # the last strip reaches back over moved columns
+        # The last strip of several reaches back over moved columns.
+        first = jnp.minimum(number * strip, max(size - strip, 0))
         columns = jax.lax.dynamic_slice_in_dim(flat, first, strip, axis=1)
         fresh = first + jnp.arange(strip, dtype=jnp.int32) >= number * strip
         moved = columns
@@ -159,7 +162,7 @@ def _exchange(
         flat = leaf.reshape(leaf.shape[0], size)
         strips = -(-size // strip)
         if strips == 1:
-            return move(0, flat, index).reshape(leaf.shape)
+            return move(0, _filled_up(flat, strip), index)[:, :size].reshape(leaf.shape)
         return jax.lax.fori_loop(0, strips, lambda n, flat: move(n, flat, index), flat).reshape(leaf.shape)
 
     return _on_own_slots(run, devices)(leaf, index)
@@ -337,30 +340,22 @@ def squared_norms(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, " K"]:
     return jnp.stack([_dots(leaf, leaf) for leaf in jax.tree.leaves(tree) if averages(leaf)]).sum(0)
 
 
-def gram(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, "K K"]:
-    """Inner products between slots, summed over `leaves`. [K, …] each -> f32[K, K]."""
-    total = jnp.float32(0)
-    for leaf in leaves:
-        movable = _movable(leaf, _devices())
-        flat = _by_parameter(leaf) if movable else leaf.reshape(leaf.shape[0], -1)
-        flat = flat.astype(jnp.float32)
-        total = total + jnp.matmul(flat, flat.T, precision=_FULL)
-    return jnp.asarray(total)
-
-
 def pairwise_cosine(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
-    """Mean cosine over pairs of different slots, `leaves` taken together as one vector. -> f32[].
+    """Mean cosine over pairs of different slots, `leaves` (floats) taken together as one vector. -> f32[].
 
-    1 for a single slot, and for slots that are all zero.
+    1 for a single slot; a pair counts as 1 in which a slot is all zero. No matrix of pairs is made: with
+    directions u_k = w_k / ‖w_k‖ of the n slots that are not zero, the sum over pairs is ‖Σ u_k‖² − n.
     """
-    products = gram(leaves)
-    count = products.shape[0]
+    count = leaves[0].shape[0]
     if count == 1:
         return jnp.float32(1)
-    norms = jnp.sqrt(jnp.diagonal(products))
-    scale = norms[:, None] * norms[None, :]
-    cosine = jnp.where(scale > 0, products / jnp.where(scale > 0, scale, 1), jnp.float32(1))
-    return (cosine.sum() - jnp.trace(cosine)) / (count * (count - 1))
+    squares = squared_norms(leaves)
+    inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    total = jax.tree.map(lambda leaf: leaf[None], weighted_sum(leaves, inverse))
+    nonzero, pairs = (squares > 0).sum().astype(jnp.float32), count * (count - 1)
+    # In this order each part is small where the whole is.
+    among = squared_norms(total)[0] - nonzero
+    return (among + (pairs - nonzero * (nonzero - 1))) / pairs
 
 
 def dispersion(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
@@ -390,14 +385,14 @@ def _least(dtype: Any, shape: tuple[int, ...] = ()) -> jax.Array:
     return jnp.full(shape, False if jnp.issubdtype(dtype, jnp.bool_) else jnp.iinfo(dtype).min, dtype)
 
 
-def _movable(leaf: jax.Array, devices: int) -> bool:
-    """Whether the sharding can move from the slot axis to the parameters."""
-    return devices > 1 and leaf.shape[0] % devices == 0 and leaf[0].size % devices == 0
+def _multiple(size: int, devices: int) -> int:
+    """The least multiple of `devices` that is not below `size`, nor 0."""
+    return max(-(-size // devices), 1) * devices
 
 
-def _by_parameter(leaf: jax.Array) -> jax.Array:
-    """[K, …] as [K, P], sharded over P: every device has all slots of its share of the parameters."""
-    return jax.lax.with_sharding_constraint(leaf.reshape(leaf.shape[0], -1), P(None, AXIS))
+def _filled_up(flat: Shaped[Array, "K P"], width: int) -> Shaped[Array, "K {width}"]:
+    """With columns of zeros up to `width`. [K, P] -> [K, width]."""
+    return flat if flat.shape[1] == width else jnp.pad(flat, ((0, 0), (0, width - flat.shape[1])))
 
 
 def _raw(tree: PyTree) -> PyTree:

@@ -17,7 +17,7 @@ ALIKE = {
 """name -> those that meet what is around them as it does; each is run by itself in `test_everywhere.py`."""
 
 
-def one_of_each(names: Iterable[str]) -> list:
-    """Parameters of a test; those that are alike to another are slow."""
-    more = {name for alike in ALIKE.values() for name in alike}
+def one_of_each(names: Iterable[str], *further: str) -> list:
+    """Parameters of a test; those that are alike to another are slow, and `further` ones."""
+    more = {name for alike in ALIKE.values() for name in alike} | set(further)
     return [pytest.param(name, marks=[pytest.mark.slow] if name in more else []) for name in names]

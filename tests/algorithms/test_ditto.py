@@ -88,7 +88,7 @@ def test_both_models_are_numpys(layout):
     [
         Scaffold(option="I"),
         pytest.param(FedRep(head_epochs=1), marks=pytest.mark.slow),  # Scaffold keeps on clients, too
-        LIPS(inner=FedMR(), period=2, density=0.5, layers="inner"),
+        pytest.param(LIPS(inner=FedMR(), period=2, density=0.5, layers="inner"), marks=pytest.mark.slow),
     ],
     ids=lambda inner: type(inner).__name__,
 )

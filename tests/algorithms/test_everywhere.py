@@ -141,7 +141,6 @@ def test_devices_waves_and_resuming_are_invisible(name):
     oracles.run(wide, 2)
     saved = jax.device_get(wide.state)
     again = simulated(name, devices=2, wave=2)
-    again.program, again._deploy = wide.program, wide._deploy  # compiled once
     again.restore(saved, 2)
     oracles.run(wide)
     oracles.run(again)

@@ -203,7 +203,7 @@ def _final(algorithm, sizes=SIZES, **keywords):
     return simulation
 
 
-@pytest.mark.parametrize("wave", [1, 2])
+@pytest.mark.parametrize("wave", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_first_stage_without_end_is_uniform_fedavg_bit_for_bit(wave):
     keywords = {"cohort": 3, "rounds": 3, "wave": wave, "devices": 2}
     recombined = _final(FedMR(first_stage=3), **keywords)

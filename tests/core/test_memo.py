@@ -28,7 +28,9 @@ def helper() -> None:
 def made() -> Iterator[list[int]]:
     """What `twice` has counted."""
     memo.forget()
+    memo.SHIPPED.remove("tests")
     yield []
+    memo.SHIPPED.add("tests")
     memo.forget()
 
 

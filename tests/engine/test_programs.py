@@ -104,6 +104,7 @@ def test_the_second_seed_compiles_nothing(monkeypatch):
         return lower(self, *args, **kwargs)
 
     monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    monkeypatch.setattr(memo, "SHIPPED", set())  # so that each run traces its own
     monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
     accuracies = []
     for seed in (0, 1):
@@ -199,10 +200,12 @@ BASE = {
     "model": {"name": "mlp", "options": {"hidden": [8]}},
     "partition": {"kind": "iid", "clients": 4},
     "local": {"batch_size": 40, "lr": 0.1, "epochs": 1},
-    "execution": {"devices": 2},
+    "execution": {"devices": 1},
+}
+OWN_TESTS = {
+    "partition": {"kind": "iid", "clients": 4, "local_test": "holdout"},
     "evaluation": {"per_client": True},
 }
-LOCAL_TEST = {"kind": "iid", "clients": 4, "local_test": "holdout"}
 PROBE = {"every": 1, "clients": 2, "samples": 20, "controls": ["perturbed"]}
 
 
@@ -224,7 +227,7 @@ def lowered_by(action):
 
 def outcome(changes, **replacements):
     """All records of a run, and its model."""
-    simulation = Simulation(from_dict({**BASE, "partition": LOCAL_TEST, **changes}), **replacements)
+    simulation = Simulation(from_dict({**BASE, **changes}), **replacements)
     rows = [tuple(row) for rows in simulation.advance() for row in rows]
     return rows, jax.device_get(simulation.variables)
 
@@ -243,7 +246,7 @@ def assert_same(got, wanted):
             "algorithm": {"name": "lips", "layers": "inner", "inner": {"name": "fedmr"}},
             "inertia": {"every": 1},
         },
-        {"algorithm": {"name": "ditto"}},
+        {"algorithm": {"name": "ditto"}, "execution": {"devices": 2}, **OWN_TESTS},
         {"algorithm": {"name": "clusamp"}},
     ],
     ids=lambda changes: changes["algorithm"]["name"],
@@ -326,6 +329,7 @@ def halved(state):
 
 @pytest.mark.parametrize("given", [{"model": Net()}, {"algorithm": Mine()}], ids=["model", "algorithm"])
 def test_what_a_user_has_changed_counts_in_the_next_run(given, monkeypatch):
+    monkeypatch.setattr(memo, "SHIPPED", memo.SHIPPED - {"tests"})
     first = outcome({}, **given)
     globals()["SCALE"] = 0.5
     try:

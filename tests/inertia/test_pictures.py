@@ -323,6 +323,7 @@ def test_command_passes_on_what_was_asked(monkeypatch, capsys):
 # --- a real run -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the others draw the same from made-up records
 def test_a_real_run_of_lips_from_the_command_line(tmp_path, capsys):
     run = fs.run(config_of(tmp_path / "run", METHODS["lips"], 0))
     assert commands.main(["inertia", str(tmp_path / "run")]) == 0

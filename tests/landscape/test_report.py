@@ -127,6 +127,7 @@ def test_the_models_are_what_one_more_round_trains(study, name):
     assert np.abs(merged - before).max() > 1e-3  # and measuring left the state alone until then
 
 
+@pytest.mark.slow
 def test_a_sweep_and_a_single_run_have_their_own_folders(study, tmp_path, capsys):
     sweep = {
         "base": {

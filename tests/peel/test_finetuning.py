@@ -73,7 +73,7 @@ def observed(made, **layout):
 MODELS = {"mlp": {"hidden": [9, 7]}, "resnet6": {"norm": "batch"}}
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet6", marks=pytest.mark.slow)])
 def test_it_is_logistic_regression_on_the_penultimate_features(name):
     """Clip, decay, momentum and steps by hand, on features in evaluation mode."""
     made = model, view, data, measured = world(name, MODELS[name])

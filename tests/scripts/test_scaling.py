@@ -51,6 +51,7 @@ def test_equal_clients_share_images_only_where_these_run_out(script):
     assert max(part.max() for part in many.train) < 40
 
 
+@pytest.mark.slow
 def test_overheads_are_printed(script, monkeypatch, capsys):
     asked = "overhead.py --clients 4 --model mlp --layers inner --measures probe --repetitions 1"
     monkeypatch.setattr(sys, "argv", asked.split())

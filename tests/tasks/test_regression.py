@@ -96,8 +96,8 @@ def test_r2_is_merged_over_groups_and_undefined_for_one_value(rng):
         fs.LIPS(inner=fs.FedMR(), layers="inner"),
         fs.Scaffold(),
         fs.FedProx(),
-        fs.MOON(),
-        fs.Ditto(),
+        pytest.param(fs.MOON(), marks=pytest.mark.slow),
+        pytest.param(fs.Ditto(), marks=pytest.mark.slow),
     ],
     ids=lambda a: type(a).__name__,
 )
