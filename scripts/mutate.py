@@ -81,9 +81,13 @@ MUTANTS: list[tuple] = [
     ("core/stacked", "dtype=jnp.int32) >= number * strip", "dtype=jnp.int32) > number * strip"),
     ("core/stacked", "strips = -(-size // strip)", "strips = size // strip"),
     ("core/stacked", "jnp.where(when, count // devices, 0)", "jnp.where(when, count // devices - 1, 0)"),
-    ("core/stacked", "/ (count * (count - 1))", "/ (count * count)"),
+    (
+        "core/stacked",
+        "(squares > 0).sum().astype(jnp.float32), count * (count - 1)",
+        "(squares > 0).sum().astype(jnp.float32), count * count",
+    ),
     ("core/stacked", "(d, (d + 1) % devices)", "(d, (d - 1) % devices)"),
-    ("core/stacked", "or index.shape[0] % devices:", "or False:"),
+    ("core/stacked", "or wanted % devices or", "or False or"),
     ("engine/round", "occupied = plan.slot_of_place < cohort", "occupied = plan.slot_of_place <= cohort"),
     (
         "engine/round",
@@ -216,7 +220,10 @@ HARMLESS: dict[tuple[str, str], str] = {
         "core/stacked",
         "leaf = leaf",
     ): "where nothing weighs, it is the least already; to wait for the weight is the point",
-    ("core/stacked", "or False:"): "an axis that the devices do not divide is filled up by XLA; only slower",
+    (
+        "core/stacked",
+        "or False or",
+    ): "an axis that the devices do not divide is filled up by XLA; only slower",
     ("engine/waves", "rest * batch"): "fewer batches than an epoch has never reach a client's count",
     (
         "core/top_k",
