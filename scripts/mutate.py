@@ -81,11 +81,8 @@ MUTANTS: list[tuple] = [
     ("core/stacked", "dtype=jnp.int32) >= number * strip", "dtype=jnp.int32) > number * strip"),
     ("core/stacked", "strips = -(-size // strip)", "strips = size // strip"),
     ("core/stacked", "jnp.where(when, count // devices, 0)", "jnp.where(when, count // devices - 1, 0)"),
-    (
-        "core/stacked",
-        "(squares > 0).sum().astype(jnp.float32), count * (count - 1)",
-        "(squares > 0).sum().astype(jnp.float32), count * count",
-    ),
+    ("core/stacked", "/ (count * (count - 1))", "/ (count * count)"),
+    ("core/stacked", "jnp.where(nonzero, apart, 0)", "apart"),
     ("core/stacked", "(d, (d + 1) % devices)", "(d, (d - 1) % devices)"),
     ("core/stacked", "or wanted % devices or", "or False or"),
     ("engine/round", "occupied = plan.slot_of_place < cohort", "occupied = plan.slot_of_place <= cohort"),

@@ -343,19 +343,21 @@ def squared_norms(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, " K"]:
 def pairwise_cosine(leaves: list[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:
     """Mean cosine over pairs of different slots, `leaves` (floats) taken together as one vector. -> f32[].
 
-    1 for a single slot; a pair counts as 1 in which a slot is all zero. No matrix of pairs is made: with
-    directions u_k = w_k / ‖w_k‖ of the n slots that are not zero, the sum over pairs is ‖Σ u_k‖² − n.
+    1 for a single slot; a pair counts as 1 in which a slot is all zero. No matrix of pairs is made: of the n
+    slots that are not zero, with directions u_k = w_k / ‖w_k‖ and their mean ū, the sum of 1 − cosine over
+    all ordered pairs is n · Σ ‖u_k − ū‖², which is sure also where slots hardly differ.
     """
     count = leaves[0].shape[0]
     if count == 1:
         return jnp.float32(1)
     squares = squared_norms(leaves)
-    inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
-    total = jax.tree.map(lambda leaf: leaf[None], weighted_sum(leaves, inverse))
-    nonzero, pairs = (squares > 0).sum().astype(jnp.float32), count * (count - 1)
-    # In this order each part is small where the whole is.
-    among = squared_norms(total)[0] - nonzero
-    return (among + (pairs - nonzero * (nonzero - 1))) / pairs
+    nonzero = squares > 0
+    inverse = jnp.where(nonzero, 1 / jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
+    number = nonzero.sum().astype(jnp.float32)
+    directions = [leaf.astype(jnp.float32) * _column(inverse, leaf) for leaf in leaves]
+    center = mean(directions, nonzero.astype(jnp.float32) / jnp.maximum(number, 1))
+    apart = squared_norms([leaf - middle[None] for leaf, middle in zip(directions, center, strict=True)])
+    return 1 - number * jnp.where(nonzero, apart, 0).sum() / (count * (count - 1))
 
 
 def dispersion(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, ""]:

@@ -71,7 +71,15 @@ def test_cosine_of_many_nearly_orthogonal_slots_is_small_and_right(rng):
     directions = flat / np.linalg.norm(flat, axis=1, keepdims=True)
     wanted = ((directions @ directions.T).sum() - 2560) / (2560 * 2559)
     assert abs(wanted) < 1e-3
-    np.testing.assert_allclose(stacked.pairwise_cosine(leaves), wanted, atol=1e-8)
+    np.testing.assert_allclose(stacked.pairwise_cosine(leaves), wanted, atol=1e-6)
+
+
+def test_cosine_of_slots_that_hardly_differ_is_as_sure_as_they_differ(rng):
+    """As after FedMR's later rounds: 1 − cosine is 1e-5, and has five digits."""
+    slots = jnp.asarray(rng.normal(size=(1, 9000)) + 3e-3 * rng.normal(size=(10, 9000)), jnp.float32)
+    wanted = 1 - oracles.mean_pairwise_cosine([np.asarray(slots)])
+    assert 5e-6 < wanted < 2e-5
+    np.testing.assert_allclose(1 - stacked.pairwise_cosine([slots]), wanted, atol=1e-7)
 
 
 # --- permute --------------------------------------------------------------------------------------------
