@@ -45,8 +45,8 @@ def cached_jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> "Cac
       mesh: the devices.
       **options: of `CachedJit`.
     """
-    named = isinstance(function, MethodType)
-    of = (function.__func__, function.__self__) if named else function
+    bound = isinstance(function, MethodType)
+    of = (function.__func__, function.__self__) if bound else function
     leaves, structure = jax.tree.flatten(options)
     made_of = of, mesh, structure, tuple(leaves), CPU_LEVEL
     return memo.once("program", made_of, lambda: CachedJit(function, mesh, **options))
