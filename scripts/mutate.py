@@ -146,7 +146,7 @@ MUTANTS: list[tuple] = [
         "new_opt_state = new_opt_state",
     ),
     ("engine/clients", "loss_sum + loss * size, seen + size", "loss_sum + loss, seen + 1"),
-    ("engine/evaluation", "leaf.shape[2:])[: self.count]", "leaf.shape[2:])[-self._count :]"),
+    ("engine/evaluation", "leaf.shape[2:])[: self.count]", "leaf.shape[2:])[-self.count :]"),
     ("engine/evaluation", "batch = max(1, min(batch_size, width))", "batch = max(1, width)"),
     ("engine/evaluation", "leaf.shape[3:])[:, :width]", "leaf.shape[3:])[:, -width:]"),
     ("engine/evaluation", "weights=column, minlength", "weights=1 - column, minlength"),

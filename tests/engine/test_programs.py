@@ -262,30 +262,29 @@ def test_a_run_with_another_seed_lowers_nothing_and_is_what_it_would_be_alone(ch
     assert_same(after, alone)
 
 
+ADAM = {"optimizer": "adam", "lr": 0.1}
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("near", "changes"),
     [
-        {"local": {**BASE["local"], "momentum": 0.9}},
-        {"local": {**BASE["local"], "optimizer": "adam", "options": {"b1": 0.5}}},
-        {"algorithm": {"name": "fedprox", "mu": 5.0}},
-        {"algorithm": {"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {"eps": 0.5}}},
-        {"model": {"name": "mlp", "options": {"hidden": [8], "dtype": "bfloat16"}}},
-        {"peel": {**PROBE, "ranks": True}},
+        ({}, {"local": {**BASE["local"], "momentum": 0.9}}),
+        (
+            {"local": {**BASE["local"], **ADAM, "options": {"b1": 0.9}}},
+            {"local": {**BASE["local"], **ADAM, "options": {"b1": 0.5}}},
+        ),
+        ({"algorithm": {"name": "fedprox", "mu": 1.0}}, {"algorithm": {"name": "fedprox", "mu": 5.0}}),
+        (
+            {"algorithm": {"name": "fedopt", **ADAM, "options": {"eps": 1e-3}}},
+            {"algorithm": {"name": "fedopt", **ADAM, "options": {"eps": 0.5}}},
+        ),
+        ({}, {"model": {"name": "mlp", "options": {"hidden": [8], "dtype": "bfloat16"}}}),
+        ({"peel": PROBE}, {"peel": {**PROBE, "ranks": True}}),
     ],
-    ids=str,
+    ids=["momentum", "options", "mu", "server options", "dtype", "probe"],
 )
-def test_runs_that_differ_share_nothing_that_matters(changes):
+def test_runs_that_differ_share_nothing_that_matters(near, changes):
     """Each after one that differs in little, against the same with nothing remembered."""
-    near = {
-        "local": {"local": {**BASE["local"], "optimizer": "adam", "options": {"b1": 0.9}}}
-        if "options" in changes.get("local", {})
-        else {},
-        "algorithm": {"algorithm": {"name": "fedprox", "mu": 1.0}}
-        if changes.get("algorithm", {}).get("name") == "fedprox"
-        else {"algorithm": {"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {"eps": 1e-3}}},
-        "peel": {"peel": PROBE} if "ranks" in changes.get("peel", {}) else {},
-        "model": {},
-    }[next(iter(changes))]
     memo.forget()
     alone = outcome(changes)
     memo.forget()
