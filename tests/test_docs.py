@@ -24,7 +24,9 @@ def blocks(language):
     found = []
     for page in PAGES:
         for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL):
-            found.append(pytest.param(code, id=f"{page.stem}{len(found)}"))
+            # A debug run compiles every operation by itself; tests/engine/test_debugging.py has such runs.
+            slow = [pytest.mark.slow] if "debug=True" in code else []
+            found.append(pytest.param(code, id=f"{page.stem}{len(found)}", marks=slow))
     return found
 
 

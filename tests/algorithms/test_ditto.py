@@ -22,6 +22,7 @@ from fedjax_sim.config import EvaluationConfig, InertiaConfig, PeelConfig
 from fedjax_sim.core.errors import UserError
 from tests import oracles
 from tests.algorithms import by_hand, personal
+from tests.algorithms.families import WIDE_OR_SINGLE
 
 CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=2)
 
@@ -63,7 +64,7 @@ def rounds(simulation, strength, count):
     return x, own
 
 
-@pytest.mark.parametrize("layout", [{}, {"devices": 2, "wave": 2}], ids=["single", "wide"])
+@pytest.mark.parametrize("layout", WIDE_OR_SINGLE)
 def test_both_models_are_numpys(layout):
     simulation = simulate(Ditto(strength=0.8), momentum=0.9, lr=0.05, **layout)
     start = oracles.doubled(simulation.variables["params"])
@@ -152,7 +153,7 @@ def test_diagnostics_see_the_models_of_the_algorithm_inside():
         both.append(
             by_hand.with_settings(
                 plain,
-                peel=PeelConfig(every=1, class_samples=2, finetune=1),
+                peel=PeelConfig(every=1, class_samples=2),
                 inertia=InertiaConfig(measure=True, every=1),
             )
         )

@@ -22,6 +22,7 @@ from fedjax_sim.models import norms, peel
 from fedjax_sim.reports import algorithm_docs
 from fedjax_sim.runs import plan as planning
 from tests import oracles
+from tests.algorithms.families import PRESETS, but_slow, one_of_each
 
 SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
 EAGER = {
@@ -121,7 +122,7 @@ def counted(name, simulation, cohorts):
     return max(own.values()) if name == "local" else server
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS))
 def test_devices_waves_and_resuming_are_invisible(name):
     """Nor do counts and flags suffer from an average."""
     plain = simulated(name)
@@ -163,7 +164,7 @@ def test_devices_waves_and_resuming_are_invisible(name):
             assert np.isfinite(leaf).all(), lr
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", one_of_each(CONFIGS, *PRESETS))
 def test_a_plan_counts_it(name, monkeypatch):
     setup = simulated(name).setup
     with monkeypatch.context() as patched:  # not even by an algorithm that chooses its clients

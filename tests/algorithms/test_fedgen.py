@@ -13,6 +13,7 @@ from fedjax_sim.core.task import Batch, Training, differentiated
 from fedjax_sim.data import Partition
 from tests import oracles
 from tests.algorithms import by_hand, personal
+from tests.algorithms.families import WIDE_OR_SINGLE
 
 SIZES = (12, 7, 20, 3, 31)
 
@@ -97,7 +98,7 @@ def client_gradient(params, x, y, a, b, made, known):
 # --- clients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", [{}, {"devices": 2, "wave": 2}], ids=["single", "wide"])
+@pytest.mark.parametrize("layout", WIDE_OR_SINGLE)
 def test_a_clients_round_is_numpys(layout):
     """Given a generator without noise and one class to draw, nothing is left to chance."""
     simulation = simulate(FedGen(a=0.7, b=1.5, generator_steps=1), momentum=0.5, rounds=2, **layout)

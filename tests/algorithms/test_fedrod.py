@@ -74,7 +74,11 @@ def rounds(simulation, count):
 
 @pytest.mark.parametrize(
     ("trained", "layout"),
-    [("head", {}), ("head", {"devices": 2, "wave": 2}), ("both", {})],
+    [
+        pytest.param("head", {}, marks=pytest.mark.slow),
+        ("head", {"devices": 2, "wave": 2}),
+        pytest.param("both", {}, marks=pytest.mark.slow),
+    ],
     ids=["single", "wide", "body too"],
 )
 def test_rounds_are_numpys_and_each_model_is_evaluated(trained, layout):

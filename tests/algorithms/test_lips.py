@@ -618,11 +618,10 @@ def test_biases_and_normalisation_stay_at_home_if_only_weights_are_synchronised(
 # --- other algorithms inside ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "inner",
-    [FedBN(), FedPer(), LayerInterpolation(), Local()],
-    ids=["fedbn", "fedper", "interpolation", "local"],
-)
+PERSONALISED = {"fedbn": FedBN(), "fedper": FedPer(), "interpolation": LayerInterpolation(), "local": Local()}
+
+
+@pytest.mark.parametrize("inner", PERSONALISED.values(), ids=PERSONALISED)
 def test_around_personalised_algorithms(inner):
     simulation = oracles.simulate(
         EVEN, algorithm=LIPS(inner, period=2, layers="inner"), model=personal.normed(), epochs=1, rounds=3
@@ -643,7 +642,9 @@ SETTINGS = {"fedrep": {"head_epochs": 1}, "partial": {"first": 1}, "fedgen": {"g
 FURTHER = ("fednova", "fedexp", "fedmut", "fedopt", "fedavgm", "fedadam", "fedyogi")
 
 
-@pytest.mark.parametrize("name", one_of_each(name for name in CONFIGS if name not in (*FURTHER, "lips")))
+@pytest.mark.parametrize(
+    "name", one_of_each((name for name in CONFIGS if name not in (*FURTHER, "lips")), *PERSONALISED, "fedrod")
+)
 def test_around_every_algorithm_what_is_zeroed_is_zero_and_the_rest_is_as_it_was(name):
     """One mask for all and next to no training: the server adds nothing of its own to what was zeroed."""
     inner = CONFIGS[name](**SETTINGS.get(name, {}))

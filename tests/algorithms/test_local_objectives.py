@@ -14,6 +14,7 @@ from fedjax_sim.algorithms.moon import cosine
 from fedjax_sim.data import Partition
 from tests import oracles
 from tests.algorithms import objectives, personal
+from tests.algorithms.families import but_slow
 from tests.algorithms.objectives import entropy
 
 ROUNDS = 3
@@ -89,7 +90,7 @@ def _fedavg():
     return jax.device_get(simulation.variables)
 
 
-@pytest.mark.parametrize("name", ZEROS)
+@pytest.mark.parametrize("name", but_slow(ZEROS, "fedprox", "fedntd", "pfedsd"))
 def test_with_no_weight_it_is_fedavg_batch_statistics_included(name, fedavg):
     """Up to float rounding: the compiler fuses another program."""
     simulation = simulate(ZEROS[name], model=personal.normed())

@@ -28,7 +28,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
-from tests.algorithms.families import one_of_each
+from tests.algorithms.families import WIDE_OR_SINGLE, one_of_each
 
 FC3 = {("fc3", "kernel"), ("fc3", "bias")}
 CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=5)
@@ -131,7 +131,7 @@ def head_then_body(head_epochs):
     return train
 
 
-@pytest.mark.parametrize("layout", [{"devices": 2, "wave": 2}, {}], ids=["wide", "single"])
+@pytest.mark.parametrize("layout", WIDE_OR_SINGLE)
 def test_fedrep_trains_head_then_body(layout):
     simulation = simulate(FedRep(head_epochs=2), epochs=3, cohort=4 if layout else 2, **layout)
     personal.assert_rounds(simulation, FC3, 1 if layout else 2, train=head_then_body(2))
@@ -248,8 +248,8 @@ def test_shares_have_one_mean():
     np.testing.assert_allclose(shares["flat"], [0.4] * 3)
 
 
-def test_interpolation_with_no_share_is_fedavg_and_with_all_is_training_alone():
-    """Bit for bit the first, batch statistics included; the second up to them, which are averaged."""
+def test_interpolation_with_no_share_is_fedavg():
+    """Bit for bit, batch statistics included."""
     built = [
         simulate(algorithm, model=personal.normed(), cohort=3, rounds=3, devices=1)
         for algorithm in (FedAvg(), LayerInterpolation(mean=0.0))
@@ -261,6 +261,10 @@ def test_interpolation_with_no_share_is_fedavg_and_with_all_is_training_alone():
     for client in range(5):
         oracles.assert_trees_equal(personal.row(held, client), built[0].variables)
 
+
+@pytest.mark.slow  # test_interpolation_equals_numpy asks for other shares
+def test_interpolation_with_all_of_it_is_training_alone():
+    """But for batch statistics, which are averaged."""
     alone = simulate(Local(), cohort=5, rounds=2)
     kept = simulate(LayerInterpolation(mean=1.0, profile="flat"), cohort=5, rounds=2)
     for simulation in (alone, kept):
@@ -347,7 +351,7 @@ def test_each_is_asked_for_by_name(by_name, name):
     assert config_lib.from_dict(config_lib.to_dict(by_name)) == by_name
 
 
-@pytest.mark.parametrize("name", one_of_each(BY_NAME))
+@pytest.mark.parametrize("name", one_of_each(BY_NAME, "fedbn", "fedper"))
 def test_a_run_by_name_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch, by_name):
     model, config = personal.normed((8, 8, 1), 10), by_name
     whole = runs.run(config, model=model)

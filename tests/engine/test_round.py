@@ -158,7 +158,10 @@ def test_an_optax_optimiser_is_optaxs_with_the_rounds_rate():
 
 # Sums over clients are taken in another order, nothing else changes: float32 rounding over a few dozen steps.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
-LAYOUTS = [(1, 2), (1, 6), (2, 1), (2, 3), (4, 1), pytest.param(4, 2, marks=pytest.mark.slow)]
+LAYOUTS = [
+    *((1, 2), (2, 3), (4, 1)),
+    *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 6), (2, 1), (4, 2))),
+]
 
 
 @pytest.fixture(scope="module", params=["fedavg", "fedmr"])
@@ -195,7 +198,7 @@ def cnn_reference(request):
 
 @pytest.mark.parametrize(
     ("devices", "wave", "conv"),
-    [(4, 1, "canonical"), (2, 2, "canonical")]
+    [(4, 1, "canonical"), pytest.param(2, 2, "canonical", marks=pytest.mark.slow)]
     + [(2, 3, impl) for impl in CONV_IMPLS if impl != "canonical"]
     + [pytest.param(2, 1, impl, marks=pytest.mark.slow) for impl in CONV_IMPLS if impl != "canonical"],
 )

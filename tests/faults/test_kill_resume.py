@@ -33,7 +33,7 @@ pytestmark = [
     # Orbax reads leaves side by side; when one fails, the others' answers find its event loop closed.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-ROUNDS = 600
+ROUNDS = 300
 LOCAL = LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.05, momentum=0.9, keep_optimizer=True)
 
 

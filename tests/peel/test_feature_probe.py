@@ -202,8 +202,17 @@ def on_one_device(name):
     return table(rows_of(Simulation(settings_of(algorithm=name, execution=execution, model=SHALLOW))))
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedmr"])
-@pytest.mark.parametrize("execution", [{"devices": 1}, {"devices": 2, "wave": 2}, {"devices": 4, "wave": 1}])
+LAYOUTS = [{"devices": 4, "wave": 1}, {"devices": 1}, {"devices": 2, "wave": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [
+        *(("fedmr", layout) for layout in LAYOUTS),
+        ("fedavg", LAYOUTS[0]),
+        *(pytest.param("fedavg", layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:]),
+    ],
+)
 def test_layout_does_not_show(name, execution):
     wanted = on_one_device(name)
     got = table(rows_of(Simulation(settings_of(algorithm=name, execution=execution, model=SHALLOW))))

@@ -92,12 +92,12 @@ def test_r2_is_merged_over_groups_and_undefined_for_one_value(rng):
 @pytest.mark.parametrize(
     "algorithm",
     [
-        fs.FedMR(),
         fs.LIPS(inner=fs.FedMR(), layers="inner"),
         fs.Scaffold(),
-        fs.FedProx(),
-        pytest.param(fs.MOON(), marks=pytest.mark.slow),
-        pytest.param(fs.Ditto(), marks=pytest.mark.slow),
+        *(
+            pytest.param(algorithm, marks=pytest.mark.slow)
+            for algorithm in (fs.FedMR(), fs.FedProx(), fs.MOON(), fs.Ditto())
+        ),
     ],
     ids=lambda a: type(a).__name__,
 )
