@@ -19,6 +19,9 @@ ALIKE = {
 PRESETS = ("fedavgm", "fedyogi", "fedasam")
 """Other settings of FedOpt, which FedAdam shows as well, and of FedSAM."""
 
+STATELESS = ("fedntd", "fedsam", "fedbabu")
+"""As FedProx they keep no more than FedAvg between rounds, and differ from it on clients alone."""
+
 
 def one_of_each(names: Iterable[str], *further: str) -> list:
     """Parameters of a test; those that are alike to another are slow, and `further` ones."""

@@ -54,7 +54,7 @@ def masked(slot, kept):
     return {**slot, "fc2": {**slot["fc2"], "kernel": sparse.reshape(kernel.shape)}}
 
 
-@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sparse", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fedprox_over_fedmr_pulls_each_client_to_its_own_start(sparse):
     """The slot's model, and under LIPS what that leaves of it: 12 of 48 weights in the second round."""
     algorithm = FedProx(FedMR(), mu=2.0)
@@ -119,6 +119,7 @@ def test_fedsam_does_not_climb_along_what_is_held_fixed():
     oracles.assert_trees_close(simulation.variables["params"], wanted)
 
 
+@pytest.mark.slow  # each by itself: tests/algorithms/test_everywhere.py
 def test_a_wave_does_not_show_under_batch_normalisation():
     """All of them on top of each other; clients of unequal size, alone and side by side."""
     stack = FedASAM(FedProx(MOON(FedNTD(PFedSD()), mu=1.0)))

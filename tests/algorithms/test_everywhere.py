@@ -22,7 +22,7 @@ from fedjax_sim.models import norms, peel
 from fedjax_sim.reports import algorithm_docs
 from fedjax_sim.runs import plan as planning
 from tests import oracles
-from tests.algorithms.families import PRESETS, but_slow, one_of_each
+from tests.algorithms.families import PRESETS, STATELESS, but_slow, one_of_each
 
 SIZES = (12, 7, 20, 3, 31, 9)  # over two devices, as a cohort of three is not
 EAGER = {
@@ -122,11 +122,11 @@ def counted(name, simulation, cohorts):
     return max(own.values()) if name == "local" else server
 
 
-@pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS))
+@pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS, *STATELESS))
 def test_devices_waves_and_resuming_are_invisible(name):
     """Nor do counts and flags suffer from an average."""
     plain = simulated(name)
-    start, first, cohorts = plain.variables, told(plain), []
+    begun, start, first, cohorts = jax.device_get(plain.state), plain.variables, told(plain), []
     for number in range(3):
         cohorts.append(plain.inputs(number)[0].cohort.ids.tolist())
         oracles.run(plain, 1)
@@ -139,6 +139,7 @@ def test_devices_waves_and_resuming_are_invisible(name):
     assert 0 < last["bright"].sum() < 9
     assert last["grey"] != 0
     wide = simulated(name, devices=2, wave=2)
+    wide.restore(begun, 0)
     oracles.run(wide, 2)
     saved = jax.device_get(wide.state)
     again = simulated(name, devices=2, wave=2)

@@ -39,7 +39,7 @@ from fedjax_sim.models import norms, peel
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
-from tests.algorithms.families import one_of_each
+from tests.algorithms.families import but_slow, one_of_each
 
 EVEN = (8, 8, 8, 8)
 KERNELS = ("params/fc1/kernel", "params/fc2/kernel")  # of 9 x 5 and 5 x 4
@@ -621,10 +621,14 @@ def test_biases_and_normalisation_stay_at_home_if_only_weights_are_synchronised(
 PERSONALISED = {"fedbn": FedBN(), "fedper": FedPer(), "interpolation": LayerInterpolation(), "local": Local()}
 
 
-@pytest.mark.parametrize("inner", PERSONALISED.values(), ids=PERSONALISED)
+@pytest.mark.parametrize("inner", but_slow(PERSONALISED, "fedper", "local"))
 def test_around_personalised_algorithms(inner):
     simulation = oracles.simulate(
-        EVEN, algorithm=LIPS(inner, period=2, layers="inner"), model=personal.normed(), epochs=1, rounds=3
+        EVEN,
+        algorithm=LIPS(PERSONALISED[inner], period=2, layers="inner"),
+        model=personal.normed(),
+        epochs=1,
+        rounds=3,
     )
     rows = oracles.run(simulation)
     assert [oracles.value_of(rows, "lips_nonzero", number) for number in (1, 2, 3)] == [
@@ -683,7 +687,10 @@ def test_not_over_itself_at_any_depth():
 
 @pytest.mark.parametrize(
     ("inner", "masks", "layouts"),
-    [(FedAvg(), "shared", [(1, 1), (2, 1)]), (FedMR(similarity=False), "client", [(1, 1), (2, 3)])],
+    [
+        pytest.param(FedAvg(), "shared", [(1, 1), (2, 1)], marks=pytest.mark.slow),
+        (FedMR(similarity=False), "client", [(1, 1), (2, 3)]),
+    ],
     ids=["fedavg", "fedmr"],
 )
 def test_layout_does_not_show(inner, masks, layouts):

@@ -423,7 +423,9 @@ def starts_of(simulation, index):
     return [map_trees(lambda leaf, k=k: leaf[k], stack) for k in range(simulation.setup.cohort_size)]
 
 
-@pytest.mark.parametrize("keywords", [{"cohort": 3}, {"cohort": 4, "devices": 2, "wave": 2}])
+@pytest.mark.parametrize(
+    "keywords", [pytest.param({"cohort": 3}, marks=pytest.mark.slow), {"cohort": 4, "devices": 2, "wave": 2}]
+)
 def test_fedmut(keywords):
     """Starts as the algorithm draws them; means and steps from there on as NumPy has them."""
     simulation = simulate(FedMut(alpha=2.0, until=1), **keywords)

@@ -6,6 +6,7 @@ Four devices are there in a run of the tests; the cases of five and six run in a
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,9 @@ def test_five_and_six_devices():
         "-p",
         "no:cacheprovider",
         __file__,
+        str(Path(__file__).with_name("test_shapes.py")),
         "-k",
-        "on-5 or on-6",
+        "on-5 or on-6 or seen_at_the_door or right_ones",
     ]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -17,15 +17,16 @@ from fedjax_sim.engine import waves
 HERE = Path(__file__).parent
 ASKED = "FEDJAX_SIM_CHECK_SHAPES"
 checked = pytest.mark.skipif(
-    ASKED not in os.environ, reason="see test_annotations_hold_where_they_are_checked"
+    ASKED not in os.environ, reason="see test_primitives.py, test_five_and_six_devices"
 )
 
 TREE = {"w": jnp.ones((3, 2)), "b": jnp.ones(3)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ASKED in os.environ, reason="is what runs this")
 def test_annotations_hold_where_they_are_checked():
-    """In tests of the modules themselves; test_primitives.py has them checked in whole rounds too."""
+    """In tests of the modules themselves; by default test_primitives.py has them checked, in whole rounds."""
     paths = [
         __file__,
         HERE / "test_stacked.py",

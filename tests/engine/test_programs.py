@@ -241,11 +241,14 @@ def assert_same(got, wanted):
     "changes",
     [
         {"algorithm": {"name": "fedmr"}, "peel": PROBE},
-        {
-            "model": {"name": "mlp", "options": {"hidden": [8, 8]}},
-            "algorithm": {"name": "lips", "layers": "inner", "inner": {"name": "fedmr"}},
-            "inertia": {"every": 1},
-        },
+        pytest.param(
+            {
+                "model": {"name": "mlp", "options": {"hidden": [8, 8]}},
+                "algorithm": {"name": "lips", "layers": "inner", "inner": {"name": "fedmr"}},
+                "inertia": {"every": 1},
+            },
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"algorithm": {"name": "ditto"}, "execution": {"devices": 2}, **OWN_TESTS}, marks=pytest.mark.slow
         ),

@@ -206,8 +206,11 @@ def test_fused_relu_and_pooling(shape, kernel, padding, name):
     assert_same(with_gradients(fused, x, k, bias), with_gradients(plain, x, k, bias), tolerance(name))
 
 
-@pytest.mark.parametrize("name", ["patches", "winograd"])
-@pytest.mark.parametrize("features", [1, 16])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [("patches", 16), ("winograd", 1)]
+    + [pytest.param(*other, marks=pytest.mark.slow) for other in (("patches", 1), ("winograd", 16))],
+)
 def test_fused_pooling_gives_a_tie_to_the_first(name, features):
     """Without a kernel all four of a window are equal: the gradient must go to the first of them, once."""
     x, k = arrays((1, 6, 6, features))[0], jnp.zeros((3, 3, features, features))

@@ -112,7 +112,7 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
             assert out[metric][place] == pytest.approx(wanted, abs=1e-3), metric
 
 
-@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_body_and_its_statistics_stay_bit_for_bit(width):
     model, view, data, _ = world("resnet6", MODELS["resnet6"])
     trainer = instrument(model, flip=True).classifier_trainer(width)
