@@ -185,9 +185,8 @@ def recombine(models: Any, groups: dict[Path, int], draws: jax.Array) -> Any:
       the mean model and, for every x, the sum over slots of ‖w_k − x‖².
     """
     flat = cast(dict[Path, jax.Array], traverse_util.flatten_dict(models))
-    return traverse_util.unflatten_dict(
-        {path: stacked.permute(leaf, draws[groups[path]]) for path, leaf in flat.items()}
-    )
+    moved = stacked.permute_each(list(flat.values()), [draws[groups[path]] for path in flat])
+    return traverse_util.unflatten_dict(dict(zip(flat, moved, strict=True)))
 
 
 def similarity(models: Any, order: Sequence[Path], group: int = 5) -> jax.Array:

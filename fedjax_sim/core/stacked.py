@@ -13,7 +13,8 @@ own dtype, and keep their dtype too. Whatever averages models does it by `mean`,
 
 # ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -118,33 +119,86 @@ def where_slot(
 def permute(leaf: Shaped[Array, " K *rest"], index: Int32[Array, " m"]) -> Shaped[Array, " m *rest"]:
     """leaf[index] along the slot axis: out[k] = leaf[index[k]]. [K, …], i32[m] -> [m, …].
 
-    Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
-    device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls,
-    and memory a device stays what its share is. Parameters that the devices do not divide are filled up with
-    zeros on the way. With m = K it goes strip by strip, each written where it was read, so that a donated
-    leaf needs no second copy of itself.
+    An index beyond the last slot reads the last. See `permute_each`.
     """
-    devices, count, wanted, size = _devices(), leaf.shape[0], index.shape[0], leaf[0].size
-    if count % devices or wanted % devices or (devices == 1 and count != wanted):
-        return jnp.take(leaf, index, axis=0, mode="clip")
-    if count == wanted:
-        return _exchange(leaf, index, devices)
-    flat = _filled_up(leaf.reshape(count, size), _multiple(size, devices))
-    flat = jnp.take(jax.lax.with_sharding_constraint(flat, P(None, AXIS)), index, axis=0, mode="clip")
-    flat = jax.lax.with_sharding_constraint(flat, P(None, AXIS))
-    out = jax.lax.with_sharding_constraint(flat, P(AXIS))
-    return out[:, :size].reshape(wanted, *leaf.shape[1:])
+    return permute_each([leaf], [index])[0]
 
 
-def _exchange(
-    leaf: Shaped[Array, " K *rest"], index: Int32[Array, " K"], devices: int
-) -> Shaped[Array, " K *rest"]:
-    """leaf[index] in strips of columns; every device holds K / devices slots."""
-    count, size = leaf.shape[0], leaf[0].size
-    width = _STRIP if jax.default_backend() == "cpu" else _WIDE_STRIP
-    strip = min(max(width // count, 1) * devices, _multiple(size, devices))
+def permute_each(
+    leaves: Sequence[Shaped[Array, "K ..."]], indices: Sequence[Int32[Array, " m"]]
+) -> list[Shaped[Array, "m ..."]]:
+    """Leaves permuted along the slot axis, each by an index of its own. [K, …], i32[m] -> [m, …] each.
 
-    def move(number: jax.Array | int, flat: jax.Array, index: jax.Array) -> jax.Array:
+    Sharded over the mesh axis `clients`, a gather with an unknown index would bring all slots to every
+    device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls for
+    as many leaves as fit into `_width` numbers a device, as their number is what XLA compiles long and a
+    round waits for. Memory a device stays what its share is. Slots and parameters that the devices do not
+    divide are filled up with zeros on the way. A leaf that is larger goes strip by strip, each written where
+    it was read, so that a donated leaf needs no second copy of itself.
+    """
+    devices, count, wanted = _devices(), leaves[0].shape[0], indices[0].shape[0]
+    if devices == 1:
+        plain = lambda leaf, index: jnp.take(leaf, index, axis=0, mode="clip")  # noqa: E731
+        move = partial(_in_strips, devices=1) if count == wanted else plain
+        return [move(leaf, index) for leaf, index in zip(leaves, indices, strict=True)]
+    given, leaves = list(leaves), _raw(list(leaves))
+    places, width = _multiple(wanted, devices), _width() // _multiple(count, devices) * devices
+    spare = jnp.arange(wanted, places, dtype=jnp.int32)  # whose slots nobody reads
+    indices = [jnp.concatenate([jnp.minimum(index, count - 1), spare]) for index in indices]
+    filled = [filled_up(leaf, devices) for leaf in leaves]
+    groups: dict[Any, list[list[int]]] = {}  # of leaves that travel together, by dtype
+    room: dict[Any, int] = {}
+    for place, leaf in enumerate(leaves):
+        size = _multiple(leaf[0].size, devices)
+        if room.get(leaf.dtype, 0) < size:
+            groups.setdefault(leaf.dtype, []).append([])
+            room[leaf.dtype] = width
+        groups[leaf.dtype][-1].append(place)
+        room[leaf.dtype] -= size
+
+    def run(leaves: list[jax.Array], indices: list[jax.Array]) -> list[jax.Array]:
+        out = list(leaves)
+        for group in (group for alike in groups.values() for group in alike):
+            own, theirs = [leaves[place] for place in group], [indices[place] for place in group]
+            if len(own) == 1 and own[0].size > _width() and count == wanted:
+                moved = [_in_strips(own[0], theirs[0], devices)]
+            else:
+                moved = _exchanged(own, theirs, devices)
+            for place, leaf in zip(group, moved, strict=True):
+                out[place] = leaf
+        return out
+
+    moved = _on_own_slots(run, devices)(filled, indices)
+    return _like(given, [cut_to(leaf, wanted) for leaf in moved])
+
+
+def _exchanged(leaves: list[jax.Array], indices: list[jax.Array], devices: int) -> list[jax.Array]:
+    """Of one device's slots: leaves [K / D, …] by indices i32[m] -> [m / D, …]; inside `shard_map`."""
+    own = leaves[0].shape[0]
+    widths = [-(-leaf[0].size // devices) for leaf in leaves]
+    flat = [
+        _wide_enough(leaf.reshape(own, -1), width * devices).reshape(own, devices, width)
+        for leaf, width in zip(leaves, widths, strict=True)
+    ]
+    # [K, 1, columns]: all slots of a share of every leaf's parameters.
+    moved = jax.lax.all_to_all(jnp.concatenate(flat, 2), AXIS, split_axis=1, concat_axis=0, tiled=True)
+    parts = jnp.split(moved, np.cumsum(widths)[:-1], axis=2)
+    taken = [jnp.take(part, index, axis=0, mode="clip") for part, index in zip(parts, indices, strict=True)]
+    back = jax.lax.all_to_all(jnp.concatenate(taken, 2), AXIS, split_axis=0, concat_axis=1, tiled=True)
+    return [
+        part.reshape(len(part), -1)[:, : leaf[0].size].reshape(len(part), *leaf.shape[1:])
+        for part, leaf in zip(jnp.split(back, np.cumsum(widths)[:-1], axis=2), leaves, strict=True)
+    ]
+
+
+def _in_strips(
+    leaf: Shaped[Array, " k *rest"], index: Int32[Array, " K"], devices: int
+) -> Shaped[Array, " k *rest"]:
+    """leaf[index] in strips of columns, in place; of all slots, or of K / D of them inside `shard_map`."""
+    own, size = leaf.shape[0], leaf[0].size
+    strip = min(max(_width() // (own * devices), 1) * devices, _multiple(size, devices))
+
+    def move(number: jax.Array | int, flat: jax.Array) -> jax.Array:
         # The last strip of several reaches back over moved columns.
         first = jnp.minimum(number * strip, max(size - strip, 0))
         columns = jax.lax.dynamic_slice_in_dim(flat, first, strip, axis=1)
@@ -158,27 +212,25 @@ def _exchange(
         columns = jnp.where(fresh[None], moved, columns)
         return jax.lax.dynamic_update_slice_in_dim(flat, columns, first, axis=1)
 
-    def run(leaf: jax.Array, index: jax.Array) -> jax.Array:
-        flat = leaf.reshape(leaf.shape[0], size)
-        strips = -(-size // strip)
-        if strips == 1:
-            return move(0, _filled_up(flat, strip), index)[:, :size].reshape(leaf.shape)
-        return jax.lax.fori_loop(0, strips, lambda n, flat: move(n, flat, index), flat).reshape(leaf.shape)
-
-    return _on_own_slots(run, devices)(leaf, index)
+    flat, strips = leaf.reshape(own, size), -(-size // strip)
+    if strips == 1:
+        return move(0, _wide_enough(flat, strip))[:, :size].reshape(leaf.shape)
+    return jax.lax.fori_loop(0, strips, move, flat).reshape(leaf.shape)
 
 
 _STRIP, _WIDE_STRIP = 2**18, 2**24
-"""Numbers of all slots together that each device moves at once: what a CPU's cache holds; an accelerator."""
+
+
+def _width() -> int:
+    """Numbers of all slots together that a device moves at once: what a CPU's cache holds; an accelerator."""
+    return _STRIP if platform() == "cpu" else _WIDE_STRIP
 
 
 def overwrite(
     tree: PyTree[Shaped[Array, "K ..."]], row: PyTree, when: Bool[Array, ""]
 ) -> PyTree[Shaped[Array, "K ..."]]:
     """Every slot becomes `row` where `when`, written in place. [K, …], […], bool[] -> [K, …]."""
-    devices = _devices()
-    count = jax.tree.leaves(tree)[0].shape[0]
-    devices = 1 if count % devices else devices
+    devices, count = _devices(), jax.tree.leaves(tree)[0].shape[0]
 
     def run(tree: PyTree, row: PyTree, when: jax.Array) -> PyTree:
         def write(slot: jax.Array, tree: PyTree) -> PyTree:
@@ -186,9 +238,30 @@ def overwrite(
                 lambda leaf, new: jax.lax.dynamic_update_index_in_dim(leaf, new, slot, 0), tree, row
             )
 
-        return jax.lax.fori_loop(0, jnp.where(when, count // devices, 0), write, tree)
+        return jax.lax.fori_loop(0, jnp.where(when, -(-count // devices), 0), write, tree)
 
-    return _on_own_slots(run, devices)(tree, row, when)
+    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), tree)
+    written = _on_own_slots(run, devices)(filled, row, when)
+    return jax.tree.map(lambda leaf: cut_to(leaf, count), written)
+
+
+def filled_up(leaf: Shaped[Array, " n *rest"], devices: int) -> Shaped[Array, " m *rest"]:
+    """With rows of zeros, so that the devices divide them, and each has its share. [n, …] -> [m, …].
+
+    What `cut_to` undoes: XLA cuts n rows over the devices as it would m, and nothing moves.
+    """
+    rows = -leaf.shape[0] % devices
+    if not rows:
+        return leaf
+    leaf = jnp.pad(leaf, ((0, rows), *((0, 0) for _ in leaf.shape[1:])))
+    return jax.lax.with_sharding_constraint(leaf, P(AXIS))
+
+
+def cut_to(leaf: Shaped[Array, " m *rest"], count: int) -> Shaped[Array, " n *rest"]:
+    """The first `count` rows, of which each device keeps what it has. [m, …] -> [n, …]."""
+    if leaf.shape[0] == count:
+        return leaf
+    return jax.lax.with_sharding_constraint(leaf[:count], P(AXIS))
 
 
 def _on_own_slots(run: Callable[..., PyTree], devices: int) -> Callable[..., PyTree]:
@@ -209,14 +282,14 @@ def take_rows(
     """Some clients' rows of a stack over all N: tree[ids]. [N, …], i32[K] -> [K, …]; leaves of any dtype.
 
     Where the stack is sharded, a request for K/D rows travels round the ring of devices and each fills in
-    what it holds: memory a device stays its share of both, traffic is that of K rows. A K that D does not
-    divide is filled up, and the rows end whole on every device.
+    what it holds: memory a device stays its share of both, traffic is that of K rows. An N or K that D does
+    not divide is filled up.
     """
     devices = _devices()
-    count, wanted = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
-    if devices == 1 or count % devices:
+    if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf: leaf[ids], tree)
-    share, even = -(-wanted // devices), wanted % devices == 0
+    wanted = ids.shape[0]
+    share = -(-wanted // devices)
 
     def owned(leaf: jax.Array, own_ids: jax.Array, rows: jax.Array) -> jax.Array:
         """`rows`, with those filled in that this device holds."""
@@ -232,13 +305,11 @@ def take_rows(
             return jax.lax.ppermute(rows, AXIS, _around(devices))
 
         empty = jax.tree.map(lambda x: jnp.zeros((share, *x.shape[1:]), x.dtype), tree)
-        rows = jax.lax.fori_loop(0, devices, hop, empty)
-        return rows if even else jax.lax.all_gather(rows, AXIS, tiled=True)
+        return jax.lax.fori_loop(0, devices, hop, empty)
 
-    run = jax.shard_map(ring, in_specs=(P(AXIS), P()), out_specs=P(AXIS) if even else P(), check_vma=False)
-    ids = jnp.pad(ids, (0, share * devices - wanted))
-    rows = _like(tree, run(_raw(tree), ids))
-    return rows if even else jax.tree.map(lambda leaf: leaf[:wanted], rows)
+    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), _raw(tree))
+    rows = _on_own_slots(ring, devices)(filled, jnp.pad(ids, (0, share * devices - wanted)))
+    return _like(tree, jax.tree.map(lambda leaf: cut_to(leaf, wanted), rows))
 
 
 def put_rows(
@@ -249,36 +320,32 @@ def put_rows(
     Leaves of any dtype, the same in both. Sharded, the rows travel round the ring as in `take_rows`.
     """
     devices = _devices()
-    count, given = jax.tree.leaves(tree)[0].shape[0] if jax.tree.leaves(tree) else 1, ids.shape[0]
-    if devices == 1 or count % devices:
+    if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf, new: leaf.at[ids].set(new), tree, rows)
-    hops = devices if given % devices == 0 else 1
+    count, given = jax.tree.leaves(tree)[0].shape[0], ids.shape[0]
+    share = -(-given // devices)
 
-    def ring(tree: PyTree, ids: jax.Array, rows: PyTree) -> PyTree:
+    def ring(stacks: tuple[PyTree, PyTree], ids: jax.Array) -> PyTree:
         def hop(number: jax.Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
             tree, rows = carry
-            home = (jax.lax.axis_index(AXIS) - number) % hops
-            chunk = jax.lax.dynamic_slice_in_dim(ids, home * (given // hops), given // hops)
+            home = (jax.lax.axis_index(AXIS) - number) % devices
+            chunk = jax.lax.dynamic_slice_in_dim(ids, home * share, share)
 
             def put(leaf: jax.Array, new: jax.Array) -> jax.Array:
                 local = chunk - jax.lax.axis_index(AXIS) * leaf.shape[0]
-                beyond = jnp.where(
-                    local < 0, leaf.shape[0], local
-                )  # a negative index would count from the end
+                # A negative index would count from the end.
+                beyond = jnp.where(local < 0, leaf.shape[0], local)
                 return leaf.at[beyond].set(new, mode="drop")
 
-            tree = jax.tree.map(put, tree, rows)
-            return tree, jax.lax.ppermute(rows, AXIS, _around(devices)) if hops > 1 else rows
+            return jax.tree.map(put, tree, rows), jax.lax.ppermute(rows, AXIS, _around(devices))
 
-        return jax.lax.fori_loop(0, hops, hop, (tree, rows))[0]
+        return jax.lax.fori_loop(0, devices, hop, stacks)[0]
 
-    run = jax.shard_map(
-        ring,
-        in_specs=(P(AXIS), P(), P(AXIS) if hops > 1 else P()),
-        out_specs=P(AXIS),
-        check_vma=False,
-    )
-    return _like(tree, run(_raw(tree), ids, _raw(rows)))
+    nobody = _multiple(count, devices)  # beyond the last device's last row
+    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), (_raw(tree), _raw(rows)))
+    ids = jnp.pad(ids, (0, share * devices - given), constant_values=nobody)
+    written = _on_own_slots(ring, devices)(filled, ids)
+    return _like(tree, jax.tree.map(lambda leaf: cut_to(leaf, count), written))
 
 
 def summed(tree: PyTree) -> PyTree:
@@ -392,7 +459,7 @@ def _multiple(size: int, devices: int) -> int:
     return max(-(-size // devices), 1) * devices
 
 
-def _filled_up(flat: Shaped[Array, "K P"], width: int) -> Shaped[Array, "K {width}"]:
+def _wide_enough(flat: Shaped[Array, "K P"], width: int) -> Shaped[Array, "K {width}"]:
     """With columns of zeros up to `width`. [K, P] -> [K, width]."""
     return flat if flat.shape[1] == width else jnp.pad(flat, ((0, 0), (0, width - flat.shape[1])))
 
@@ -432,3 +499,13 @@ def _on_many() -> bool:
 def _devices() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return dict(mesh.shape).get(AXIS, 1) if not mesh.empty else 1
+
+
+def platform() -> str:
+    """What the mesh's devices are, as JAX names them: cpu, gpu, tpu. Without a mesh, the default ones.
+
+    Those of a program that is compiled for another machine are not the default ones.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform

@@ -123,7 +123,7 @@ class DataStore:
 
     def cut(self, array: np.ndarray) -> Any:
         """The array [n, …], which the D devices divide: each has its n / D rows."""
-        return self._place(array, placement.sharded(self.mesh, len(array)))
+        return self._place(array, placement.cut(self.mesh))
 
     def whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Samples, leaves [n, …], whole on every device."""

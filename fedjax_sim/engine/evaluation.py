@@ -19,7 +19,7 @@ from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.stacked import AXIS, on_devices
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.placement import put, readable, sharded
+from fedjax_sim.engine.placement import cut, put, readable
 from fedjax_sim.engine.programs import cached_jit
 
 Outcome = tuple[jax.Array, dict[str, jax.Array]]
@@ -152,8 +152,8 @@ class ClientEvaluator:
         Returns:
           (loss f32[m, t], metric -> statistics f32[m, t, s]).
         """
-        cut = sharded(self.mesh, self.mesh.size)
-        return self._forward(jax.device_put(variables, cut), put(indices, cut), dict(example))
+        own = cut(self.mesh)
+        return self._forward(jax.device_put(variables, own), put(indices, own), dict(example))
 
     @functools.cached_property
     def _forward(self) -> Callable[..., Outcome]:

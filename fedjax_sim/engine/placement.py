@@ -78,12 +78,9 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.asarray(present[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def sharded(mesh: Mesh, leading: int) -> NamedSharding:
-    """Sharding of an array whose first axis, of size `leading`, counts slots or clients.
-
-    Replicated where the axis cannot be cut evenly.
-    """
-    return NamedSharding(mesh, P(AXIS) if leading % mesh.size == 0 else P())
+def cut(mesh: Mesh) -> NamedSharding:
+    """Sharding of a stack, whose rows the devices divide."""
+    return NamedSharding(mesh, P(AXIS))
 
 
 def lapack_on_one_thread() -> None:

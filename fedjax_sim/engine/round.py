@@ -29,6 +29,7 @@ from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Lanes, Trainer, all_finite
 from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.held import AS_IT_IS, Held
 from fedjax_sim.engine.waves import Plan
 from fedjax_sim.records import Row
 
@@ -41,6 +42,8 @@ DISPATCH, OF_CLIENTS, ORDER, WAVES, MERGE = "dispatch", "clients_state", "order"
 @struct.dataclass
 class ServerState:
     """All that a run carries from round to round.
+
+    Stacks of N or K rows that the devices do not divide have further ones, see `engine.held`.
 
     Attributes:
       algorithm: the algorithm's own state.
@@ -192,6 +195,7 @@ class Round:
       mesh: devices.
       in_order: every round's plan leaves slot k at place k (equal clients, no empty places).
       meters: name -> diagnostic of every round.
+      held: how the algorithm's state is held between rounds.
     """
 
     algorithm: Algorithm
@@ -199,6 +203,7 @@ class Round:
     mesh: Mesh
     in_order: bool
     meters: Mapping[str, Meter] = dataclasses.field(default_factory=dict, hash=False)
+    held: Held = AS_IT_IS
 
     def __call__(
         self,
@@ -217,6 +222,7 @@ class Round:
         """
         cohort = inputs.cohort
         look = self.trainer.watch.look
+        state = dataclasses.replace(state, algorithm=self.held.cut(state.algorithm))
         starts = self._dispatched(state.algorithm, cohort, inputs)
         look("dispatched model", starts.models)
         look("broadcast", starts.broadcast, infinite=True)
@@ -254,15 +260,15 @@ class Round:
                 )
         server = self._soundness(merged)
         outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, metered, view)
-        return ServerState(merged, clients, meters), outputs
+        return ServerState(self.held.filled(merged), clients, meters), outputs
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
         """What clients would use themselves. i32[m] -> [m, …] models."""
-        algorithm, rule = self.algorithm, self.trainer.rule
+        algorithm, rule, own = self.algorithm, self.trainer.rule, self.held.cut(state.algorithm)
         if algorithm.personal_models is not None:
-            models = algorithm.personal_models(state.algorithm, ids)
+            models = algorithm.personal_models(own, ids)
         else:
-            models = stacked.broadcast(algorithm.deploy(state.algorithm), len(ids))
+            models = stacked.broadcast(algorithm.deploy(own), len(ids))
         if rule.personal is None:
             return models
         return stacked.per_slot(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
@@ -499,9 +505,10 @@ class Round:
     @jax.named_scope(ORDER)
     def _move(self, tree: PyTree, index: jax.Array) -> PyTree:
         """Slots to places or back; nothing to do where the two are the same."""
-        if self.in_order:
+        leaves, structure = jax.tree.flatten(tree)
+        if self.in_order or not leaves:
             return tree
-        return jax.tree.map(lambda leaf: stacked.permute(leaf, index), tree)
+        return structure.unflatten(stacked.permute_each(leaves, [index] * len(leaves)))
 
 
 def _written(rows: PyTree, where: jax.Array, models: PyTree) -> PyTree:

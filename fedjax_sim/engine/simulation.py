@@ -19,6 +19,7 @@ from fedjax_sim.engine import cohorts, placement, waves
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, ServerState
@@ -47,12 +48,14 @@ class _Start:
       algorithm: the record.
       trainer: local training.
       meters: name -> diagnostic of every round.
+      held: how the algorithm's state is held, and what clients keep.
     """
 
     model: Model
     algorithm: Algorithm
     trainer: Trainer
     meters: Mapping[str, Meter] = dataclasses.field(hash=False)
+    held: Held = AS_IT_IS
 
     def __call__(self, key: jax.Array, labels: jax.Array, variables: Any = None) -> ServerState:
         """The state.
@@ -70,8 +73,9 @@ class _Start:
         state = self.algorithm.init(key_for(key, 1), variables)
         deployed = self.algorithm.deploy(state)
         meters = {name: meter.init(deployed) for name, meter in self.meters.items()}
+        clients = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.held.devices), clients)
         # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
-        return ServerState(state, clients, jax.tree.map(jnp.copy, meters))
+        return ServerState(self.held.filled(state), clients, jax.tree.map(jnp.copy, meters))
 
 
 class Simulation:
@@ -80,8 +84,9 @@ class Simulation:
     Attributes:
       setup: what is being run.
       round: the next round, from 0; also the number of rounds done.
-      state: the server's state, on the devices. The initial one is made when it is first asked for: of a run
-        that goes on, a checkpoint mostly takes its place.
+      state: the server's state, on the devices and as they hold it. The initial one is made when it is first
+        asked for: of a run that goes on, a checkpoint mostly takes its place.
+      shapes: of that state, with the rows alone that count.
       mesh: the devices.
       function: the round, as it is traced.
       instruments: diagnostics of measured rounds.
@@ -113,9 +118,13 @@ class Simulation:
             for instrument in self.instruments
             for name, observer in instrument.observers.items()
         }
-        self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters)
         self.data = self.store.of_round(setup.dataset, setup.partition)
-        self._start = _Start(setup.model, setup.algorithm, self._trainer, setup.meters)
+        start = _Start(setup.model, setup.algorithm, self._trainer, setup.meters)
+        self.shapes = self._shapes_of(start)
+        self._stacks = setup.algorithm.is_stacked(self.shapes.algorithm)
+        held = how(self.shapes.algorithm, self._stacks, self.mesh.size)
+        self._start = dataclasses.replace(start, held=held)
+        self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters, held)
         self._shardings = self._state_shardings()
         self.program = cached_jit(
             self.function,
@@ -131,9 +140,11 @@ class Simulation:
         )
         self._scores = Scores(setup, self.store, self.function.personal)
         chooser = setup.algorithm.cohort_chooser
-        self._measure = chooser and cached_jit(chooser.measure, self.mesh, **placement.readable(self.mesh))
+        self._measure = chooser and cached_jit(
+            held.of(chooser.measure), self.mesh, **placement.readable(self.mesh)
+        )
         self._deploy = cached_jit(
-            setup.algorithm.deploy, self.mesh, out_shardings=placement.replicated(self.mesh)
+            held.of(setup.algorithm.deploy), self.mesh, out_shardings=placement.replicated(self.mesh)
         )
 
     # --- state --------------------------------------------------------------------------------------
@@ -144,23 +155,19 @@ class Simulation:
         return self._initial_state()
 
     def _state_shardings(self) -> ServerState:
-        shapes = self._state_shapes()
-        same, cut = placement.replicated(self.mesh), partial(placement.sharded, self.mesh)
-        inner = jax.tree.map(
-            lambda stack, leaf: cut(leaf.shape[0]) if stack else same,
-            self.setup.algorithm.is_stacked(shapes.algorithm),
-            shapes.algorithm,
+        same, cut = placement.replicated(self.mesh), placement.cut(self.mesh)
+        inner = jax.tree.map(lambda stack: cut if stack else same, self._stacks)
+        return ServerState(
+            inner,
+            jax.tree.map(lambda leaf: cut, self.shapes.clients),
+            jax.tree.map(lambda leaf: same, self.shapes.meters),
         )
-        clients = jax.tree.map(lambda leaf: cut(leaf.shape[0]), shapes.clients)
-        return ServerState(inner, clients, jax.tree.map(lambda leaf: same, shapes.meters))
 
-    def _state_shapes(self) -> ServerState:
+    def _shapes_of(self, start: _Start) -> ServerState:
         labels = self.setup.label_counts
         with self.setup.watch.during(0):
             return memo.once(
-                "shapes of a state",
-                (self._start, labels.shape),
-                lambda: shapes_of(self._start, run_key(0), labels),
+                "shapes of a state", (start, labels.shape), lambda: shapes_of(start, run_key(0), labels)
             )
 
     def _initial_state(self) -> ServerState:
@@ -171,17 +178,35 @@ class Simulation:
             return made(key, self.setup.label_counts, variables)
 
     def abstract_state(self) -> ServerState:
-        """Shapes, dtypes and shardings of the state, as a checkpoint's restore wants them."""
+        """Shapes, dtypes and shardings of the state as it is held, as a checkpoint's restore wants them."""
         return jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            self._state_shapes(),
+            lambda leaf, where: jax.ShapeDtypeStruct(
+                leaf.shape if where.is_fully_replicated else filled_shape(leaf, self.mesh.size).shape,
+                leaf.dtype,
+                sharding=where,
+            ),
+            self.shapes,
             self._shardings,
         )
 
     def restore(self, state: ServerState, round_index: int) -> None:
-        """Continues from a copy of `state` after `round_index` rounds."""
+        """Continues from a copy of `state` after `round_index` rounds.
+
+        Args:
+          state: as it is held, or with the rows alone that count.
+          round_index: rounds that it has seen.
+        """
+
+        def filled(leaf: Any, wanted: jax.ShapeDtypeStruct) -> Any:
+            if leaf.shape == wanted.shape:
+                return leaf
+            numpy = np if isinstance(leaf, np.ndarray) else jnp
+            spare = numpy.broadcast_to(leaf[:1], (wanted.shape[0] - leaf.shape[0], *leaf.shape[1:]))
+            return numpy.concatenate([leaf, spare])
+
+        held = jax.tree.map(filled, state, self.abstract_state())
         # A copy, because device_put may alias what it is given, and the next round overwrites its state.
-        self.state = jax.tree.map(jnp.copy, jax.device_put(state, self._shardings))
+        self.state = jax.tree.map(jnp.copy, jax.device_put(held, self._shardings))
         self.round = round_index
 
     # --- rounds -------------------------------------------------------------------------------------

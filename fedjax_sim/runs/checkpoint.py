@@ -50,13 +50,20 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def save(self, round_index: int, state: Any, model: Any = None) -> None:
-        """Starts writing `state` as it is after `round_index` rounds; returns once it has been copied.
+    def save(self, round_index: int, state: Any, model: Any = None, shapes: Any = None) -> None:
+        """Starts writing a state; returns once it has been copied.
 
-        `model`: the deployed one, to be read by itself; one that is not made of nested dicts is left out.
+        Args:
+          round_index: how many rounds it has seen.
+          state: the state, as the devices hold it.
+          model: the deployed one, to be read by itself; one that is not made of nested dicts is left out.
+          shapes: of the state's leaves, with the rows alone that count; None: all do. Others are left out
+            unless several processes have parts of them.
         """
         host = jax.tree.map(_to_host, state)
-        about: dict[str, Any] = {"round": round_index, "leaves": _leaves(host)}
+        if shapes is not None:
+            host = jax.tree.map(_rows_of, host, shapes)
+        about: dict[str, Any] = {"round": round_index, "leaves": _leaves(host, shapes)}
         items: dict[str, Any] = {"state": ocp.args.StandardSave(_numbered(host))}
         paths = _paths(model)
         if paths:
@@ -107,14 +114,15 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
 
     def restore(
-        self, abstract: Any, at_most: int | None = None, *, mend: bool = True
+        self, abstract: Any, shapes: Any = None, at_most: int | None = None, *, mend: bool = True
     ) -> tuple[Any, int] | None:
         """The newest sound state, on the host, and its round; None if there is none.
 
         Half-written and damaged checkpoints are passed over with a warning.
 
         Args:
-          abstract: shapes, dtypes and shardings (`Simulation.abstract_state()`).
+          abstract: shapes, dtypes and shardings of the state as the devices hold it.
+          shapes: with the rows alone that count; None: all do.
           at_most: newest round that is wanted.
           mend: those that are damaged or too new are moved to `damaged/` beside the checkpoints, so that
             their rounds can be written again, and half-written ones removed; False: nothing is touched, as
@@ -134,9 +142,11 @@ class Checkpoints:
                 if mend:
                     hosts.on_first(partial(self._put_aside, number))
                 continue
-            wanted = jax.tree.map(_on_host, abstract)
+            counted = jax.tree.map(_on_host, abstract if shapes is None else shapes)
+            # Every process reads its part of what the devices hold; one alone what counts.
+            wanted = jax.tree.map(_on_host, abstract) if jax.process_count() > 1 else counted
             try:
-                state = self._read(number, wanted)
+                state = self._read(number, wanted, counted)
             except UserError:
                 raise
             except Exception as error:
@@ -176,11 +186,12 @@ class Checkpoints:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             return reader.restore(self.folder / str(number) / "about", args=ocp.args.JsonRestore())
 
-    def _read(self, number: int, wanted: Any) -> Any:
+    def _read(self, number: int, wanted: Any, counted: Any) -> Any:
         path, about = self.folder / str(number), self._about(number)
-        _check_same(about["leaves"], wanted, number)
+        _check_same(about["leaves"], counted, number)
+        # Not strict: of other devices it may have been written with more rows that do not count, or fewer.
         with ocp.StandardCheckpointer() as reader:
-            read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)))
+            read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)), strict=False)
         leaves, structure = jax.tree.flatten(wanted)
         empty = (np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None for leaf in leaves)
         state = structure.unflatten([read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)])
@@ -299,14 +310,23 @@ def _numbered(tree: Any) -> dict[str, Any]:
     return {_key(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
 
 
-def _leaves(tree: Any) -> dict[str, dict[str, Any]]:
-    """Path -> shape, dtype and checksum (None where parts are elsewhere)."""
+def _rows_of(leaf: Any, shape: Any) -> Any:
+    """The rows on the host that count."""
+    ours = isinstance(leaf, np.ndarray) and leaf.ndim > 0
+    return leaf[: shape.shape[0]] if ours and leaf.shape[0] != shape.shape[0] else leaf
+
+
+def _leaves(tree: Any, shapes: Any = None) -> dict[str, dict[str, Any]]:
+    """Path -> shape, with the rows that count, dtype and checksum (None where parts are elsewhere)."""
     out = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    shapes = jax.tree.leaves(tree if shapes is None else shapes)
+    for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(tree), shapes, strict=True):
         crc = None
         if isinstance(leaf, np.ndarray):
             crc = _crc(leaf)
-        out[jax.tree_util.keystr(path)] = {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "crc32": crc}
+        # Of a key, which is kept as the integers that it is made of, the shape is that of these.
+        shape = [*like.shape[:1], *leaf.shape[1:]] if leaf.ndim else []
+        out[jax.tree_util.keystr(path)] = {"shape": shape, "dtype": str(leaf.dtype), "crc32": crc}
     return out
 
 

@@ -103,7 +103,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         if stopped is not None and hosts.first():
             folder.write_stopped(stopped)
         if saved < simulation.round:
-            checkpoints.save(simulation.round, simulation.state, simulation.variables)
+            checkpoints.save(simulation.round, simulation.state, simulation.variables, simulation.shapes)
             saved = simulation.round
         # The whole table comes last.
         if journal is not None and stopped is None and simulation.round < config.rounds:
@@ -174,7 +174,9 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
             pass
         return last
 
-    found = checkpoints.restore(simulation.abstract_state(), at_most=hosts.on_first(reached))
+    found = checkpoints.restore(
+        simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached)
+    )
     if found is not None:
         simulation.restore(*found)
     return simulation.round

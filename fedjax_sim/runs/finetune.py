@@ -46,10 +46,10 @@ def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, nu
     config, mesh = setup.config, function.mesh
     given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
     alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()), store)
-    ids = np.arange(setup.num_clients, dtype=np.int32)
-    cut = placement.sharded(mesh, setup.num_clients)
+    held = -(-setup.num_clients // mesh.size) * mesh.size  # rows, as `engine.held` has it
+    ids = np.arange(held, dtype=np.int32) % setup.num_clients
     with jax.set_mesh(mesh):
-        models = cached_jit(function.personal, mesh, out_shardings=cut)(state, ids)
+        models = cached_jit(function.personal, mesh, out_shardings=placement.cut(mesh))(state, ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
     alone.round = number
     out, accuracies = [], np.zeros(0)

@@ -126,7 +126,7 @@ def restored(
     checkpoints = Checkpoints(place.checkpoints)
     if checkpoints.rounds():
         simulation = Simulation(setup_of(place, config, about, dataset, model, algorithm, meters=meters))
-        found = checkpoints.restore(simulation.abstract_state(), mend=False)
+        found = checkpoints.restore(simulation.abstract_state(), simulation.shapes, mend=False)
         if found is not None and (found[1] == place.end(config.rounds) or not place.finished):
             simulation.restore(*found)
             return simulation

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.algorithms import FedMR, Scaffold
 from fedjax_sim.core import stacked
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.held import Held
 from tests import oracles
 
 DEVICES = [pytest.param(count, id=f"on-{count}") for count in (2, 3, 4, 5, 6)]
@@ -89,7 +90,7 @@ def on(mesh, function, *trees, cut=1):
     """`function` compiled on a mesh; the first `cut` trees sharded as the engine would."""
     with jax.set_mesh(mesh):
         put = lambda tree: jax.tree.map(  # noqa: E731
-            lambda leaf: jax.device_put(leaf, placement.sharded(mesh, leaf.shape[0])), tree
+            lambda leaf: jax.device_put(leaf, placement.cut(mesh)), tree
         )
         given = [put(tree) if number < cut else tree for number, tree in enumerate(trees)]
         return jax.jit(function)(*given)
@@ -187,25 +188,47 @@ def test_slots_move_as_numpy_moves_them(mesh):
 
 
 @pytest.mark.parametrize("devices", DEVICES)
-def test_stacks_that_the_devices_do_not_divide_stay_whole(mesh):
-    count = mesh.size + 1
-    stack, ids = stack_of(count), np.asarray([count - 1, 0], np.int32)
-    new = stack_of(2, 5)
+@pytest.mark.parametrize("more", [-1, 1])
+def test_of_a_stack_that_the_devices_do_not_divide_each_has_its_share(mesh, more):
+    """It is held with rows that do not count, as the engine holds it; nothing is gathered."""
+    devices, rng = mesh.size, np.random.default_rng(2)
+    count = 3 * devices + more
+    stack, new = stack_of(count), stack_of(2, 5)
+    ids = np.asarray([count - 1, 0], np.int32)
+    indices = [rng.permutation(count).astype(np.int32) for _ in stack]
+    longer = rng.integers(0, count + 1, count + 2).astype(np.int32)  # the number `count` reads the last
+    held, names = Held((count,) * len(stack), devices), list(stack)
 
-    def run(stack, ids, new):
-        row = jax.tree.map(lambda leaf: leaf[0], new)
-        return (
-            stacked.take_rows(stack, ids),
-            stacked.put_rows(stack, ids, new),
-            stacked.overwrite(stack, row, jnp.asarray(True)),
-        )
+    def run(stack, new, row, ids, indices, longer):
+        stack = held.cut(stack)
+        moved = stacked.permute_each([stack[name] for name in names], indices)
+        made = {
+            "taken": stacked.take_rows(stack, ids),
+            "put": stacked.put_rows(stack, ids, new),
+            "moved": dict(zip(names, moved, strict=True)),
+            "longer": {name: stacked.permute(leaf, longer) for name, leaf in stack.items()},
+            "over": stacked.overwrite(stack, row, jnp.asarray(True)),
+        }
+        return jax.tree.map(lambda leaf: stacked.filled_up(leaf, devices), made)
 
-    taken, put, over = on(mesh, run, stack, ids, new)
-    for name, whole in stack.items():
-        np.testing.assert_array_equal(taken[name], whole[ids])
-        np.testing.assert_array_equal(np.asarray(put[name])[ids], new[name])
-        np.testing.assert_array_equal(np.asarray(put[name])[1:-1], whole[1:-1])
-        np.testing.assert_array_equal(over[name], np.broadcast_to(new[name][0], whole.shape))
+    spare = -count % devices
+    grown = {name: np.concatenate([leaf, leaf[:1].repeat(spare, 0)]) for name, leaf in stack.items()}
+    with jax.set_mesh(mesh):
+        row = {name: leaf[0] for name, leaf in new.items()}
+        given = jax.device_put(grown, placement.cut(mesh)), new, row, ids, indices, longer
+        program = jax.jit(run, out_shardings=placement.cut(mesh)).lower(*given).compile()
+        made = jax.device_get(program(*given))
+    assert "all-gather" not in program.as_text()
+    for name, index in zip(names, indices, strict=True):
+        whole = stack[name]
+        np.testing.assert_array_equal(made["taken"][name][:2], whole[ids])
+        np.testing.assert_array_equal(made["put"][name][ids], new[name])
+        np.testing.assert_array_equal(made["put"][name][1 : count - 1], whole[1:-1])
+        np.testing.assert_array_equal(made["moved"][name][:count], whole[index])
+        last = np.minimum(longer, count - 1)
+        np.testing.assert_array_equal(made["longer"][name][: len(longer)], whole[last])
+        over = np.broadcast_to(new[name][0], whole.shape)
+        np.testing.assert_array_equal(made["over"][name][:count], over)
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -272,17 +295,13 @@ def test_what_is_placed_is_where_it_should_be(mesh):
     assert mesh.shape == {"clients": devices}
     assert list(mesh.devices.flat) == jax.devices()[:devices]
     array = np.arange(2 * devices * 3, dtype=np.float32).reshape(2 * devices, 3)
-    cut = placement.put(array, placement.sharded(mesh, len(array)))
+    cut = placement.put(array, placement.cut(mesh))
     for number, shard in enumerate(sorted(cut.addressable_shards, key=lambda shard: shard.index[0].start)):
         assert shard.device == mesh.devices.flat[number]
         np.testing.assert_array_equal(shard.data, array[2 * number : 2 * number + 2])
-    whole = [
-        placement.put(array[1:], placement.sharded(mesh, len(array) - 1)),
-        placement.put(array[1:], placement.replicated(mesh)),
-    ]
-    for placed in whole:
-        assert placed.sharding.is_fully_replicated and len(placed.addressable_shards) == devices
-        np.testing.assert_array_equal(placed, array[1:])
+    placed = placement.put(array[1:], placement.replicated(mesh))
+    assert placed.sharding.is_fully_replicated and len(placed.addressable_shards) == devices
+    np.testing.assert_array_equal(placed, array[1:])
 
 
 @pytest.mark.parametrize("devices", DEVICES[1::2])
@@ -296,6 +315,6 @@ def test_a_round_is_the_same_on_one_device(mesh, algorithm):
     ]
     for one in runs:
         oracles.run(one)
-    one, many = (jax.tree.leaves(jax.device_get(run.state)) for run in runs)
+    one, many = (jax.tree.leaves(oracles.state_of(run)) for run in runs)
     for wanted, got in zip(one, many, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from fedjax_sim import models
 from fedjax_sim.config import EvaluationConfig, ExecutionConfig
@@ -23,13 +22,6 @@ def test_a_mesh_has_one_axis_and_as_many_devices_as_asked_for():
     with pytest.raises(UserError, match=r"execution\.devices = 99") as caught:
         placement.make_mesh(99)
     assert caught.value.field == "execution.devices"
-
-
-def test_an_axis_is_cut_where_it_can_be_cut_evenly():
-    mesh = placement.make_mesh(4)
-    assert placement.sharded(mesh, 8).spec == P("clients")
-    assert placement.sharded(mesh, 6).spec == P()
-    assert placement.replicated(mesh).is_fully_replicated
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.float32])

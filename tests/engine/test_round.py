@@ -170,7 +170,7 @@ def mlp_reference(request):
     keywords = {"algorithm": algorithm, "cohort": 6, "momentum": 0.5, "rounds": 2}
     simulation = oracles.simulate(RAGGED, donate=False, **keywords)
     rows = oracles.run(simulation)
-    return keywords, jax.device_get(simulation.state), rows
+    return keywords, oracles.state_of(simulation), rows
 
 
 @pytest.mark.parametrize(("devices", "wave"), LAYOUTS)
@@ -179,7 +179,7 @@ def test_layout_changes_no_result_of_an_mlp(mlp_reference, devices, wave):
     simulation = oracles.simulate(RAGGED, devices=devices, wave=wave, **keywords)
     again = oracles.run(simulation)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), jax.device_get(simulation.state), state
+        lambda a, b: np.testing.assert_allclose(a, b, **TOLERANCE), oracles.state_of(simulation), state
     )
     for one, other in zip(rows, again, strict=True):
         assert one[:2] == other[:2]
@@ -193,7 +193,7 @@ def cnn_reference(request):
     keywords = {"algorithm": algorithm, "given": given, "model": small_cnn(), "rounds": 2, "epochs": 1}
     simulation = oracles.simulate(conv="xla", **keywords)
     oracles.run(simulation)
-    return keywords, jax.device_get(simulation.state)
+    return keywords, oracles.state_of(simulation)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_layout_and_implementation_change_no_result_of_a_cnn(cnn_reference, devi
     oracles.run(simulation)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5),
-        jax.device_get(simulation.state),
+        oracles.state_of(simulation),
         state,
     )
 

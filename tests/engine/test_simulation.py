@@ -152,7 +152,7 @@ def test_stages_are_averaging_and_then_recombination(small):
     spread = []
     for _ in range(4):
         oracles.run(simulation, 1)
-        state = jax.device_get(simulation.state.algorithm)
+        state = oracles.state_of(simulation).algorithm
         spread.append(oracles.dispersion(oracles.leaves(state.slots)))
         oracles.assert_trees_close(
             oracles.map_trees(lambda leaf: leaf.mean(0), state.slots), state.mean, atol=1e-6

@@ -26,7 +26,7 @@ def make(seed, mesh=None, count=8):
     key = jax.random.key(seed)
     slots = {"w": jax.random.normal(key, (count, 3, 5)), "n": jnp.int32(seed), "none": jnp.zeros((0, 2))}
     if mesh is not None:
-        slots["w"] = jax.device_put(slots["w"], placement.sharded(mesh, count))
+        slots["w"] = jax.device_put(slots["w"], placement.cut(mesh))
     return State(slots, {"rule": None, "h": jnp.arange(4, dtype=jnp.bfloat16)}, key)
 
 
@@ -86,7 +86,7 @@ def test_a_state_that_the_next_round_overwrites_is_saved_as_it_was(tmp_path):
         state = jax.tree.map(lambda leaf, n=number: leaf * 0 + n, state)
     store.close()
     for number in store.rounds():
-        found = Checkpoints(tmp_path / "checkpoints")._read(number, abstract(state))
+        found = Checkpoints(tmp_path / "checkpoints")._read(number, abstract(state), abstract(state))
         assert np.unique(found["w"]).tolist() == [number]
 
 

@@ -26,7 +26,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS, averages, on_devices
 from fedjax_sim.core.task import Task, evaluate
-from fedjax_sim.engine.placement import make_mesh, replicated, sharded
+from fedjax_sim.engine.placement import cut, make_mesh, replicated
 from fedjax_sim.tasks.preprocessing import Preprocessing, normalise
 
 Function = Callable[[Any, Any, Any], tuple[jax.Array, jax.Array]]
@@ -154,7 +154,7 @@ class Objective:
         self._mesh = make_mesh() if mesh is None else mesh
         devices = self._mesh.size
         width = devices * max(1, min(batch_size, -(-count // devices)))
-        place = partial(jax.device_put, device=sharded(self._mesh, devices))
+        place = partial(jax.device_put, device=cut(self._mesh))
         self._batches = []
         for first in range(0, count, width):
             index = np.arange(first, first + width)
@@ -204,8 +204,8 @@ class Objective:
     def _derivative(self, program, variables, vector) -> tuple[float, np.ndarray]:
         """Mean loss, and mean over the samples of what `program` adds to a vector of each device."""
         variables, vector = self._placed(variables), self._placed(vector)
-        shape, devices = (self._mesh.size, len(vector)), self._mesh.size
-        total = jnp.zeros(shape, jnp.float32, device=sharded(self._mesh, devices))
+        shape = self._mesh.size, len(vector)
+        total = jnp.zeros(shape, jnp.float32, device=cut(self._mesh))
         losses = []
         for batch in self._batches:
             total, loss = program(self.function, self._mesh, variables, vector, total, *batch)

@@ -177,7 +177,7 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     inputs = dataclasses.replace(inputs, lr=cast(Any, np.float32(lr)))
     slots = np.arange(min(count, setup.cohort_size), dtype=np.int32)
     trainer = dataclasses.replace(setup.trainer, gradients=False)  # which no meter is here to look at
-    one_more = _Trained(Round(setup.algorithm, trainer, simulation.mesh, in_order=False))
+    one_more = _Trained(dataclasses.replace(simulation.function, trainer=trainer, in_order=False, meters={}))
     with jax.set_mesh(simulation.mesh):
         models = cached_jit(one_more, simulation.mesh)
         found = models(simulation.state, inputs, simulation.data, slots)
