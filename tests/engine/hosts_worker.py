@@ -32,7 +32,8 @@ MEASURED = dataclasses.replace(
 )
 PERSONAL = dataclasses.replace(PLAIN, algorithm=fs.FedPer())
 CLUSTERED = dataclasses.replace(PLAIN, algorithm=fs.algorithms.CONFIGS["clusamp"]())
-CUT = dataclasses.replace(PLAIN, rounds=100_000, evaluation=fs.EvaluationConfig(every=0))
+# Whose private leaves are those of nine clients, on four devices.
+CUT = dataclasses.replace(PERSONAL, rounds=100_000, evaluation=fs.EvaluationConfig(every=0))
 CASES = {"measured": MEASURED, "personal": PERSONAL, "clustered": CLUSTERED}
 
 

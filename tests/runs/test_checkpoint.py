@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from flax import struct
 
+from fedjax_sim.algorithms import FedMR, Scaffold
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
 from fedjax_sim.runs.checkpoint import Checkpoints
+from tests import oracles
 
 # Orbax reads leaves side by side; when one fails, the others' answers find its event loop closed.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -152,3 +154,30 @@ def test_a_state_of_other_shapes_is_refused_and_left_alone(tmp_path):
     with pytest.raises(UserError, match="slots"):
         store.restore(abstract(make(0, count=6)))
     assert store.rounds() == [1]
+
+
+@pytest.mark.parametrize("algorithm", [FedMR(), Scaffold()], ids=lambda a: type(a).__name__)
+def test_stacks_that_the_devices_do_not_divide_go_on_on_another_number_of_them(tmp_path, algorithm):
+    """Seven clients and a cohort of five; what is on disk are their rows alone."""
+    sizes = (12, 7, 20, 3, 31, 9, 5)
+
+    def on(devices):
+        return oracles.simulate(sizes, algorithm=algorithm, cohort=5, devices=devices, epochs=1)
+
+    first = on(4)
+    oracles.run(first, 1)
+    store = Checkpoints(tmp_path)
+    store.save(1, first.state, first.variables, first.shapes)
+    store.close()
+    kept = oracles.state_of(first)
+    oracles.run(first)
+    for devices in (4, 3, 1):
+        again = on(devices)
+        again.restore(*Checkpoints(tmp_path).restore(again.abstract_state(), again.shapes))
+        jax.tree.map(np.testing.assert_array_equal, oracles.state_of(again), kept)
+        oracles.run(again)
+        oracles.assert_trees_close(again.variables, first.variables, rtol=1e-4, atol=1e-5)
+        if devices == 4:
+            jax.tree.map(
+                np.testing.assert_array_equal, jax.device_get(again.state), jax.device_get(first.state)
+            )
