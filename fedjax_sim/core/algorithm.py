@@ -416,8 +416,8 @@ class Algorithm:
       local: what happens on a client.
       weights: of `Results.mean`. None: no mean is wanted.
       needs_models: False lets the engine accumulate the mean wave by wave and never hold K models.
-      stacked: names of the state's fields, at any depth, whose leaves lead with K or N; they are sharded
-        over devices.
+      stacked: names of the state's fields, at any depth, whose leaves lead with K or N; they are cut over the
+        devices, whether these divide K and N or not.
       personal_models: what each client itself would use. None: the deployed model.
       slot_models: what slots have after a merge, of an algorithm whose slots have models of their own. None:
         what their clients would use.

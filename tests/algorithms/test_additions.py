@@ -29,6 +29,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Batch, Training
 from tests import oracles
 from tests.algorithms import objectives, personal
+from tests.algorithms.families import but_slow
 from tests.algorithms.objectives import Given, entropy
 
 NAMES = ("fedprox", "fedsam", "fedasam", "fedntd", "moon", "pfedsd")
@@ -97,7 +98,7 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("name", but_slow(STACKS, "FedSAM over FedProx", "FedSAM over pFedSD"))
 def test_stacks_equal_numpy(name):
     algorithm, objective = STACKS[name]
     simulation = simulate(algorithm)

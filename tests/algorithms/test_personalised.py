@@ -208,7 +208,7 @@ def test_fedbabu_never_moves_the_head():
 @pytest.mark.parametrize(
     ("algorithm", "shares"),
     [
-        (LayerInterpolation(mean=0.3), (0, 0.3, 0.6)),
+        pytest.param(LayerInterpolation(mean=0.3), (0, 0.3, 0.6), marks=pytest.mark.slow),
         (LayerInterpolation(mean=0.5, profile="falling", weights="uniform"), (1, 0.5, 0)),
     ],
     ids=["rising", "falling"],

@@ -519,10 +519,10 @@ def overflowed(simulation):
     ("algorithm", "oracle"),
     [
         (Scaffold(server_lr=0.5), scaffold),
-        (Scaffold(option="I"), scaffold),
+        pytest.param(Scaffold(option="I"), scaffold, marks=pytest.mark.slow),
         (FedDyn(alpha=0.3), feddyn),
         (FedExP(averages=False, epsilon=1e-4), fedexp),
-        (FedExP(variant="fedmr", averages=False), fedexp),
+        pytest.param(FedExP(variant="fedmr", averages=False), fedexp, marks=pytest.mark.slow),
         (FedNova(), fednova),
         (FedMut(alpha=2.0), None),
     ],

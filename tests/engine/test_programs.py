@@ -280,9 +280,10 @@ ADAM = {"optimizer": "adam", "lr": 0.1}
             marks=pytest.mark.slow,
         ),
         ({"algorithm": {"name": "fedprox", "mu": 1.0}}, {"algorithm": {"name": "fedprox", "mu": 5.0}}),
-        (
+        pytest.param(
             {"algorithm": {"name": "fedopt", **ADAM, "options": {"eps": 1e-3}}},
             {"algorithm": {"name": "fedopt", **ADAM, "options": {"eps": 0.5}}},
+            marks=pytest.mark.slow,
         ),
         ({}, {"model": {"name": "mlp", "options": {"hidden": [8], "dtype": "bfloat16"}}}),
         ({"peel": PROBE}, {"peel": {**PROBE, "ranks": True}}),

@@ -61,7 +61,7 @@ def small_cnn():
     ("weights", "local"),
     [
         ("samples", {"epochs": 2}),
-        ("uniform", {"epochs": 1, "momentum": 0.9}),
+        pytest.param("uniform", {"epochs": 1, "momentum": 0.9}, marks=pytest.mark.slow),
         ("samples", {"epochs": 2, "momentum": 0.5, "weight_decay": 0.1, "nesterov": True}),
         ("uniform", {"epochs": 2, "momentum": 0.9, "weight_decay": 0.05, "clip_norm": 0.3}),
         ("samples", {"steps": 5, "schedule": "exponential", "decay": 0.5}),
@@ -302,7 +302,12 @@ def test_batch_statistics_are_averaged_and_do_not_see_padding():
 
 @pytest.mark.parametrize(
     ("algorithm", "keep"),
-    [(FedMR(similarity=False), False), (FedMR(), False), (Local(), False), (FedAvg(), True)],
+    [
+        pytest.param(FedMR(similarity=False), False, marks=pytest.mark.slow),
+        (FedMR(), False),
+        (Local(), False),
+        (FedAvg(), True),
+    ],
     ids=["recombination", "similarity", "personal-models", "kept-optimisers"],
 )
 def test_no_stack_of_models_is_gathered_on_one_device(algorithm, keep):

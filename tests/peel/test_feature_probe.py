@@ -105,7 +105,7 @@ def observed(name, devices=2, batch_size=32):
 
 
 @pytest.mark.parametrize(
-    "name", ["lenet", pytest.param("resnet6", marks=pytest.mark.slow), "vit"]
+    "name", ["lenet", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet6", "vit"))]
 )  # test_finetuning.py has features of resnet6 by hand
 def test_figures_agree_with_float64_numpy_on_real_features(name):
     model, stacks, x, y, index, counts, out = observed(name)
@@ -185,7 +185,7 @@ def test_measured_rounds_are_the_first_the_last_and_every_so_many_and_compile_on
     assert {(state, metric) for state in STATES for metric in EACH} <= keys
 
 
-@pytest.mark.parametrize("name", ["fedindep", "local"])
+@pytest.mark.parametrize("name", [pytest.param("fedindep", marks=pytest.mark.slow), "local"])
 def test_what_nobody_merges_does_not_change(name):
     """Before is after, bit for bit: every change is exactly zero."""
     found = table(rows_of(Simulation(settings_of(algorithm=name, rounds=2, model=SHALLOW))))

@@ -168,7 +168,12 @@ def broken(self, *arguments):
 
 @pytest.mark.parametrize(
     "where",
-    [(Checkpoints, "save"), (Checkpoints, "wait"), (drive, "_figures"), (records.Journal, "tabulate")],
+    [
+        (Checkpoints, "save"),
+        pytest.param((Checkpoints, "wait"), marks=pytest.mark.slow),
+        (drive, "_figures"),
+        (records.Journal, "tabulate"),
+    ],
 )
 def test_cut_at_the_end_it_is_not_finished_until_all_is_in_place(tmp_path, monkeypatch, whole, where):
     config = tiny(tmp_path / "cut", **demanding("fedmr"))
