@@ -61,10 +61,9 @@ class _OfHeld:
         return self.function(self.held.cut(state))
 
 
-def filled_shape(leaf: Any, devices: int) -> jax.ShapeDtypeStruct:
-    """The shape [m, …] that a stack [n, …] is held in."""
-    rows = -(-leaf.shape[0] // devices) * devices
-    return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype)
+def filled_shape(shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
+    """The shape (m, …) that a stack of the shape (n, …) is held in."""
+    return -(-shape[0] // devices) * devices, *shape[1:]
 
 
 def how(shapes: Any, stacks: Any, devices: int) -> Held:

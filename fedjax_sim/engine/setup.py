@@ -29,7 +29,8 @@ class DiagnosticContext:
       setup: the run: its config, dataset, partition, model, algorithm … For a meter it has no meters yet, so
         that a meter must not take its trainer.
       mesh: the devices.
-      put: places an array on all of them.
+      put: places an array [n, …] on all of them; samples of several axes, such as images, as
+        `engine.device_data.Rows`, of which `rows[index]` are the samples.
     """
 
     setup: "Setup"

@@ -181,7 +181,7 @@ class Simulation:
         """Shapes, dtypes and shardings of the state as it is held, as a checkpoint's restore wants them."""
         return jax.tree.map(
             lambda leaf, where: jax.ShapeDtypeStruct(
-                leaf.shape if where.is_fully_replicated else filled_shape(leaf, self.mesh.size).shape,
+                leaf.shape if where.is_fully_replicated else filled_shape(leaf.shape, self.mesh.size),
                 leaf.dtype,
                 sharding=where,
             ),

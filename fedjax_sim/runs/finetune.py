@@ -21,6 +21,7 @@ from fedjax_sim.algorithms.independent import Local, LocalState
 from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.held import filled_shape
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import Round, ServerState
 from fedjax_sim.engine.scores import client_rows
@@ -46,7 +47,7 @@ def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, nu
     config, mesh = setup.config, function.mesh
     given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
     alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()), store)
-    held = -(-setup.num_clients // mesh.size) * mesh.size  # rows, as `engine.held` has it
+    (held,) = filled_shape((setup.num_clients,), mesh.size)
     ids = np.arange(held, dtype=np.int32) % setup.num_clients
     with jax.set_mesh(mesh):
         models = cached_jit(function.personal, mesh, out_shardings=placement.cut(mesh))(state, ids)

@@ -16,7 +16,7 @@ from fedjax_sim.core.rng import run_key
 from fedjax_sim.data import Partition, PartitionConfig, load, partition
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Lanes, _orders, shuffled
-from fedjax_sim.engine.device_data import DataStore, abstract, order_lengths, sample_table
+from fedjax_sim.engine.device_data import DataStore, Rows, abstract, order_lengths, sample_table
 from tests import oracles
 
 DIGITS = load("digits")
@@ -115,6 +115,18 @@ def test_an_array_is_placed_once_and_a_plan_places_none():
     like = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), data)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), planned) == like
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(planned))
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 4), (5, 4, 3), (5, 2, 3, 2)])
+def test_samples_are_taken_by_their_numbers_whatever_their_axes(shape, rng):
+    """Those of several are flat on the device: a program that takes some copies none of the others."""
+    array, index = rng.integers(0, 256, shape).astype(np.uint8), np.array([[4, 0], [2, 2]], np.int32)
+    placed = DataStore(placement.make_mesh(2)).put(array)
+    assert placed.shape == shape and len(placed) == 5
+    assert isinstance(placed, Rows) == (len(shape) > 2)
+    assert all(leaf.ndim <= 2 for leaf in jax.tree.leaves(placed))
+    np.testing.assert_array_equal(placed[1], array[1])
+    np.testing.assert_array_equal(jax.jit(lambda rows, index: rows[index])(placed, index), array[index])
 
 
 def test_seeds_of_a_sweep_share_one_program():
