@@ -84,12 +84,13 @@ def test_both_models_are_numpys(layout):
     assert 0 < len(seen) < 5
 
 
+@pytest.mark.slow  # to rounding by default: test_diagnostics_see_the_models_of_the_algorithm_inside
 @pytest.mark.parametrize(
     "inner",
     [
         Scaffold(option="I"),
-        pytest.param(FedRep(head_epochs=1), marks=pytest.mark.slow),  # Scaffold keeps on clients, too
-        pytest.param(LIPS(inner=FedMR(), period=2, density=0.5, layers="inner"), marks=pytest.mark.slow),
+        FedRep(head_epochs=1),
+        LIPS(inner=FedMR(), period=2, density=0.5, layers="inner"),
     ],
     ids=lambda inner: type(inner).__name__,
 )

@@ -71,7 +71,7 @@ def rounds(simulation, config, count):
 @pytest.mark.parametrize(
     ("config", "layout"),
     [
-        (FedCAC(until=3), {"momentum": 0.5}),
+        pytest.param(FedCAC(until=3), {"momentum": 0.5}, marks=pytest.mark.slow),
         (FedCAC(critical=0.3, until=3), {"devices": 2, "wave": 2}),
     ],
     ids=["single", "wide"],
@@ -136,6 +136,7 @@ def test_who_takes_from_whom():
     assert taken(1, same, np.zeros(3, bool)) == np.eye(3, dtype=int).tolist()
 
 
+@pytest.mark.slow
 def test_with_nothing_critical_it_is_fedavg():
     cac, avg = (simulate(algorithm, rounds=3, cohort=6) for algorithm in (FedCAC(critical=0.0), FedAvg()))
     for simulation in (cac, avg):

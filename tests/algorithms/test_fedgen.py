@@ -155,6 +155,7 @@ def test_classes_that_nobody_has_shown_are_never_drawn():
     assert 70 < near.sum(0)[0] < 130
 
 
+@pytest.mark.slow
 def test_without_weights_it_is_fedavg_and_so_is_its_first_round():
     plain = simulate(FedAvg(), momentum=0.5, rounds=2)
     oracles.run(plain, 1)

@@ -223,6 +223,7 @@ def test_in_the_first_stage_a_client_that_is_left_out_is_in_no_mean():
     oracles.assert_trees_close(*finals, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_slot_is_fedavg_with_one_client():
     one = _final(FedMR(), cohort=1, rounds=3)
     other = _final(FedAvg(weights="uniform"), cohort=1, rounds=3)

@@ -187,6 +187,7 @@ def test_mistakes_are_named():
     assert caught.value.field == "algorithm.personal_loss"
 
 
+@pytest.mark.slow
 def test_with_equal_classes_the_generic_model_is_fedavg_s():
     """log n is then the same for all classes, and the softmax does not see it."""
     dataset, _ = oracles.world((18, 18))

@@ -770,6 +770,7 @@ def test_an_algorithm_in_an_algorithm_travels_through_yaml():
     assert config_lib.from_dict({"algorithm": "lips"}).algorithm == LIPS(FedAvg())
 
 
+@pytest.mark.slow
 def test_a_run_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch):
     config = config_lib.from_dict(
         {

@@ -28,7 +28,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.algorithms import personal
-from tests.algorithms.families import WIDE_OR_SINGLE, one_of_each
+from tests.algorithms.families import WIDE_OR_SINGLE
 
 FC3 = {("fc3", "kernel"), ("fc3", "bias")}
 CONTEXT = oracles.context(personal.deep(), num_clients=5, cohort_size=2, rounds=3, epochs=5)
@@ -81,6 +81,7 @@ def test_fedbn_keeps_normalisation_at_home():
 # --- FedPer and LG-FedAvg -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fedper_and_lg_fedavg_are_the_ends_of_partial_averaging():
     simulation = simulate(FedPer(weights="uniform"))
     personal.assert_rounds(simulation, FC3, 2, weights="uniform")
@@ -351,7 +352,8 @@ def test_each_is_asked_for_by_name(by_name, name):
     assert config_lib.from_dict(config_lib.to_dict(by_name)) == by_name
 
 
-@pytest.mark.parametrize("name", one_of_each(BY_NAME, "fedbn", "fedper"))
+@pytest.mark.slow  # each of them from a state on the host: tests/algorithms/test_everywhere.py
+@pytest.mark.parametrize("name", BY_NAME)
 def test_a_run_by_name_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch, by_name):
     model, config = personal.normed((8, 8, 1), 10), by_name
     whole = runs.run(config, model=model)

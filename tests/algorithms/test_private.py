@@ -50,6 +50,7 @@ def test_with_nothing_private_it_is_the_inner_algorithm():
     assert not runs[1].setup.algorithm.needs_models
 
 
+@pytest.mark.slow
 def test_with_all_private_every_client_trains_alone():
     runs = []
     for algorithm in (Local(), PartialAveraging(first=3)):

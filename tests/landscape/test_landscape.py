@@ -224,7 +224,9 @@ def test_a_network_against_its_dense_hessian(net):
     np.testing.assert_allclose(gradient, jax.grad(loss)(flat), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mcmahan", pytest.param("resnet20", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) for name in ("mcmahan", "resnet20")]
+)
 def test_networks_of_the_zoo_against_forward_over_reverse(rng, name):
     model = models.create(name, (8, 8, 1), 3)
     variables = model.init(KEY)

@@ -45,7 +45,9 @@ def test_gradients_are_those_of_flax(sizes, batch, wave, by):
     assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("sizes", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(
+    "sizes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"]
+)
 def test_second_derivatives_are_those_of_flax(sizes):
     def twice(kind):
         loss, variables, x = problem(kind(sizes[1]), 4, sizes)

@@ -177,7 +177,12 @@ def test_logits_are_float32_and_each_row_stands_alone_in_evaluation(name):
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("resnet20", "batch"), ("vgg11_bn", "batch"), ("resnet6", "batch"), ("resnet6", "group")],
+    [
+        ("resnet20", "batch"),
+        pytest.param("vgg11_bn", "batch", marks=pytest.mark.slow),
+        ("resnet6", "batch"),
+        ("resnet6", "group"),
+    ],
 )
 def test_padded_rows_are_invisible_in_training(name, norm):
     model = small(name, norm=norm)

@@ -202,15 +202,20 @@ def on_one_device(name):
     return table(rows_of(Simulation(settings_of(algorithm=name, execution=execution, model=SHALLOW))))
 
 
-LAYOUTS = [{"devices": 4, "wave": 1}, {"devices": 1}, {"devices": 2, "wave": 2}]
-
-
 @pytest.mark.parametrize(
     ("name", "execution"),
     [
-        *(("fedmr", layout) for layout in LAYOUTS),
-        ("fedavg", LAYOUTS[0]),
-        *(pytest.param("fedavg", layout, marks=pytest.mark.slow) for layout in LAYOUTS[1:]),
+        ("fedmr", {"devices": 4, "wave": 1}),
+        ("fedavg", {"devices": 2, "wave": 2}),
+        *(
+            pytest.param(*more, marks=pytest.mark.slow)
+            for more in (
+                ("fedmr", {"devices": 1}),
+                ("fedmr", {"devices": 2, "wave": 2}),
+                ("fedavg", {"devices": 1}),
+                ("fedavg", {"devices": 4, "wave": 1}),
+            )
+        ),
     ],
 )
 def test_layout_does_not_show(name, execution):
