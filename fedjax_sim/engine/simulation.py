@@ -57,6 +57,10 @@ class _Start:
     meters: Mapping[str, Meter] = dataclasses.field(hash=False)
     held: Held = AS_IT_IS
 
+    def drawn(self, key: jax.Array) -> Any:
+        """A fresh model, of the key that the state is made from."""
+        return self.model.init(key_for(key, 0))
+
     def __call__(self, key: jax.Array, labels: jax.Array, variables: Any = None) -> ServerState:
         """The state.
 
@@ -65,10 +69,8 @@ class _Start:
           labels: i32[N, C], training samples of each class that each client has.
           variables: the model that clients start from; None: a fresh one.
         """
-        if variables is None:
-            variables = self.model.init(key_for(key, 0))
-        else:  # a copy, as in `restore`: passed through, they might be overwritten by the next round
-            variables = jax.tree.map(jnp.copy, variables)
+        # A copy, as in `restore`: passed through, they might be overwritten by the next round.
+        variables = self.drawn(key) if variables is None else jax.tree.map(jnp.copy, variables)
         clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
         state = self.algorithm.init(key_for(key, 1), variables)
         deployed = self.algorithm.deploy(state)
@@ -174,6 +176,12 @@ class Simulation:
         key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh), self.setup.watch.during(0):
+            held, counted = jax.tree.leaves(self.abstract_state()), jax.tree.leaves(self.shapes)
+            if variables is None and any(a.shape != b.shape for a, b in zip(held, counted, strict=True)):
+                # By itself: with what fills up the stacks XLA would draw their copies by other instructions
+                # than the model's, and they would differ from it in the last bit.
+                same = placement.replicated(self.mesh)
+                variables = cached_jit(self._start.drawn, self.mesh, out_shardings=same)(key)
             made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
             return made(key, self.setup.label_counts, variables)
 

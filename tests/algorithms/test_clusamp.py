@@ -149,7 +149,7 @@ def test_rounds_and_distances_equal_numpy(algorithm, layout):
         x = oracles.weighted_mean(trained, sizes)
         oracles.run(simulation, 1)
         oracles.assert_trees_close(simulation.variables["params"], x)
-    state = jax.device_get(simulation.state.algorithm)
+    state = oracles.state_of(simulation).algorithm
     np.testing.assert_allclose(state.updates, updates, rtol=1e-4, atol=1e-5)
     wanted = [[between(algorithm.distance, a, b) for b in updates] for a in updates]
     off = ~np.eye(5, dtype=bool)  # a client's angle with itself is zero but for rounding, and not looked at

@@ -701,7 +701,7 @@ def test_layout_does_not_show(inner, masks, layouts):
             cohort=6, rounds=3, epochs=1, momentum=0.5, devices=devices, wave=wave,
         )  # fmt: skip
         rows = [row for row in oracles.run(simulation) if row.metric != "padding_waste"]
-        results.append((rows, jax.device_get(simulation.state)))
+        results.append((rows, oracles.state_of(simulation)))
         if devices == 2 and isinstance(inner, FedMR):
             slots = simulation.state.algorithm.inner.slots
             assert all(leaf.addressable_shards[0].data.shape[0] == 3 for leaf in jax.tree.leaves(slots))
