@@ -133,8 +133,8 @@ def permute_each(
     device. So the sharding moves instead: from the slot axis to the parameters and back, two all-to-alls for
     as many leaves as fit into `_width` numbers a device, as their number is what XLA compiles long and a
     round waits for. Memory a device stays what its share is. Slots and parameters that the devices do not
-    divide are filled up with zeros on the way. A leaf that is larger goes strip by strip, each written where
-    it was read, so that a donated leaf needs no second copy of itself.
+    divide are filled up with zeros on the way. With m = K a leaf that is larger goes strip by strip, each
+    written where it was read, so that a donated leaf needs no second copy of itself.
     """
     devices, count, wanted = _devices(), leaves[0].shape[0], indices[0].shape[0]
     if devices == 1:

@@ -189,7 +189,8 @@ class Checkpoints:
     def _read(self, number: int, wanted: Any, counted: Any) -> Any:
         path, about = self.folder / str(number), self._about(number)
         _check_same(about["leaves"], counted, number)
-        # Not strict: of other devices it may have been written with more rows that do not count, or fewer.
+        # Not strict: several processes may have written more rows that do not count than are wanted here, or
+        # fewer. The shapes that count have been compared above.
         with ocp.StandardCheckpointer() as reader:
             read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)), strict=False)
         leaves, structure = jax.tree.flatten(wanted)
