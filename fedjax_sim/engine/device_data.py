@@ -143,7 +143,7 @@ class DataStore:
     @property
     def shares_host(self) -> bool:
         """Whether the devices read one buffer in the host's memory, as those of a CPU do."""
-        return self.mesh.devices.flat[0].platform == "cpu"
+        return placement.platform_of(self.mesh) == "cpu"
 
     def put(self, array: np.ndarray) -> Any:
         """The array, any shape [n, …], whole on every device; of more than two axes as `Rows`."""
@@ -152,6 +152,13 @@ class DataStore:
             placed = self._place(flat, placement.replicated(self.mesh))
             self._placed[id(array)] = array, Rows(placed, array.shape[1:]) if array.ndim > 2 else placed
         return self._placed[id(array)][1]
+
+    def key(self, key: jax.Array) -> Any:
+        """A key, on every device."""
+        words = self._place(np.asarray(jax.random.key_data(key)), placement.replicated(self.mesh))
+        if isinstance(words, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=words.sharding)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
     def cut(self, array: np.ndarray) -> Any:
         """The array [n, …], which the D devices divide: each has its n / D rows."""

@@ -78,6 +78,11 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return Mesh(np.asarray(present[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
+def platform_of(mesh: Mesh) -> str:
+    """What the devices are: cpu, gpu or tpu. Not JAX's default, where a program is for another machine."""
+    return mesh.devices.flat[0].platform
+
+
 def cut(mesh: Mesh) -> NamedSharding:
     """Sharding of a stack, whose rows the devices divide."""
     return NamedSharding(mesh, P(AXIS))
@@ -117,7 +122,7 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
       sharding: where its parts lie; its mesh names the devices.
     """
     mesh = cast(Mesh, sharding.mesh)
-    if mesh.devices.flat[0].platform == "cpu" and sharding.is_fully_replicated:
+    if platform_of(mesh) == "cpu" and sharding.is_fully_replicated:
         base = _aligned(array)
         parts = [jax.device_put(base, device, may_alias=True) for device in mesh.local_devices]
         return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
@@ -137,9 +142,9 @@ def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
 
 
 def speed_defaults(
-    execution: ExecutionConfig, model: Model, cohort_size: int, devices: int
+    execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh
 ) -> tuple[int, str]:
-    """(wave width, implementation of the convolution) for this backend, where the user has not chosen.
+    """(wave width, implementation of the convolution) for these devices, where the user has not chosen.
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
     stay in cache; an accelerator wants the device's whole share side by side.
@@ -148,10 +153,10 @@ def speed_defaults(
       execution: what the user has chosen.
       model: the network; on a CPU its convolutions decide.
       cohort_size: K.
-      devices: D.
+      mesh: the D devices.
     """
-    share = -(-cohort_size // devices)
-    on_cpu = jax.default_backend() == "cpu"
+    share = -(-cohort_size // mesh.size)
+    on_cpu = platform_of(mesh) == "cpu"
     if execution.wave is not None:
         wave = min(execution.wave, share)
     elif on_cpu:
@@ -164,7 +169,7 @@ def speed_defaults(
     return wave, conv
 
 
-def forward_batch(evaluation: EvaluationConfig, model: Model) -> int:
+def forward_batch(evaluation: EvaluationConfig, model: Model, mesh: Mesh) -> int:
     """Images in one forward pass without gradients, where the user has not chosen.
 
     On a CPU a convolution's features want to stay in a core's cache: evaluating 4,000 images of 32×32 on two
@@ -172,4 +177,4 @@ def forward_batch(evaluation: EvaluationConfig, model: Model) -> int:
     """
     if evaluation.batch_size is not None:
         return evaluation.batch_size
-    return 50 if jax.default_backend() == "cpu" and model.convolves else 500
+    return 50 if platform_of(mesh) == "cpu" and model.convolves else 500

@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 
 from fedjax_sim.core import memo
 from fedjax_sim.core.rng import settled
+from fedjax_sim.engine.placement import platform_of
 
 
 def cached_jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> "CachedJit":
@@ -73,7 +74,7 @@ class CachedJit:
         # What profiles and logs show.
         joined.__name__ = getattr(function, "__name__", type(function).__name__)
         donated = tuple(number + 2 for number in options.pop("donate_argnums", ()))
-        platform = mesh.devices.flat[0].platform
+        platform = platform_of(mesh)
         compiler = _compiler_options(platform, many_kernels)
         self._jitted: Any = jax.jit(
             joined, static_argnums=0, donate_argnums=donated, compiler_options=compiler, **options

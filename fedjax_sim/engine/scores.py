@@ -62,7 +62,7 @@ class Scores:
             example, rows = setup.dataset.test, None
             if name == "clients":
                 example, rows = setup.dataset.train, self._local_tests()[0]
-            batch = placement.forward_batch(setup.config.evaluation, setup.model)
+            batch = placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh)
             self._evaluators[name] = evaluation.Evaluator(
                 setup.model, setup.task, self._store, example, batch, rows
             )
@@ -99,7 +99,7 @@ class Scores:
                 setup.model,
                 setup.task,
                 self._mesh,
-                placement.forward_batch(setup.config.evaluation, setup.model),
+                placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh),
             )
         width = max(len(part) for part in own)
         table = np.zeros((len(own), width), np.int32)

@@ -67,7 +67,7 @@ class Setup:
       algorithm_name: for messages.
       cohort_size: K.
       wave: clients side by side on a device.
-      devices: how many.
+      mesh: the devices.
       meters: diagnostics of every round, by name.
       observers: what builds the diagnostics of measured rounds, see
         `fedjax_sim.engine.observing.Instrument`.
@@ -83,11 +83,16 @@ class Setup:
     algorithm_name: str
     cohort_size: int
     wave: int
-    devices: int
+    mesh: Mesh
     meters: Mapping[str, Meter] = field(default_factory=dict)
     observers: Sequence[ObserverConfig] = ()
     watch: Watch = UNWATCHED
     initial: Callable[[], Any] | None = None
+
+    @property
+    def devices(self) -> int:
+        """D."""
+        return self.mesh.size
 
     @property
     def task(self) -> Task:

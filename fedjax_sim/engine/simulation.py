@@ -103,13 +103,11 @@ class Simulation:
     def __init__(self, setup: Setup, store: DataStore | None = None):
         """`store`: of a run on the same devices, whose arrays are taken where they are the same."""
         self.setup = setup
-        self.mesh = placement.make_mesh(setup.devices)
+        self.mesh = setup.mesh
         self.round = 0
         self.ending: set[str] = set()
         self.store = DataStore(self.mesh) if store is None else store
-        key = run_key(setup.config.seed)
-        words = placement.put(np.asarray(jax.random.key_data(key)), placement.replicated(self.mesh))
-        self._key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
+        self._key = self.store.key(run_key(setup.config.seed))
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
         in_order = even and waves.in_order(setup.steps, setup.devices, setup.wave)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from fedjax_sim import algorithms, data, models
 from fedjax_sim.config import RunConfig, as_config, check_given
@@ -32,6 +33,7 @@ def prepare(
     meters: Sequence[Any] | None = None,
     callbacks: Sequence[Any] | None = None,
     began: int | None = None,
+    mesh: Mesh | None = None,
 ) -> Setup:
     """Resolves a RunConfig; the keywords take the place of what it would load or build.
 
@@ -45,6 +47,8 @@ def prepare(
       meters: likewise.
       callbacks: likewise; whoever drives the run calls them.
       began: rounds that the run was to have when its first ones were done, if it has others now.
+      mesh: devices to lay it out for, also of a machine that is not here; None: `execution.devices` of those
+        that are present.
 
     Raises:
       UserError: anything that cannot work, before anything is compiled; with `began`, perhaps later, see
@@ -75,8 +79,8 @@ def prepare(
         )
     make_optimizer(config.local)
     execution = debugging.layout(config.execution)
-    devices = placement.make_mesh(execution.devices).size
-    wave, conv = placement.speed_defaults(execution, model, cohort_size, devices)
+    mesh = placement.make_mesh(execution.devices) if mesh is None else mesh
+    wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh)
     model = model.with_conv(conv)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
@@ -99,7 +103,7 @@ def prepare(
         algorithm_name=name,
         cohort_size=cohort_size,
         wave=wave,
-        devices=devices,
+        mesh=mesh,
     )
     if execution.debug:
         setup = debugging.watched(setup)
@@ -115,7 +119,7 @@ def prepare(
             name=name,
             num_clients=setup.num_clients,
             cohort_size=cohort_size,
-            mesh=placement.make_mesh(setup.devices),
+            mesh=mesh,
         )
     return setup
 

@@ -16,7 +16,6 @@ from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import told_of
 from fedjax_sim.core.plugins import written
-from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.observing import Instrument, Observer
 from fedjax_sim.engine.round import MergeView, Meter
@@ -31,7 +30,7 @@ def of(setup: Setup) -> dict[str, Any]:
     Raises:
       UserError: a meter cannot be built.
     """
-    config, mesh = setup.config, placement.make_mesh(setup.devices)
+    config, mesh = setup.config, setup.mesh
     observers: list[ObserverConfig] = table.observers(config)
     observers += [_Observer(entry, f"observers.{i}") for i, entry in enumerate(config.observers)]
     meters = {**table.meters(config)}
@@ -46,7 +45,7 @@ def check_diagnostics(setup: Setup) -> None:
     Raises:
       UserError: a function fails, or does not return what the engine wants of it.
     """
-    config, mesh = setup.config, placement.make_mesh(setup.devices)
+    config, mesh = setup.config, setup.mesh
     if not (config.observers or config.meters):
         return
     of: Any = jax.ShapeDtypeStruct

@@ -133,7 +133,7 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
         execution = dataclasses.replace(config.execution, debug=False)
         config = with_start(prepare(dataclasses.replace(config, execution=execution), **replacements))
     setup = config
-    platform, simulation = jax.default_backend(), _on_paper(setup)
+    platform, simulation = placement.platform_of(setup.mesh), _on_paper(setup)
     parts = [
         *_round_parts(simulation),
         *_evaluation_parts(simulation),
@@ -150,7 +150,7 @@ def plan(config: RunConfig | Setup, *, exact: bool = False, **replacements: Any)
 
 def _on_paper(setup: Setup) -> Simulation:
     """The run, with shapes in the place of what would lie on the devices."""
-    return Simulation(setup, DataStore(placement.make_mesh(setup.devices), abstract))
+    return Simulation(setup, DataStore(setup.mesh, abstract))
 
 
 def compiled_round(simulation: Simulation) -> dict[str, int]:
@@ -176,7 +176,7 @@ def check_memory(setup: Setup) -> None:
     Raises:
       UserError: names the largest part, and what makes it smaller.
     """
-    platform = jax.default_backend()
+    platform = placement.platform_of(setup.mesh)
     there = total(platform)
     if not there:
         return
@@ -373,7 +373,7 @@ def _evaluation_parts(simulation: Simulation) -> list[Part]:
     setup, model = simulation.setup, simulation.setup.model
     parts, one = [], bytes_of(model.abstract)
     if setup.config.evaluation.every:
-        batch = placement.forward_batch(setup.config.evaluation, model)
+        batch = placement.forward_batch(setup.config.evaluation, model, setup.mesh)
         evaluator = evaluation.Evaluator(model, setup.task, simulation.store, setup.dataset.test, batch)
         with jax.set_mesh(simulation.mesh):
             traced = jax.make_jaxpr(evaluator.function)(model.abstract, *evaluator.data)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import types
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,29 +39,38 @@ def test_cpu_devices_share_one_buffer(dtype):
 
 def test_defaults_of_the_cpu():
     """Convolutions alone, small dense models in narrow waves; never a grouped convolution under `vmap`."""
-    auto = ExecutionConfig()
+    auto, mesh = ExecutionConfig(), placement.make_mesh(2)
     mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
     lenet = models.create("lenet", (32, 32, 3), 10)
-    assert placement.speed_defaults(auto, lenet, 100, 2) == (1, "auto")
-    assert placement.speed_defaults(ExecutionConfig(wave=2), lenet, 100, 2) == (2, "patches")
-    assert placement.speed_defaults(auto, mlp, 100, 2)[0] == 10
-    assert placement.speed_defaults(auto, mlp, 3, 2)[0] == 2
+    assert placement.speed_defaults(auto, lenet, 100, mesh) == (1, "auto")
+    assert placement.speed_defaults(ExecutionConfig(wave=2), lenet, 100, mesh) == (2, "patches")
+    assert placement.speed_defaults(auto, mlp, 100, mesh)[0] == 10
+    assert placement.speed_defaults(auto, mlp, 3, mesh)[0] == 2
 
 
 def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():
-    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    mlp, mesh = models.create("mlp", (4, 4, 1), 3, hidden=()), placement.make_mesh(2)
     for impl in CONV_IMPLS:
-        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=impl), mlp, 8, 2) == (3, impl)
-    assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, 2)[0] == 4
+        assert placement.speed_defaults(ExecutionConfig(wave=3, conv=impl), mlp, 8, mesh) == (3, impl)
+    assert placement.speed_defaults(ExecutionConfig(wave=30), mlp, 7, mesh)[0] == 4
 
 
-def test_forward_passes_are_small_for_convolutions_on_a_cpu_unless_asked_otherwise(monkeypatch):
+def test_forward_passes_are_small_for_convolutions_on_a_cpu_unless_asked_otherwise():
     lenet, mlp = (models.create(name, (32, 32, 3), 10) for name in ("lenet", "mlp"))
-    auto = EvaluationConfig()
-    assert [placement.forward_batch(auto, model) for model in (lenet, mlp)] == [50, 500]
-    assert placement.forward_batch(EvaluationConfig(batch_size=7), lenet) == 7
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert placement.forward_batch(auto, lenet) == 500
+    auto, mesh = EvaluationConfig(), placement.make_mesh(2)
+    assert [placement.forward_batch(auto, model, mesh) for model in (lenet, mlp)] == [50, 500]
+    assert placement.forward_batch(EvaluationConfig(batch_size=7), lenet, mesh) == 7
+    assert placement.forward_batch(auto, lenet, _mesh_of("gpu")) == 500
+
+
+def test_defaults_are_those_of_the_mesh_and_not_of_this_machine():
+    """A program may be compiled for devices that are not here."""
+    lenet = models.create("lenet", (32, 32, 3), 10)
+    assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("tpu", 4)) == (25, "patches")
+
+
+def _mesh_of(platform: str, devices: int = 2) -> Any:
+    return types.SimpleNamespace(size=devices, devices=np.full(devices, types.SimpleNamespace(platform=platform)))
 
 
 def test_devices_once_chosen_are_not_chosen_again(monkeypatch):

@@ -119,7 +119,7 @@ class Effectiveness:
         """
         self._config, self._seed = config.inertia, config.seed
         self._dataset, self._partition = dataset, partition
-        self._batch = placement.forward_batch(config.evaluation, model)
+        self._batch = placement.forward_batch(config.evaluation, model, mesh)
         self._tests = {key: put(leaf) for key, leaf in dataset.test.items()}
         from_test = partition.test_from == "test"
         self.observers = {NAME: Accuracies(model, dataset.task, mesh, self._batch, from_test)}

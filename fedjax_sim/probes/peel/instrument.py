@@ -86,8 +86,8 @@ class Peeling:
                 "Set peel.every to 0, or take a classification set.",
             )
         self._every = peel.every
-        batch, width = placement.forward_batch(config.evaluation, model), trainer.width
-        if jax.default_backend() == "cpu":
+        batch, width = placement.forward_batch(config.evaluation, model, mesh), trainer.width
+        if placement.platform_of(mesh) == "cpu":
             batch = min(batch, 50)  # whose features stay in a core's cache
             placement.lapack_on_one_thread()
             # Side by side, clients' decompositions would be one batched LAPACK call. jaxlib 0.10 spreads it
