@@ -46,6 +46,7 @@ from fedjax_sim.probes import landscape  # noqa: E402
 from fedjax_sim.records import Row  # noqa: E402
 from fedjax_sim.reports import inertia, peel  # noqa: E402
 from fedjax_sim.runs import Run, Simulation, load, resume, run  # noqa: E402
+from fedjax_sim.runs.plan import plan  # noqa: E402
 from fedjax_sim.studies import sweep  # noqa: E402
 from fedjax_sim.studies.tables import compare  # noqa: E402
 
@@ -92,6 +93,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "load",
     "models",
     "peel",
+    "plan",
     "resume",
     "run",
     "stacked",

@@ -23,7 +23,8 @@ USAGE = """usage: fedjax-sim COMMAND …
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
   compare RUN|SWEEP.yaml …     the table of finished runs: mean and deviation over seeds (--help)
   export FOLDER FILE           a run's weights as .npz or .safetensors (--help)
-  plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it)
+  plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it; --on v5e-256
+                               compiles it for a machine that is not here)
   list                         algorithms, models, data sets, partitions
 
 On several hosts start the same command on each, with --join: --join auto on a TPU pod or under Slurm, or
@@ -426,11 +427,28 @@ its path: params/fc1/kernel and so on. The data need not be there.
 
 def _plan(words: list[str]) -> int:
     from fedjax_sim.cli import flags
+    from fedjax_sim.runs.aot import machines
     from fedjax_sim.runs.plan import plan
 
-    switches = {"exact": "compile the round, and add what XLA says of it"}
+    switches = {
+        "exact": "compile the round, and add what XLA says of it",
+        "on=MACHINE": "compile the programs for a machine that need not be here, and say what they take on a "
+        f"chip and what chips exchange: {', '.join(machines.names())}. v5e and v6e are counted in chips, v4 "
+        "and v5p in TensorCores, of which a chip has two. Takes one to several minutes",
+        "json": "print one object for programs; with --on",
+    }
     config, chosen = flags.parse(words, "plan", "Says what a configuration will need in memory.", switches)
-    found = plan(config, exact=bool(chosen))
+    on = chosen.get("on")
+    if on is None:
+        if "json" in chosen:
+            raise UserError("command line", "--json", "it says what --on finds", "Name a machine with --on.")
+        found = plan(config, exact="exact" in chosen)
+    else:
+        machines.start_for(on)
+        found = plan(config, on=on, say=_complain)
+        if "json" in chosen:
+            print(found.to_json())
+            return 1 if found.fits is False else 0
     print(found)
     return 1 if found.fits is False else 0
 

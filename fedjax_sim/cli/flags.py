@@ -35,20 +35,24 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
       argv: what the user typed after the subcommand.
       command: for the help text.
       about: likewise.
-      extra: switch -> its help (`{"print-config": "…"}`).
+      extra: switch -> its help (`{"print-config": "…"}`); one that takes a value is written with it
+        (`{"on=MACHINE": "…"}`).
 
     Returns:
-      (RunConfig, set of switches).
+      (RunConfig, switch -> its value, "" of those without).
 
     Raises:
       UserError: an unknown flag, a value of the wrong type or outside its range.
       SystemExit: after `--help`.
     """
-    words, switches = list(argv), set()
-    for name in extra or {}:
-        while f"--{name}" in words:
+    words, switches = list(argv), {}
+    for name, equals, _ in (switch.partition("=") for switch in extra or {}):
+        while not equals and f"--{name}" in words:
             words.remove(f"--{name}")
-            switches.add(name)
+            switches[name] = ""
+        value, words = _named_by(f"--{name}", words) if equals else (None, words)
+        if value is not None:
+            switches[name] = value
     base = RunConfig()
     if words and not words[0].startswith("-"):
         base = config_lib.read_config(words.pop(0))

@@ -154,7 +154,7 @@ class DataStore:
         return self._placed[id(array)][1]
 
     def key(self, key: jax.Array) -> Any:
-        """A key, on every device."""
+        """A key[], on every device."""
         words = self._place(np.asarray(jax.random.key_data(key)), placement.replicated(self.mesh))
         if isinstance(words, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=words.sharding)

@@ -87,6 +87,7 @@ class Evaluator:
       rows: i64[rows], which of the samples; None: all of them.
       data: what it reads on the devices: (samples, their rows i32[batches, B] or, where they are cut, None).
       function: what is compiled.
+      program: the compiled function.
     """
 
     model: Model
@@ -97,7 +98,7 @@ class Evaluator:
     rows: np.ndarray | None = None
     data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
     function: Evaluation = dataclasses.field(init=False, repr=False)
-    _forward: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
+    program: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         mesh, example, rows = self.store.mesh, self.example, self.rows
@@ -118,11 +119,11 @@ class Evaluator:
         function = Evaluation(self.model, self.task, mesh, count)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "function", function)
-        object.__setattr__(self, "_forward", cached_jit(function, mesh, **readable(mesh)))
+        object.__setattr__(self, "program", cached_jit(function, mesh, **readable(mesh)))
 
     def __call__(self, variables: Variables) -> Outcome:
         """One model on all samples, on the device."""
-        return self._forward(variables, *self.data)
+        return self.program(variables, *self.data)
 
 
 @dataclasses.dataclass(frozen=True)

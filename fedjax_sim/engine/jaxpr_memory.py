@@ -110,7 +110,7 @@ class _Walk:
         """The worst of the programs inside: a loop's body, the branches, a called function."""
         own = leaf_bytes if eqn.primitive.name == "shard_map" else size
         worst: Counter[str] = Counter()
-        for inside in (inside for value in eqn.params.values() for inside in _programs(value)):
+        for inside in (inside for value in eqn.params.values() for inside in programs_inside(value)):
             operands = eqn.invars[len(eqn.invars) - len(inside.invars) :]
             if eqn.primitive.name == "scan":
                 first = eqn.params["num_consts"]
@@ -160,14 +160,15 @@ def _is_fused(eqn: Any, var: Any, readers: dict, last: dict, end: int) -> bool:
 
 
 def _has_programs(eqn: Any) -> bool:
-    return any(_programs(value) for value in eqn.params.values())
+    return any(programs_inside(value) for value in eqn.params.values())
 
 
-def _programs(value: Any) -> Sequence[Any]:
+def programs_inside(value: Any) -> Sequence[Any]:
+    """The programs that a parameter of an equation is made of: a loop's body, a conditional's branches."""
     if isinstance(value, core.ClosedJaxpr):
         return [value.jaxpr]
     if isinstance(value, core.Jaxpr):
         return [value]
     if isinstance(value, tuple | list):
-        return [inside for item in value for inside in _programs(item)]
+        return [inside for item in value for inside in programs_inside(item)]
     return []

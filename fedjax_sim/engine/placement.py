@@ -141,9 +141,7 @@ def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
     return out
 
 
-def speed_defaults(
-    execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh
-) -> tuple[int, str]:
+def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh) -> tuple[int, str]:
     """(wave width, implementation of the convolution) for these devices, where the user has not chosen.
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that

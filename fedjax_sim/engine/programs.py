@@ -54,7 +54,11 @@ def cached_jit(function: Callable[..., Any], mesh: Mesh, **options: Any) -> "Cac
 
 
 class CachedJit:
-    """A function under `jax.jit`, for arguments on the devices of a mesh; called as the function is."""
+    """A function under `jax.jit`, for arguments on the devices of a mesh; called as the function is.
+
+    Attributes:
+      function: as it was given.
+    """
 
     def __init__(
         self, function: Callable[..., Any], mesh: Mesh, *, many_kernels: bool = False, **options: Any
@@ -67,6 +71,7 @@ class CachedJit:
           many_kernels: it is made of hundreds of small operations, which take longer to compile than to run.
           **options: of `jax.jit`, arguments by number.
         """
+        self.function = function
 
         def joined(packing: _Packing, words: Any, *rest: Any) -> Any:
             return function(*packing.join(words, rest))

@@ -32,7 +32,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def public(source: str) -> Iterator[tuple[str, list[ast.arg], str]]:
     """(name, parameters, docstring) of each public function and method; `__init__` has its class's too."""
     for node in ast.parse(source).body:
-        if node_is_public(node) and isinstance(node, Function):
+        if node_is_public(node) and isinstance(node, Function) and not is_overload(node):
             yield node.name, parameters(node), ast.get_docstring(node) or ""
         if node_is_public(node) and isinstance(node, ast.ClassDef):
             for each in node.body:
@@ -43,6 +43,11 @@ def public(source: str) -> Iterator[tuple[str, list[ast.arg], str]]:
                 elif isinstance(each, Function) and node_is_public(each):
                     unbound = any(ast.unparse(mark) == "staticmethod" for mark in each.decorator_list)
                     yield f"{node.name}.{each.name}", parameters(each)[0 if unbound else 1 :], own
+
+
+def is_overload(function: Function) -> bool:
+    """One of several signatures, all of which the last one describes."""
+    return any(ast.unparse(mark) == "overload" for mark in function.decorator_list)
 
 
 def node_is_public(node: ast.stmt) -> bool:

@@ -70,7 +70,9 @@ def test_defaults_are_those_of_the_mesh_and_not_of_this_machine():
 
 
 def _mesh_of(platform: str, devices: int = 2) -> Any:
-    return types.SimpleNamespace(size=devices, devices=np.full(devices, types.SimpleNamespace(platform=platform)))
+    return types.SimpleNamespace(
+        size=devices, devices=np.full(devices, types.SimpleNamespace(platform=platform))
+    )
 
 
 def test_devices_once_chosen_are_not_chosen_again(monkeypatch):

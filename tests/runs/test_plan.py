@@ -18,10 +18,12 @@ from fedjax_sim.config import (
 )
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import jaxpr_memory
+from fedjax_sim.runs import parts
 from fedjax_sim.runs import plan as planning
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
-from fedjax_sim.runs.plan import MemoryPlan, Part
+from fedjax_sim.runs.parts import Part
+from fedjax_sim.runs.plan import MemoryPlan
 
 
 def config(**changes):
@@ -168,13 +170,13 @@ def test_what_does_not_fit_says_what_to_change():
 
 
 def test_bytes_are_written_as_people_do():
-    assert [planning.human(n) for n in (5, 2048, 3 * 2**20, 5 * 2**30)] == [
+    assert [parts.human(n) for n in (5, 2048, 3 * 2**20, 5 * 2**30)] == [
         "5 B",
         "2.0 KiB",
         "3.0 MiB",
         "5.0 GiB",
     ]
-    assert planning.available("cpu") > 2**20
+    assert parts.available("cpu") > 2**20
     assert jaxpr_memory.bytes_of({"a": np.zeros((3, 4), np.float32), "b": jax.random.key(0)}) == 56
 
 
@@ -228,5 +230,5 @@ def test_advice_is_only_what_would_change_something():
 
 
 def test_all_memory_is_at_least_what_is_free():
-    there = planning.total("cpu")
-    assert there is not None and there >= (planning.available("cpu") or 0)
+    there = parts.total("cpu")
+    assert there is not None and there >= (parts.available("cpu") or 0)

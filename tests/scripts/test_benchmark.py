@@ -162,7 +162,9 @@ def test_our_default_ends_the_check_of_the_cnn_where_float64_does():
     """To 1e-5. Winograd's rounding let pooling take other maxima, and moved the loss in the fourth digit."""
     workload = common.CHECKS["check-mcmahan"]
     weights, zoo = common.initial_weights(workload), models.create("mcmahan", workload.shape, 10)
-    model = zoo.with_conv(placement.speed_defaults(ExecutionConfig(), zoo, workload.cohort, placement.make_mesh(2))[1])
+    model = zoo.with_conv(
+        placement.speed_defaults(ExecutionConfig(), zoo, workload.cohort, placement.make_mesh(2))[1]
+    )
 
     def ours(params, x):
         named = {name: {"kernel": w, "bias": b} for name, (w, b) in params.items()}

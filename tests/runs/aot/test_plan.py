@@ -1,0 +1,139 @@
+"""A configuration compiled for a machine: on CPU devices here, on TPUs where their compiler is installed."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from fedjax_sim import data, runs
+from fedjax_sim.algorithms import CONFIGS
+from fedjax_sim.cli.commands import main
+from fedjax_sim.config import CohortConfig, ExecutionConfig, LocalConfig, ModelConfig, PeelConfig, RunConfig
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.runs.aot import plan as aot
+from fedjax_sim.runs.aot.machines import machine
+from fedjax_sim.runs.plan import plan
+
+
+def config(**changes):
+    base = RunConfig(
+        rounds=3,
+        algorithm=CONFIGS["fedmr"](),
+        partition=data.PartitionConfig(kind="iid", clients=16),
+        model=ModelConfig(options={"hidden": [256]}),
+        local=LocalConfig(epochs=1, batch_size=16),
+        cohort=CohortConfig(size=8),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return plan(config(peel=PeelConfig(every=1, clients=2)), on="cpu-4")
+
+
+def test_it_compiles_the_programs_of_a_run(found):
+    assert [one.name for one in found.programs] == [aot.ROUND, aot.MEASURED, aot.OBSERVERS, aot.EVALUATION]
+    first, measured = found.programs[:2]
+    assert first.seconds > 0 and first.flops > 0 and first.traffic > 0 and first.arguments > 0
+    assert measured.outputs > first.outputs  # the models that are looked at
+    assert found.fits
+
+
+def test_its_figures_are_xlas_of_the_very_round(found):
+    setup = runs.api.prepare(config(execution=ExecutionConfig(devices=4)))
+    simulation = runs.Simulation(setup)
+    inputs, _ = simulation.inputs(0)
+    with jax.set_mesh(simulation.mesh):
+        made = simulation.program.lower(simulation.state, inputs, simulation.data).compile()
+    sizes, first = made.memory_analysis(), found.programs[0]
+    assert first.arguments == sizes.argument_size_in_bytes
+    assert first.temporaries == sizes.temp_size_in_bytes
+    assert first.in_place == sizes.alias_size_in_bytes
+
+
+def test_operations_are_those_of_the_steps(found):
+    """Of an MLP: forward, the weights' gradients and, but for the first layer, the inputs'."""
+    setup = runs.api.prepare(config(execution=ExecutionConfig(devices=4)))
+    steps, batch, clients = setup.steps[0], 16, 8 // 4
+    products = 64 * 256 * 2 + 256 * 10 * 3
+    wanted = clients * steps * batch * 2 * products
+    assert found.programs[0].flops == pytest.approx(wanted, rel=0.25)
+
+
+def test_the_recombination_is_named_with_its_line():
+    wide = plan(config(model=ModelConfig(options={"hidden": [4096]})), on="cpu-2")
+    found = wide.programs[0].collectives
+    large = [one for one in found if one.bytes >= 2**20 and one.op == "all-to-all"]
+    assert large
+    assert all("fedjax_sim/algorithms/fedmr.py:" in one.where and "(recombine)" in one.where for one in large)
+    assert "core/stacked.py:" in large[0].where
+    assert "asked for by fedjax_sim/algorithms/fedmr.py" in str(wide)
+
+
+def test_as_data(found):
+    there = json.loads(found.to_json())
+    assert there["machine"]["name"] == "cpu-4" and there["chips"] == 4 and there["fits"] is True
+    assert set(there["memory"]) == {"needed", "total", "available", "parts"}
+    assert there["memory"]["total"] == found.total
+    assert {"op", "bytes", "where", "times", "program"} <= set(there["collectives"][0])
+    assert there["flops"] == found.programs[0].flops and there["cycles"] is None
+    assert there["compile_seconds"] == pytest.approx(sum(one.seconds for one in found.programs))
+
+
+def test_what_is_too_large_is_said_with_a_remedy(found):
+    little = dataclasses.replace(machine("cpu-4"), memory=2**20)
+    tight = dataclasses.replace(found, machine=little, available=2**20)
+    assert tight.fits is False
+    text = str(tight)
+    assert "does NOT fit, by" in text and "what to change, the cheapest first:" in text
+    assert tight.to_dict()["advice"] == tight.advice() != []
+    assert not found.advice()
+
+
+def test_the_first_remedy_is_a_narrower_wave_where_that_does():
+    made = plan(config(execution=ExecutionConfig(wave=2), model=ModelConfig("mcmahan")), on="cpu-4")
+    waves = sum(part.device for part in made.parts if part.name in aot._OF_WAVE)
+    little = dataclasses.replace(made.machine, memory=1)
+    tight = dataclasses.replace(made, machine=little, available=made.programs[0].total - waves // 4)
+    assert tight.advice()[0].startswith("execution.wave = 1 instead of 2")
+
+
+def test_what_xla_refuses_for_lack_of_memory_is_read():
+    message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    message += "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    assert aot._wanted(message) == int(20.5 * 2**30)
+    assert aot._wanted("INTERNAL: something else") is None
+    refused = aot.Program("round", refused=2**30, besides=5, seconds=1.0)
+    assert refused.total == 2**30 + 5
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    text = (
+        "rounds: 2\nmodel: {name: mlp, options: {hidden: []}}\npartition: {clients: 4}\ncohort: {size: 4}\n"
+    )
+    (tmp_path / "my.yaml").write_text(text)
+    words = ["plan", str(tmp_path / "my.yaml"), "--on", "cpu-2"]
+    assert main(words) == 0
+    told = capsys.readouterr()
+    assert "cpu-2: 2 × CPU" in told.out and "compiling the round" in told.err
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["chips"] == 2
+    assert main(["plan", "--json"]) == 2
+    assert "--on" in capsys.readouterr().err
+    assert main(["plan", "--on", "v9-8"]) == 2
+    assert "no such machine" in capsys.readouterr().err
+
+
+def test_errors_of_a_configuration_are_those_of_a_run():
+    with pytest.raises(UserError, match=r"cohort\.size"):
+        plan(config(cohort=CohortConfig(size=99)), on="cpu-2")
+
+
+def test_cut_arrays_count_by_their_share():
+    mesh = machine("cpu-4").mesh
+    leaf = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=aot.placement.cut(mesh))
+    whole = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=aot.placement.replicated(mesh))
+    assert (aot._share(leaf), aot._share(whole)) == (2 * 3 * 4, 8 * 3 * 4)
