@@ -88,8 +88,9 @@ class CluSamp:
             old = stacked.take_rows(state.updates, cohort.ids)
             new = stacked.where_slot(results.included, results.uploads, old)
             updates = stacked.put_rows(state.updates, cohort.ids, new)
-            rows = jax.lax.map(lambda one: self._distances(one, updates), new)
-            distances = state.distances.at[cohort.ids].set(rows).at[:, cohort.ids].set(rows.T)
+            columns = stacked.of_pairs(self._distances, updates, new)  # [N, K]
+            distances = stacked.put_rows(state.distances, cohort.ids, columns.T)
+            distances = distances.at[:, cohort.ids].set(columns)
             return CluSampState(results.mean, updates, distances), {}
 
         def choose(distances, counts, size, generator):
@@ -104,7 +105,7 @@ class CluSamp:
             local=LocalRule(finish_round=finish_round),
             weights=shared.weighing(self.weights),
             needs_models=False,
-            stacked=("updates",),
+            stacked=("updates", "distances"),
             with_model=lambda state, model: state.replace(model=model),
             cohort_chooser=CohortChooser(lambda state: state.distances, choose),
         )

@@ -348,6 +348,46 @@ def put_rows(
     return _like(tree, jax.tree.map(lambda leaf: cut_to(leaf, count), written))
 
 
+def of_pairs(
+    function: Callable[[jax.Array, jax.Array], jax.Array],
+    stack: Shaped[Array, " N *rest"],
+    slots: Shaped[Array, " K *rest"],
+) -> Shaped[Array, "N K"]:
+    """What a function says of each row of a stack and each of some slots. [N, …], [K, …] -> [N, K].
+
+    Sharded, the slots travel round the ring of devices, each of which has its rows of the result: memory a
+    device stays its share, traffic is that of K slots. An N or K that D does not divide is filled up.
+
+    Args:
+      function: of one slot […] and some rows [n, …], -> [n].
+      stack: rows.
+      slots: of the same shape.
+    """
+    devices, count, given = _devices(), stack.shape[0], slots.shape[0]
+
+    def of_each(stack: jax.Array, slots: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda one: function(one, stack), slots).T
+
+    if devices == 1:
+        return of_each(stack, slots)
+    share = -(-given // devices)
+
+    def ring(both: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def hop(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            out, slots = carry
+            home = (jax.lax.axis_index(AXIS) - number) % devices
+            out = jax.lax.dynamic_update_slice_in_dim(out, of_each(both[0], slots), home * share, 1)
+            return out, jax.lax.ppermute(slots, AXIS, _around(devices))
+
+        one = jax.eval_shape(of_each, *both)
+        return jax.lax.fori_loop(
+            0, devices, hop, (jnp.zeros((one.shape[0], share * devices), one.dtype), both[1])
+        )[0]
+
+    found = _on_own_slots(ring, devices)((filled_up(stack, devices), filled_up(slots, devices)))
+    return cut_to(found, count)[:, :given]
+
+
 def summed(tree: PyTree) -> PyTree:
     """What all devices have, added up, inside what `on_devices` runs on each of them."""
     return jax.lax.psum(tree, AXIS) if _on_many() else tree

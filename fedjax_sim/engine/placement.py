@@ -145,7 +145,9 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
     """(wave width, implementation of the convolution) for these devices, where the user has not chosen.
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
-    stay in cache; an accelerator wants the device's whole share side by side.
+    stay in cache; an accelerator wants the device's whole share side by side. On a TPU XLA's own convolutions
+    are the fastest for LeNet and the McMahan CNN, grouped ones under `vmap` included, by its estimate
+    (scripts/benchmark/results/machines-conv.csv). On a GPU `patches` is reasoned and not measured.
 
     Args:
       execution: what the user has chosen.
@@ -162,7 +164,9 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
     else:
         wave = share
     conv = execution.conv
-    if conv == "auto" and (wave > 1 or not on_cpu):
+    if conv == "auto" and platform_of(mesh) == "tpu":
+        conv = "xla"
+    elif conv == "auto" and (wave > 1 or not on_cpu):
         conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv
 

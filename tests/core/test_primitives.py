@@ -232,6 +232,30 @@ def test_of_a_stack_that_the_devices_do_not_divide_each_has_its_share(mesh, more
 
 
 @pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize(("more", "given"), [(0, 1), (-1, 5)])
+def test_of_every_pair_each_device_has_the_rows_of_its_own(mesh, more, given):
+    """Also where the devices divide neither rows nor slots; whole stacks are nowhere."""
+    devices, rng = mesh.size, np.random.default_rng(3)
+    rows = rng.normal(size=(3 * devices + more, 4)).astype(np.float32)
+    slots = rng.normal(size=(given, 4)).astype(np.float32)
+    held = Held((len(rows),), devices)
+
+    def run(rows, slots):
+        apart = stacked.of_pairs(
+            lambda one, block: jnp.abs(block - one[None]).sum(1), *held.cut([rows]), slots
+        )
+        return stacked.filled_up(apart, devices)
+
+    grown = np.concatenate([rows, rows[: -len(rows) % devices]])
+    with jax.set_mesh(mesh):
+        whole = jax.device_put(grown, placement.cut(mesh))
+        program = jax.jit(run, out_shardings=placement.cut(mesh)).lower(whole, slots).compile()
+        made = np.asarray(program(whole, slots))[: len(rows)]
+    assert "all-gather" not in program.as_text()
+    np.testing.assert_allclose(made, np.abs(rows[:, None] - slots).sum(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
 def test_a_mean_over_devices_and_the_largest_of_what_has_none(mesh):
     """Three slots a device; of one device none counts, and of the largest values some do not."""
     devices, rng = mesh.size, np.random.default_rng(1)

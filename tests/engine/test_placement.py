@@ -66,7 +66,8 @@ def test_forward_passes_are_small_for_convolutions_on_a_cpu_unless_asked_otherwi
 def test_defaults_are_those_of_the_mesh_and_not_of_this_machine():
     """A program may be compiled for devices that are not here."""
     lenet = models.create("lenet", (32, 32, 3), 10)
-    assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("tpu", 4)) == (25, "patches")
+    assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("tpu", 4)) == (25, "xla")
+    assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("gpu", 4)) == (25, "patches")
 
 
 def _mesh_of(platform: str, devices: int = 2) -> Any:
