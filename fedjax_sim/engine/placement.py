@@ -145,9 +145,11 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
     """(wave width, implementation of the convolution) for these devices, where the user has not chosen.
 
     On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
-    stay in cache; an accelerator wants the device's whole share side by side. On a TPU XLA's own convolutions
-    are the fastest for LeNet and the McMahan CNN, grouped ones under `vmap` included, by its estimate
-    (scripts/benchmark/results/machines-conv.csv). On a GPU `patches` is reasoned and not measured.
+    stay in cache. On a TPU, by XLA's estimate of cycles (scripts/benchmark/results/machines-conv.csv), XLA's
+    own convolutions are the fastest; where most of them have few input channels, clients side by side share
+    tiles that one alone fills badly (LeNet: 144,000 cycles a client and step in waves of 10, 212,000 alone),
+    and where they have many a client is better alone (ResNet-20: 3.2 against 5.4 million). On a GPU the
+    device's whole share side by side and `patches` are reasoned and not measured.
 
     Args:
       execution: what the user has chosen.
@@ -155,20 +157,32 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
       cohort_size: K.
       mesh: the D devices.
     """
-    share = -(-cohort_size // mesh.size)
-    on_cpu = platform_of(mesh) == "cpu"
+    share, platform = -(-cohort_size // mesh.size), platform_of(mesh)
+    on_cpu = platform == "cpu"
     if execution.wave is not None:
         wave = min(execution.wave, share)
     elif on_cpu:
         wave = 1 if model.convolves else min(10, share)
+    elif platform == "tpu" and _has_deep_convolutions(model):
+        wave = 1
     else:
         wave = share
     conv = execution.conv
-    if conv == "auto" and platform_of(mesh) == "tpu":
+    if conv == "auto" and platform == "tpu":
         conv = "xla"
     elif conv == "auto" and (wave > 1 or not on_cpu):
         conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv
+
+
+_DEEP = 16
+"""Input channels from which a convolution fills a TPU's tiles well enough with one client."""
+
+
+def _has_deep_convolutions(model: Model) -> bool:
+    """Whether more than half of the convolutions have many input channels."""
+    kernels = [leaf for leaf in jax.tree.leaves(model.abstract["params"]) if leaf.ndim == 4]
+    return 2 * sum(kernel.shape[2] >= _DEEP for kernel in kernels) > len(kernels)
 
 
 def forward_batch(evaluation: EvaluationConfig, model: Model, mesh: Mesh) -> int:

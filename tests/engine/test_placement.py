@@ -68,6 +68,10 @@ def test_defaults_are_those_of_the_mesh_and_not_of_this_machine():
     lenet = models.create("lenet", (32, 32, 3), 10)
     assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("tpu", 4)) == (25, "xla")
     assert placement.speed_defaults(ExecutionConfig(), lenet, 100, _mesh_of("gpu", 4)) == (25, "patches")
+    resnet, mlp = models.create("resnet20", (32, 32, 3), 10), models.create("mlp", (8, 8, 1), 10)
+    assert placement.speed_defaults(ExecutionConfig(), resnet, 100, _mesh_of("tpu", 4)) == (1, "xla")
+    assert placement.speed_defaults(ExecutionConfig(), mlp, 100, _mesh_of("tpu", 4))[0] == 25
+    assert placement.speed_defaults(ExecutionConfig(wave=7), resnet, 100, _mesh_of("tpu", 4))[0] == 7
 
 
 def _mesh_of(platform: str, devices: int = 2) -> Any:
