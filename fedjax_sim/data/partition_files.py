@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from fedjax_sim.core.documents import parse_json
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.paths import local, whole
+from fedjax_sim.data.ragged import Ragged, once
 from fedjax_sim.data.samples import Samples
 
 FORMAT = "fedjax_sim.partition"
@@ -25,7 +27,8 @@ class Partition:
     """Who holds what.
 
     Attributes:
-      train: i64[n_k] for each of the N clients, indices into the training images.
+      train: i64[n_k] for each of the N clients, indices into the training images. Given as any sequence of
+        arrays, it is held as one array with offsets (`fedjax_sim.data.ragged.Ragged`), as is `test`.
       test: i64[t_k] for each client, or None where clients have no test set of their own.
       test_from: `"test"` or `"train"`: the images that `test` points into (`holdout` takes part of
         the training images, which are then in no client's `train`).
@@ -36,15 +39,15 @@ class Partition:
         the same number and the same samples train alike.
     """
 
-    train: tuple[np.ndarray, ...]
-    test: tuple[np.ndarray, ...] | None = None
+    train: Sequence[np.ndarray]
+    test: Sequence[np.ndarray] | None = None
     test_from: str = "test"
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     server: np.ndarray | None = None
     rng_ids: np.ndarray | None = None
 
     def __post_init__(self):
-        if not self.train:
+        if not len(self.train):
             raise UserError("partition.train", (), "no clients", "Give one array of indices for each client.")
         if self.test_from not in ("train", "test"):
             raise UserError(
@@ -58,13 +61,12 @@ class Partition:
         for part in ("train", "test"):
             given = getattr(self, part)
             if given is not None:
-                clients = (_indices(part, f"client {k}", v) for k, v in enumerate(given))
-                object.__setattr__(self, part, tuple(clients))
+                object.__setattr__(self, part, _lists(part, given))
         if self.test_from == "train":
             self._check_held_out()
         if self.server is not None:
             object.__setattr__(self, "server", _indices("server", "the server", self.server))
-            taken = np.intersect1d(self.held(), self.server)
+            taken = once(self.server[np.isin(self.server, self.held())])
             if len(taken):
                 why = f"clients hold {len(taken)} of the samples that are put aside for the server"
                 raise UserError("partition.server", int(taken[0]), why, "Take them from one or the other.")
@@ -78,24 +80,23 @@ class Partition:
 
     def sizes(self) -> np.ndarray:
         """i64[N]: training samples of each client."""
-        return np.array([len(p) for p in self.train], np.int64)
+        return Ragged.of(self.train).sizes
 
     def held(self) -> np.ndarray:
         """i64[·]: the training images that some client trains or tests on, each once, sorted."""
-        tests = (self.test or ()) if self.test_from == "train" else ()
-        return np.unique(np.concatenate([*self.train, *tests]))
+        tests = [Ragged.of(self.test or ())] if self.test_from == "train" else []
+        return once(np.concatenate([part.flat for part in (Ragged.of(self.train), *tests)]))
 
     def _check_held_out(self) -> None:
-        trained = np.unique(np.concatenate(self.train))
-        tests = self.test or ()
-        leaks = sum(int(np.isin(t, trained).sum()) for t in tests)
-        if not leaks:
+        train, tests = Ragged.of(self.train), Ragged.of(self.test or ())
+        leaks = np.flatnonzero(np.isin(tests.flat, train.flat))
+        if not len(leaks):
             return
-        k, sample = next((k, int(i)) for k, t in enumerate(tests) for i in t if i in trained)
-        trainer = next(j for j, t in enumerate(self.train) if sample in t)
+        k, sample = tests.list_at(int(leaks[0])), int(tests.flat[leaks[0]])
+        trainer = train.list_at(int(np.argmax(train.flat == sample)))
         why = (
             f"client {k} tests on this training image, and client {trainer} trains on it; the same holds for "
-            f"{leaks} of {sum(map(len, tests))} held-out samples"
+            f"{len(leaks)} of {len(tests.flat)} held-out samples"
         )
         fix = "Take what is held out from every client's `train`, or test on images of the test set."
         raise UserError("partition.test", sample, why, fix)
@@ -151,12 +152,12 @@ def check_partition(partition: Partition, dataset: Samples) -> None:
         raise UserError("partition.recipe", made_for, why, fix)
     bounds = {"train": dataset.train_size, "test": dataset.test_size}
     for part, bound in (("train", bounds["train"]), ("test", bounds[partition.test_from])):
-        for k, indices in enumerate(getattr(partition, part) or ()):
-            if len(indices) and indices.max() >= bound:
-                why = f"client {k} points beyond the {bound} images of {dataset.name}"
-                raise UserError(
-                    f"partition.{part}", int(indices.max()), why, "Use the set that it was made for."
-                )
+        lists = Ragged.of(getattr(partition, part) or ())
+        if lists.flat.max(initial=-1) >= bound:
+            k = lists.list_at(int(np.argmax(lists.flat >= bound)))
+            why = f"client {k} points beyond the {bound} images of {dataset.name}"
+            fix = "Use the set that it was made for."
+            raise UserError(f"partition.{part}", int(lists[k].max()), why, fix)
     if partition.server is not None and partition.server.max() >= bounds["train"]:
         why = f"beyond the {bounds['train']} training images of {dataset.name}"
         raise UserError(
@@ -172,8 +173,8 @@ def save(partition: Partition, path: str | Path) -> None:
         "version": VERSION,
         "recipe": dict(partition.recipe),
         "test_from": partition.test_from,
-        "train": [p.tolist() for p in partition.train],
-        "test": None if partition.test is None else [p.tolist() for p in partition.test],
+        "train": Ragged.of(partition.train).tolist(),
+        "test": None if partition.test is None else Ragged.of(partition.test).tolist(),
     }
     for key, value in (("server", partition.server), (_RNG_IDS, partition.rng_ids)):
         if value is not None:
@@ -252,22 +253,41 @@ def _read_fedmr(content: dict[str, Any], path: Path) -> Partition:
     return Partition(_arrays("train", arrays, path, repeats=False), recipe=recipe)
 
 
-def _arrays(part: str, lists: object, path: Path, repeats: bool) -> tuple[np.ndarray, ...]:
+def _arrays(part: str, lists: object, path: Path, repeats: bool) -> Sequence[np.ndarray]:
     if not isinstance(lists, list) or not lists:
         raise UserError("partition.path", str(path), f"`{part}` is not a list of clients", _FIX)
-    arrays = []
-    for k, given in enumerate(lists):
-        indices = _integers(f"client {k} of `{part}`", given, path)
-        if not len(indices):
-            raise UserError(
-                "partition.path", str(path), f"client {k} of `{part}` is empty", "Remove that client."
-            )
-        if not repeats and len(np.unique(indices)) < len(indices):
-            values, counts = np.unique(indices, return_counts=True)
-            why = f"client {k} of `{part}` holds index {values[counts > 1][0]} more than once"
-            raise UserError("partition.path", str(path), why, "Remove the duplicates.")
-        arrays.append(indices)
-    return tuple(arrays)
+    made = _sound(lists, repeats)
+    return (
+        tuple(_one(part, k, given, path, repeats) for k, given in enumerate(lists)) if made is None else made
+    )
+
+
+def _sound(lists: list[Any], repeats: bool) -> Ragged | None:
+    """All clients' lists at once; None if one of them may be at fault, which `_one` then tells."""
+    if set(map(type, lists)) != {list} or set(map(type, chain.from_iterable(lists))) != {int}:
+        return None
+    sizes = np.fromiter(map(len, lists), np.int64, len(lists))
+    try:
+        made = Ragged.cut(np.fromiter(chain.from_iterable(lists), np.int64, int(sizes.sum())), sizes)
+    except OverflowError:
+        return None
+    if not sizes.all() or made.flat.min() < 0:
+        return None
+    return made if repeats or len(made.distinct().flat) == len(made.flat) else None
+
+
+def _one(part: str, k: int, given: object, path: Path, repeats: bool) -> np.ndarray:
+    """What client k holds, from a file. Raises UserError for what it cannot."""
+    indices = _integers(f"client {k} of `{part}`", given, path)
+    if not len(indices):
+        raise UserError(
+            "partition.path", str(path), f"client {k} of `{part}` is empty", "Remove that client."
+        )
+    if not repeats and len(np.unique(indices)) < len(indices):
+        values, counts = np.unique(indices, return_counts=True)
+        why = f"client {k} of `{part}` holds index {values[counts > 1][0]} more than once"
+        raise UserError("partition.path", str(path), why, "Remove the duplicates.")
+    return indices
 
 
 def _integers(what: str, given: object, path: Path) -> np.ndarray:
@@ -282,6 +302,18 @@ def _integers(what: str, given: object, path: Path) -> np.ndarray:
 
 def _optional(name: str, given: object, path: Path) -> np.ndarray | None:
     return None if given is None else _integers(f"`{name}`", given, path)
+
+
+def _lists(part: str, given: Sequence[Any]) -> Ragged:
+    """What all clients hold. Raises UserError for the first of them who holds what no client can."""
+    lists = given
+    if not isinstance(given, Ragged):
+        lists = [np.asarray(values) for values in given]
+    if isinstance(lists, Ragged) or all(each.ndim == 1 and each.dtype.kind in "iu" for each in lists):
+        made = Ragged.of(lists)
+        if made.sizes.all() and made.flat.min() >= 0:
+            return made
+    return Ragged.of([_indices(part, f"client {k}", values) for k, values in enumerate(lists)])
 
 
 def _indices(part: str, whose: str, values: object) -> np.ndarray:

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.data.partition_files import Partition
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.data.samples import Samples
 
 
@@ -17,7 +20,25 @@ def label_counts(partition: Partition, labels: np.ndarray, num_classes: int) -> 
       labels: i32[n] of the training set.
       num_classes: C.
     """
-    return np.stack([np.bincount(labels[p], minlength=num_classes) for p in partition.train]).astype(np.int64)
+    return counts_of(Ragged.of(partition.train), labels, num_classes)
+
+
+def counts_of(parts: Ragged, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """i64[N, C]: samples of each class in each of the lists.
+
+    Args:
+      parts: N lists.
+      labels: i32[n] of the samples.
+      num_classes: C.
+
+    Raises:
+      UserError: a label is not below C.
+    """
+    held = labels[parts.flat]
+    if held.max(initial=0) >= num_classes:
+        raise UserError("labels", int(held.max()), f"there are {num_classes} classes", "Count all of them.")
+    cells = parts.owners * num_classes + held
+    return np.bincount(cells, minlength=len(parts) * num_classes).reshape(len(parts), num_classes)
 
 
 def effective_classes(counts: np.ndarray) -> np.ndarray:
@@ -36,24 +57,23 @@ def held_by_nobody(partition: Partition, dataset: Samples) -> tuple[int, list[st
     count, labels = dataset.train_size - len(partition.held()) - len(aside), dataset.train_classes
     if labels is None:
         return count, []
-    trained = np.unique(labels[np.concatenate(partition.train)])
-    return count, [dataset.class_names[c] for c in np.setdiff1d(labels, trained)]
+    there, trained = (np.bincount(each) > 0 for each in (labels, labels[Ragged.of(partition.train).flat]))
+    there[: len(trained)] &= ~trained
+    return count, [dataset.class_names[c] for c in np.flatnonzero(there)]
 
 
 def summary(partition: Partition, dataset: Samples) -> str:
     """A few lines for a person: sizes, heterogeneity, overlap, local tests."""
     sizes = partition.sizes()
-    held = np.zeros(dataset.train_size, np.int64)
-    for part in partition.train:
-        held[np.unique(part)] += 1
+    held = np.bincount(Ragged.of(partition.train).distinct().flat, minlength=dataset.train_size)
     recipe = partition.recipe
     facts = [f"{k} {recipe[k]}" for k in _FACTS.get(str(recipe.get("kind")), ()) if recipe.get(k) is not None]
     if partition.test is None:
         tests = "none"
     else:
-        counts = [len(t) for t in partition.test]
+        counts = Ragged.of(partition.test).sizes
         tests = (
-            f"{min(counts):,} to {max(counts):,} samples a client, out of the {partition.test_from} images"
+            f"{counts.min():,} to {counts.max():,} samples a client, out of the {partition.test_from} images"
         )
     how = ", ".join([str(recipe.get("kind", "?")), *facts])
     spread = f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,}"
@@ -107,12 +127,62 @@ _FACTS = {
 }
 
 
+class Columns(NamedTuple):
+    """What `plot` draws of clients in order.
+
+    Attributes:
+      sizes: f64[columns], mean number of samples.
+      smallest: i64[columns], of the column's smallest client.
+      largest: likewise.
+      shares: f64[columns, C], mean share of each class.
+      each: clients of a column, on average.
+    """
+
+    sizes: np.ndarray
+    smallest: np.ndarray
+    largest: np.ndarray
+    shares: np.ndarray
+    each: float
+
+    @classmethod
+    def of(cls, sizes: np.ndarray, shares: np.ndarray) -> "Columns":
+        """A column for each client, or `_COLUMNS` in all of more than `_APART`.
+
+        Args:
+          sizes: i64[N], samples of the clients.
+          shares: f64[N, C], of each class.
+        """
+        clients = len(sizes)
+        if clients <= _APART:
+            return cls(sizes, sizes, sizes, shares, 1)
+        starts = np.arange(_COLUMNS) * clients // _COLUMNS
+        members = np.diff(starts, append=clients)
+        return cls(
+            np.add.reduceat(sizes, starts) / members,
+            np.minimum.reduceat(sizes, starts),
+            np.maximum.reduceat(sizes, starts),
+            np.add.reduceat(shares, starts) / members[:, None],
+            clients / _COLUMNS,
+        )
+
+
+_APART, _COLUMNS = 1000, 500
+"""So many clients have a column each in a picture; of more there are so many columns."""
+
+
 def plot(partition: Partition, dataset: Samples, path: str | Path) -> None:
     """Draws clients by classes, with sizes above, and saves it (the suffix says the format).
 
     Clients are sorted by their most frequent class and its share. A cell's colour is the class's
     share of that client, so that small clients are as visible as large ones; sizes have their own
-    panel. Columns have no borders: a thousand clients stay readable.
+    panel. Columns have no borders: a thousand clients stay readable. Of more, a column is the mean of
+    neighbours in that order, 500 columns in all, and a band in the upper panel goes from the smallest
+    client of a column to the largest.
+
+    Args:
+      partition: N clients.
+      dataset: what they hold.
+      path: of the picture.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -125,16 +195,19 @@ def plot(partition: Partition, dataset: Samples, path: str | Path) -> None:
     top = shares.argmax(1)
     order = np.lexsort((-shares[np.arange(len(top)), top], top))
     clients, classes = counts.shape
+    drawn = Columns.of(counts.sum(1)[order], shares[order])
     width, height = float(np.clip(clients / 10, 6, 14)), float(np.clip(classes / 4, 2.5, 9))
     figure = Figure(figsize=(width, height + 1.6), layout="constrained")
     FigureCanvasAgg(figure)
     bars, cells = figure.subplots(2, 1, sharex=True, height_ratios=(1, max(2.0, height / 1.2)))
-    edges = np.arange(clients + 1) - 0.5
-    bars.stairs(counts.sum(1)[order], edges, fill=True, color="0.4")
+    edges = np.arange(len(drawn.shares) + 1) - 0.5
+    bars.stairs(drawn.sizes, edges, fill=True, color="0.4")
+    if drawn.each > 1:
+        bars.stairs(drawn.largest, edges, baseline=drawn.smallest, fill=True, color="0.4", alpha=0.3)
     bars.set_ylabel("samples")
     bars.spines[["top", "right"]].set_visible(False)
     picture = cells.imshow(
-        shares[order].T, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
+        drawn.shares.T, aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
     )
     figure.colorbar(picture, ax=cells, label="share of the client's samples", fraction=0.03, pad=0.01)
     if classes <= 30:
@@ -144,6 +217,8 @@ def plot(partition: Partition, dataset: Samples, path: str | Path) -> None:
         cells.set_xticks(range(clients), order, fontsize=7)
         cells.set_xlabel("client")
     else:
-        cells.set_xlabel(f"{clients:,} clients, sorted by their most frequent class")
+        columns = f"; a column is the mean of {drawn.each:,.0f}" if drawn.each > 1 else ""
+        cells.set_xlabel(f"{clients:,} clients, sorted by their most frequent class{columns}")
+        cells.tick_params(labelbottom=drawn.each == 1)
     bars.set_title(summary(partition, dataset).splitlines()[0], fontsize=9, loc="left")
     figure.savefig(Path(path).expanduser(), dpi=120)

@@ -14,7 +14,8 @@ from fedjax_sim.core.versions import installed
 from fedjax_sim.data import partition_files, splits
 from fedjax_sim.data.partition_config import PartitionConfig, wrong
 from fedjax_sim.data.partition_files import Partition
-from fedjax_sim.data.partition_reports import held_by_nobody, named
+from fedjax_sim.data.partition_reports import counts_of, held_by_nobody, named
+from fedjax_sim.data.ragged import Ragged, once, without
 from fedjax_sim.data.samples import Samples
 
 
@@ -66,16 +67,18 @@ def _partition(dataset: Samples, config: PartitionConfig, seed: int, put_aside: 
     pool, server = np.arange(dataset.train_size), None
     if put_aside:
         server = _drawn_for_server(dataset, pool, put_aside, int(seed))
-        pool = np.setdiff1d(pool, server)
+        pool = without(dataset.train_size, server)
     if config.clients is not None and config.kind not in ("natural", "identical"):
         _check_enough(len(pool), config)
     parts, recipe, mixes, groups = _split(dataset, pool, config, int(seed))
-    parts = [pool[p] for p in parts]
+    parts = parts.within(pool[parts.flat])
     size = config.samples_per_client
     if size is not None and config.kind != "dirichlet-classes":
         _check_smallest(parts, size, "samples_per_client", size)
         rng = _rng(seed, "samples-per-client")
-        parts = [np.sort(rng.choice(p, size, replace=False)) for p in parts]
+        picked = splits.choices(parts.sizes, np.full(len(parts), size), rng)
+        chosen = parts.flat[np.repeat(parts.offsets[:-1], size) + picked]
+        parts = Ragged.cut(chosen, np.full(len(parts), size)).ascending()
     _check_smallest(parts, max(config.min_size, 1), "min_size", config.min_size)
     made = _finish(dataset, config, int(seed), parts, recipe, mixes, groups)
     return made if server is None else _with_server(made, server, put_aside)
@@ -126,7 +129,7 @@ def for_server(given: Partition, dataset: Samples, fraction: float, seed: int) -
     if not fraction or given.server is not None:
         return given
     partition_files.check_partition(given, dataset)
-    free = np.setdiff1d(np.arange(dataset.train_size), given.held())
+    free = without(dataset.train_size, given.held())
     return _with_server(given, _drawn_for_server(dataset, free, fraction, seed), fraction)
 
 
@@ -165,7 +168,7 @@ def _split(
     """
     rng, clients = _rng(seed, config.kind), config.clients or 0
     if config.kind == "identical":
-        return [np.arange(len(pool))], {}, None, None
+        return Ragged.of([np.arange(len(pool))]), {}, None, None
     if config.kind == "iid":
         return splits.iid(len(pool), clients, rng), {}, None, None
     if config.kind == "quantity":
@@ -179,7 +182,7 @@ def _split(
                 "kind", "domain", why, "Use a cross-domain set (pacs, digit-five, digits-domains) or `union`."
             )
         ids = dataset.train_domains[pool]
-        domains = len(np.unique(ids))
+        domains = len(once(ids))
         if clients and clients < domains:
             raise wrong(
                 "clients", clients, f"fewer than the {domains} domains", f"Use {domains}, or a multiple."
@@ -211,7 +214,7 @@ def _split_by_class(
         mixes = splits.class_mixes(config.alpha, clients, dataset.task.num_classes, rng)
         counts = splits.counts_of_mixes(mixes, size)
         return splits.draw_counts(labels, counts, rng, "data.train_labels"), {}, mixes, None
-    classes = len(np.unique(labels))
+    classes = len(once(labels))
     if config.kind == "pathological" and config.classes_per_client > classes:
         why = f"the set has {classes} classes"
         raise wrong("classes_per_client", config.classes_per_client, why, f"Use {classes} or fewer.")
@@ -249,31 +252,34 @@ def _finish(
         if mixes is not None:
             counts = splits.counts_of_mixes(mixes, size)
         else:
-            shares = np.stack(
-                [np.bincount(dataset.train_classes[p], minlength=dataset.task.num_classes) for p in parts]
-            )
+            shares = counts_of(parts, dataset.train_classes, dataset.task.num_classes)
             counts = splits.largest_remainder(shares / shares.sum(1, keepdims=True), size)
         test = splits.draw_counts(dataset.test_classes, counts, rng, "data.test_labels")
-    parts, test = alike * parts, None if test is None else tuple(alike * test)
+    parts, test = alike * parts, None if test is None else alike * test
     recipe = {**dataclasses.asdict(config), "seed": seed, "clients": len(parts), **extra}
     recipe |= partition_files.describe(dataset)
     recipe |= {"fedjax_sim": installed("fedjax_sim") or "unknown", "numpy": np.__version__}
     rng_ids = np.zeros(alike, np.int32) if config.kind == "identical" else None
-    return Partition(tuple(parts), test, test_from, recipe, rng_ids=rng_ids)
+    return Partition(parts, test, test_from, recipe, rng_ids=rng_ids)
 
 
 def _matching_groups(
     ids: np.ndarray, groups: np.ndarray, size: int | None, rng: np.random.Generator
 ) -> splits.Parts:
     """Each client's test samples: those of its writer or domain, or `size` of them."""
-    test = []
-    for k, group in enumerate(groups):
-        members = np.flatnonzero(ids == group)
-        if len(members) < (size or 1):
-            why = f"client {k} (writer or domain {group}) has {len(members)} test samples"
-            raise wrong("test_samples_per_client", size, why, "Lower it, or use local_test 'holdout'.")
-        test.append(members if size is None else np.sort(rng.choice(members, size, replace=False)))
-    return test
+    order = np.argsort(ids, kind="stable")
+    starts, stops = (np.searchsorted(ids[order], groups, side=side) for side in ("left", "right"))
+    sizes = stops - starts
+    few = np.flatnonzero(sizes < (size or 1))
+    if len(few):
+        k = int(few[0])
+        why = f"client {k} (writer or domain {groups[k]}) has {sizes[k]} test samples"
+        raise wrong("test_samples_per_client", size, why, "Lower it, or use local_test 'holdout'.")
+    if size is None:
+        return Ragged.cut(order[splits.runs(starts, sizes)], sizes)
+    wanted = np.full(len(groups), size)
+    picked = np.repeat(starts, size) + splits.choices(sizes, wanted, rng)
+    return Ragged.cut(order[picked], wanted).ascending()
 
 
 def _from_file(dataset: Samples, config: PartitionConfig, seed: int) -> Partition:
@@ -283,7 +289,7 @@ def _from_file(dataset: Samples, config: PartitionConfig, seed: int) -> Partitio
         raise wrong("clients", config.clients, why, f"Use {loaded.num_clients}, or None.")
     if loaded.test is not None or config.local_test == "none":
         return loaded
-    made = _finish(dataset, config, seed, list(loaded.train), {"from": loaded.recipe}, None, None)
+    made = _finish(dataset, config, seed, Ragged.of(loaded.train), {"from": loaded.recipe}, None, None)
     return dataclasses.replace(made, server=loaded.server, rng_ids=loaded.rng_ids)
 
 
@@ -305,10 +311,10 @@ def _check_enough(count: int, config: PartitionConfig) -> None:
 
 
 def _check_smallest(parts: splits.Parts, least: int, field: str, value: object) -> None:
-    sizes = [len(p) for p in parts]
+    sizes = parts.sizes
     k = int(np.argmin(sizes))
     if sizes[k] < least:
-        few = sum(s < least for s in sizes)
+        few = np.count_nonzero(sizes < least)
         why = f"client {k} has {sizes[k]} samples, and {few} of {len(sizes)} clients have too few"
         fix = f"Use {sizes[k]} or less, or fewer clients." if sizes[k] else "Use fewer clients."
         raise wrong(field, value, why, fix)

@@ -4,17 +4,22 @@ Each returns one array of indices for each client. The two things called Dirichl
 `dirichlet` draws over clients for each class, `dirichlet_classes` over classes for each client.
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.data.ragged import Ragged, runs
 
-Parts = list[np.ndarray]
+Parts = Ragged
 """i64[n_k] for each client."""
 
 
 def iid(count: int, clients: int, rng: np.random.Generator) -> Parts:
     """A random permutation, cut evenly: sizes differ by one at most."""
-    return [np.sort(p) for p in np.array_split(rng.permutation(count), clients)]
+    order = rng.permutation(count)
+    return Ragged.gathered(np.repeat(np.arange(clients), _even(count, clients)), order, clients)
 
 
 def dirichlet(
@@ -42,7 +47,7 @@ def dirichlet(
     Raises:
       UserError: after `max_tries` draws, with the best smallest client that was seen.
     """
-    members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
+    members = _grouped(labels)[1]
     min_size, best = max(min_size, 1), 0
     for attempt in range(1, max_tries + 1):
         cuts = _draw_cuts([len(m) for m in members], clients, alpha, len(labels) / clients, rng)
@@ -51,11 +56,9 @@ def dirichlet(
         smallest = int(np.diff(cuts, axis=1).sum(0).min())
         best = max(best, smallest)
         if smallest >= min_size:
-            shuffled = [rng.permutation(m) for m in members]
-            return [
-                np.sort(np.concatenate([m[c[k] : c[k + 1]] for m, c in zip(shuffled, cuts, strict=True)]))
-                for k in range(clients)
-            ], attempt
+            shuffled = np.concatenate([rng.permutation(m) for m in members])
+            owners = np.concatenate([np.repeat(np.arange(clients), np.diff(row)) for row in cuts])
+            return Ragged.gathered(owners, shuffled, clients), attempt
     why = (
         f"in {max_tries} draws the smallest of {clients} clients never had {min_size} samples; "
         f"the best draw reached {best}"
@@ -128,20 +131,17 @@ def draw_counts(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator
     Raises:
       UserError: samples are wanted of a class that has none.
     """
-    members = [np.flatnonzero(labels == c) for c in range(counts.shape[1])]
-    empty = [c for c, m in enumerate(members) if not len(m) and counts[:, c].any()]
-    if empty:
-        raise UserError(
-            field, empty[0], "this class has no samples to draw from", "Remove the class, or add samples."
-        )
-    return [
-        np.sort(
-            np.concatenate(
-                [rng.choice(m, n, replace=n > len(m)) for m, n in zip(members, row, strict=True) if n]
-            )
-        )
-        for row in counts
-    ]
+    members = _members(labels, counts.shape[1])
+    available = members.sizes
+    empty = np.flatnonzero((available == 0) & counts.any(0))
+    if len(empty):
+        why = "this class has no samples to draw from"
+        raise UserError(field, int(empty[0]), why, "Remove the class, or add samples.")
+    clients, classes = np.nonzero(counts)
+    wanted = counts[clients, classes]
+    picked = choices(available[classes], wanted, rng)
+    samples = members.flat[np.repeat(members.offsets[classes], wanted) + picked]
+    return Ragged.gathered(np.repeat(clients, wanted), samples, len(counts))
 
 
 def pathological(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator) -> Parts:
@@ -159,24 +159,47 @@ def pathological(labels: np.ndarray, clients: int, per_client: int, rng: np.rand
     Raises:
       UserError: a class has fewer samples than clients that hold it.
     """
-    present = np.unique(labels)
-    held = np.zeros((clients, len(present)), bool)
-    for k in rng.permutation(clients):
-        order = np.lexsort((rng.random(len(present)), held.sum(0)))
-        held[k, order[:per_client]] = True
-    parts: list[list[np.ndarray]] = [[] for _ in range(clients)]
-    for column, c in zip(held.T, present, strict=True):
+    present, members_of = _grouped(labels)
+    held = _dealt(clients, len(present), min(per_client, len(present)), rng)
+    owners, samples = [], []
+    for column, c, own in zip(held.T, present, members_of, strict=True):
         holders = rng.permutation(np.flatnonzero(column))
-        members = rng.permutation(np.flatnonzero(labels == c))
+        members = rng.permutation(own)
         if len(members) < len(holders):
             why = f"class {c} has {len(members)} samples for {len(holders)} clients"
             raise UserError(
                 "partition.clients", clients, why, "Use fewer clients, or fewer classes for each."
             )
         if len(holders):
-            for k, piece in zip(holders, np.array_split(members, len(holders)), strict=True):
-                parts[k].append(piece)
-    return [np.sort(np.concatenate(p)) for p in parts]
+            owners.append(np.repeat(holders, _even(len(members), len(holders))))
+            samples.append(members)
+    return Ragged.gathered(np.concatenate(owners), np.concatenate(samples), clients)
+
+
+def _dealt(clients: int, classes: int, each: int, rng: np.random.Generator) -> np.ndarray:
+    """bool[N, C]: which classes each client holds, `each` of them.
+
+    One client after another, in random order, takes the classes with the fewest holders, a random one of
+    those alike. After `lap` clients all classes have equally many holders, so that laps do not depend on one
+    another: the first clients of many laps choose side by side, then the second ones.
+    """
+    order = rng.permutation(clients)
+    held = np.zeros((clients, classes), bool)
+    lap = classes // math.gcd(classes, each)
+    together = lap * max(1, _AT_ONCE // (lap * classes))
+    for start in range(0, clients, together):
+        own = order[start : start + together]
+        laps = -(-len(own) // lap)
+        ranks = np.zeros((laps * lap, classes))
+        ranks[: len(own)] = rng.random((len(own), classes))
+        ranks, chosen = ranks.reshape(laps, lap, classes), np.zeros((laps, lap, classes), bool)
+        holders = np.zeros((laps, classes), np.int64)
+        for place in range(lap):
+            first = np.lexsort((ranks[:, place], holders))[:, :each]
+            np.put_along_axis(chosen[:, place], first, True, axis=1)
+            holders += chosen[:, place]
+        held[own] = chosen.reshape(-1, classes)[: len(own)]
+    return held
 
 
 def shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Generator) -> Parts:
@@ -192,9 +215,10 @@ def shards(labels: np.ndarray, clients: int, per_client: int, rng: np.random.Gen
     """
     by_class = rng.permutation(len(labels))
     by_class = by_class[np.argsort(labels[by_class], kind="stable")]
-    pieces = np.array_split(by_class, clients * per_client)
-    dealt = rng.permutation(len(pieces)).reshape(clients, per_client)
-    return [np.sort(np.concatenate([pieces[s] for s in row])) for row in dealt]
+    pieces = clients * per_client
+    owner_of_piece = np.empty(pieces, np.int64)
+    owner_of_piece[rng.permutation(pieces)] = np.repeat(np.arange(clients), per_client)
+    return Ragged.gathered(np.repeat(owner_of_piece, _even(len(labels), pieces)), by_class, clients)
 
 
 def by_group(groups: np.ndarray, clients: int, rng: np.random.Generator) -> tuple[Parts, np.ndarray]:
@@ -203,15 +227,12 @@ def by_group(groups: np.ndarray, clients: int, rng: np.random.Generator) -> tupl
     Returns:
       The parts, in the order of the groups, and i64[N]: each client's group id.
     """
-    ids = np.unique(groups)
-    parts: Parts = []
-    owner: list[int] = []
-    for i, g in enumerate(ids):
-        share = clients // len(ids) + (i < clients % len(ids))
-        members = rng.permutation(np.flatnonzero(groups == g))
-        parts += [np.sort(p) for p in np.array_split(members, share)]
-        owner += [int(g)] * share
-    return parts, np.array(owner, np.int64)
+    ids, members_of = _grouped(groups)
+    shares = _even(clients, len(ids))
+    samples = np.concatenate([rng.permutation(members) for members in members_of])
+    sizes = [_even(len(members), int(share)) for members, share in zip(members_of, shares, strict=True)]
+    owners = np.repeat(np.arange(clients), np.concatenate(sizes))
+    return Ragged.gathered(owners, samples, clients), np.repeat(ids, shares).astype(np.int64)
 
 
 def by_writer(
@@ -242,7 +263,7 @@ def by_writer(
     order = np.argsort(writers, kind="stable")
     starts = np.searchsorted(writers[order], chosen)
     sizes = counts[np.searchsorted(ids, chosen)]
-    return [order[s : s + n] for s, n in zip(starts, sizes, strict=True)], chosen.astype(np.int64)
+    return Ragged.cut(order[runs(starts, sizes)], sizes), chosen.astype(np.int64)
 
 
 def quantity(count: int, clients: int, sigma: float, min_size: int, rng: np.random.Generator) -> Parts:
@@ -261,7 +282,7 @@ def quantity(count: int, clients: int, sigma: float, min_size: int, rng: np.rand
     weights = np.exp(logs - logs.max())
     floor = max(min_size, 1)
     sizes = floor + largest_remainder(weights / weights.sum(), count - floor * clients)
-    return [np.sort(p) for p in np.split(rng.permutation(count), np.cumsum(sizes)[:-1])]
+    return Ragged.gathered(np.repeat(np.arange(clients), sizes), rng.permutation(count), clients)
 
 
 def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
@@ -272,7 +293,7 @@ def largest_remainder(shares: np.ndarray, total: int) -> np.ndarray:
     return counts + (rank < (total - counts.sum(-1, keepdims=True)))
 
 
-def hold_out(parts: Parts, share: float, rng: np.random.Generator) -> tuple[Parts, Parts]:
+def hold_out(parts: Sequence[np.ndarray], share: float, rng: np.random.Generator) -> tuple[Parts, Parts]:
     """Splits each client's samples into train and test, at least one each.
 
     Splits by sample, not by occurrence: an index that a client holds twice stays on one side, and one that
@@ -282,25 +303,144 @@ def hold_out(parts: Parts, share: float, rng: np.random.Generator) -> tuple[Part
     Raises:
       UserError: a client has too few samples, or those before it left it nothing to train or to test on.
     """
-    undecided, trains, tests = range(3)
-    side = np.full(1 + max((int(p.max()) for p in parts if len(p)), default=0), undecided, np.int8)
-    train, test = [], []
-    for k, part in enumerate(parts):
-        unique = np.unique(part)
+    parts = Ragged.of(parts)
+    unique = parts.distinct()
+    tested = np.zeros(1 + int(unique.flat.max(initial=0)), bool)
+    if not (np.bincount(unique.flat) > 1).any():
+        few = np.flatnonzero(unique.sizes < 2)
+        if len(few):
+            raise _too_few(int(few[0]), int(unique.sizes[few[0]]))
+        wanted = np.rint(share * unique.sizes).clip(1, unique.sizes - 1).astype(np.int64)
+        picked = np.repeat(unique.offsets[:-1], wanted) + choices(unique.sizes, wanted, rng)
+        tested[unique.flat[picked]] = True
+    else:
+        _decide_in_turn(unique, share, rng, tested)
+    return parts.kept(~tested[parts.flat]), unique.kept(tested[unique.flat])
+
+
+def _decide_in_turn(parts: Ragged, share: float, rng: np.random.Generator, tested: np.ndarray) -> None:
+    """`hold_out` of clients that share samples: each decides of those that the ones before it left open.
+
+    Args:
+      parts: what each holds, once.
+      share: that is to be held out.
+      rng: advances.
+      tested: bool[n], all False; gets True where a sample is held out.
+    """
+    decided = np.zeros(len(tested), bool)
+    for k, unique in enumerate(parts):
         if len(unique) < 2:
-            why = f"client {k} has {len(unique)} samples, too few to hold one out"
-            raise UserError("partition.local_test", "holdout", why, "Raise partition.min_size to 2 or more.")
+            raise _too_few(k, len(unique))
         count = min(max(1, round(share * len(unique))), len(unique) - 1)
-        free = unique[side[unique] == undecided]
-        wanted = count - int((side[unique] == tests).sum())
+        free = unique[~decided[unique]]
+        wanted = count - int(np.count_nonzero(tested[unique]))
         chosen = rng.choice(free, min(max(wanted, 0), len(free)), replace=False)
-        side[free], side[chosen] = trains, tests
-        held_out = unique[side[unique] == tests]
-        if len(held_out) in (0, len(unique)):
-            others = "train on" if not len(held_out) else "hold out"
+        decided[free], tested[chosen] = True, True
+        held_out = int(np.count_nonzero(tested[unique]))
+        if held_out in (0, len(unique)):
+            others = "train on" if not held_out else "hold out"
             why = f"clients before it {others} all {len(unique)} samples of client {k}"
             fix = "Use clients that share fewer samples, or local_test 'matching'."
             raise UserError("partition.local_test", "holdout", why, fix)
-        train.append(part[side[part] == trains])
-        test.append(held_out)
-    return train, test
+
+
+def _too_few(client: int, count: int) -> UserError:
+    why = f"client {client} has {count} samples, too few to hold one out"
+    return UserError("partition.local_test", "holdout", why, "Raise partition.min_size to 2 or more.")
+
+
+# --- draws for many clients at once ---------------------------------------------------------------------
+
+_AT_ONCE = 2**21
+"""Random numbers that lie in memory together, about."""
+
+
+def choices(populations: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`rng.choice(population, size, replace=size > population)` for one pair after another, in few calls.
+
+    What is chosen and what `rng` draws afterwards are the same as with these calls, but the order within a
+    pair is not: with Floyd's method, which is NumPy's for small choices, it calls for all random numbers of
+    many pairs at once, those of NumPy's last shuffle too.
+
+    Args:
+      populations: i64[G], at least 1.
+      sizes: i64[G], at least 1.
+      rng: advances.
+
+    Returns:
+      i64[sum of sizes], places in the population, pair after pair.
+    """
+    # NumPy shuffles all of a large population of which many are chosen.
+    shuffled = (populations > 10_000) & (sizes > populations // 50) & (sizes <= populations)
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    apart, full = np.flatnonzero(shuffled), np.searchsorted(ends, np.arange(_AT_ONCE, total, _AT_ONCE))
+    cuts = np.unique(np.concatenate([[0, len(sizes)], apart, apart + 1, full]))
+    picked = np.empty(total, np.int64)
+    for first, last in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
+        place = slice(int(ends[first] - sizes[first]), int(ends[last - 1]))
+        if shuffled[first]:
+            picked[place] = rng.choice(int(populations[first]), int(sizes[first]), replace=False)
+        else:
+            picked[place] = _floyd(populations[first:last], sizes[first:last], rng)
+    return picked
+
+
+def _floyd(populations: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`choices` without large populations of which many are chosen.
+
+    Floyd's method draws one number up to `population - size`, then one up to one more, and so on; one that is
+    chosen already stands for its own upper bound. NumPy then draws once more to shuffle them.
+    """
+    repeats = sizes > populations
+    draws = np.where(repeats, sizes, 2 * sizes - 1)
+    turn = runs(np.zeros(len(sizes), np.int64), draws)
+    size, lowest = np.repeat(sizes, draws), np.repeat(np.where(repeats, 0, populations - sizes), draws)
+    bounds = np.where(turn < size, lowest + turn, 2 * size - 1 - turn)
+    again = np.repeat(repeats, draws)
+    bounds[again] = np.repeat(populations, draws)[again] - 1
+    kind = np.uint32 if int(bounds.max()) < 2**32 else np.uint64  # both draw from the same stream
+    drawn = rng.integers(0, bounds.astype(kind), endpoint=True, dtype=kind).astype(np.int64)
+    real = turn < size
+    drawn, lowest, turn, again = drawn[real], lowest[real], turn[real], again[real]
+    keys = np.repeat(np.arange(len(sizes)), sizes) * np.int64(populations.max()) + drawn
+    order = np.argsort(keys, kind="stable")
+    seen = np.zeros(len(drawn), bool)  # drawn before in its pair
+    seen[order[1:]] = keys[order[1:]] == keys[order[:-1]]
+    # A number may also be chosen already as the bound that an earlier turn stood for: if that turn's was.
+    place, start = np.arange(len(drawn)), np.repeat(np.cumsum(sizes) - sizes, sizes)
+    earlier = (drawn >= lowest) & (drawn < lowest + turn) & ~seen
+    asks = np.where(earlier, start + drawn - lowest, place)
+    while True:
+        further = asks[asks]
+        if np.array_equal(further, asks):
+            break
+        asks = further
+    return np.where(seen[asks] & ~again, lowest + turn, drawn)
+
+
+def _even(count: int, pieces: int) -> np.ndarray:
+    """i64[pieces]: sizes that add up to `count` and differ by one at most, the larger ones first."""
+    return count // pieces + (np.arange(pieces) < count % pieces)
+
+
+def _grouped(ids: np.ndarray) -> tuple[np.ndarray, Ragged]:
+    """i[n] -> (the ids that there are, ascending; the places of each, ascending)."""
+    if len(ids) and ids.min() >= 0 and ids.max() < max(len(ids), 2**16):
+        members = _members(ids, 0)
+        present = np.flatnonzero(members.sizes)
+        return present, Ragged.cut(members.flat, members.sizes[present])
+    present, codes = np.unique(ids, return_inverse=True)
+    return present, _members(codes, len(present))
+
+
+def _members(labels: np.ndarray, classes: int) -> Ragged:
+    """The places of each class, ascending.
+
+    Args:
+      labels: i[n], from 0.
+      classes: C, or one more than the largest label if that is more.
+    """
+    sizes = np.bincount(labels, minlength=classes)
+    small = labels.astype(np.uint16) if len(sizes) <= 2**16 else labels  # which NumPy sorts by radix
+    return Ragged.cut(np.argsort(small, kind="stable"), sizes)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.task import Example
 from fedjax_sim.data import Partition, Samples
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine import placement
 
 
@@ -88,7 +89,7 @@ def sample_table(partition: Partition, train_size: int) -> tuple[np.ndarray, np.
             "Give clients fewer samples, or let fewer clients hold the same one.",
         )
     samples = np.zeros(train_size if total <= train_size else _rounded_up(total), np.int32)
-    samples[:total] = np.concatenate(partition.train)
+    samples[:total] = Ragged.of(partition.train).flat
     return samples, offsets.astype(np.int32)
 
 

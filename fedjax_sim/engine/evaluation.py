@@ -7,6 +7,7 @@ the task's metrics for every sample, and all figures are made of these on the ho
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.stacked import AXIS, on_devices
 from fedjax_sim.core.task import Example, Metric, Task, evaluate
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.placement import cut, put, readable
 from fedjax_sim.engine.programs import cached_jit
@@ -230,3 +232,18 @@ def by_group(metric: Metric, statistics: np.ndarray, owners: np.ndarray, groups:
     sizes = np.bincount(owners, minlength=groups)
     with np.errstate(invalid="ignore", divide="ignore"):
         return metric.finish(sums / sizes[:, None])
+
+
+def by_list(metric: Metric, statistics: np.ndarray, lists: Ragged) -> np.ndarray:
+    """`figure` of each list of samples, f64[N]; NaN for a list without samples.
+
+    Args:
+      metric: what is asked.
+      statistics: f32[T, s], of the samples of all lists, list after list.
+      lists: N lists of T samples.
+    """
+    # Sums of whole numbers, such as right answers, are exact in whatever order they are added.
+    if np.array_equal(statistics, np.rint(statistics)) and np.abs(statistics).sum(dtype=np.float64) < 2**53:
+        return by_group(metric, statistics, lists.owners, len(lists))
+    cut = (statistics[start:stop] for start, stop in pairwise(lists.offsets.tolist()))
+    return np.asarray([figure(metric, own) if len(own) else np.nan for own in cut])

@@ -1,19 +1,29 @@
 """How good the models are: rows of the deployed model, and of what each client uses."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import jax
 import numpy as np
 
 from fedjax_sim.core.model import Variables
+from fedjax_sim.data.ragged import Ragged, runs
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
+
+_UNDER_WAY = 32
+"""Chunks of clients whose own models an accelerator may be behind by, so that few of them lie about.
+
+CPU devices are waited for after each chunk: of hundreds of programs in a row that exchange rows, XLA's CPU
+backend came to a deadlock.
+"""
 
 
 class Scores:
@@ -51,7 +61,7 @@ class Scores:
           state: of the server.
           variables: the deployed model, which clients use that have none of their own.
         """
-        own = self._setup.partition.test or ()
+        own = Ragged.of(self._setup.partition.test or ())
         with jax.set_mesh(self._mesh):
             return self._own_models(own, state) if self._setup.personalised else self._shared(own, variables)
 
@@ -61,37 +71,36 @@ class Scores:
             setup = self._setup
             example, rows = setup.dataset.test, None
             if name == "clients":
-                example, rows = setup.dataset.train, self._local_tests()[0]
+                example, rows = setup.dataset.train, self._local_tests[0]
             batch = placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh)
             self._evaluators[name] = evaluation.Evaluator(
                 setup.model, setup.task, self._store, example, batch, rows
             )
         return self._evaluators[name]
 
-    def _local_tests(self) -> tuple[np.ndarray, list[np.ndarray]]:
+    @functools.cached_property
+    def _local_tests(self) -> tuple[np.ndarray, Ragged]:
         """Distinct samples that some client tests on, and each client's positions among them."""
-        own = self._setup.partition.test or ()
-        pool, where = np.unique(np.concatenate(own), return_inverse=True)
-        return pool, np.split(where, np.cumsum([len(part) for part in own])[:-1])
+        own = Ragged.of(self._setup.partition.test or ())
+        pool, where = np.unique(own.flat, return_inverse=True)
+        return pool, own.within(where)
 
-    def _shared(self, own: Sequence[np.ndarray], variables: Variables) -> Callable[[], np.ndarray]:
+    def _shared(self, own: Ragged, variables: Variables) -> Callable[[], np.ndarray]:
         """Of clients that all use one model. own: each client's test samples."""
         metric = self._setup.task.headline
         if self._setup.partition.test_from == "test":
             outcome, positions = self._evaluator("test")(variables), own
         else:
-            positions = self._local_tests()[1]
+            positions = self._local_tests[1]
             outcome = self._evaluator("clients")(variables)
 
         def figures() -> np.ndarray:
             statistics = np.asarray(outcome[1][metric.name])
-            owners = np.repeat(np.arange(len(positions)), [len(part) for part in positions])
-            chosen = statistics[np.concatenate(positions)]
-            return evaluation.by_group(metric, chosen, owners, len(positions))
+            return evaluation.by_group(metric, statistics[positions.flat], positions.owners, len(positions))
 
         return figures
 
-    def _own_models(self, own: Sequence[np.ndarray], state: ServerState) -> Callable[[], np.ndarray]:
+    def _own_models(self, own: Ragged, state: ServerState) -> Callable[[], np.ndarray]:
         """Of clients that have models of their own. own: each client's test samples."""
         setup, metric = self._setup, self._setup.task.headline
         if "personal" not in self._evaluators:
@@ -101,22 +110,30 @@ class Scores:
                 self._mesh,
                 placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh),
             )
-        width = max(len(part) for part in own)
-        table = np.zeros((len(own), width), np.int32)
-        for row, part in zip(table, own, strict=True):
-            row[: len(part)] = part
-        pool = self._store.whole(self._clients_pool)
+        sizes, pool = own.sizes, self._store.whole(self._clients_pool)
+        columns = np.arange(sizes.max())
         chunk = setup.devices * math.ceil(min(len(own), 64) / setup.devices)
-        found = []
+        under_way: deque[tuple[int, jax.Array]] = deque()
+        fetched: list[np.ndarray] = []
+
+        def fetch() -> None:
+            first, outcome = under_way.popleft()
+            mine = columns < sizes[first : first + chunk, None]
+            fetched.append(np.asarray(outcome)[: len(mine)][mine])
+
         for first in range(0, len(own), chunk):
             ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
-            stack = self._personal(state, ids)
-            found.append(self._evaluators["personal"](stack, table[ids], pool)[1][metric.name])
+            table = np.zeros((chunk, len(columns)), np.int32)
+            table[columns < sizes[ids, None]] = own.flat[runs(own.offsets[ids], sizes[ids])]
+            outcome = self._evaluators["personal"](self._personal(state, ids), table, pool)[1]
+            under_way.append((first, outcome[metric.name]))
+            if len(under_way) > (0 if self._store.shares_host else _UNDER_WAY):
+                fetch()
 
         def figures() -> np.ndarray:
-            statistics = np.concatenate([np.asarray(part) for part in found])[: len(own)]
-            each = zip(statistics, own, strict=True)
-            return np.asarray([evaluation.figure(metric, s[: len(p)]) if len(p) else np.nan for s, p in each])
+            while under_way:
+                fetch()
+            return evaluation.by_list(metric, np.concatenate(fetched), own)
 
         return figures
 
@@ -145,5 +162,5 @@ def client_rows(number: int, figures: np.ndarray, name: str) -> list[Row]:
         Row(number, f"{name}_p10", float(np.percentile(have, 10))),
         Row(number, f"{name}_p90", float(np.percentile(have, 90))),
     ]
-    rows += [Row(number, name, float(a), client=c) for c, a in enumerate(figures) if np.isfinite(a)]
-    return rows
+    each = zip(np.flatnonzero(np.isfinite(figures)).tolist(), have.tolist(), strict=True)
+    return rows + [Row(number, name, value, "", client) for client, value in each]

@@ -7,6 +7,7 @@ speed only.
 
 # ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
 
+import heapq
 from typing import Any
 
 import numpy as np
@@ -56,24 +57,42 @@ def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> Pla
         wave_steps = padded.reshape(devices * waves, width).max(1).astype(np.int32)
         return Plan(np.minimum(places, count).astype(np.int32), places[:count], wave_steps)
     ranked = np.argsort(-steps, kind="stable")
-    groups = [ranked[start : start + width] for start in range(0, count, width)]
-    load = np.zeros(devices)
-    lists: list[list[np.ndarray]] = [[] for _ in range(devices)]
-    for group in groups:
-        free = [d for d in range(devices) if len(lists[d]) < waves]
-        target = min(free, key=lambda d: (load[d], d))
-        lists[target].append(group)
-        load[target] += steps[group].max()
-    slot_of_place = np.full((devices, places_each), count, np.int32)
-    wave_steps = np.zeros((devices, waves), np.int32)
-    for d, own in enumerate(lists):
-        for w, group in enumerate(own):
-            slot_of_place[d, w * width : w * width + len(group)] = group
-            wave_steps[d, w] = steps[group].max()
+    longest = steps[ranked[::width]]  # of each wave, the longest wave first
+    place = _places_of_waves(longest, devices, waves)
+    wave_steps = np.zeros(devices * waves, np.int32)
+    wave_steps[place] = longest
+    slot_of_place = np.full((devices * waves, width), count, np.int32)
+    padded = np.concatenate([ranked, np.full(len(longest) * width - count, count)])
+    slot_of_place[place] = padded.reshape(-1, width)
     flat = slot_of_place.reshape(-1)
     place_of_slot = np.zeros(count, np.int32)
     place_of_slot[flat[flat < count]] = np.flatnonzero(flat < count)
-    return Plan(flat, place_of_slot, wave_steps.reshape(-1))
+    return Plan(flat, place_of_slot, wave_steps)
+
+
+def _places_of_waves(longest: np.ndarray, devices: int, waves: int) -> np.ndarray:
+    """Deals waves to devices: each to the one with the least work that has a place left, the first of those.
+
+    Args:
+      longest: i64[n], steps of each wave, descending.
+      devices: D.
+      waves: W, places of each device.
+
+    Returns:
+      i64[n], places among all D * W, those of the first device first.
+    """
+    if devices == 1:
+        return np.arange(len(longest))
+    least = [(0, device, device * waves) for device in range(devices)]  # work, device, its next place
+    places = np.empty(len(longest), np.int64)
+    for number, steps in enumerate(longest.tolist()):
+        work, device, place = least[0]
+        places[number] = place
+        if place + 1 < (device + 1) * waves:
+            heapq.heapreplace(least, (work + steps, device, place + 1))
+        else:
+            heapq.heappop(least)
+    return places
 
 
 def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> bool:
@@ -84,7 +103,7 @@ def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> bool
       devices: D.
       width: L, lanes of a wave.
     """
-    return (devices == 1 and width == 1) or len(np.unique(steps)) <= 1
+    return (devices == 1 and width == 1) or len(steps) == 0 or bool(steps.min() == steps.max())
 
 
 def padding_waste(counts: Integer[np.ndarray, " K"], plan: Plan, local: LocalConfig, width: int) -> float:

@@ -169,10 +169,10 @@ def client_figures(metrics: Table, title: str, headline: str = "accuracy") -> Fi
       headline: the task's first metric.
     """
     name = f"client_{headline}"
-    wanted = metrics.column("metric") == name
-    if not wanted.any():
+    rounds = metrics.rounds_of(name)
+    if not len(rounds):
         return None
-    number = int(metrics.column("round")[wanted].max())
+    number = int(rounds.max())
     values = np.sort(metrics.by_client(name, number)[1])
     figure, axes = new_figure(2)
     left, right = axes.flat

@@ -83,6 +83,9 @@ def goal_of(metric: str) -> str:
 
 def encode_nonfinite(rows: Iterable[Row]) -> list[Row]:
     """The rows, those with a value that is not finite renamed and coded as this module's docstring says."""
+    rows = list(rows)
+    if all(map(math.isfinite, [row.value for row in rows])):
+        return rows
     out = []
     for row in rows:
         if not math.isfinite(row.value):
@@ -103,8 +106,10 @@ class _Texts:
     def __init__(self):
         self.codes, self.known = array("i"), {}
 
-    def append(self, text: str) -> None:
-        self.codes.append(self.known.setdefault(text, len(self.known)))
+    def extend(self, texts: Sequence[str]) -> None:
+        for text in dict.fromkeys(texts):
+            self.known.setdefault(text, len(self.known))
+        self.codes.extend(map(self.known.__getitem__, texts))
 
     def arrow(self) -> pa.DictionaryArray:
         texts = pa.array(list(self.known), pa.string())
@@ -127,12 +132,12 @@ class Table:
 
     def extend(self, rows: Iterable[Row]) -> None:
         """Adds rows at the end."""
-        for row in rows:
-            self._rounds.append(row.round)
-            self._clients.append(row.client)
-            self._values.append(row.value)
-            for name, column in self._texts.items():
-                column.append(getattr(row, name))
+        rows = list(rows)
+        self._rounds.extend([row.round for row in rows])
+        self._clients.extend([row.client for row in rows])
+        self._values.extend([row.value for row in rows])
+        for name, column in self._texts.items():
+            column.extend([getattr(row, name) for row in rows])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -196,11 +201,18 @@ class Table:
             raise UserError("metric", metric, "this run has not recorded it", f"It has {known}.")
         return float(values[-1])
 
+    def rounds_of(self, metric: str) -> np.ndarray:
+        """The rounds of all its rows, whatever the layer, client and state. i32[n]."""
+        return np.asarray(self._rounds, np.int32)[self._are(metric)]
+
+    def _are(self, metric: str) -> np.ndarray:
+        known = self._texts["metric"]
+        return np.asarray(known.codes, np.int32) == known.known.get(metric, -1)
+
     def by_client(self, metric: str, round_index: int) -> tuple[np.ndarray, np.ndarray]:
         """A round's values of all clients: (ids i32[n], values f64[n])."""
-        known = self._texts["metric"]
         clients = np.asarray(self._clients, np.int32)
-        chosen = (np.asarray(known.codes, np.int32) == known.known.get(metric, -1)) & (clients >= 0)
+        chosen = self._are(metric) & (clients >= 0)
         chosen &= np.asarray(self._rounds, np.int32) == round_index
         return clients[chosen], np.asarray(self._values, np.float64)[chosen]
 

@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.versions import installed
 from fedjax_sim.data import Partition, Samples
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.placement import cores
 
 PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -41,15 +43,18 @@ def describe_partition(partition: Partition) -> dict[str, Any]:
     `crc32_train` is of the training samples that each client holds, `crc32` of all that the partition says.
     """
     told = {name: partition.recipe[name] for name in ("kind", "alpha", "dataset") if name in partition.recipe}
-    asides = (part for part in (partition.server, partition.rng_ids) if part is not None)
-    train = _crc(partition.train, 0)
-    whole = _crc((*(partition.test or ()), *asides), train)
+    train = whole = _crc(partition.train, 0)
+    asides = [part for part in (partition.server, partition.rng_ids) if part is not None]
+    for lists in (partition.test or (), asides):
+        whole = _crc(lists, whole)
     return {**told, "clients": partition.num_clients, "crc32": whole, "crc32_train": train}
 
 
-def _crc(lists: Iterable[np.ndarray], crc: int) -> int:
-    for indices in lists:
-        crc = zlib.crc32(f"{len(indices)}:".encode() + indices.astype("<i8").tobytes(), crc)
+def _crc(lists: Sequence[np.ndarray], crc: int) -> int:
+    lists = Ragged.of(lists)
+    content = memoryview(lists.flat.astype("<i8").tobytes())
+    for start, stop in pairwise(lists.offsets.tolist()):
+        crc = zlib.crc32(content[8 * start : 8 * stop], zlib.crc32(b"%d:" % (stop - start), crc))
     return crc
 
 

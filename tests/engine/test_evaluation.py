@@ -9,9 +9,10 @@ from fedjax_sim.algorithms import FedAvg, Local
 from fedjax_sim.config import EvaluationConfig
 from fedjax_sim.core.task import Metric
 from fedjax_sim.data import Partition
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.evaluation import ClientEvaluator, Evaluator, by_group, figure
+from fedjax_sim.engine.evaluation import ClientEvaluator, Evaluator, by_group, by_list, figure
 from fedjax_sim.tasks.classification import ACCURACY
 from tests import oracles
 
@@ -136,3 +137,16 @@ def test_more_clients_than_one_chunk_of_personal_models():
     rows = simulation.evaluate()()
     got = {row.client: row.value for row in rows if row.metric == "client_accuracy"}
     assert got == {c: float(dataset.test_labels[c] == c % 3) for c in range(67)}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_figures_of_lists_are_those_of_each_list_to_the_last_bit(whole):
+    rng = np.random.default_rng(0)
+    lists = Ragged.cut(np.arange(600), np.append(rng.multinomial(600, np.ones(40) / 40), 0))
+    statistics = rng.random((600, 2)).astype(np.float32)
+    if whole:
+        statistics = np.rint(statistics)
+    metric = Metric("m", "max", lambda outputs, _: outputs, lambda means: means[..., 0] / (1 + means[..., 1]))
+    found = by_list(metric, statistics, lists)
+    each = [figure(metric, statistics[part]) if len(part) else np.nan for part in lists]
+    np.testing.assert_array_equal(found, each)

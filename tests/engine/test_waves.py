@@ -64,6 +64,37 @@ def test_waves_hold_clients_of_like_length(steps, devices, width):
     assert np.asarray(make_plan(steps, devices, width).wave_steps).sum() == best
 
 
+def former_plan(steps, devices, width):
+    """`make_plan` of unequal slots as it was first written: a list for each device, and a scan of all."""
+    count, waves = len(steps), -(-len(steps) // (devices * width))
+    ranked = np.argsort(-steps, kind="stable")
+    load, lists = np.zeros(devices), [[] for _ in range(devices)]
+    for group in (ranked[start : start + width] for start in range(0, count, width)):
+        free = [d for d in range(devices) if len(lists[d]) < waves]
+        target = min(free, key=lambda d: (load[d], d))
+        lists[target].append(group)
+        load[target] += steps[group].max()
+    slot_of_place = np.full((devices, waves * width), count, np.int32)
+    wave_steps = np.zeros((devices, waves), np.int32)
+    for d, own in enumerate(lists):
+        for w, group in enumerate(own):
+            slot_of_place[d, w * width : w * width + len(group)] = group
+            wave_steps[d, w] = steps[group].max()
+    return slot_of_place.reshape(-1), wave_steps.reshape(-1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps=SIZES, devices=st.integers(1, 9), width=st.integers(1, 7))
+def test_waves_are_dealt_as_by_a_scan_of_all_devices(steps, devices, width):
+    assert in_order(steps, devices, width) == ((devices, width) == (1, 1) or len(set(steps.tolist())) == 1)
+    if in_order(steps, devices, width):
+        return
+    plan = make_plan(steps, devices, width)
+    slot_of_place, wave_steps = former_plan(steps, devices, width)
+    np.testing.assert_array_equal(plan.slot_of_place, slot_of_place)
+    np.testing.assert_array_equal(plan.wave_steps, wave_steps)
+
+
 def test_equal_clients_stay_where_they_are_and_so_do_all_on_one_lane():
     for steps, devices, width in ((np.full(6, 9), 3, 2), (np.array([5, 1, 9]), 1, 1)):
         plan = make_plan(steps, devices, width)

@@ -46,6 +46,17 @@ def test_table_holds_rows_as_they_are(rows):
         assert table.column(name).tolist() == [getattr(row, name) for row in rows]
 
 
+def test_rows_that_come_in_parts_get_the_codes_of_one_after_another():
+    rows = [Row(1, m, 1.0, layer, c, "") for c, (m, layer) in enumerate(zip("abcab", "xyxzy", strict=True))]
+    one, parts = Table(), Table(iter(rows[:2]))
+    for row in rows:
+        one.extend([row])
+    parts.extend(rows[2:])
+    assert list(one) == list(parts) == rows and one.names() == parts.names() == ["a", "b", "c"]
+    assert one.to_arrow().equals(parts.to_arrow())
+    assert parts.rounds_of("b").tolist() == [1, 1] and not len(parts.rounds_of("d"))
+
+
 def test_series_picks_one_number_over_time():
     table = Table(ROWS)
     rounds, values = table.series("accuracy")

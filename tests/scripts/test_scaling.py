@@ -51,6 +51,24 @@ def test_equal_clients_share_images_only_where_these_run_out(script):
     assert max(part.max() for part in many.train) < 40
 
 
+def test_a_step_that_would_take_too_long_is_left_out(script, capsys):
+    clock = script("setup").Clock(1e-9)
+    for clients in (100, 1000):
+        clock.start(clients)
+        assert clock("a step", lambda: 5) == (5 if clients == 100 else None)
+    clock.print()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "| seconds | N = 100 |" and lines[3].startswith("| a step | ")
+
+
+@pytest.mark.parametrize("part", ["partitions", "planning", "recording"])
+def test_steps_of_setting_up_are_printed(script, monkeypatch, capsys, part):
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--parts", part, "--clients", "100"])
+    script("setup").main()
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(table) > 5 and all(float(line.split("|")[2]) >= 0 for line in table[1:])
+
+
 @pytest.mark.slow
 def test_overheads_are_printed(script, monkeypatch, capsys):
     asked = "overhead.py --clients 4 --model mlp --layers inner --measures probe --repetitions 1"

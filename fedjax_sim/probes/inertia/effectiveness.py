@@ -27,6 +27,7 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.core.task import Task
 from fedjax_sim.data import Partition, Samples
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
@@ -142,7 +143,7 @@ class Effectiveness:
             parts = [
                 draw.permutation(self._partition.test[i])[:most] for draw, i in zip(draws, ids, strict=True)
             ]
-            held, longest = max(len(part) for part in self._partition.test), self._batch
+            held, longest = int(Ragged.of(self._partition.test).sizes.max()), self._batch
             while longest < held:  # rounded up, so that seeds of a sweep mostly share one program
                 longest *= 2
             index = np.zeros((len(ids), min(most, longest)), np.int32)

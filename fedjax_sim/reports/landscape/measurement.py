@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 from fedjax_sim.core import fields
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import key_for, run_key
+from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import Round, RoundInputs, ServerState
@@ -139,7 +140,7 @@ def objectives(simulation: Simulation, settings: Settings) -> dict[str, Objectiv
     setup, dataset = simulation.setup, simulation.setup.dataset
     draw = np.random.default_rng(settings.seed)
     train = draw.permutation(dataset.train_size)
-    train = train[np.isin(train, np.concatenate(setup.partition.train))][: settings.samples]
+    train = train[np.isin(train, Ragged.of(setup.partition.train).flat)][: settings.samples]
     test = draw.permutation(dataset.test_size)[: settings.samples]
     function = TaskLoss(setup.model, dataset.task)
     chosen = {"train": (dataset.train, train), "test": (dataset.test, test)}
