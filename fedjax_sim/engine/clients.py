@@ -28,7 +28,7 @@ from fedjax_sim.core.model import Model, Variables
 from fedjax_sim.core.rng import CLIENTS, key_for, run_key, settled
 from fedjax_sim.core.task import Batch, Task, Training, differentiated
 from fedjax_sim.engine.debugging import UNWATCHED, Watch
-from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.device_data import CohortData, DeviceData
 
 _ORDER, _STEP, _RECEIVE = 0, 1, 2  # below a client's key: order of samples; augmentation and dropout; receipt
 
@@ -127,7 +127,7 @@ class Lanes:
       counts: i32[S], training samples; 0 for an empty place.
       weights: f32[S], in the mean; 0 for an empty place.
       keys: key[S], of each in this round.
-      first: i32[S], where each one's samples begin in `DeviceData.samples`.
+      first: i32[S], where each one's samples begin, see `DeviceData.first_of`.
     """
 
     client_state: Any
@@ -203,7 +203,7 @@ class Trainer:
         opt_state = self.optimizer.init(variables["params"]) if self.local.keep_optimizer else None
         return {"rule": rule, "optimizer": opt_state}
 
-    def ready(self, lanes: Lanes, key: jax.Array, data: DeviceData) -> Lanes:
+    def ready(self, lanes: Lanes, key: jax.Array, data: DeviceData | CohortData) -> Lanes:
         """Fills in what the clients' training draws on.
 
         Args:
@@ -211,8 +211,8 @@ class Trainer:
           key: of the run and round.
           data: the training set.
         """
-        keys = self.keys(key, lanes.ids, data.rng_ids)
-        return dataclasses.replace(lanes, keys=keys, first=data.offsets[lanes.ids])
+        keys = self.keys(key, data.numbers_of(lanes.ids), None)
+        return dataclasses.replace(lanes, keys=keys, first=data.first_of(lanes.ids))
 
     def receive(self, sent: Any, broadcast: Any, client_state: Any, keys: jax.Array) -> Any:
         """What clients start from.
@@ -257,7 +257,7 @@ class Trainer:
         lanes: Lanes,
         bound: jax.Array,
         lr: jax.Array,
-        data: DeviceData,
+        data: DeviceData | CohortData,
     ) -> tuple[Variables, PyTree, PyTree, jax.Array, jax.Array, PyTree]:
         """Trains `width` clients to the end.
 
@@ -311,7 +311,7 @@ class Trainer:
             # Padding repeats a sample of the client's own: what it holds must not matter, but inf * 0 would.
             last = jnp.maximum(counts - 1, 0)[:, None]
             own = jnp.take_along_axis(orders, jnp.minimum(position, last), axis=1, mode="clip")
-            index = data.samples[lanes.first[:, None] + own]
+            index = data.rows_at(lanes.first[:, None] + own)
             mask = (position < counts[:, None]) & (t < total)[:, None]
             rngs = self._step_keys(keys, t)
             made = self._batch(data, index, mask, rngs, epoch)
@@ -350,7 +350,12 @@ class Trainer:
         return None if self.rule.wants_last_gradient is None else self.rule.wants_last_gradient(broadcast)
 
     def _batch(
-        self, data: DeviceData, index: jax.Array, mask: jax.Array, rngs: jax.Array, epoch: jax.Array
+        self,
+        data: DeviceData | CohortData,
+        index: jax.Array,
+        mask: jax.Array,
+        rngs: jax.Array,
+        epoch: jax.Array,
     ) -> Batch:
         """All lanes' samples: one gather, prepared at once. -> leaves [L, B, …].
 

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.core.task import Example
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.data.ragged import Ragged
@@ -65,6 +67,65 @@ class DeviceData:
     offsets: jax.Array
     rng_ids: jax.Array | None = None
 
+    @property
+    def spec(self) -> P:
+        """How `jax.shard_map` hands it to a device: whole."""
+        return P()
+
+    def exchanged(self) -> "DeviceData":
+        """Itself: each device has the samples of its clients."""
+        return self
+
+    def first_of(self, ids: jax.Array) -> jax.Array:
+        """Where clients' samples begin among those that a device has. i32[S] -> i32[S]."""
+        return self.offsets[ids]
+
+    def numbers_of(self, ids: jax.Array) -> jax.Array:
+        """What clients' randomness is keyed by. i32[S] -> i32[S]."""
+        return ids if self.rng_ids is None else self.rng_ids[ids]
+
+    def rows_at(self, places: jax.Array) -> jax.Array:
+        """Rows of `train`, of places counted from a client's first. i32[…] -> i32[…]."""
+        return self.samples[places]
+
+
+@struct.dataclass
+class CohortData:
+    """The samples of one round's clients, each on the device that trains the client. The round reads this.
+
+    Attributes:
+      train: leaves [D * T, …]; each device has T samples: those of its first place's client, those of the
+        next and so on, then any.
+      first: i32[D * S], where those of each place's client begin among its device's.
+      rng_ids: i32[D * S], the number that the randomness of each place's client is keyed by; None: its id.
+    """
+
+    train: Example
+    first: jax.Array
+    rng_ids: jax.Array | None = None
+
+    @property
+    def spec(self) -> P:
+        """How `jax.shard_map` hands it to a device: its own part."""
+        return P(AXIS)
+
+    def exchanged(self) -> "CohortData":
+        """Itself: each device has the samples of its clients."""
+        return self
+
+    def first_of(self, ids: jax.Array) -> jax.Array:
+        """As `DeviceData.first_of`, of all places of a device. i32[S] -> i32[S]."""
+        del ids
+        return self.first
+
+    def numbers_of(self, ids: jax.Array) -> jax.Array:
+        """As `DeviceData.numbers_of`, of all places of a device. i32[S] -> i32[S]."""
+        return ids if self.rng_ids is None else self.rng_ids
+
+    def rows_at(self, places: jax.Array) -> jax.Array:
+        """As `DeviceData.rows_at`. i32[…] -> i32[…]."""
+        return places
+
 
 def sample_table(partition: Partition, train_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Who holds what, (samples i32[T], offsets i32[N + 1]) as in `DeviceData`.
@@ -88,12 +149,12 @@ def sample_table(partition: Partition, train_size: int) -> tuple[np.ndarray, np.
             "clients hold so many samples together, and 2147483647 can be counted",
             "Give clients fewer samples, or let fewer clients hold the same one.",
         )
-    samples = np.zeros(train_size if total <= train_size else _rounded_up(total), np.int32)
+    samples = np.zeros(train_size if total <= train_size else rounded_up(total), np.int32)
     samples[:total] = Ragged.of(partition.train).flat
     return samples, offsets.astype(np.int32)
 
 
-def _rounded_up(size: int) -> int:
+def rounded_up(size: int) -> int:
     """The next of … 16, 20, 24, 28, 32, 40 …; sizes up to 16 stay."""
     if size <= 16:
         return size
@@ -164,6 +225,56 @@ class DataStore:
     def cut(self, array: np.ndarray) -> Any:
         """The array [n, …], which the D devices divide: each has its n / D rows."""
         return self._place(array, placement.cut(self.mesh))
+
+    def same(self, array: np.ndarray) -> Any:
+        """The array, any shape [n, …], whole on every device, and not kept for others."""
+        return self._place(array, placement.replicated(self.mesh))
+
+    def cut_whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Samples, leaves [n, …], cut over the devices, filled up where these do not divide them."""
+        shares = np.arange(len(next(iter(example.values()))))
+        length = -(-len(shares) // self.mesh.size)
+        rows = tuple(shares[start : start + length] for start in range(0, self.mesh.size * length, length))
+        return {
+            key: self.by_device(leaf, rows, length, lambda index, leaf=leaf: leaf[index])
+            for key, leaf in example.items()
+        }
+
+    def by_device(
+        self,
+        array: np.ndarray,
+        rows: tuple[np.ndarray, ...],
+        length: int,
+        read: Callable[[np.ndarray], np.ndarray],
+    ) -> Any:
+        """Some rows of an array [n, …] on each device, filled up with zeros to the same number of them.
+
+        Only rows of this process's own devices are read.
+
+        Args:
+          array: of any shape [n, …]; of more than two axes the result is `Rows`.
+          rows: i64[t_d] of each device d.
+          length: T, rows of a device in the end.
+          read: gives rows i64[t] of the array.
+
+        Returns:
+          [D * T, …], cut over the devices.
+        """
+        one = array.shape[1:]
+        flat = (int(np.prod(one)),) if len(one) > 1 else one
+        shape, sharding = (self.mesh.size * length, *flat), placement.cut(self.mesh)
+        if self._place is abstract:
+            made: Any = jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+        else:
+
+            def part(index: Any) -> np.ndarray:
+                own = rows[(index[0].start or 0) // length]
+                block = np.zeros((length, *flat), array.dtype)
+                block[: len(own)] = read(own).reshape(len(own), *flat)
+                return block
+
+            made = jax.make_array_from_callback(shape, sharding, part)
+        return Rows(made, one) if len(one) > 1 else made
 
     def whole(self, example: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Samples, leaves [n, …], whole on every device, as `put` has them."""

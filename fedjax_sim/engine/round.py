@@ -28,7 +28,8 @@ from fedjax_sim.core.rng import CLIENTS, SERVER, key_for
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.clients import Lanes, Trainer, all_finite
 from fedjax_sim.engine.debugging import shapes_of
-from fedjax_sim.engine.device_data import DeviceData
+from fedjax_sim.engine.device_data import CohortData, DeviceData
+from fedjax_sim.engine.feed import RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held
 from fedjax_sim.engine.waves import Plan
 from fedjax_sim.records import Row
@@ -209,7 +210,7 @@ class Round:
         self,
         state: ServerState,
         inputs: RoundInputs,
-        data: DeviceData,
+        data: RoundData,
         watched: jax.Array | None = None,
     ) -> tuple[ServerState, RoundOutputs]:
         """One round. To be jitted with `state` donated.
@@ -217,10 +218,10 @@ class Round:
         Args:
           state: of the server.
           inputs: what the host decides.
-          data: the training set.
+          data: the samples of its clients, in one of the placements of `fedjax_sim.engine.feed`.
           watched: i32[m], distinct slots whose models `RoundOutputs.view` shows; None: of nobody.
         """
-        cohort = inputs.cohort
+        cohort, data = inputs.cohort, data.exchanged()
         look = self.trainer.watch.look
         state = dataclasses.replace(state, algorithm=self.held.cut(state.algorithm))
         starts = self._dispatched(state.algorithm, cohort, inputs)
@@ -284,7 +285,7 @@ class Round:
         starts: Starts,
         client_state: Any,
         inputs: RoundInputs,
-        data: DeviceData,
+        data: DeviceData | CohortData,
         watched: jax.Array | None,
     ) -> tuple[Results, jax.Array, Any, Any, dict[str, Any]]:
         """What came back, whether what was handed out was sound, what clients keep, (start, trained) of the
@@ -318,7 +319,7 @@ class Round:
         run = stacked.on_devices(
             lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
             mesh=self.mesh,
-            in_specs=(same if starts.shared else own, same, own, own, same, same, same, own),
+            in_specs=(same if starts.shared else own, same, own, own, same, same, data.spec, own),
             out_specs=(own, same, own, same, same),
         )
         models, mean, rest, watched_models, means = jax.named_scope(WAVES)(run)(
@@ -350,7 +351,7 @@ class Round:
         wave_steps: jax.Array,
         lr: jax.Array,
         key: jax.Array,
-        data: DeviceData,
+        data: DeviceData | CohortData,
         rank: jax.Array | None,
     ) -> tuple[Variables | None, Variables | None, tuple[PyTree, ...], PyTree, PyTree]:
         """All waves of one device, one after another; inside `shard_map`.

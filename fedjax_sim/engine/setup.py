@@ -13,7 +13,7 @@ from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.task import Task
 from fedjax_sim.data import Partition, Samples, label_counts
-from fedjax_sim.engine import cohorts, waves
+from fedjax_sim.engine import cohorts, feed, waves
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import UNWATCHED, Watch
 from fedjax_sim.engine.device_data import order_lengths
@@ -103,6 +103,28 @@ class Setup:
     def num_clients(self) -> int:
         """N."""
         return self.partition.num_clients
+
+    @functools.cached_property
+    def placement(self) -> str:
+        """Where training samples lie: copied, cut or streamed.
+
+        Raises:
+          UserError: something that the configuration asks for needs all of them on every device.
+        """
+        config, at_home = self.config, self.partition.test_from == "test"
+        return feed.placement_of(
+            config.execution.data,
+            self.dataset,
+            self.mesh,
+            {
+                "a diagnostic of measured rounds (peel.every, inertia.effectiveness, observers)": bool(
+                    self.observers
+                ),
+                "evaluation.per_client on clients' training samples": config.evaluation.per_client
+                and not at_home,
+                "evaluation.finetune": config.evaluation.finetune > 0,
+            },
+        )
 
     @functools.cached_property
     def counts(self) -> np.ndarray:

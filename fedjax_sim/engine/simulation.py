@@ -18,7 +18,8 @@ from fedjax_sim.core.rng import INIT, key_for, run_key
 from fedjax_sim.engine import cohorts, placement, waves
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
-from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.device_data import DataStore, DeviceData
+from fedjax_sim.engine.feed import Feed, RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
@@ -96,7 +97,7 @@ class Simulation:
       program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
-      data: what the round reads of them.
+      feed: gives each round the samples that it reads.
       ending: metrics that the last round has only because it is the last.
     """
 
@@ -118,7 +119,7 @@ class Simulation:
             for instrument in self.instruments
             for name, observer in instrument.observers.items()
         }
-        self.data = self.store.of_round(setup.dataset, setup.partition)
+        self.feed = Feed(setup.placement, setup.dataset, setup.partition, self.store)
         start = _Start(setup.model, setup.algorithm, self._trainer, setup.meters)
         self.shapes = self._shapes_of(start)
         self._stacks = setup.algorithm.is_stacked(self.shapes.algorithm)
@@ -148,6 +149,15 @@ class Simulation:
         )
 
     # --- state --------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def data(self) -> DeviceData:
+        """The training set, whole on every device, whatever rounds read."""
+        return self.feed.whole or self.store.of_round(self.setup.dataset, self.setup.partition)
+
+    def data_of(self, round_index: int, inputs: RoundInputs) -> RoundData:
+        """What a round reads of the training set, of what `inputs` gave for it."""
+        return self.feed.of(round_index, np.asarray(inputs.cohort.ids), inputs.plan)
 
     @functools.cached_property
     def state(self) -> ServerState:
@@ -246,6 +256,11 @@ class Simulation:
             key=self._key,
         ), waste
 
+    def _places(self, round_index: int) -> tuple[np.ndarray, waves.Plan]:
+        """The cohort of a round, and where its slots train."""
+        ids = self.setup.draw(round_index)
+        return ids, waves.make_plan(self._steps[ids], self.setup.devices, self.setup.wave)
+
     def _selected(self, round_index: int) -> np.ndarray:
         """The cohort that the algorithm chooses."""
         chooser = self.setup.algorithm.cohort_chooser
@@ -270,7 +285,7 @@ class Simulation:
         """Traces the next round, and what the algorithm deploys, without compiling either."""
         inputs, state = self.inputs(self.round)[0], self.abstract_state()
         with jax.set_mesh(self.mesh):
-            jax.eval_shape(self.function, state, inputs, self.data)
+            jax.eval_shape(self.function, state, inputs, self.data_of(self.round, inputs))
             jax.eval_shape(self.setup.algorithm.deploy, state.algorithm)
             if self.setup.personalised:
                 jax.eval_shape(self.function.personal, state, inputs.cohort.ids)
@@ -287,7 +302,10 @@ class Simulation:
             request = observer_request(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
             observed = {}
             watched = None if request is None else request.slots
-            self.state, outputs = self.program(self.state, inputs, self.data, watched)
+            data = self.data_of(self.round, inputs)
+            if self._measure is None:
+                self.feed.prepare(range(self.round + 1, self.setup.config.rounds), self._places)
+            self.state, outputs = self.program(self.state, inputs, data, watched)
             if request is not None:
                 observed = self.observe(outputs.view, request.inputs, self.data)
         outputs = dataclasses.replace(outputs, view=None)  # its models are dropped once they are observed

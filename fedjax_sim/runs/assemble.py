@@ -108,7 +108,7 @@ def prepare(
     if execution.debug:
         setup = debugging.watched(setup)
     setup = replace(setup, **diagnostics.of(setup))
-    _ = setup.draw  # which may find fault with a schedule
+    _ = setup.draw, setup.placement  # which may find fault with a schedule, and with where samples lie
     if execution.debug:  # own functions are called with numbers only
         return setup
     diagnostics.check_diagnostics(setup)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedjax_sim.engine import clients, evaluation, placement
-from fedjax_sim.engine.device_data import DataStore, abstract
+from fedjax_sim.engine.device_data import DataStore, DeviceData, abstract
+from fedjax_sim.engine.feed import AHEAD, CutData
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import AllObservers, observer_request
 from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES
@@ -135,15 +137,31 @@ def data_parts(simulation: Simulation, platform: str) -> list[Part]:
       simulation: the run, on paper.
       platform: of its devices; those of a CPU share one buffer.
     """
-    setup, store, data = simulation.setup, simulation.store, simulation.data
+    setup, store = simulation.setup, simulation.store
+    ids = setup.draw(0)
+    data = simulation.data_of(0, simulation.inputs_of(0, ids)[0])
     # CPU devices share one buffer; the set itself is host memory.
     copies = 1 if platform == "cpu" else setup.devices
-    train, tests = bytes_of(data.train), bytes_of(dict(setup.dataset.test))
-    table = bytes_of((data.samples, data.offsets, data.rng_ids))
-    whole = store.has(setup.dataset.test)
+    tests, whole = bytes_of(dict(setup.dataset.test)), store.has(setup.dataset.test)
+    if isinstance(data, DeviceData):
+        train, table = bytes_of(data.train), bytes_of((data.samples, data.offsets, data.rng_ids))
+        samples = [
+            Part("training samples", train, train * copies, "always", "smaller samples, or fewer"),
+            Part(
+                "who holds which sample", table, table * copies, "always", "fewer samples, or fewer clients"
+            ),
+        ]
+    elif isinstance(data, CutData):
+        cut, table = _held("training samples, a share", data.train, setup, "more devices"), data.wanted
+        size = leaf_bytes(table)
+        samples = [cut, Part("which samples a round wants", size, size * setup.devices, "round", "")]
+    else:
+        one = _held("", data.train, setup, "")
+        name, rounds = f"samples of {1 + AHEAD} rounds' clients", 1 + AHEAD
+        remedy = "more devices, or a smaller cohort.size"
+        samples = [Part(name, rounds * one.device, rounds * one.total, "always", remedy)]
     parts = [
-        Part("training samples", train, train * copies, "always", "smaller samples, or fewer"),
-        Part("who holds which sample", table, table * copies, "always", "fewer samples, or fewer clients"),
+        *samples,
         Part(
             "test samples",
             tests if whole else -(-tests // setup.devices),
@@ -153,7 +171,8 @@ def data_parts(simulation: Simulation, platform: str) -> list[Part]:
         ),
     ]
     if platform == "cpu":
-        held = train + tests
+        mapped = any(isinstance(leaf, np.memmap) for leaf in setup.dataset.train.values())
+        held = tests + (0 if mapped else bytes_of(dict(setup.dataset.train)))
         parts.append(Part(ON_HOST, held, held, "always", "smaller samples, or fewer"))
     return parts
 
@@ -222,12 +241,14 @@ def _round_parts(simulation: Simulation) -> list[Part]:
     ids, state = setup.draw(0), simulation.abstract_state()
     request = observer_request(simulation.instruments, ids)
     with jax.set_mesh(simulation.mesh):
+        inputs, _ = simulation.inputs_of(0, ids)
+        data = simulation.data_of(0, inputs)
         traced, (_, outputs) = jax.make_jaxpr(simulation.function, return_shape=True)(
-            state, simulation.inputs_of(0, ids)[0], simulation.data, request and request.slots
+            state, inputs, data, request and request.slots
         )
         if request is not None:
             observe, view = AllObservers(simulation.observers), outputs.view
-            observed = jax.make_jaxpr(observe)(view, request.inputs, simulation.data)
+            observed = jax.make_jaxpr(observe)(view, request.inputs, data)
             remedy = "a smaller peel.clients or inertia.clients"
             sizes = {
                 f"models of {len(request.slots)} measured clients": bytes_of(

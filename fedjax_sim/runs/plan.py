@@ -126,7 +126,8 @@ def compiled_round(simulation: Simulation) -> dict[str, int]:
     """XLA's own account of the compiled round: bytes on one device."""
     inputs, _ = simulation.inputs_of(0, simulation.setup.draw(0))
     with jax.set_mesh(simulation.mesh):
-        made = simulation.program.lower(simulation.abstract_state(), inputs, simulation.data).compile()
+        data = simulation.data_of(0, inputs)
+        made = simulation.program.lower(simulation.abstract_state(), inputs, data).compile()
     found: Any = made.memory_analysis()
     return {
         "arguments": int(found.argument_size_in_bytes),

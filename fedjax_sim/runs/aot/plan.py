@@ -325,7 +325,7 @@ def plan_on(
     there = available(platform) if target.memory is None else target.memory
     conv = setup.model.conv if setup.model.convolves else "none"
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib")}
-    shared = bytes_of((simulation.data, dict(setup.dataset.test))) if platform == "cpu" else 0
+    shared = bytes_of((simulation.feed.whole, dict(setup.dataset.test))) if platform == "cpu" else 0
     return MachinePlan(target, tuple(parts), programs, there, setup.wave, conv, versions, shared)
 
 
@@ -341,7 +341,8 @@ class _Compiler:
         steps = np.asarray(self.inputs.plan.wave_steps, np.int64).reshape(setup.devices, -1)
         self.steps = float(steps.sum(1).max() / steps.shape[1])
         self.rows = {setup.cohort_size, setup.num_clients}
-        self.held = {"state": self.state, "data": simulation.data}
+        self.data = simulation.data_of(0, self.inputs)
+        self.held = {"state": self.state, "data": self.data}
 
     def programs(self) -> list[Program]:
         """All of them."""
@@ -356,7 +357,7 @@ class _Compiler:
         request = observer_request(simulation.instruments, self.ids)
         if request is not None:
             self.held["observers"] = request.inputs
-        arguments = (self.state, self.inputs, simulation.data)
+        arguments = (self.state, self.inputs, self.data)
         found = [self._compiled(ROUND, simulation.program, simulation.function, arguments, ("state", "data"))]
         if request is not None:
             watched = (*arguments, request.slots)
@@ -367,7 +368,7 @@ class _Compiler:
             with jax.set_mesh(self.target.mesh):
                 view = jax.eval_shape(simulation.function, *watched)[1].view
             view = _on(view, same)
-            observe = (view, request.inputs, simulation.data)
+            observe = (view, request.inputs, self.data)
             function = simulation.observe.function
             found.append(
                 self._compiled(OBSERVERS, simulation.observe, function, observe, ("data", "observers"))
