@@ -1,9 +1,11 @@
-"""Image sets in one `.npz` file, and the rules of its layout.
+"""Image sets in one `.npz` file or one folder of `.npy` files, and the rules of their layout.
 
 Required: `train_images`, `test_images` (u8, NHWC or NHW) and `train_labels`, `test_labels`.
 Optional, for both parts: `*_domain`, `*_writer`, other labels as `*_NAME_labels`. Optional once:
 `class_names`, `domain_names`, `NAME_names` for other labels, `fine_names` for the main ones.
-Whatever else the file holds is left alone.
+Whatever else the file holds is left alone. In a folder each of these is a file, `train_images.npy` and so
+on; images are memory-mapped there and never read as a whole by training, so that a set may be larger than
+memory.
 """
 
 import zipfile
@@ -30,11 +32,12 @@ def read_npz(
     class_names: tuple[str, ...] = (),
     origin: str = "",
     licence: str = "not stated",
+    mapped: bool = False,
 ) -> Dataset:
     """Reads an image set.
 
     Args:
-      path: the file.
+      path: the file, or the folder.
       name: for records; the file's stem if empty.
       labels: which labels: `""` for `train_labels`, `"coarse"` for `train_coarse_labels`.
       preprocessing: mean and std 0.5 if None.
@@ -42,22 +45,21 @@ def read_npz(
       class_names: used where the file has none.
       origin: see `Dataset`.
       licence: see `Dataset`.
+      mapped: it is a folder of `.npy` files, whose images are memory-mapped.
 
     Raises:
       UserError: naming `data.source` (the file) or the array in it.
     """
     path = local(path, "data.source")
-    if not path.is_file():
-        raise UserError("data.source", f"npz:{path}", "no such file", FIX)
+    source = f"{'npy' if mapped else 'npz'}:{path}"
+    if not (path.is_dir() if mapped else path.is_file()):
+        raise UserError("data.source", source, f"no such {'folder' if mapped else 'file'}", FIX)
     infix = f"_{labels}" if labels else ""
     wanted = [f"{p}_{k}" for p in ("train", "test") for k in ("images", f"{infix[1:]}_labels".lstrip("_"))]
     wanted += [f"{p}_{k}" for p in ("train", "test") for k in ("domain", "writer")]
     names_keys = [f"{labels}_names"] if labels else ["class_names", "fine_names"]
     try:
-        # Opened here: NumPy does not close a file that turns out to be damaged.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files if k in (*wanted, *names_keys, "domain_names")}
-            present = sorted(file.files)
+        arrays, present = (_of_folder if mapped else _of_file)(path, [*wanted, *names_keys, "domain_names"])
     except (
         OSError,
         ValueError,
@@ -68,11 +70,11 @@ def read_npz(
         zipfile.BadZipFile,
         zlib.error,
     ) as e:
-        raise UserError("data.source", f"npz:{path}", f"cannot be read ({e})", FIX) from e
+        raise UserError("data.source", source, f"cannot be read ({e})", FIX) from e
     missing = [k for k in wanted[:4] if k not in arrays]
     if missing:
         why = f"holds no {', '.join(missing)}, only {', '.join(present) or 'nothing'}"
-        raise UserError("data.source", f"npz:{path}{'#' + labels if labels else ''}", why, FIX)
+        raise UserError("data.source", f"{source}{'#' + labels if labels else ''}", why, FIX)
     found = next((arrays[k] for k in names_keys if k in arrays), None)
     names = tuple(str(c) for c in found) if found is not None else class_names
     label_arrays = [arrays[f"{p}{infix}_labels"] for p in ("train", "test")]
@@ -97,6 +99,24 @@ def read_npz(
         origin=(origin + "; " if origin else "") + f"read from {path.name}",
         licence=licence,
     )
+
+
+def _of_file(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Arrays by name, and the names of all that there are."""
+    # Opened here: NumPy does not close a file that turns out to be damaged.
+    with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        return {k: file[k] for k in file.files if k in wanted}, sorted(file.files)
+
+
+def _of_folder(path: Path, wanted: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """As `_of_file`; images stay in their files."""
+    files = {file.stem: file for file in sorted(path.glob("*.npy"))}
+    arrays = {
+        name: np.load(file, mmap_mode="r" if name.endswith("_images") else None, allow_pickle=False)
+        for name, file in files.items()
+        if name in wanted
+    }
+    return arrays, sorted(files)
 
 
 def _with_channel_axis(images: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ ENVIRONMENT = "FEDJAX_SIM_DATA"
 EMBEDDED = ("digits", "digits-domains", *tables.EMBEDDED)
 SCHEMES = {
     "npz": "NumPy arrays in one file; npz:PATH#coarse for other labels",
+    "npy": "a folder of NumPy arrays, whose images are memory-mapped; npy:PATH#coarse for other labels",
     "folder": "folders of pictures, one for each class; #size=64, #classes=cat+dog, #test=0.25",
     "idx": "a folder with the four idx files of MNIST, Fashion-MNIST, EMNIST …; idx:PATH#letters",
     "table": "rows of a CSV or Parquet file; table:PATH#target=price,user=town,task=regression,test=0.25",
@@ -51,6 +52,7 @@ def load_dataset(
           in `data_dir` as `NAME.npz`, then as an image folder, then as a prepared
           tensorflow-datasets set;
         - `npz:PATH` or `npz:PATH#coarse` (the labels `train_coarse_labels`);
+        - `npy:PATH`, likewise a folder with `train_images.npy` and so on, whose images are memory-mapped;
         - `folder:PATH`, with `#size=64` or `#size=48x64` (height x width), `#classes=cat+dog`, `#test=0.25`,
           several joined by commas;
         - `idx:PATH`, a folder with the four files of MNIST and its kin, or `idx:PATH#letters` (which of
@@ -107,7 +109,7 @@ def load_dataset(
         return load_preset(source, place, preprocessing, shape)
     near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
     why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
-    ways = "npz:PATH, folder:PATH, idx:PATH, table:PATH, tfds:NAME, module:function"
+    ways = "npz:PATH, npy:PATH, folder:PATH, idx:PATH, table:PATH, tfds:NAME, module:function"
     raise UserError("data.source", source, why, f"Known: {', '.join(names())}; or {ways}.")
 
 
@@ -141,13 +143,13 @@ def _of_scheme(
         return tables.read_table(path, **options)
     if scheme == "tfds" and not options:
         return read_tfds(path, place, label=word or "label", size=shape, preprocessing=preprocessing)
-    if scheme == "npz" and not options and shape is None:
-        return read_npz(path, labels=word, preprocessing=preprocessing)
+    if scheme in ("npz", "npy") and not options and shape is None:
+        return read_npz(path, labels=word, preprocessing=preprocessing, mapped=scheme == "npy")
     if scheme == "idx" and not options and shape is None:
         return read_idx(path, member=word, preprocessing=preprocessing)
     why = f"{fragment or 'size'!r} is not an option of {scheme}"
     fix = (
-        "npz:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label, "
+        "npz:PATH#coarse, npy:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label, "
         "table:PATH#target=price."
     )
     raise UserError("data.source", source, why, fix)
