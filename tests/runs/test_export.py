@@ -174,8 +174,10 @@ def test_a_run_can_be_pickled(done):
             assert (again.config, again.folder, again.title) == (run.config, run.folder, run.title)
             assert list(again.metrics) == list(run.metrics) and (again.rounds, again.finished) == (2, True)
             assert same(again.variables, done.variables)
-            assert same(again.partition.train, done.partition.train)
-            assert same(run.variables, again.variables) and same(run.partition.train, again.partition.train)
+            assert same(tuple(again.partition.train), tuple(done.partition.train))
+            assert same(run.variables, again.variables) and same(
+                tuple(run.partition.train), tuple(again.partition.train)
+            )
 
 
 @pytest.mark.parametrize("kind", [runs.Interrupted, runs.Terminated])

@@ -201,7 +201,7 @@ def test_four_files_are_a_finished_run(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="again in another folder"):
             _ = opened.variables
     assert sorted(path.name for path in kept.iterdir()) == sorted(RECORDS)
-    assert same(opened.partition.train, done.partition.train)
+    assert same(tuple(opened.partition.train), tuple(done.partition.train))
     with pytest.raises(UserError, match="finished"):
         runs.run(tiny(kept))
 

@@ -61,6 +61,7 @@ def test_a_step_that_would_take_too_long_is_left_out(script, capsys):
     assert lines[1] == "| seconds | N = 100 |" and lines[3].startswith("| a step | ")
 
 
+@pytest.mark.filterwarnings("ignore:partition.kind = .*held by nobody")
 @pytest.mark.parametrize("part", ["partitions", "planning", "recording"])
 def test_steps_of_setting_up_are_printed(script, monkeypatch, capsys, part):
     monkeypatch.setattr(sys, "argv", ["setup.py", "--parts", part, "--clients", "100"])
