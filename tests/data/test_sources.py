@@ -73,6 +73,24 @@ def test_npz_with_everything_optional(tmp_path):
     np.testing.assert_array_equal(coarse.train_labels, np.arange(12) % 2)
 
 
+def test_a_folder_of_arrays_is_read_as_one_file_is_and_its_images_stay_there(tmp_path):
+    given = arrays(train_domain=np.arange(12) % 2, test_domain=np.arange(6) % 2)
+    np.savez(tmp_path / "mine.npz", **given)
+    (tmp_path / "mine").mkdir()
+    for name, array in given.items():
+        np.save(tmp_path / "mine" / f"{name}.npy", array)
+    one, other = load(f"npz:{tmp_path}/mine.npz"), load(f"npy:{tmp_path}/mine")
+    assert isinstance(other.train_images, np.memmap) and not isinstance(other.train_labels, np.memmap)
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name])
+    with pytest.raises(UserError, match=r"npy:.*no such folder"):
+        load(f"npy:{tmp_path}/mine.npz")
+    (tmp_path / "mine" / "test_labels.npy").unlink()
+    with pytest.raises(UserError, match=r"holds no test_labels"):
+        load(f"npy:{tmp_path}/mine")
+
+
 def test_npz_without_channels_or_names(tmp_path):
     np.savez(tmp_path / "grey.npz", **arrays(shape=(5, 4)))
     d = load(f"npz:{tmp_path}/grey.npz")
