@@ -253,23 +253,21 @@ def _launcher(name: str, given: dict[str, str]) -> typing.Any:
     from fedjax_sim.core import fields
     from fedjax_sim.studies import launchers
 
-    kind = launchers.launcher_of(name)  # which refuses a wrong name
-    hints = {} if kind is None else typing.get_type_hints(type(kind))
-    known = [] if kind is None else [field.name for field in dataclasses.fields(type(kind))]
-    for field, value in given.items():
-        if not known:
+    if launchers.launcher_of(name) is None:  # which refuses a wrong name
+        for field, value in given.items():
             fix = f"Choose --launcher {' or '.join(launchers.LAUNCHERS)}."
             raise UserError(f"launcher.{field}", value, f"the launcher is {name}", fix)
+        return name
+    kind = launchers.LAUNCHERS[name]
+    hints, values = typing.get_type_hints(kind), {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for field, text in given.items():
         if field not in known:
             why = f"the launcher {name} has no such field"
-            raise UserError(f"launcher.{field}", value, why, fields.nearest(field, known))
-    if kind is None:
-        return name
-    values = {}
-    for field, text in given.items():
+            raise UserError(f"launcher.{field}", text, why, fields.nearest(field, known))
         value = meant(text, hints[field], f"launcher.{field}")
         values[field] = fields.coerce(value, hints[field], f"launcher.{field}", text=True)
-    return type(kind)(**values)
+    return kind(**values)
 
 
 _SWEEP = """Runs every method in every setting with every seed, and writes tables, curves and sweep.json in

@@ -10,6 +10,7 @@ submitit and Ray are installed by the extras `slurm` and `ray`, and imported whe
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
 import os
@@ -53,6 +54,15 @@ _NEVER = ("BadConstraints", "PartitionConfig", "PartitionNodeLimit", "PartitionT
 """Why Slurm keeps tasks waiting that ask for more than there is, where it does not refuse them at once."""
 
 
+_AGAIN = """status=$?
+state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)
+if [[ $status =~ ^(138|140|143)$ && $state == RUNNING && ${{SLURM_RESTART_COUNT:-0}} -lt {most} ]]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status\""""
+"""Shell after a task: what SIGTERM, SIGUSR1 or SIGUSR2 has ended comes back, unless it was cancelled."""
+
+
 class Launcher(Protocol):
     """What starts the runs of a sweep.
 
@@ -87,8 +97,8 @@ class Launcher(Protocol):
 class Slurm:
     """One job array under Slurm, through submitit. Logs and submitit's own files go to `slurm` in the folder.
 
-    When its time is up, a task writes a checkpoint and queues itself again. Slurm does so itself with a task
-    that it preempts. Stopping this process cancels the array; runs that are under way write a checkpoint.
+    A task whose time is up, or that is asked to end before preemption, writes a checkpoint and is queued
+    again. Stopping this process cancels the array; runs that are under way write a checkpoint.
 
     Attributes:
       partition: of the cluster; None: its default, as for the next two.
@@ -100,7 +110,7 @@ class Slurm:
       memory_gb: of one task, in GiB; None: the cluster's default.
       runs: of the sweep in one task, one after another; those of one shape compile once.
       at_once: tasks that may run at the same time; None: as many as there is room for.
-      requeues: how often a task may queue itself again.
+      requeues: how often a task may be queued again.
       setup: lines of shell before it, such as `module load cuda`.
       sbatch: further options by name, such as `constraint: a100`.
       wait: whether this process waits for the end. Otherwise it only submits, and a later start of the sweep
@@ -160,7 +170,7 @@ class Slurm:
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                executor = submitit.SlurmExecutor(folder=folder / "slurm", max_num_timeout=self.requeues)
+                executor = submitit.SlurmExecutor(folder=folder / "slurm")
                 executor.update_parameters(
                     job_name=folder.name,
                     time=self.minutes,
@@ -171,10 +181,11 @@ class Slurm:
                     signal_delay_s=NOTICE,
                     stderr_to_stdout=True,
                     setup=setup,
+                    teardown=_AGAIN.format(most=self.requeues).splitlines(),
                     additional_parameters={"requeue": True, **self.sbatch},
                     **{name: value for name, value in options.items() if value is not None},
                 )
-                return executor.map_array(SlurmTask(call), batches)
+                return executor.map_array(functools.partial(slurm_task, call), batches)
         except OSError as error:
             raise UserError("launcher", self.name, f"it cannot submit: {error}", "Correct that.") from None
         except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
@@ -186,46 +197,30 @@ class Slurm:
             ) from None
 
 
-class SlurmTask:
-    """What a task of the array calls: runs to their end, or to a checkpoint when its time is up."""
+def slurm_task(call: Call, batch: Batch) -> Ended:
+    """What a task of the array calls: a batch, as far as it comes until the task is asked to end.
 
-    def __init__(self, call: Call):
-        """`call`: what is done with a batch."""
-        self._call = call
+    On SIGTERM, and on submitit's signal that the time is up soon, the run under way writes a checkpoint. The
+    process then exits with the status of SIGTERM, by which the script of the array knows that it goes on.
 
-    def __call__(self, batch: Batch) -> Ended:
-        """Does a batch. On SIGTERM and on submitit's signal the run writes a checkpoint and ends.
+    Args:
+      call: what is done with a batch.
+      batch: of runs.
 
-        The task is then queued again, unless it was cancelled.
-        """
-        warning = signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"]
-        requeue: Any = signal.getsignal(warning)
-        late: list[int] = []
+    Raises:
+      Terminated: it was asked to end, in a run.
+      SystemExit: likewise, between runs.
+    """
 
-        def end(number: int, frame: Any) -> None:
-            raise SystemExit(128 + number)
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
 
-        def stop(number: int, frame: Any) -> None:
-            late.append(number)
-            if signal.getsignal(signal.SIGTERM) is end:  # no run is under way: nothing to write first
-                requeue(number, frame)
-            else:
-                os.kill(os.getpid(), signal.SIGTERM)
+    def stop(number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        signal.signal(signal.SIGTERM, end)
-        if callable(requeue):
-            signal.signal(warning, stop)
-        try:
-            return self._call(batch)
-        except SystemExit:
-            # Before preemption a task may be asked to end while it still counts as running.
-            if callable(requeue) and (late or _running()):
-                requeue(warning, None)
-            raise
-
-    def checkpoint(self, batch: Batch) -> Any:
-        """What submitit calls in its place next time: the same, which goes on from the runs' folders."""
-        return _installed("submitit", Slurm.name).helpers.DelayedSubmission(self, batch)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"], stop)
+    return call(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,16 +422,6 @@ def _queue(array: str) -> dict[str, str] | None:
         return {} if "Invalid job id" in asked.stderr else None
     lines = [line.strip().partition(" ") for line in asked.stdout.splitlines() if line.strip()]
     return {name: state for name, _, state in lines}
-
-
-def _running() -> bool:
-    """Whether Slurm takes the job of this process for a running one; a cancelled job is none."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    asked = ["squeue", "--noheader", "--jobs", job, "--format", "%T"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True).stdout.strip() == "RUNNING"
-    except OSError:
-        return False
 
 
 def _summary(states: Mapping[str, str]) -> str:

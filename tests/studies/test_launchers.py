@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -239,22 +240,19 @@ def test_tasks_that_can_never_start_are_one_error(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handlers():
-    numbers = (signal.SIGUSR2, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    asked = []
-    signal.signal(signal.SIGUSR2, lambda number, frame: asked.append(number))
-    yield asked
+    """Puts those of the signals back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
-def test_a_task_writes_a_checkpoint_and_is_queued_again(number, running, handlers, monkeypatch, tmp_path):
-    """SIGUSR2: the time is up. SIGTERM: it is asked to end, and comes back unless it was cancelled."""
-    monkeypatch.setattr(launchers, "_running", lambda: running)
+def test_a_task_that_is_asked_to_end_writes_a_checkpoint_and_goes_on_next_time(
+    number, handlers, monkeypatch, tmp_path
+):
     made = sweep.from_mapping(asked(tmp_path, seeds=[0], methods={"FedAvg": {}}))
-    step = Simulation.step
+    batch, step = [sweep._plain(made.jobs[0], tmp_path)], Simulation.step
 
     def signalled(self):
         os.kill(os.getpid(), number)
@@ -262,20 +260,41 @@ def test_a_task_writes_a_checkpoint_and_is_queued_again(number, running, handler
 
     with monkeypatch.context() as patch:
         patch.setattr(Simulation, "step", signalled)
-        batch = [sweep._plain(made.jobs[0], tmp_path)]
-        with pytest.raises(runs.Terminated, match="after round 1"):
-            launchers.SlurmTask(sweep.run_batch)(batch)
-    assert handlers == [signal.SIGUSR2] * (running or number == signal.SIGUSR2)
-    assert launchers.SlurmTask(sweep.run_batch)(batch) == {"FedAvg, seed 0": ("resumed", None)}
+        with pytest.raises(runs.Terminated, match="after round 1") as stop:
+            launchers.slurm_task(sweep.run_batch, batch)
+    assert stop.value.code == 143
+    assert launchers.slurm_task(sweep.run_batch, batch) == {"FedAvg, seed 0": ("resumed", None)}
 
 
-def test_a_task_whose_time_is_up_between_runs_is_queued_again_at_once(handlers):
-    def call(batch):
-        os.kill(os.getpid(), signal.SIGUSR2)
-        return {}
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
+def test_a_task_that_is_asked_to_end_between_runs_ends_at_once(number, handlers):
+    with pytest.raises(SystemExit) as stop:
+        launchers.slurm_task(lambda batch: os.kill(os.getpid(), number) or {}, [])
+    assert stop.value.code == 143
 
-    assert launchers.SlurmTask(call)([]) == {}
-    assert handlers == [signal.SIGUSR2]
+
+@pytest.mark.parametrize(
+    ("status", "state", "restarts", "again"),
+    [
+        (143, "RUNNING", "", True),
+        (140, "RUNNING", "2", True),
+        (143, "RUNNING", "3", False),
+        (143, "COMPLETING", "", False),
+        (1, "RUNNING", "", False),
+        (0, "RUNNING", "", False),
+    ],
+)
+def test_after_a_task_the_script_queues_it_again_where_it_was_asked_to_end(
+    status, state, restarts, again, tmp_path
+):
+    for name, body in {"squeue": f"echo {state}", "scontrol": f'echo "$@" >{tmp_path}/asked'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = f"(exit {status})\n\n# teardown\n{launchers._AGAIN.format(most=3)}"
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    env = {"PATH": path, "SLURM_JOB_ID": "7", **({"SLURM_RESTART_COUNT": restarts} if restarts else {})}
+    assert subprocess.run(["bash", "-c", script], env=env).returncode == status
+    assert (tmp_path / "asked").is_file() == again
 
 
 SBATCH = """#!/bin/bash
