@@ -40,7 +40,7 @@ def test_scripts_parse_and_say_what_was_tried(script):
 
 SRUN = """case $BEHAVE in
   ended) exit 143 ;;
-  signalled) trap 'exit 143' TERM; kill -USR1 $PPID; for i in $(seq 100); do sleep 0.1; done ;;
+  signalled) kill -TERM $PPID; while [ ! -e told ]; do sleep 0.05; done; exit 143 ;;
   failed) exit 1 ;;
 esac"""
 
@@ -56,12 +56,13 @@ esac"""
     ],
 )
 def test_a_run_under_slurm_is_queued_again_where_it_was_asked_to_end(behave, state, status, again, tmp_path):
-    programs = {"srun": SRUN, "scontrol": "", "squeue": f"echo {state}"}
+    programs = {"srun": SRUN, "scontrol": "", "squeue": f"echo {state}", "scancel": "touch told"}
     settings = {"CONFIG": "my.yaml", "OUT": str(tmp_path / "out"), "SLURM_JOB_ID": "7", "BEHAVE": behave}
     done, lines = call(LAUNCH / "slurm.sbatch", programs, tmp_path, **settings)
     assert done.returncode == status, done.stderr
     assert f"fedjax-sim run my.yaml --output.dir {tmp_path}/out --join auto" in lines[0]
     assert ("scontrol requeue 7" in lines) == again
+    assert ("scancel --signal=TERM 7" in lines) == (behave == "signalled")  # srun itself gets no signal
 
 
 def test_a_run_under_slurm_that_has_begun_is_resumed(tmp_path):
