@@ -67,8 +67,8 @@ def test_flags_of_commands_exist():
 
 
 def test_flags_in_sentences_exist():
-    """Those of a section, `--partition.local-test`; an algorithm's own go by the algorithm."""
-    named = set(re.findall(r"--(?!algorithm)([a-z]+\.[a-z_-]+)", TEXT))
+    """Those of a section, `--partition.local-test`; an algorithm's and a launcher's own go by their names."""
+    named = set(re.findall(r"--(?!algorithm|launcher)([a-z]+\.[a-z_-]+)", TEXT))
     assert {"peel.every", "initial.pretrain", "evaluation.per-client"} <= named
     sections = {field.name: type(getattr(RunConfig(), field.name)) for field in dataclasses.fields(RunConfig)}
     for section, field in (name.split(".") for name in named):

@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-      The exit status: 0 done, 1 a sweep had failures, a plan does not fit, or something could not be
-      written (a full disk; where that is standard output, the work was done), 2 the user's mistake,
-      130 and 143 cut short by SIGINT and SIGTERM.
+      The exit status: 0 done, 1 a sweep had failures, a plan does not fit, another process was lost, or
+      something could not be written (a full disk; where that is standard output, the work was done),
+      2 the user's mistake, 130 and 143 cut short by SIGINT and SIGTERM.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _open_closed()
@@ -186,10 +186,11 @@ def _sweep(words: list[str]) -> int:
     from fedjax_sim.engine import hosts
     from fedjax_sim.studies import sweep
 
-    usage = "fedjax-sim sweep FILE.yaml [--part I/N | --pack | --unpack]"
+    usage = "fedjax-sim sweep FILE.yaml [--part I/N | --launcher NAME | --pack | --unpack]"
     moves = {"--pack": sweep.pack, "--unpack": sweep.unpack}
     chosen = [word for word in words if word in moves]
-    given, flags = _given([word for word in words if word not in moves], usage, _SWEEP, "--part")
+    others, of_launcher = _of_launcher([word for word in words if word not in moves])
+    given, flags = _given(others, usage, _SWEEP, "--part", "--launcher")
     if not isinstance(given, str):
         raise UserError("sweep", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
     part = re.fullmatch(r"(\d+)/(\d+)", flags.get("--part", "1/1"))
@@ -197,9 +198,10 @@ def _sweep(words: list[str]) -> int:
         raise UserError(
             "--part", flags["--part"], "this is not I/N", "Write 1/4 for the first of four parts."
         )
+    launcher = _launcher(flags.get("--launcher", "local"), of_launcher)
     asked = sweep.load(given)
     if len(chosen) + len(flags) > 1:
-        why = "--part, --pack and --unpack exclude each other"
+        why = "--part, --launcher, --pack and --unpack exclude each other"
         raise UserError("sweep", " ".join(words), why, f"Write {usage}.")
     if chosen:
         moved = hosts.on_first(lambda: moves[chosen[0]](asked))
@@ -207,12 +209,15 @@ def _sweep(words: list[str]) -> int:
             print(moved.report())
         return 0
     again = f"continue with: {shlex.join(['fedjax-sim', 'sweep', *words])}"
+    # Before a launcher's tasks have ended JAX does not start here, and there is one process.
+    first = hosts.first if launcher == "local" else lambda: True
     try:
         with _without_loader_noise():
             outcome = sweep.run(
                 asked,
-                tell=lambda line: print(line, flush=True) if hosts.first() else None,
+                tell=lambda line: print(line, flush=True) if first() else None,
                 part=(int(part[1]), int(part[2])),
+                launcher=launcher,
             )
     except (runs.Interrupted, runs.Terminated) as stop:
         stop.advice = again
@@ -224,12 +229,62 @@ def _sweep(words: list[str]) -> int:
     return 1 if outcome.failures else 0
 
 
+def _of_launcher(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(the other words, what is said by `--launcher.FIELD VALUE`)."""
+    others: list[str] = []
+    given: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--launcher."):
+            others.append(word)
+            continue
+        if not equals:
+            if not left:
+                raise UserError(name, None, "its value is missing", "See fedjax-sim sweep --help.")
+            value = left.pop(0)
+        given[name.removeprefix("--launcher.").replace("-", "_")] = value
+    return others, given
+
+
+def _launcher(name: str, given: dict[str, str]) -> typing.Any:
+    """What `--launcher NAME` and its fields mean; the name itself where it stands for this process."""
+    from fedjax_sim.cli.flags import meant
+    from fedjax_sim.core import fields
+    from fedjax_sim.studies import launchers
+
+    if launchers.launcher_of(name) is None:  # which refuses a wrong name
+        for field, value in given.items():
+            fix = f"Choose --launcher {' or '.join(launchers.LAUNCHERS)}."
+            raise UserError(f"launcher.{field}", value, f"the launcher is {name}", fix)
+        return name
+    kind = launchers.LAUNCHERS[name]
+    hints, values = typing.get_type_hints(kind), {}
+    known = [field.name for field in dataclasses.fields(kind)]
+    for field, text in given.items():
+        if field not in known:
+            why = f"the launcher {name} has no such field"
+            raise UserError(f"launcher.{field}", text, why, fields.nearest(field, known))
+        value = meant(text, hints[field], f"launcher.{field}")
+        values[field] = fields.coerce(value, hints[field], f"launcher.{field}", text=True)
+    return kind(**values)
+
+
 _SWEEP = """Runs every method in every setting with every seed, and writes tables, curves and sweep.json in
 the sweep's folder. What is finished is not run again, what was cut goes on; a failure does not end the rest.
 
   --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
                    machine, with one folder for all on a file system that they share, or each with its own,
                    and copy the runs together. Another start, without --part, writes the whole table
+  --launcher NAME  where the runs are started: local, here, one after another (default); slurm, in one job
+                   array; ray, as tasks of Ray. The last two need an extra (pip install submitit, or ray) and
+                   a folder that all machines share. This process waits for them, and writes the table
+  --launcher.FIELD VALUE    what each of its tasks asks for, and how many runs of the sweep it does:
+                   both: cpus 1, gpus 0, memory-gb, runs 1
+                   slurm: partition, account, qos, minutes 60, at-once (tasks side by side), requeues 20,
+                   setup "[module load cuda]", sbatch "{constraint: a100}", wait true (false only submits)
+                   ray: address (auto, or HOST:PORT), resources "{TPU: 4}", retries 3
   --pack           runs nothing. Moves the records of the finished runs into two files, runs.json and
                    runs.parquet. Later starts and all reports read them from there. Checkpoints, figures and
                    whatever else is in the runs' folders stay where they are

@@ -7,9 +7,12 @@ be on a file system that all see.
 In one process every function here does the obvious, at no cost.
 """
 
+import atexit
 import contextlib
 import importlib
+import os
 import pickle
+import re
 import socket
 import sys
 import threading
@@ -38,6 +41,14 @@ START = 300.0
 
 class OtherProcessFailed(UserError):
     """Another process failed, and says itself why. All have been told."""
+
+
+class OtherProcessLost(OtherProcessFailed):
+    """Another process has ended without a word, or cannot be reached. No other run can follow in this one."""
+
+
+LINGER = 5.0
+"""Seconds that the first process stays when it leaves: JAX ends the others with a crash once it has gone."""
 
 
 def join(address: str = "auto", processes: int | None = None, process: int | None = None) -> None:
@@ -162,6 +173,37 @@ def all_or_none(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return cast(T, value)
+
+
+def as_loss(error: Exception, fix: str) -> Exception:
+    """What an error of JAX means where it comes of another process that is gone; otherwise the error itself.
+
+    This process then leaves without waiting for the others when Python ends: JAX would wait for the one that
+    is gone until that one has missed its heartbeats, and end with a crash. The status is 1.
+
+    Args:
+      error: of a round, or of whatever else all processes do together.
+      fix: what the user does now.
+    """
+    told = " ".join(str(error).split())
+    if jax.process_count() == 1 or not _LOSS.search(told):
+        return error
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+    why = f"another process has ended without a word, or cannot be reached any more ({told[:200]})"
+    return OtherProcessLost("process", jax.process_index(), why, fix)
+
+
+_LOSS = re.compile(r"gloo|nccl|coordination service|closed by peer|reset by peer", re.IGNORECASE)
+
+
+def _leave() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    if first():
+        time.sleep(LINGER)
+    os._exit(1)
 
 
 def check_same(told: Mapping[str, Any]) -> None:

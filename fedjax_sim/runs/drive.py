@@ -145,6 +145,8 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         raise type(error)(
             error.field, error.value, error.why, f"{error.fix} {_look(folder, saved)}"
         ) from None
+    except jax.errors.JaxRuntimeError as error:
+        raise hosts.as_loss(error, _again(folder, saved)) from error
     finally:
         for thing in (bar, events, journal, best, checkpoints):
             # After an error closing may fail as well: the first error is the one to tell.
@@ -163,6 +165,15 @@ def _look(folder: Folder | None, saved: int) -> str:
     command = shlex.join(["fedjax-sim", "resume", str(folder.path), "--execution.debug"])
     start = f"from the checkpoint of round {saved}" if saved else "from the first round"
     return f"To see where it began, run it again {start}: {command}."
+
+
+def _again(folder: Folder | None, saved: int) -> str:
+    """What a start after a loss of processes does, of a run whose newest checkpoint is of round `saved`."""
+    if folder is None:
+        return "Start all processes again. Without output.dir nothing of this run was kept."
+    command = shlex.join(["fedjax-sim", "resume", str(folder.path)])
+    start = f"goes on after round {saved}" if saved else "begins at its first round, as it has no checkpoint"
+    return f"Start all processes again with: {command}. The run {start}."
 
 
 def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) -> int:

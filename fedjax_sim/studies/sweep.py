@@ -10,7 +10,8 @@ The file that describes one is explained in `fedjax_sim.config.sweep_files`. In 
     compiled/                         compiled programs, shared by all starts (but see `programs`)
 
 A sweep may be divided over several starts, on as many machines that share its folder or have one each, to be
-put together afterwards: each start runs its part, and tells of all that is finished by then.
+put together afterwards: each start runs its part, and tells of all that is finished by then. Or one start has
+a launcher divide it (`fedjax_sim.studies.launchers`): Slurm's tasks or Ray's then do what this process would.
 
 Cost is `seconds` and `cpu_seconds`, as `fedjax_sim.records` defines them; the second hardly depends on what
 else the machine was doing. A run of which only the records were kept (`fedjax_sim.runs` says which) counts as
@@ -39,12 +40,16 @@ from fedjax_sim.runs import progress, provenance
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
+from fedjax_sim.studies.launchers import LOCAL, Batch, Ended, Launcher, Ray, Slurm, launcher_of
 from fedjax_sim.studies.packing import Packing, pack, unpack
 
 __all__ = [
     "Job",
+    "Launcher",
     "Outcome",
     "Packing",
+    "Ray",
+    "Slurm",
     "Sweep",
     "compile_cache",
     "from_mapping",
@@ -69,7 +74,7 @@ class Outcome:
       failures: job's name -> what went wrong.
       seconds: job's name -> wall-clock seconds of its rounds.
       cpu_seconds: job's name -> CPU seconds of its rounds; None where they were not recorded.
-      left: names of the jobs that are other parts' and not finished.
+      left: names of the jobs that are not finished because other parts, or tasks, have them.
     """
 
     sweep: Sweep
@@ -87,15 +92,28 @@ class Outcome:
             lines += [f"  {name}: {why}" for name, why in self.failures.items()]
         if self.left:
             lines.append(
-                f"{len(self.left)} of {len(self.sweep.jobs)} runs are other parts' and not finished; "
-                "once they are, another start writes the whole table"
+                f"{len(self.left)} of {len(self.sweep.jobs)} runs are not finished: other parts or tasks "
+                "have them. Once they are, another start writes the whole table"
             )
         lines.append(f"written to {self.sweep.out}")
         return "\n".join(lines)
 
 
+@dataclasses.dataclass
+class _Found:
+    """What became of the runs of a sweep, by the names of its jobs; see `Outcome`."""
+
+    done: dict[str, runs.Run] = dataclasses.field(default_factory=dict)
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)
+    left: list[str] = dataclasses.field(default_factory=list)
+
+
 def run(
-    sweep: Sweep, tell: Callable[[str], None] = lambda line: None, *, part: tuple[int, int] = (1, 1)
+    sweep: Sweep,
+    tell: Callable[[str], None] = lambda line: None,
+    *,
+    part: tuple[int, int] = (1, 1),
+    launcher: str | Launcher = LOCAL,
 ) -> Outcome:
     """Runs what is not finished, and writes tables, curves and `sweep.json`.
 
@@ -105,10 +123,12 @@ def run(
       sweep: what to run.
       tell: is given a line after each run.
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
+      launcher: where runs are started: "local", in this process; "slurm" or "ray", or a `Slurm` or `Ray` that
+        says what each task asks for.
 
     Raises:
-      UserError: there is no such part; the folder cannot be written; a run cannot work as it is configured,
-        which is found before the first one starts.
+      UserError: there is no such part or launcher; the folder cannot be written; a run cannot work as it is
+        configured, which is found before the first one starts (with a launcher it is one of the failures).
       NotWritten: the disk is full, or fails; a later start continues.
       Interrupted, Terminated: on SIGINT and SIGTERM; likewise.
     """
@@ -117,47 +137,144 @@ def run(
         raise UserError(
             "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
         )
-    place = Folder(sweep.out)
-    hosts.on_first(lambda: _check_writable(place))
-    failures: dict[str, str] = {}
-    left: list[str] = []
-    done: dict[str, runs.Run] = {}
-    shared = _Shared()
+    place, elsewhere = Folder(sweep.out), launcher_of(launcher)
     began = time.perf_counter()
+    if elsewhere is None:
+        hosts.on_first(lambda: _check_writable(place))
+        found = _run_here(sweep, tell, part)
+    else:
+        _check_alone(launcher, part)
+        _check_writable(place)
+        found = _run_elsewhere(sweep, tell, elsewhere)
+    done = found.done
+    finished = [(job, done[job.name]) for job in sweep.jobs if job.name in done]
+    compared = comparison.compare(sweep, finished) if finished else None
+    wall = {name: result.seconds for name, result in done.items()}
+    cpu = {name: result.cpu_seconds for name, result in done.items()}
+    outcome = Outcome(sweep, compared, found.failures, wall, cpu, tuple(found.left))
+    with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
+        hosts.on_first(lambda: _write(place, outcome, time.perf_counter() - began))
+    return outcome
+
+
+def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) -> _Found:
+    """One run after another, in this process."""
+    found, shared = _Found(), _Shared()
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
                 with progress.part_of(head):
-                    how, result = _one(job, shared, mine=number % parts == this % parts)
+                    how, result = _one(job, shared, mine=number % part[1] == part[0] % part[1])
             except (runs.Interrupted, runs.Terminated) as stop:
                 stop.advice = f"it was {head}; start the sweep again to go on"
+                raise
+            except hosts.OtherProcessLost:  # nor can others be run without it
                 raise
             except NotWritten as error:  # nor can the others be, nor the table
                 raise NotWritten(f"{job.name}: {error.field}", error.value, error.why, AGAIN) from error
             except Exception as error:
                 if jax.process_count() > 1 and not isinstance(error, UserError):
                     raise  # perhaps this process alone failed, and the others wait for it
-                failures[job.name] = " ".join(f"{type(error).__name__}: {error}".split())
-                tell(f"{head}: FAILED: {failures[job.name]}")
+                found.failures[job.name] = _in_one_line(error)
+                tell(f"{head}: FAILED: {found.failures[job.name]}")
                 continue
             if result is None:
-                left.append(job.name)
+                found.left.append(job.name)
                 tell(f"{head}: {how}")
                 continue
-            done[job.name] = result
-            values = result.metrics.series(sweep.metric)[1]
-            told = f", {sweep.metric} {values[-1]:.4f}" if len(values) else ""
-            tell(f"{head}: {how}{told}, {result.seconds:.1f} s")
-    finished = [(job, done[job.name]) for job in sweep.jobs if job.name in done]
-    compared = comparison.compare(sweep, finished) if finished else None
-    wall = {name: result.seconds for name, result in done.items()}
-    cpu = {name: result.cpu_seconds for name, result in done.items()}
-    outcome = Outcome(sweep, compared, failures, wall, cpu, tuple(left))
-    with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
-        hosts.on_first(lambda: _write(place, outcome, time.perf_counter() - began))
-    return outcome
+            found.done[job.name] = result
+            tell(f"{head}: {how}{_told(sweep, result)}")
+    return found
+
+
+def _run_elsewhere(sweep: Sweep, tell: Callable[[str], None], launcher: Launcher) -> _Found:
+    """Has a launcher run what is not finished. JAX does not start here before the tasks have ended.
+
+    It would take an accelerator's memory, which tasks on the same machine need.
+    """
+    found = _Found()
+    heads = {job.name: f"[{n}/{len(sweep.jobs)}] {job.name}" for n, job in enumerate(sweep.jobs, 1)}
+    waiting = {job.name: job for job in sweep.jobs}
+
+    def end(name: str, how: str, why: str | None = None) -> None:
+        job = waiting.pop(name)
+        place = Folder(str(job.config.output.dir))
+        if why is None and place.finished:
+            found.done[name] = runs.load(place.path)
+            tell(f"{heads[name]}: {how}{_told(sweep, found.done[name])}")
+        else:
+            found.failures[name] = why or "it is not finished, and its task does not say why"
+            tell(f"{heads[name]}: FAILED: {found.failures[name]}")
+
+    for job in sweep.jobs:
+        place = Folder(str(job.config.output.dir))
+        if place.finished and not runs.differing(place.path, job.config):
+            end(job.name, "finished before")
+    names = list(waiting)
+    batches = [names[start : start + launcher.runs] for start in range(0, len(names), launcher.runs)]
+    plain = [[_plain(waiting[name], sweep.out) for name in batch] for batch in batches]
+    results = launcher.launch(run_batch, plain, sweep.out, tell) if batches else iter(())
+    for number, ended in results:
+        for name in batches[number]:
+            if isinstance(ended, str):  # the task was lost, perhaps after some of its runs
+                finished = Folder(str(waiting[name].config.output.dir)).finished
+                end(name, "run", None if finished else ended)
+            else:
+                end(name, *ended.get(name, ("run", "its task did not come to it")))
+    found.left = list(waiting)
+    return found
+
+
+def _plain(job: Job, out: Path) -> dict[str, Any]:
+    """A run for a task: what can be read without the user's own modules."""
+    return {"name": job.name, "out": str(out), "config": config_lib.to_dict(job.config)}
+
+
+def run_batch(batch: Batch) -> Ended:
+    """What a launcher's task does: one run after another. -> run's name: (what was done, why it failed).
+
+    Args:
+      batch: `name`, `out` (the sweep's folder) and `config` of each run.
+
+    Raises:
+      Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
+    """
+    ended: Ended = {}
+    shared = _Shared()
+    with compile_cache(Path(batch[0]["out"]) / "compiled"):
+        for wanted in batch:
+            name = wanted["name"]
+            try:
+                config = config_lib.from_dict(wanted["config"])
+                with progress.part_of(name):
+                    how, _ = _one(Job("", (), "", config.seed, config), shared, mine=True)
+                ended[name] = how, None
+            except Exception as error:
+                ended[name] = "run", _in_one_line(error)
+            print(f"{name}: {': FAILED: '.join(filter(None, ended[name]))}", flush=True)
+    return ended
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _told(sweep: Sweep, result: runs.Run) -> str:
+    values = result.metrics.series(sweep.metric)[1]
+    told = f", {sweep.metric} {values[-1]:.4f}" if len(values) else ""
+    return f"{told}, {result.seconds:.1f} s"
+
+
+def _check_alone(launcher: Any, part: tuple[int, int]) -> None:
+    """Raises UserError where a launcher is asked for together with another way to divide the sweep."""
+    if part != (1, 1):
+        why = "a launcher starts all parts"
+        raise UserError("part", f"{part[0]}/{part[1]}", why, "Leave out one of them.")
+    if jax.distributed.is_initialized():
+        why = "a launcher starts processes itself, and this is one of several"
+        raise UserError("launcher", launcher, why, "Leave --join out.")
 
 
 def _check_writable(place: Folder) -> None:

@@ -1,4 +1,4 @@
-"""Two real processes over the loopback against one with as many devices."""
+"""Two, three and four real processes over the loopback against one with as many devices."""
 
 import dataclasses
 import os
@@ -95,6 +95,112 @@ def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues
     assert [row[:2] for row in continued.metrics] == [row[:2] for row in never.metrics]
     for ours, theirs in zip(leaves(continued), leaves(never), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def several(count: int, words: list[str]) -> list[subprocess.Popen]:
+    """`fedjax-sim …` in so many processes of one device each, which join one another."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    joined = ["--join", address, "--processes", str(count), "--process"]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "fedjax_sim.cli", *words, *joined, str(number)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        )
+        for number in range(count)
+    ]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[str]:
+    """What each of them said until its end."""
+    try:
+        return [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def begun(home: Path, count: int, rounds: int) -> list[subprocess.Popen]:
+    """As many processes of a long run in `home / "run"`, which has done so many rounds."""
+    output = dataclasses.replace(CUT.output, dir=str(home / "run"), checkpoint_every=5)
+    (home / "run.yaml").write_text(config_lib.dump(dataclasses.replace(CUT, output=output)))
+    processes = several(count, ["run", str(home / "run.yaml")])
+    journal, until = home / "run" / "journal.jsonl", time.monotonic() + 200
+    while not journal.is_file() or journal.read_bytes().count(b"\n") < rounds:
+        if time.monotonic() > until or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            raise AssertionError("\n".join(ended(processes)))
+        time.sleep(0.05)
+    return processes
+
+
+def check_as_never_cut(place: Path, rounds: int) -> None:
+    """Raises AssertionError unless a finished run has the records of one that was never cut."""
+    found, never = fs.load(place), fs.run(dataclasses.replace(CUT, rounds=rounds))
+    assert found.finished
+    pairs = list(zip(found.metrics, never.metrics, strict=True))
+    assert all(a._replace(value=0) == b._replace(value=0) for a, b in pairs)
+    # Which places are empty goes by the number of devices.
+    pairs = [pair for pair in pairs if pair[0].metric != "padding_waste"]
+    np.testing.assert_allclose([a.value for a, _ in pairs], [b.value for _, b in pairs], rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(leaves(found), leaves(never), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+@pytest.mark.parametrize(("count", "later"), [(3, 2), (4, 3), (2, 4)])
+def test_sigterm_to_one_of_several_ends_all_and_another_number_of_them_continues(count, later, tmp_path):
+    processes = begun(tmp_path, count, 8)
+    processes[-1].send_signal(signal.SIGTERM)
+    said = ended(processes)
+    assert [process.returncode for process in processes] == [143] * count, "\n".join(said)
+    (rounds,) = {int(re.findall(r"^terminated after round (\d+);", text, re.M)[0]) for text in said}
+    assert (tmp_path / "run" / "checkpoints" / str(rounds)).is_dir()
+    more = several(later, ["resume", str(tmp_path / "run"), "--rounds", str(rounds + 3)])
+    said = ended(more)
+    assert [process.returncode for process in more] == [0] * later, "\n".join(said)
+    check_as_never_cut(tmp_path / "run", rounds + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_one_of_four_that_is_killed_ends_the_others_with_one_error_and_nothing_is_lost(tmp_path):
+    processes = begun(tmp_path, 4, 12)
+    killed, began = processes[2], time.monotonic()
+    killed.kill()
+    said = ended(processes)
+    assert [process.returncode for process in processes] == [1, 1, -signal.SIGKILL, 1], "\n".join(said)
+    assert time.monotonic() - began < 60  # JAX alone would wait until heartbeats were missed
+    for process, text in zip(processes, said, strict=True):
+        if process is not killed:
+            assert len(re.findall("^error: process = .* has ended without a word", text, re.M)) == 1, text
+            assert "Traceback" not in text and "Check failure" not in text, text
+            assert f"fedjax-sim resume {tmp_path / 'run'}. The run goes on after round " in text
+    (kept, *_) = sorted(map(int, os.listdir(tmp_path / "run" / "checkpoints")), reverse=True)
+    assert kept >= 10
+    # The journal may be ahead of the checkpoint: its last rounds are done again.
+    rounds = (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") + 2
+    fs.resume(tmp_path / "run", rounds=rounds)
+    check_as_never_cut(tmp_path / "run", rounds)
+
+
+def test_what_jax_says_of_a_lost_process_is_one_error_and_other_errors_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    registered = []
+    monkeypatch.setattr(hosts.atexit, "register", registered.append)
+    gone = RuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:1")
+    lost = hosts.as_loss(gone, "Start again.")
+    assert isinstance(lost, hosts.OtherProcessLost) and "closed by peer" in str(lost)
+    assert registered == [hosts._leave]
+    other = RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+    assert hosts.as_loss(other, "Start again.") is other
+    monkeypatch.setattr("jax.process_count", lambda: 1)
+    assert hosts.as_loss(gone, "Start again.") is gone
 
 
 def test_a_sweep_notes_failures_and_skips_what_is_done(folder, told):
