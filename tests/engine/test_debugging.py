@@ -65,8 +65,7 @@ def assert_alike(settings):
 
 
 def test_results_are_those_of_a_run():
-    model = models.create("mlp", (3, 3, 1), 3, hidden=())  # each operation is compiled for itself
-    assert_alike({"model": model, "keep_optimizer": True, "evaluation": fs.EvaluationConfig(every=1)})
+    assert_alike({"model": None, "keep_optimizer": True, "evaluation": fs.EvaluationConfig(every=1)})
 
 
 @pytest.mark.slow
