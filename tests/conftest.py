@@ -4,10 +4,12 @@ import gc
 import hashlib
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
@@ -98,20 +100,42 @@ def _machine() -> str:
     return hashlib.sha256(f"{platform.machine()} {told}".encode()).hexdigest()[:12]
 
 
+# Files, folders and words: nothing of these is ever part of a traced program.
+NEVER_TRACED = re.compile(
+    r"(importlib|os|pathlib|sys|time)(\..*)?"
+    r"|fedjax_sim(\.data(\.load)?)?"
+    r"|fedjax_sim\.(cli|records|studies)(\..*)?"
+    r"|fedjax_sim\.runs(\.(checkpoint|drive|federation|folder|loading|packs|plan|progress)(\..*)?)?"
+    r"|fedjax_sim\.engine\.(hosts(\..*)?|simulation\.Simulation(\..*)?)"
+)
+
+
+def _path(target: Any) -> str:
+    """Where a module, a class or a function is, or what is named so already."""
+    if isinstance(target, str):
+        return target
+    module = getattr(target, "__module__", None)
+    if isinstance(target, ModuleType) or module is None:
+        return getattr(target, "__name__", "")
+    return f"{module}.{getattr(target, '__qualname__', '')}"
+
+
 @pytest.fixture
 def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """pytest's, which also lets no traced program outlive what it was traced with."""
     from fedjax_sim.core import memo
 
-    replace = monkeypatch.setattr
+    replace, forgotten = monkeypatch.setattr, []
 
     def setattr_and_forget(*args: Any, **keywords: Any) -> None:
-        memo.forget()
+        if not NEVER_TRACED.fullmatch(_path(args[0])):
+            memo.forget()
+            forgotten.append(args[0])
         replace(*args, **keywords)
 
     monkeypatch.setattr = setattr_and_forget
     yield monkeypatch
-    if monkeypatch._setattr:
+    if forgotten:
         memo.forget()
 
 

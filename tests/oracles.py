@@ -27,7 +27,9 @@ from fedjax_sim.data import Dataset, Partition, Preprocessing
 from fedjax_sim.engine.clients import batch_order
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import diagnostics
+from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
+from fedjax_sim.runs.start import with_start
 from fedjax_sim.tasks import classification
 
 Tree = dict[str, Any]
@@ -234,7 +236,7 @@ def configured(setup: Setup, config: RunConfig) -> Setup:
     return dataclasses.replace(setup, **diagnostics.of(setup))
 
 
-def simulate(
+def prepared(
     sizes=(),
     *,
     algorithm: Any = None,
@@ -250,8 +252,8 @@ def simulate(
     debug: bool = False,
     evaluation: EvaluationConfig | None = None,
     **local: Any,
-) -> Simulation:
-    """A Simulation in a small world; by default FedAvg of all clients on an MLP with 4 hidden units."""
+) -> Setup:
+    """A run in a small world, by default FedAvg of all clients on an MLP with 4 hidden units; not begun."""
     dataset, partition = given or world(sizes)
     model = model or models.create("mlp", dataset.train_images.shape[1:], dataset.num_classes, hidden=(4,))
     settings = {"epochs": None if "steps" in local else 2, "batch_size": 10, "lr": 0.1, **local}
@@ -267,7 +269,14 @@ def simulate(
         execution=ExecutionConfig(devices=devices, wave=wave, conv=conv, donate=donate, debug=debug),
         output=OutputConfig(progress=False),
     )
-    return Simulation(config, dataset=dataset, partition=partition, model=model)
+    return with_start(prepare(config, dataset=dataset, partition=partition, model=model))
+
+
+def simulate(sizes=(), **settings: Any) -> Simulation:
+    """A Simulation of what is `prepared`, whose first state is there."""
+    simulation = Simulation(prepared(sizes, **settings))
+    _ = simulation.state
+    return simulation
 
 
 def run(simulation: Simulation, rounds: int | None = None) -> list:

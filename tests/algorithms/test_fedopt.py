@@ -133,7 +133,7 @@ def test_a_round_that_nobody_survived_changes_nothing(means):
 
 
 def simulated(algorithm):
-    return oracles.simulate(SIZES, algorithm=algorithm, model=personal.deep(), cohort=3, momentum=0.5)
+    return oracles.simulate(SIZES, algorithm=algorithm, cohort=3, momentum=0.5)
 
 
 # SCAFFOLD and CluSamp, too, keep state beside the average and get more than models from clients.

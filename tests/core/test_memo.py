@@ -8,8 +8,13 @@ import jax
 import optax
 import pytest
 
-from fedjax_sim.core import memo, paths
+import fedjax_sim as fs
+from fedjax_sim.core import memo, paths, stacked
 from fedjax_sim.core.task import Metric, task_loss
+from fedjax_sim.engine import hosts
+from fedjax_sim.engine.round import Round
+from fedjax_sim.engine.simulation import Simulation
+from fedjax_sim.runs import federation
 from fedjax_sim.tasks.classification import ACCURACY
 
 
@@ -72,6 +77,27 @@ def test_what_was_shipped_is_made_once(key, made):
 def test_the_last_ones_are_kept(made, monkeypatch):
     monkeypatch.setattr(memo, "MAX_KEPT", 2)
     assert [asked(made, key) for key in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("where", "forgotten"),
+    [
+        ((fs, "run", None), False),
+        (("sys.stderr", None), False),
+        ((federation.Simulation, "step", None), False),
+        ((Simulation, "step", None), False),
+        ((hosts, "START", 0.0), False),
+        ((stacked, "_STRIP", 1), True),
+        ((Round, "personal", None), True),
+        (("fedjax_sim.engine.simulation._Start", None), True),
+        (("fedjax_sim.runs.finetune.rows", None), True),
+        (("jax.default_backend", None), True),
+    ],
+)
+def test_a_test_that_replaces_what_may_be_traced_empties_the_memory(where, forgotten, made, monkeypatch):
+    before = asked(made, 1)
+    monkeypatch.setattr(*where)
+    assert (asked(made, 1) != before) == forgotten
 
 
 def test_a_module_that_is_loaded_anew_empties_the_memory(made):

@@ -328,7 +328,8 @@ def test_what_is_placed_is_where_it_should_be(mesh):
     np.testing.assert_array_equal(placed, array[1:])
 
 
-@pytest.mark.parametrize("devices", DEVICES[1::2])
+# Of three devices tests/runs/test_checkpoint.py has whole rounds as well, of both methods.
+@pytest.mark.parametrize("devices", [pytest.param(3, id="on-3", marks=pytest.mark.slow), DEVICES[3]])
 @pytest.mark.parametrize("algorithm", [Scaffold(), FedMR(similarity=False)], ids=["kept-by-clients", "slots"])
 def test_a_round_is_the_same_on_one_device(mesh, algorithm):
     """Some of all clients, of unequal sizes, in waves of two with places left empty."""

@@ -81,8 +81,9 @@ def main(address: str, process: int, folder: Path) -> None:
     def study(odd, name):
         return fs.sweep.from_mapping(
             {
-                "base": config_lib.to_dict(dataclasses.replace(PLAIN, rounds=2)),
-                "methods": {"FedAvg": {}, "Odd": odd},
+                # Its round is FedAvg's with more besides, and is compiled already.
+                "base": config_lib.to_dict(dataclasses.replace(CLUSTERED, rounds=2)),
+                "methods": {"CluSamp": {}, "Odd": odd},
                 "seeds": [0],
                 "out": str(folder / name),
             }

@@ -78,12 +78,21 @@ def lines(folder):
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def wait_for(process, folder, more):
+    """Until the journal has grown by `more` rounds, or the process has ended."""
+    path = Path(folder) / records.JOURNAL
+    target, end, size = lines(folder) + more, time.monotonic() + 120, -1
+    while process.poll() is None:
+        assert time.monotonic() < end, "no progress"
+        before, size = size, path.stat().st_size if path.exists() else 0
+        if size != before and lines(folder) >= target:
+            return
+        time.sleep(0.002)
+
+
 def kill_after(process, folder, more, chance):
     """SIGKILL once the journal has grown by `more` rounds, and a moment longer. -> whether it was in time."""
-    target, end = lines(folder) + more, time.monotonic() + 120
-    while process.poll() is None and lines(folder) < target:
-        assert time.monotonic() < end, "no progress"
-        time.sleep(0.001)
+    wait_for(process, folder, more)
     time.sleep(chance.uniform(0, 0.02))
     process.kill()
     process.communicate()
@@ -100,10 +109,10 @@ def check_same(folder, whole):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def killed_until_done(tmp_path, whole, kills, seed):
+def killed(folder, whole, kills, seed):
+    """The process that goes on, at last, with a run like `whole` that was killed so many times."""
     chance = random.Random(seed)
-    folder = tmp_path / "run"
-    path = tmp_path / "run.yaml"
+    path = folder.with_suffix(".yaml")
     output = dataclasses.replace(whole.config.output, dir=str(folder))
     path.write_text(config_lib.dump(dataclasses.replace(whole.config, output=output)))
     done = 0
@@ -114,13 +123,31 @@ def killed_until_done(tmp_path, whole, kills, seed):
         elif runs.load(folder).finished:
             pytest.fail(f"it finished before it had been killed {kills} times")
         process = command("resume", str(folder))
+    return process
+
+
+def killed_until_done(tmp_path, whole, kills, seed):
+    folder = tmp_path / "run"
+    process = killed(folder, whole, kills, seed)
     _, told = process.communicate(timeout=300)
     assert process.returncode == 0, told
     check_same(folder, whole)
 
 
-def test_killed_twice(tmp_path, whole):
-    killed_until_done(tmp_path, whole, 2, seed=1)
+def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(tmp_path, whole):
+    folder = tmp_path / "run"
+    process = killed(folder, whole, 2, seed=1)
+    before = lines(folder)
+    wait_for(process, folder, 20)
+    process.terminate()
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 143, told
+    assert "fedjax-sim resume" in told and "Traceback" not in told
+    stopped = runs.load(folder)
+    assert before < stopped.rounds < ROUNDS
+    assert (folder / "checkpoints" / str(stopped.rounds)).is_dir()
+    assert runs.resume(folder).finished
+    check_same(folder, whole)
 
 
 @pytest.mark.slow
@@ -157,25 +184,6 @@ def test_every_method_killed_once(tmp_path, name):
         )
     )
     killed_until_done(tmp_path, long, 1, seed=4)
-
-
-def test_sigterm_leaves_a_checkpoint_and_status_143(tmp_path, whole):
-    folder = tmp_path / "run"
-    path = tmp_path / "run.yaml"
-    path.write_text(config_lib.dump(make(folder, devices=1)))
-    process = command("run", str(path))
-    end = time.monotonic() + 120
-    while lines(folder) < 20 and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.002)
-    process.terminate()
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 143, told
-    assert "fedjax-sim resume" in told and "Traceback" not in told
-    stopped = runs.load(folder)
-    assert 20 <= stopped.rounds < ROUNDS
-    assert (folder / "checkpoints" / str(stopped.rounds)).is_dir()
-    assert runs.resume(folder).finished
-    check_same(folder, whole)
 
 
 def cut_short(tmp_path, whole):

@@ -10,6 +10,7 @@ from flax import struct
 from fedjax_sim.algorithms import FedMR, Scaffold
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.checkpoint import Checkpoints
 from tests import oracles
 
@@ -162,7 +163,7 @@ def test_stacks_that_the_devices_do_not_divide_go_on_on_another_number_of_them(t
     sizes = (12, 7, 20, 3, 31, 9, 5)
 
     def on(devices):
-        return oracles.simulate(sizes, algorithm=algorithm, cohort=5, devices=devices, epochs=1)
+        return Simulation(oracles.prepared(sizes, algorithm=algorithm, cohort=5, devices=devices, epochs=1))
 
     first = on(4)
     oracles.run(first, 1)
