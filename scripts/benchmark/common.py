@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -177,7 +177,37 @@ CHECKS: dict[str, Workload] = {
 """Not for timing. All clients take part and a batch holds all that a client has, so that neither the draw of
 cohorts nor the shuffling matters: every framework must end at the same held-out loss but for rounding."""
 
-ALL = WORKLOADS | CHECKS
+ACCELERATOR: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload("pfl-cifar10", "mcmahan", (32, 32, 3), 1000, 50, 50, 10, 1, 0.1, 0.0, 0.5, 5),
+        Workload("blazefl-cnn", "mcmahan", (32, 32, 3), 100, 100, 500, 50, 5, 0.05, 0.0, 0.5, 3),
+        *(
+            Workload(f"mlp-of-{k}", "mlp", (8, 8, 1), 10_000, k, 20, 10, 1, 0.05, 0.0, 0.5, 10)
+            for k in (10, 100, 1_000, 10_000)
+        ),
+    )
+}
+"""For a machine with an accelerator. The first has the population, cohort, batch and rate of pfl-research's
+CIFAR-10 benchmark, the second the population, epochs and full cohorts of BlazeFL's; the network is McMahan's
+and not theirs, images are synthetic, and BlazeFL's batch and rate are our choice."""
+
+DRY: dict[str, Workload] = {
+    f"dry-{name}": replace(
+        workload,
+        name=f"dry-{name}",
+        population=min(workload.population, 20),
+        cohort=min(workload.cohort, 4),
+        samples=20,
+        batch=10,
+        epochs=1,
+        rounds=2,
+    )
+    for name, workload in ACCELERATOR.items()
+}
+"""The same, so small that a CPU shows in seconds whether they run."""
+
+ALL = WORKLOADS | CHECKS | ACCELERATOR | DRY
 
 
 def client_data(workload: Workload, client: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -11,13 +11,13 @@ compiled again unless --again is given. Cycles are estimates of XLA's cost model
 """
 
 import argparse
-import csv
 import itertools
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rows import Table
 
 import fedjax_sim as fs
 from fedjax_sim.config import from_dict
@@ -109,7 +109,7 @@ def row_of_round(found: MachinePlan, shown: dict[str, Any]) -> dict[str, Any]:
 
 def rounds(args: argparse.Namespace) -> None:
     """See the module."""
-    table = Table("rounds", ("on", "algorithm", "model", "k", "n"), args.again)
+    table = Table(RESULTS / "machines-rounds.csv", ("on", "algorithm", "model", "k", "n"), args.again)
     for on, model, (k, n), name in itertools.product(args.on, args.models, args.sizes, args.algorithms):
         shown = {"on": on, "algorithm": name, "model": model, "k": k, "n": n}
         if not table.wants(shown):
@@ -126,7 +126,9 @@ def rounds(args: argparse.Namespace) -> None:
 
 def conv(args: argparse.Namespace) -> None:
     """See the module."""
-    table = Table("conv", ("on", "model", "batch", "dtype", "conv", "wave"), args.again)
+    table = Table(
+        RESULTS / "machines-conv.csv", ("on", "model", "batch", "dtype", "conv", "wave"), args.again
+    )
     for on, model, dtype, impl, wave in itertools.product(
         args.on, args.models, args.dtypes, args.convs, args.waves
     ):
@@ -158,35 +160,6 @@ def conv(args: argparse.Namespace) -> None:
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """Of `execution`, what the command line sets."""
     return {name: getattr(args, name) for name in ("wave", "conv") if getattr(args, name) is not None}
-
-
-class Table:
-    """Rows of a CSV file, one a case; the newest of a case counts."""
-
-    def __init__(self, part: str, keys: tuple[str, ...], again: bool):
-        """Reads what is there. `again`: cases that are there are wanted too."""
-        self.path, self.keys, self.again = RESULTS / f"machines-{part}.csv", keys, again
-        self.rows: list[dict[str, Any]] = []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
-
-    def wants(self, shown: dict[str, Any]) -> bool:
-        """Whether the case is still to be compiled."""
-        return self.again or not any(self._same(row, shown) for row in self.rows)
-
-    def add(self, row: dict[str, Any], seconds: float) -> None:
-        """Keeps a row, in the file too."""
-        self.rows = [old for old in self.rows if not self._same(old, row)] + [row]
-        fields = list(dict.fromkeys(name for one in self.rows for name in one))
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fields, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        print(f"{seconds:5.0f} s", {k: v for k, v in row.items() if k not in ("jax", "date")}, flush=True)
-
-    def _same(self, row: dict[str, Any], shown: dict[str, Any]) -> bool:
-        return all(str(row.get(key)) == str(shown[key]) for key in self.keys)
 
 
 def main() -> None:

@@ -35,12 +35,20 @@ def arguments(description: str | None, argv: list[str] | None = None) -> tuple[a
     parser.add_argument("--threads", type=int, default=1, help="threads in one operation")
     parser.add_argument("--devices", type=int, default=1, help="workers side by side")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--device", choices=("cpu", "gpu"), default="cpu", help="gpu: the first that is there"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "tf32"), default="float32", help="of products and convolutions"
+    )
     args = parser.parse_args(argv)
     workload = ALL[args.workload]
     args.rounds = workload.rounds if args.rounds is None else args.rounds
     for name in ("rounds", "warmup", "threads", "devices"):
         if getattr(args, name) < 1:
             parser.error(f"argument --{name}: {getattr(args, name)} is less than 1; give 1 or more")
+    if args.device == "cpu":  # read when a framework first looks for a device, which is later
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     return args, workload
 
 

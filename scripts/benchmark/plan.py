@@ -17,12 +17,14 @@ class Variant:
       threads: threads in one operation.
       devices: workers side by side.
       launcher: arguments for the interpreter that come before the runner's file.
+      options: further arguments of the runner.
     """
 
     name: str
     threads: int
     devices: int
     launcher: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

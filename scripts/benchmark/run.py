@@ -129,7 +129,7 @@ def execute(run: plan.Run, python: str, args: argparse.Namespace) -> dict:
     """Runs one process; its line of results, of kind `run` or `failed`."""
     command = [python, *run.variant.launcher, f"runner_{run.peer}.py", "--workload", run.workload]
     command += ["--threads", str(run.variant.threads), "--devices", str(run.variant.devices)]
-    command += ["--warmup", str(args.warmup)]
+    command += ["--warmup", str(args.warmup), *run.variant.options]
     command += [] if args.rounds is None else ["--rounds", str(args.rounds)]
     environment = {"OMP_NUM_THREADS": str(run.variant.threads)}
     if run.peer == plan.OURS:  # this checkout, and not a version that happens to be installed

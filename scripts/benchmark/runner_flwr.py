@@ -7,13 +7,13 @@ sends the model to every client and back; that is its way of working and stays i
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import argparse
 import functools
 import logging
 import os
 from pathlib import Path
 
 import measure
-import numpy as np
 import torch
 from common import ALL, Workload, decoded_population
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -21,17 +21,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from torch_models import HeldOut, Network, count, train_client
+from torch_models import HeldOut, Network, count, on_device, start, train_client
 
 
 @functools.cache
-def actor_data(name: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def actor_data(name: str, seed: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """All clients' samples, made once in each actor (in its first, untimed round)."""
-    images, labels = decoded_population(ALL[name], seed, channels_first=True)
-    return torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    return on_device(*decoded_population(ALL[name], seed, channels_first=True), torch.device(device))
 
 
-def make_client(name: str, seed: int, threads: int) -> ClientApp:
+def make_client(name: str, args: argparse.Namespace) -> ClientApp:
     """The client's side: load the weights, train, send them back."""
     app = ClientApp()
 
@@ -39,10 +38,10 @@ def make_client(name: str, seed: int, threads: int) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         import runner_flwr  # in the actor the module, whose cache lives from message to message
 
-        torch.set_num_threads(threads)
-        images, labels = runner_flwr.actor_data(name, seed)
+        device = start(args)
+        images, labels = runner_flwr.actor_data(name, args.seed, str(device))
         client = int(context.node_config["partition-id"])
-        network = Network(ALL[name], seed)
+        network = Network(ALL[name], args.seed).to(device)
         network.load_state_dict(message.content["arrays"].to_torch_state_dict())
         train_client(network, ALL[name], images[client], labels[client])
         reply = RecordDict(
@@ -105,10 +104,13 @@ def main() -> None:
     clock, out = measure.Clock(), {}
     run_simulation(
         server_app=make_server(workload, args.warmup + args.rounds, network, clock, out),
-        client_app=make_client(workload.name, args.seed, args.threads),
+        client_app=make_client(workload.name, args),
         num_supernodes=workload.population,
         backend_config={
-            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "client_resources": {
+                "num_cpus": 1,
+                "num_gpus": 1 / args.devices if args.device == "gpu" else 0.0,
+            },
             "init_args": {"num_cpus": args.devices, "include_dashboard": False},
         },
     )

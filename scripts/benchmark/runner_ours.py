@@ -108,6 +108,9 @@ def main() -> None:
     """Runs the rounds and prints the result."""
     args, workload = measure.arguments(__doc__)
     os.environ["JAX_NUM_CPU_DEVICES"] = str(args.devices)  # before JAX is imported
+    if args.device == "gpu":  # on CPUs all products are float32
+        names = {"float32": "float32", "tf32": "tensorfloat32"}
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = names[args.precision]
     program = build(workload, args.seed, args.devices)
     loss_of_start = program.loss()
     clock = measure.Clock()

@@ -24,7 +24,7 @@ from pfl.data.federated_dataset import FederatedDataset
 from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
 from pfl.metrics import Weighted
 from pfl.model.pytorch import PyTorchModel
-from torch_models import HeldOut, Network, count
+from torch_models import HeldOut, Network, count, on_device, start, wait
 
 
 class PflNetwork(Network):
@@ -44,11 +44,12 @@ class PflNetwork(Network):
 class Tick(TrainingProcessCallback):
     """Clocks pfl's rounds."""
 
-    def __init__(self, clock: measure.Clock):
-        self.clock = clock
+    def __init__(self, clock: measure.Clock, device: torch.device):
+        self.clock, self.device = clock, device
 
     def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
         """Called when the server model holds the round's result."""
+        wait(self.device)
         self.clock.tick()
         return False, type(aggregate_metrics)()
 
@@ -56,11 +57,9 @@ class Tick(TrainingProcessCallback):
 def main() -> None:
     """Runs the rounds and prints the result."""
     args, workload = measure.arguments(__doc__)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    device = start(args)
     np.random.seed(args.seed)
-    images, labels = decoded_population(workload, args.seed, channels_first=True)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
+    images, labels = on_device(*decoded_population(workload, args.seed, channels_first=True), device)
     draw = cohorts(workload, args.seed)
     queue: list[int] = []
 
@@ -72,7 +71,7 @@ def main() -> None:
     def dataset(user: int) -> Dataset:
         return Dataset(raw_data=(images[user], labels[user]), user_id=str(user))
 
-    network, loss = PflNetwork(workload, args.seed), HeldOut(workload, args.seed)
+    network, loss = PflNetwork(workload, args.seed).to(device), HeldOut(workload, args.seed)
     loss_of_start = loss(network)
     users = FederatedDataset(dataset, next_user)
     model = PyTorchModel(
@@ -97,7 +96,7 @@ def main() -> None:
             local_batch_size=workload.batch,
         ),
         model_eval_params=NNEvalHyperParams(local_batch_size=None),
-        callbacks=[Tick(clock)],
+        callbacks=[Tick(clock, device)],
     )
     if int(os.environ.get("RANK", "0")) == 0:
         measure.report(

@@ -8,20 +8,17 @@ tensors beforehand, the mean is accumulated in place.
 from __future__ import annotations
 
 import measure
-import numpy as np
 import torch
 from common import cohorts, decoded_population
-from torch_models import HeldOut, Network, count, train_client
+from torch_models import HeldOut, Network, count, on_device, start, train_client, wait
 
 
 def main() -> None:
     """Runs the rounds and prints the result."""
     args, workload = measure.arguments(__doc__)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    images, labels = decoded_population(workload, args.seed, channels_first=True)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))
-    network, loss = Network(workload, args.seed), HeldOut(workload, args.seed)
+    device = start(args)
+    images, labels = on_device(*decoded_population(workload, args.seed, channels_first=True), device)
+    network, loss = Network(workload, args.seed).to(device), HeldOut(workload, args.seed)
     parameters = list(network.parameters())
     loss_of_start = loss(network)
 
@@ -35,13 +32,14 @@ def main() -> None:
             leaf.zero_()
         for client in next(draw):
             with torch.no_grad():
-                for p, start in zip(parameters, server, strict=True):
-                    p.copy_(start)
+                for p, old in zip(parameters, server, strict=True):
+                    p.copy_(old)
             train_client(network, workload, images[client], labels[client])
             with torch.no_grad():
                 for leaf, p in zip(total, parameters, strict=True):
                     leaf.add_(p, alpha=1 / workload.cohort)
         server, total = total, server
+        wait(device)
         clock.tick()
     with torch.no_grad():
         for p, leaf in zip(parameters, server, strict=True):

@@ -3,10 +3,40 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Layer, Workload, channels_first_weights, held_out
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """Threads, seed and precision as a runner was asked for; the device that it works on.
+
+    Raises:
+      RuntimeError: a GPU was asked for, and PyTorch sees none.
+    """
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    if args.device == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError("PyTorch sees no GPU")
+    return torch.device("cuda" if args.device == "gpu" else "cpu")
+
+
+def on_device(
+    images: np.ndarray, labels: np.ndarray, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and labels as tensors there."""
+    return torch.from_numpy(images).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 class Network(torch.nn.Module):
@@ -55,13 +85,14 @@ class HeldOut:
 
     def __init__(self, workload: Workload, seed: int = 0):
         images, labels = held_out(workload, seed)
-        self.images = torch.from_numpy(np.ascontiguousarray(np.moveaxis(images, -1, 1)))
-        self.labels = torch.from_numpy(labels.astype(np.int64))
+        images = np.ascontiguousarray(np.moveaxis(images, -1, 1))
+        self.images, self.labels = on_device(images, labels, torch.device("cpu"))
 
     @torch.no_grad()
     def __call__(self, network: torch.nn.Module) -> float:
         """Mean over the held-out samples, in nats."""
-        return F.cross_entropy(network(self.images), self.labels).item()
+        device = next(network.parameters()).device
+        return F.cross_entropy(network(self.images.to(device)), self.labels.to(device)).item()
 
 
 def train_client(
@@ -70,7 +101,7 @@ def train_client(
     """One client's local epochs of SGD on shuffled batches; changes `network` in place."""
     optimiser = torch.optim.SGD(network.parameters(), lr=workload.learning_rate, momentum=workload.momentum)
     for _ in range(workload.epochs):
-        for rows in torch.randperm(len(labels)).split(workload.batch):
+        for rows in torch.randperm(len(labels), device=labels.device).split(workload.batch):
             optimiser.zero_grad()
             F.cross_entropy(network(images[rows]), labels[rows]).backward()
             optimiser.step()
