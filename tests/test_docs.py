@@ -63,7 +63,7 @@ def test_flags_of_commands_exist():
     asked = [[word for word in line.split() if not word.endswith(".yaml")] for line in lines]
     assert any("--peel.chimeras" in words for words in asked)
     for words in asked:
-        flags.parse(words, "run", "", {"print-config": ""})
+        flags.parse(words, "run", "", {"print-config": "", "on=MACHINE": "", "json": ""})
 
 
 def test_flags_in_sentences_exist():
