@@ -3,7 +3,7 @@
 # relative to the repository's root:
 #   scripts/test.sh                  everything but the slow ones and the comparisons with other implementations
 #   scripts/test.sh tests/models     one folder
-#   scripts/test.sh -m slow          the slow ones;  -m parity: the comparisons;  -m "": all of them
+#   scripts/test.sh -m slow          the slow ones;  -m parity: the comparisons;  -m aot: for TPUs;  -m "": all
 #   scripts/test.sh -n 0             in one process (two otherwise)
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 ensure_environment
