@@ -381,21 +381,21 @@ class ExecutionConfig:
       conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; `auto` takes the measured
         default, of those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and
         rounds ten times as coarsely: a loss may move in its fourth digit.
-      data: where training samples lie. `copied`: all of them on every device; `cut`: a share on each, and a
-        round's samples are exchanged; `streamed`: on the host, also memory-mapped, and those of the next
-        rounds are sent while one runs. `auto` goes by the set, see `fedjax_sim.engine.feed.placement_of`.
       donate: let a round overwrite the state that it came from.
       debug: train clients one after another on one device, without jit, `vmap` or `shard_map`, whatever
         `devices` and `wave` say. Slow: `print` and `breakpoint()` see values, an error names round, client
         and step, and the run stops at the first NaN or infinity and says where it came up.
+      data: where training samples lie. `copied`: all of them on every device; `cut`: a share on each, and a
+        round's samples are exchanged; `streamed`: on the host, also memory-mapped, and those of the next
+        rounds are sent while one runs. `auto` goes by the set, see `fedjax_sim.engine.feed.placement_of`.
     """
 
     devices: int | None = None
     wave: int | None = None
     conv: str = "auto"
-    data: Literal["auto", "copied", "cut", "streamed"] = "auto"
     donate: bool = True
     debug: bool = False
+    data: Literal["auto", "copied", "cut", "streamed"] = "auto"
 
     def __post_init__(self):
         check(self, "execution.")

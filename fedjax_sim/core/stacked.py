@@ -370,7 +370,7 @@ def of_pairs(
 
     if devices == 1:
         return of_each(stack, slots)
-    share = -(-given // devices)
+    share = _multiple(given, devices) // devices
 
     def ring(both: tuple[jax.Array, jax.Array]) -> jax.Array:
         def hop(number: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -180,11 +180,13 @@ class Feed:
         """Begins to prepare rounds to come, beside whatever else happens; at most `AHEAD` of them.
 
         Args:
-          upcoming: their numbers, from 0.
+          upcoming: their numbers, from 0; none: the last round has begun, and nothing is prepared any more.
           inputs: (ids i32[K], plan) of a round.
         """
         if self.kind != STREAMED:
             return
+        if not upcoming:
+            return self.close()
         for number in list(self._ahead):
             if number not in upcoming:
                 self._ahead.pop(number).cancel()

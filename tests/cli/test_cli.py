@@ -109,7 +109,7 @@ def test_help_lists_flags_with_what_they_mean(capsys):
         (["--lr", "0.1"], "Did you mean --local.lr?"),
         (["--momentun=0.9"], "Did you mean --local.momentum?"),
         (["--model", "lenet"], "Did you mean --model.name?"),
-        (["--data=digits"], "Did you mean --data.source?"),
+        (["--data=digits"], "Did you mean --data.source or --execution.data?"),
         (["--partition", "iid"], "Did you mean --partition.kind?"),
         (["--batch_size", "3"], "--local.batch-size"),
         (["--helpp"], "Did you mean --help?"),

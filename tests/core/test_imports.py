@@ -146,7 +146,7 @@ def test_a_function_makes_the_data(own):
         ("{}:stripe", {}, "data.source", "Did you mean stripes"),
         ("{}:stripes", {"sample": 3}, "data.options.sample", "Did you mean samples"),
         ("{}:stripes", {"samples": "many"}, "data.source", r"own_for_tests.py, line 44\)"),
-        ("npy:images.npz", {}, "data.source", "Did you mean npz:…"),
+        ("npx:images.npz", {}, "data.source", "Did you mean npz:…"),
         ("digits", {"samples": 3}, "data.options", "only a function of one's own"),
         ("ditigs", {}, "data.source", "module:function"),
     ],

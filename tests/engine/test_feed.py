@@ -46,6 +46,7 @@ def test_results_are_the_same_bits_wherever_samples_lie(devices, algorithm):
         assert simulation.feed.kind == data
         rows = [row for part in simulation.advance() for row in part]
         found[data] = state_of(simulation), [row for row in rows if "seconds" not in row.metric]
+        assert simulation.feed._worker is None  # after the last round nothing is prepared
     for data in ALL[1:]:
         assert_same(found[feed.COPIED][0], found[data][0])
         assert found[feed.COPIED][1] == found[data][1]
