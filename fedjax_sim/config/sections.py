@@ -377,9 +377,10 @@ class ExecutionConfig:
 
     Attributes:
       devices: how many to use; None uses all.
-      wave: clients trained side by side on one device (`vmap`); None takes the backend's measured default.
-      conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; `auto` takes the measured
-        default, of those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and
+      wave: clients trained side by side on one device (`vmap`); None: by the kind of device and the model,
+        see `fedjax_sim.engine.placement.speed_defaults`.
+      conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; `auto`: likewise, of
+        those that round as finely as XLA's own. `winograd` is faster for some layers on CPUs, and
         rounds ten times as coarsely: a loss may move in its fourth digit.
       donate: let a round overwrite the state that it came from.
       debug: train clients one after another on one device, without jit, `vmap` or `shard_map`, whatever

@@ -211,7 +211,7 @@ class Trainer:
           key: of the run and round.
           data: the training set.
         """
-        keys = self.keys(key, data.numbers_of(lanes.ids), None)
+        keys = self.keys(key, data.numbers_of(lanes.ids))
         return dataclasses.replace(lanes, keys=keys, first=data.first_of(lanes.ids))
 
     def receive(self, sent: Any, broadcast: Any, client_state: Any, keys: jax.Array) -> Any:
@@ -235,18 +235,16 @@ class Trainer:
         """The model that goes back to the server, of leaves with any leading axes."""
         return variables if self.rule.send is None else self.rule.send(variables)
 
-    def keys(self, key: jax.Array, ids: jax.Array, rng_ids: jax.Array | None) -> jax.Array:
+    def keys(self, key: jax.Array, numbers: jax.Array) -> jax.Array:
         """Each client's key in a round.
 
         Args:
           key: of the run and round.
-          ids: i32[S], the clients.
-          rng_ids: i32[N], as in `DeviceData`.
+          numbers: i32[S], of the clients, see `DeviceData.numbers_of`.
 
         Returns:
           key[S].
         """
-        numbers = ids if rng_ids is None else rng_ids[ids]
         return jax.vmap(partial(jax.random.fold_in, key))(numbers)
 
     @jax.named_scope(WAVE)

@@ -248,7 +248,8 @@ class Round:
             if self.trainer.rule.receive is not None:
                 upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
                 broadcast = self._dispatched(merged, upcoming, inputs).broadcast
-                keys = self.trainer.keys(key_for(inputs.key, CLIENTS, upcoming.round), ids, data.rng_ids)
+                next_key = key_for(inputs.key, CLIENTS, upcoming.round)
+                keys = self.trainer.keys(next_key, data.numbers_of(ids))
                 client_state = stacked.take_rows(clients, ids)
                 after = self.trainer.send(self.trainer.receive(after, broadcast, client_state, keys))
             them = Cohort(ids, counts, cohort.round)

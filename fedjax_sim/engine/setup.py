@@ -117,7 +117,7 @@ class Setup:
             self.dataset,
             self.mesh,
             {
-                "a diagnostic of measured rounds (peel.every, inertia.effectiveness, observers)": bool(
+                "a diagnostic of measured rounds (peel.every, inertia.every, observers)": bool(
                     self.observers
                 ),
                 "evaluation.per_client on clients' training samples": config.evaluation.per_client

@@ -1,7 +1,6 @@
 """The command for a machine with an accelerator, small and on CPUs."""
 
 import csv
-import importlib
 import os
 import subprocess
 import sys
@@ -13,17 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "benchmark"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports one of the folder's modules, which know one another by plain names, until the test ends."""
-    monkeypatch.syspath_prepend(FOLDER)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
-            del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The scripts that time our own rounds: what of them needs no clock, and that they run."""
 
 import functools
-import importlib
 import math
 import sys
 from pathlib import Path
@@ -12,17 +11,6 @@ import pytest
 import fedjax_sim as fs
 
 FOLDER = Path(__file__).parents[2] / "scripts" / "benchmark"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports one of the folder's modules, which know one another by plain names, until the test ends."""
-    monkeypatch.syspath_prepend(FOLDER)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
-            del sys.modules[name]
 
 
 def test_clients_that_train_alone_waste_little(script, capsys):

@@ -7,7 +7,6 @@ that a later release writes otherwise is left out rather than guessed.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -76,7 +75,7 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: unique in the module.
+      name: unique in its computation.
       op: what it does, such as fusion.
       arrays: its result; of a tuple all of them.
       operands: names of the instructions that it reads.
@@ -144,12 +143,12 @@ class Module:
 
     Attributes:
       entry: name of the computation that it begins with.
-      computations: name -> its instructions, in their order.
+      computations: name -> its instructions by their names, in their order.
       frames: number -> (frame, number of its caller).
     """
 
     entry: str
-    computations: Mapping[str, tuple[Instruction, ...]]
+    computations: Mapping[str, Mapping[str, Instruction]]
     frames: Mapping[int, tuple[Frame, int]]
 
     def executed(self, lengths: Mapping[str, float]) -> Iterator[tuple[Instruction, float]]:
@@ -160,13 +159,15 @@ class Module:
         Args:
           lengths: how often loops run whose length XLA does not know, by the end of their `op_name`.
         """
-        yield from self._walk(self.entry, 1.0, lengths)
+        return ((one, times) for one, _, times in self._walk(self.entry, 1.0, lengths))
 
     def _walk(
         self, name: str, times: float, lengths: Mapping[str, float]
-    ) -> Iterator[tuple[Instruction, float]]:
-        for one in self.computations.get(name, ()):
-            yield one, times
+    ) -> Iterator[tuple[Instruction, Mapping[str, Instruction], float]]:
+        """(instruction, those beside it by their names, how often)."""
+        body = self.computations.get(name, {})
+        for one in body.values():
+            yield one, body, times
             inner = times * (self.length(one, lengths) or 1.0) if one.op == "while" else times
             roles = {
                 "while": ("body",),
@@ -193,7 +194,7 @@ class Module:
 
     def _bound(self, condition: str) -> int | None:
         """The constant that a loop's counter is compared with."""
-        body = self.computations.get(condition, ())
+        body = self.computations.get(condition, {}).values()
         constants = {}
         for one in body:
             if one.op == "constant":
@@ -209,8 +210,12 @@ class Module:
     def _comparison(self, root: Instruction) -> str:
         if root.op == "compare":
             return root.rest
-        inside = [one for name in root.called("calls") for one in self.computations.get(name, ())]
-        return "".join(one.rest for one in inside if one.op == "compare")
+        return "".join(one.rest for one in self._fused(root) if one.op == "compare")
+
+    def _fused(self, one: Instruction) -> list[Instruction]:
+        """What is inside of a fusion; of another instruction nothing."""
+        called = one.called("calls") if one.op == "fusion" else ()
+        return [inside for name in called for inside in self.computations.get(name, {}).values()]
 
     def unknown_loops(self, lengths: Mapping[str, float]) -> int:
         """How many loops count once because nobody knows how often they run."""
@@ -221,13 +226,7 @@ class Module:
         """Every exchange, those inside of fusions too, the largest first."""
         found = []
         for one, times in self.executed(lengths):
-            inside = [
-                i
-                for name in one.called("calls")
-                if one.op == "fusion"
-                for i in self.computations.get(name, ())
-            ]
-            for part in (one, *inside):
+            for part in (one, *self._fused(one)):
                 kind = part.op.removesuffix(_START)
                 if kind in _COLLECTIVES and part.arrays:
                     sizes = [array.size for array in part.arrays]
@@ -255,12 +254,9 @@ class Module:
 
     def traffic(self, lengths: Mapping[str, float]) -> float:
         """Bytes read from the device's main memory and written to it, in whole tiles."""
-        total = 0.0
-        for name, instructions in self.computations.items():
-            times = self._times(lengths).get(name, 0.0)
-            if times:
-                total += times * sum(self._moved(one, name) for one in instructions)
-        return total
+        return sum(
+            times * self._moved(one, body) for one, body, times in self._walk(self.entry, 1.0, lengths)
+        )
 
     def padding(self, lengths: Mapping[str, float]) -> float:
         """Of the bytes that results take, the share that only fills up tiles."""
@@ -272,29 +268,11 @@ class Module:
             taken += times * sum(array.padded for array in one.arrays)
         return 1 - used / taken if taken else 0.0
 
-    def _times(self, lengths: Mapping[str, float]) -> dict[str, float]:
-        """Computation -> how often it is started."""
-        key = tuple(sorted(lengths.items()))
-        return self._times_of(key)
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a module lives as long as its plan is made
-    def _times_of(self, lengths: tuple[tuple[str, float], ...]) -> dict[str, float]:
-        times: dict[str, float] = {}
-        home = {one.name: name for name, body in self.computations.items() for one in body}
-        for one, count in self.executed(dict(lengths)):
-            if one.is_root:
-                times[home[one.name]] = times.get(home[one.name], 0.0) + count
-        return times
-
-    def _moved(self, one: Instruction, computation: str) -> int:
+    def _moved(self, one: Instruction, body: Mapping[str, Instruction]) -> int:
         if one.op in _NO_TRAFFIC or one.op.endswith(_DONE):
             return 0
-        by_name = self._named(computation)
-        read = sum(
-            self._read(one, place, by_name[name])
-            for place, name in enumerate(one.operands)
-            if name in by_name
-        )
+        operands = [(place, body[name]) for place, name in enumerate(one.operands) if name in body]
+        read = sum(self._read(one, place, operand) for place, operand in operands)
         written = one.arrays[:1] if one.op.endswith(_START) else one.arrays
         return read + sum(array.padded for array in written if not array.space)
 
@@ -307,7 +285,7 @@ class Module:
             return min(whole, sum(array.padded for array in reader.arrays))
         if reader.op != "fusion":
             return whole
-        inside = [one for name in reader.called("calls") for one in self.computations.get(name, ())]
+        inside = self._fused(reader)
         parameter = next(
             (one for one in inside if one.op == "parameter" and one.rest.startswith(f"{place})")), None
         )
@@ -317,10 +295,6 @@ class Module:
         if users and all(one.op in _PICKS and one.operands[0] == parameter.name for one in users):
             return min(whole, sum(array.padded for one in users for array in one.arrays))
         return whole
-
-    @functools.cache  # noqa: B019 - likewise
-    def _named(self, computation: str) -> dict[str, Instruction]:
-        return {one.name: one for one in self.computations[computation]}
 
 
 @contextlib.contextmanager
@@ -337,7 +311,7 @@ def with_lines() -> Iterator[None]:
 
 def read(text: str) -> Module:
     """The module of `Compiled.as_text()`."""
-    computations: dict[str, tuple[Instruction, ...]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, name, body = "", None, []
     for line in text.splitlines():
         if name is None:
@@ -346,7 +320,7 @@ def read(text: str) -> Module:
                 name, body = head[2], []
                 entry = head[2] if head[1] else entry
         elif line.startswith("}"):
-            computations[name], name = tuple(body), None
+            computations[name], name = {one.name: one for one in body}, None
         else:
             made = _instruction(line)
             if made is not None:

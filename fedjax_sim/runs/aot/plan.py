@@ -19,6 +19,7 @@ import numpy as np
 
 from fedjax_sim.config import RunConfig
 from fedjax_sim.engine import clients, evaluation, placement
+from fedjax_sim.engine.feed import AHEAD, STREAMED
 from fedjax_sim.engine.jaxpr_flops import flops
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes
 from fedjax_sim.engine.observing import observer_request
@@ -189,9 +190,7 @@ class MachinePlan:
             "padding": first.padding,
             "cycles": first.cycles,
             "compile_seconds": sum(program.seconds for program in self.programs),
-            "programs": [
-                {**dataclasses.asdict(program), "total": program.total} for program in self.programs
-            ],
+            "programs": [_without_collectives(program) for program in self.programs],
             "wave": self.wave,
             "conv": self.conv,
             "advice": self.advice(),
@@ -292,6 +291,12 @@ class MachinePlan:
         return lines
 
 
+def _without_collectives(program: Program) -> dict[str, Any]:
+    """As numbers, with its total."""
+    fields = {**dataclasses.asdict(program), "total": program.total}
+    return {name: value for name, value in fields.items() if name != "collectives"}
+
+
 _OF_WAVE = {name for label, (name, _) in IN_ROUND.items() if label in (clients.WAVE, clients.STEP)}
 
 
@@ -325,7 +330,7 @@ def plan_on(
     there = available(platform) if target.memory is None else target.memory
     conv = setup.model.conv if setup.model.convolves else "none"
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib")}
-    shared = bytes_of((simulation.feed.whole, dict(setup.dataset.test))) if platform == "cpu" else 0
+    shared = compiler.shared() if platform == "cpu" else 0
     return MachinePlan(target, tuple(parts), programs, there, setup.wave, conv, versions, shared)
 
 
@@ -343,6 +348,9 @@ class _Compiler:
         self.rows = {setup.cohort_size, setup.num_clients}
         self.data = simulation.data_of(0, self.inputs)
         self.held = {"state": self.state, "data": self.data}
+        # Samples of the rounds to come lie there too, beside whatever runs.
+        ahead = AHEAD if simulation.feed.kind == STREAMED else 0
+        self.ahead = ahead * sum(_share(leaf) for leaf in _leaves(self.data))
 
     def programs(self) -> list[Program]:
         """All of them."""
@@ -380,6 +388,12 @@ class _Compiler:
             found.append(self._compiled(EVALUATION, program, function, (model, *evaluator.data), ("tests",)))
         return found
 
+    def shared(self) -> int:
+        """Bytes of samples that CPU devices hold once for all of them."""
+        held = [tree for key, tree in self.held.items() if key != "state"]
+        whole = {id(leaf): leaf for leaf in _leaves(held) if leaf.sharding.is_fully_replicated}
+        return bytes_of(list(whole.values()))
+
     def _compiled(
         self, name: str, program: Any, function: Any, arguments: tuple, reads: tuple[str, ...]
     ) -> Program:
@@ -387,7 +401,7 @@ class _Compiler:
         self.say(f"compiling the {name} for {self.target.chips} × {self.target.kind} …")
         read = {id(leaf) for key in reads if key in self.held for leaf in _leaves(self.held[key])}
         others = {id(leaf): leaf for key in self.held for leaf in _leaves(self.held[key])}
-        besides = sum(_share(leaf) for key, leaf in others.items() if key not in read)
+        besides = self.ahead + sum(_share(leaf) for key, leaf in others.items() if key not in read)
         start = time.monotonic()
         with jax.set_mesh(self.target.mesh), hlo.with_lines():
             operations = flops(jax.make_jaxpr(function)(*arguments), self._length, self._part)

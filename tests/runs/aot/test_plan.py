@@ -10,7 +10,15 @@ import pytest
 from fedjax_sim import data, runs
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.cli.commands import main
-from fedjax_sim.config import CohortConfig, ExecutionConfig, LocalConfig, ModelConfig, PeelConfig, RunConfig
+from fedjax_sim.config import (
+    CohortConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    PeelConfig,
+    RunConfig,
+)
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs.aot import plan as aot
 from fedjax_sim.runs.aot.machines import machine
@@ -125,6 +133,22 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "--on" in capsys.readouterr().err
     assert main(["plan", "--on", "v9-8"]) == 2
     assert "no such machine" in capsys.readouterr().err
+
+
+def test_samples_of_rounds_to_come_count_where_they_are_streamed():
+    streamed = config(execution=ExecutionConfig(data="streamed"), evaluation=EvaluationConfig(every=0))
+    found = plan(streamed, on="cpu-4")
+    three = next(part for part in found.parts if "rounds' clients" in part.name)
+    assert found.programs[0].besides == pytest.approx(2 / 3 * three.device, rel=0.01)
+
+
+def test_what_a_cpus_devices_share_is_what_lies_there():
+    """Without an evaluation no test samples do."""
+    kinds = [EvaluationConfig(every=every) for every in (0, 1)]
+    made = [plan(config(evaluation=kind), on="cpu-4") for kind in kinds]
+    tests = sum(leaf.nbytes for leaf in data.load("digits").test.values())
+    assert made[1].shared - made[0].shared == tests
+    assert all(one.shared < one.programs[0].total for one in made)
 
 
 def test_errors_of_a_configuration_are_those_of_a_run():
