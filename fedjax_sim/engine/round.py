@@ -37,6 +37,7 @@ from fedjax_sim.records import Row
 _DISPATCH, _MERGE = 0, 1  # below the server's key of a round
 
 DISPATCH, OF_CLIENTS, ORDER, WAVES, MERGE = "dispatch", "clients_state", "order", "waves", "merge"
+SAMPLES = "samples"
 """Parts of a round, as profiles and a plan of memory name them; those of `engine.clients` lie in `WAVES`."""
 
 
@@ -221,7 +222,9 @@ class Round:
           data: the samples of its clients, in one of the placements of `fedjax_sim.engine.feed`.
           watched: i32[m], distinct slots whose models `RoundOutputs.view` shows; None: of nobody.
         """
-        cohort, data = inputs.cohort, data.exchanged()
+        cohort = inputs.cohort
+        with jax.named_scope(SAMPLES):
+            data = data.exchanged()
         look = self.trainer.watch.look
         state = dataclasses.replace(state, algorithm=self.held.cut(state.algorithm))
         starts = self._dispatched(state.algorithm, cohort, inputs)

@@ -19,7 +19,7 @@ from fedjax_sim.engine.device_data import DataStore, DeviceData, abstract
 from fedjax_sim.engine.feed import AHEAD, CutData
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import AllObservers, observer_request
-from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, WAVES
+from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, SAMPLES, WAVES
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.provenance import total_memory
@@ -221,6 +221,7 @@ def _checkpoint_part(simulation: Simulation, platform: str) -> Part:
 
 IN_ROUND = {
     DISPATCH: ("what clients are sent", "a smaller model"),
+    SAMPLES: ("the cohort's samples, exchanged", "more devices, or a smaller cohort.size"),
     OF_CLIENTS: ("the cohort's own state", "a smaller cohort.size"),
     ORDER: ("models put in order of size, and back", "more devices, or a smaller cohort.size"),
     WAVES: ("models before and after training, and their sum", "more devices, or a smaller cohort.size"),
@@ -259,6 +260,8 @@ def _round_parts(simulation: Simulation) -> list[Part]:
             parts = [Part(name, size, size * setup.devices, "probe", remedy) for name, size in sizes.items()]
     donated = len(jax.tree.leaves(state)) if setup.config.execution.donate else 0
     rows = {setup.cohort_size, setup.num_clients}
+    if isinstance(data, CutData):
+        rows.add(len(data.wanted))
 
     def size_of(array: Any) -> int:
         is_cut = bool(array.shape) and array.shape[0] in rows and array.shape[0] % setup.devices == 0
