@@ -84,7 +84,7 @@ def test_a_configuration_of_version_2_keeps_every_field():
     """New fields are at their defaults."""
     path = FIXTURES / "config_v2.yaml"
     wanted = yaml.safe_load(path.read_text())
-    wanted["execution"] |= {"debug": False, "data": "auto"}
+    wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
     assert config.to_dict(config.read_config(path)) == wanted
 
 
@@ -95,7 +95,7 @@ def test_a_configuration_of_version_1_means_what_it_meant():
     assert wanted["version"] == 1
     wanted["version"] = config.VERSION
     wanted["data"]["options"] = wanted["given"] = {}
-    wanted["execution"] |= {"debug": False, "data": "auto"}
+    wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
     wanted["algorithm"]["inner"] = {
         **{"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {}},
         "inner": {"name": "fedavg", "weights": "uniform"},

@@ -107,6 +107,7 @@ class FedCAC:
             deploy=lambda state: state.mean,
             weights=weights,
             stacked=("models",),
+            by_client=("models",),
             personal_models=of,
         )
 

@@ -122,5 +122,6 @@ class LayerInterpolation:
             deploy=lambda state: state.model,
             weights=weigh,
             stacked=("deviation",),
+            by_client=("deviation",),
             personal_models=held,
         )

@@ -92,6 +92,7 @@ def keep(inner: Algorithm, leaves: Collection[Path], num_clients: int) -> Algori
             personal_models=lambda inside, state, ids: joined(inside(state, ids), state, ids),
             slot_models=lambda inside, state, slots, ids: joined(inside(state, slots, ids), state, ids),
             stacked=("private",),
+            by_client=("private",),
             needs_models=True,
         ),
     )

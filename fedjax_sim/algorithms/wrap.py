@@ -71,6 +71,7 @@ class Layer:
     send: Around | None = None
     personal: Around | None = None
     stacked: tuple[str, ...] = ()
+    by_client: tuple[str, ...] = ()
     needs_models: bool = False
     keeps_model: bool = True
     steps_beyond_mean: bool = False
@@ -105,6 +106,7 @@ def wrap(inner: Algorithm, layer: Layer) -> Algorithm:
         local=LocalRule(**rule),
         cohort_chooser=chooser,
         stacked=(*inner.stacked, *layer.stacked),
+        by_client=(*inner.by_client, *layer.by_client),
         needs_models=inner.needs_models or layer.needs_models,
         steps_beyond_mean=inner.steps_beyond_mean or layer.steps_beyond_mean,
     )

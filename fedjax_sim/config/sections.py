@@ -389,6 +389,9 @@ class ExecutionConfig:
       data: where training samples lie. `copied`: all of them on every device; `cut`: a share on each, and a
         round's samples are exchanged; `streamed`: on the host, also memory-mapped, and those of the next
         rounds are sent while one runs. `auto` goes by the set, see `fedjax_sim.engine.feed.placement_of`.
+      client_state: where that lies which clients keep between rounds. `device`: cut over the devices; `host`:
+        on the host, in mapped files of the run's folder, and a round's rows are sent and fetched. `auto` goes
+        by its size, see `fedjax_sim.engine.client_state.where`.
     """
 
     devices: int | None = None
@@ -397,6 +400,7 @@ class ExecutionConfig:
     donate: bool = True
     debug: bool = False
     data: Literal["auto", "copied", "cut", "streamed"] = "auto"
+    client_state: Literal["auto", "device", "host"] = "auto"
 
     def __post_init__(self):
         check(self, "execution.")

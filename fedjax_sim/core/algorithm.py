@@ -418,6 +418,9 @@ class Algorithm:
       needs_models: False lets the engine accumulate the mean wave by wave and never hold K models.
       stacked: names of the state's fields, at any depth, whose leaves lead with K or N; they are cut over the
         devices, whether these divide K and N or not.
+      by_client: those of them that lead with N, begin with equal rows, and are touched by `take_rows` and
+        `put_rows` of a cohort's clients alone (or, in `personal_models` and `slot_models`, of those asked
+        for); they can lie on the host.
       personal_models: what each client itself would use. None: the deployed model.
       slot_models: what slots have after a merge, of an algorithm whose slots have models of their own. None:
         what their clients would use.
@@ -441,6 +444,7 @@ class Algorithm:
     cohort_chooser: CohortChooser | None = None
     with_model: WithModel | None = None
     steps_beyond_mean: bool = False
+    by_client: tuple[str, ...] = ()
 
     def client_models(self, state: State, slots: jax.Array, ids: jax.Array) -> Variables:
         """What a round's clients have once its models are merged. i32[m] slots and ids -> [m, …] models.
@@ -464,12 +468,21 @@ class Algorithm:
 
     def is_stacked(self, state: State) -> Any:
         """Which leaves of a state lead with K or N: a tree of bool like `state`."""
+        return _below(self.stacked, state)
 
-        def below(path: tuple[Any, ...], leaf: jax.Array) -> bool:
-            del leaf
-            return any(getattr(key, "name", None) in self.stacked for key in path)
+    def is_by_client(self, state: State) -> Any:
+        """Which leaves of a state can lie on the host: likewise."""
+        return _below(self.by_client, state)
 
-        return jax.tree_util.tree_map_with_path(below, state)
+
+def _below(names: tuple[str, ...], state: State) -> Any:
+    """Which leaves lie below a field of such a name."""
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        del leaf
+        return any(getattr(key, "name", None) in names for key in path)
+
+    return jax.tree_util.tree_map_with_path(one, state)
 
 
 # --- how one is built -------------------------------------------------------------------------------------

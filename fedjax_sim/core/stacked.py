@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
@@ -276,6 +277,44 @@ def _on_own_slots(run: Callable[..., PyTree], devices: int) -> Callable[..., PyT
     return call
 
 
+@struct.dataclass
+class RowsOf:
+    """A stack over all N of which some clients' rows alone are here.
+
+    It stands in the place of a leaf, for `take_rows` and `put_rows` of these clients.
+
+    Attributes:
+      ids: i32[K], the clients.
+      rows: [K, …], theirs.
+    """
+
+    ids: jax.Array
+    rows: jax.Array
+
+
+def rows_of(tree: PyTree[Shaped[Array, "K ..."]], ids: Int32[Array, " K"]) -> PyTree:
+    """A tree of `RowsOf`, of leaves [K, …] of random keys too."""
+    return jax.tree.map(lambda leaf: RowsOf(ids, leaf), tree)
+
+
+def only_rows(tree: PyTree) -> PyTree:
+    """What `rows_of` was given: of each `RowsOf` its rows."""
+    return jax.tree.map(lambda leaf: leaf.rows if _is_some(leaf) else leaf, tree, is_leaf=_is_some)
+
+
+def _is_some(leaf: Any) -> bool:
+    return isinstance(leaf, RowsOf)
+
+
+def _places(tree: PyTree, ids: jax.Array) -> jax.Array | None:
+    """Where the rows of `ids` are in a tree of `RowsOf`, i32[m]; None: they are all of them, in order."""
+    held = jax.tree.leaves(tree, is_leaf=_is_some)[0].ids
+    if held is ids:
+        return None
+    order = jnp.argsort(held)
+    return order[jnp.searchsorted(held, ids, sorter=order)].astype(jnp.int32)
+
+
 def take_rows(
     tree: PyTree[Shaped[Array, "N ..."]], ids: Int32[Array, " K"]
 ) -> PyTree[Shaped[Array, "K ..."]]:
@@ -286,6 +325,9 @@ def take_rows(
     not divide is filled up.
     """
     devices = _devices()
+    if any(map(_is_some, jax.tree.leaves(tree, is_leaf=_is_some))):
+        places, rows = _places(tree, ids), only_rows(tree)
+        return rows if places is None else take_rows(rows, places)
     if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf: leaf[ids], tree)
     wanted = ids.shape[0]
@@ -320,6 +362,9 @@ def put_rows(
     Leaves of any dtype, the same in both. Sharded, the rows travel round the ring as in `take_rows`.
     """
     devices = _devices()
+    if any(map(_is_some, jax.tree.leaves(tree, is_leaf=_is_some))):
+        places, held = _places(tree, ids), jax.tree.leaves(tree, is_leaf=_is_some)[0].ids
+        return rows_of(rows if places is None else put_rows(only_rows(tree), places, rows), held)
     if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf, new: leaf.at[ids].set(new), tree, rows)
     count, given = jax.tree.leaves(tree)[0].shape[0], ids.shape[0]

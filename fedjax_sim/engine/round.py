@@ -49,13 +49,16 @@ class ServerState:
 
     Attributes:
       algorithm: the algorithm's own state.
-      clients: what clients keep between rounds, [N, …] leaves; empty for stateless clients.
+      clients: what clients keep between rounds, [N, …] leaves; empty for stateless clients. Where it lies on
+        the host, [K, …], that of the round's cohort.
       meters: name of each meter -> what it carries.
+      initial: the model that clients' own state is made of, where that lies on the host; else None.
     """
 
     algorithm: Any
     clients: Any
     meters: Any = struct.field(default_factory=dict)
+    initial: Any = None
 
 
 @struct.dataclass
@@ -226,7 +229,11 @@ class Round:
         with jax.named_scope(SAMPLES):
             data = data.exchanged()
         look = self.trainer.watch.look
-        state = dataclasses.replace(state, algorithm=self.held.cut(state.algorithm))
+        state = dataclasses.replace(
+            state,
+            algorithm=self.held.cut(state.algorithm, cohort.ids),
+            clients=self.held.clients_cut(state.clients, cohort.ids),
+        )
         starts = self._dispatched(state.algorithm, cohort, inputs)
         look("dispatched model", starts.models)
         look("broadcast", starts.broadcast, infinite=True)
@@ -265,18 +272,25 @@ class Round:
                 )
         server = self._soundness(merged)
         outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, metered, view)
-        return ServerState(self.held.filled(merged), clients, meters), outputs
+        clients = self.held.clients_filled(clients)
+        return ServerState(self.held.filled(merged), clients, meters, state.initial), outputs
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
-        """What clients would use themselves. i32[m] -> [m, …] models."""
-        algorithm, rule, own = self.algorithm, self.trainer.rule, self.held.cut(state.algorithm)
+        """What clients would use themselves. i32[m] -> [m, …] models.
+
+        Args:
+          state: of the server; of what lies on the host it has the rows of `ids`.
+          ids: i32[m].
+        """
+        algorithm, rule, own = self.algorithm, self.trainer.rule, self.held.cut(state.algorithm, ids)
         if algorithm.personal_models is not None:
             models = algorithm.personal_models(own, ids)
         else:
             models = stacked.broadcast(algorithm.deploy(own), len(ids))
         if rule.personal is None:
             return models
-        return stacked.per_slot(rule.personal)(stacked.take_rows(state.clients, ids)["rule"], models)
+        clients = self.held.clients_cut(state.clients, ids)
+        return stacked.per_slot(rule.personal)(stacked.take_rows(clients, ids)["rule"], models)
 
     @jax.named_scope(DISPATCH)
     def _dispatched(self, state: Any, cohort: Cohort, inputs: RoundInputs) -> Starts:

@@ -33,11 +33,18 @@ class Scores:
       setup: of the run.
       store: has its samples on the devices.
       personal: (state, ids i32[m]) -> [m, …], the models that clients use themselves. Traced.
+      state_for: ids i32[m] -> the run's state, with what these clients keep.
     """
 
-    def __init__(self, setup: Setup, store: DataStore, personal: Callable[[ServerState, jax.Array], Any]):
+    def __init__(
+        self,
+        setup: Setup,
+        store: DataStore,
+        personal: Callable[[ServerState, jax.Array], Any],
+        state_for: Callable[[np.ndarray], ServerState],
+    ):
         self._setup, self._store, self._mesh = setup, store, store.mesh
-        self._personal = cached_jit(personal, self._mesh)
+        self._personal, self._state_for = cached_jit(personal, self._mesh), state_for
         self._evaluators: dict[str, Any] = {}
         if setup.personalised and setup.config.evaluation.per_client:
             store.whole(self._clients_pool)  # before an evaluator cuts them
@@ -54,16 +61,15 @@ class Scores:
             outcome = self._evaluator("test")(variables)
         return lambda: self._rows(number, outcome)
 
-    def of_clients(self, state: ServerState, variables: Variables) -> Callable[[], np.ndarray]:
+    def of_clients(self, variables: Variables) -> Callable[[], np.ndarray]:
         """Starts evaluating what clients would use on their own test samples; call the result for f64[N].
 
         Args:
-          state: of the server.
           variables: the deployed model, which clients use that have none of their own.
         """
         own = Ragged.of(self._setup.partition.test or ())
         with jax.set_mesh(self._mesh):
-            return self._own_models(own, state) if self._setup.personalised else self._shared(own, variables)
+            return self._own_models(own) if self._setup.personalised else self._shared(own, variables)
 
     def _evaluator(self, name: str) -> evaluation.Evaluator:
         """Over the global test set, or over the pool that clients' own test samples come from."""
@@ -100,7 +106,7 @@ class Scores:
 
         return figures
 
-    def _own_models(self, own: Ragged, state: ServerState) -> Callable[[], np.ndarray]:
+    def _own_models(self, own: Ragged) -> Callable[[], np.ndarray]:
         """Of clients that have models of their own. own: each client's test samples."""
         setup, metric = self._setup, self._setup.task.headline
         if "personal" not in self._evaluators:
@@ -125,7 +131,7 @@ class Scores:
             ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
             table = np.zeros((chunk, len(columns)), np.int32)
             table[columns < sizes[ids, None]] = own.flat[runs(own.offsets[ids], sizes[ids])]
-            outcome = self._evaluators["personal"](self._personal(state, ids), table, pool)[1]
+            outcome = self._evaluators["personal"](self._personal(self._state_for(ids), ids), table, pool)[1]
             under_way.append((first, outcome[metric.name]))
             if len(under_way) > (0 if self._store.shares_host else _UNDER_WAY):
                 fetch()

@@ -15,7 +15,8 @@ from fedjax_sim.core.algorithm import Algorithm, Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INIT, key_for, run_key
-from fedjax_sim.engine import cohorts, placement, waves
+from fedjax_sim.engine import client_state, cohorts, placement, waves
+from fedjax_sim.engine.client_state import ClientState
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore, DeviceData
@@ -50,6 +51,7 @@ class _Start:
       trainer: local training.
       meters: name -> diagnostic of every round.
       held: how the algorithm's state is held, and what clients keep.
+      rows: K, where clients' state lies on the host and a round's rows alone are here; else None.
     """
 
     model: Model
@@ -57,6 +59,7 @@ class _Start:
     trainer: Trainer
     meters: Mapping[str, Meter] = dataclasses.field(hash=False)
     held: Held = AS_IT_IS
+    rows: int | None = None
 
     def drawn(self, key: jax.Array) -> Any:
         """A fresh model, of the key that the state is made from."""
@@ -67,18 +70,23 @@ class _Start:
 
         Args:
           key: of what is drawn for it.
-          labels: i32[N, C], training samples of each class that each client has.
+          labels: i32[N, C], training samples of each class that each client has; i32[K, C] of the clients
+            whose rows are here.
           variables: the model that clients start from; None: a fresh one.
         """
         # A copy, as in `restore`: passed through, they might be overwritten by the next round.
         variables = self.drawn(key) if variables is None else jax.tree.map(jnp.copy, variables)
         clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
         state = self.algorithm.init(key_for(key, 1), variables)
+        initial = None
+        if self.rows is not None:
+            state = client_state.first_rows(self.algorithm, state, self.rows)
+            initial = jax.tree.map(jnp.copy, variables)
         deployed = self.algorithm.deploy(state)
         meters = {name: meter.init(deployed) for name, meter in self.meters.items()}
         clients = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.held.devices), clients)
         # A copy, so that no two leaves of the state share a buffer that a round will overwrite.
-        return ServerState(self.held.filled(state), clients, jax.tree.map(jnp.copy, meters))
+        return ServerState(self.held.filled(state), clients, jax.tree.map(jnp.copy, meters), initial)
 
 
 class Simulation:
@@ -97,6 +105,7 @@ class Simulation:
       program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
+      client_state: what clients keep, where it lies on the host; else None.
       feed: gives each round the samples that it reads.
       ending: metrics that the last round has only because it is the last.
     """
@@ -122,9 +131,28 @@ class Simulation:
         self.feed = Feed(setup.placement, setup.dataset, setup.partition, self.store)
         start = _Start(setup.model, setup.algorithm, self._trainer, setup.meters)
         self.shapes = self._shapes_of(start)
+        wanted = setup.config.execution.client_state
+        where = client_state.where(wanted, setup.algorithm, self.shapes, setup.num_clients, self.mesh)
+        on_host = where == client_state.HOST
+        if on_host:
+            start = dataclasses.replace(start, rows=setup.cohort_size)
+            self.shapes = self._shapes_of(start)
         self._stacks = setup.algorithm.is_stacked(self.shapes.algorithm)
-        held = how(self.shapes.algorithm, self._stacks, self.mesh.size)
+        there = setup.algorithm.is_by_client(self.shapes.algorithm) if on_host else None
+        held = how(self.shapes.algorithm, self._stacks, self.mesh.size, there, clients_on_host=on_host)
         self._start = dataclasses.replace(start, held=held)
+        self.client_state = (
+            ClientState(
+                setup.algorithm,
+                self._trainer,
+                self.mesh,
+                setup.label_counts,
+                key_for(self._key, INIT),
+                self.shapes,
+            )
+            if on_host
+            else None
+        )
         self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters, held)
         self._shardings = self._state_shardings()
         self.program = cached_jit(
@@ -139,7 +167,7 @@ class Simulation:
             many_kernels=True,
             out_shardings=placement.replicated(self.mesh),
         )
-        self._scores = Scores(setup, self.store, self.function.personal)
+        self._scores = Scores(setup, self.store, self.function.personal, self.state_for)
         chooser = setup.algorithm.cohort_chooser
         self._measure = chooser and cached_jit(
             held.of(chooser.measure), self.mesh, **placement.readable(self.mesh)
@@ -171,10 +199,11 @@ class Simulation:
             inner,
             jax.tree.map(lambda leaf: cut, self.shapes.clients),
             jax.tree.map(lambda leaf: same, self.shapes.meters),
+            jax.tree.map(lambda leaf: same, self.shapes.initial),
         )
 
     def _shapes_of(self, start: _Start) -> ServerState:
-        labels = self.setup.label_counts
+        labels = self.setup.label_counts[: start.rows]
         with self.setup.watch.during(0):
             return memo.once(
                 "shapes of a state", (start, labels.shape), lambda: shapes_of(start, run_key(0), labels)
@@ -191,7 +220,7 @@ class Simulation:
                 same = placement.replicated(self.mesh)
                 variables = cached_jit(self._start.drawn, self.mesh, out_shardings=same)(key)
             made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
-            return made(key, self.setup.label_counts, variables)
+            return made(key, self.setup.label_counts[: self._start.rows], variables)
 
     def abstract_state(self) -> ServerState:
         """Shapes, dtypes and shardings of the state as it is held, as a checkpoint's restore wants them."""
@@ -204,6 +233,10 @@ class Simulation:
             self.shapes,
             self._shardings,
         )
+
+    def state_for(self, ids: np.ndarray) -> ServerState:
+        """The state as it now is; of clients' state on the host it has the rows of `ids`, i32[m]."""
+        return self.state if self.client_state is None else self.client_state.placed(self.state, ids)
 
     def restore(self, state: ServerState, round_index: int) -> None:
         """Continues from a copy of `state` after `round_index` rounds.
@@ -261,6 +294,11 @@ class Simulation:
         ids = self.setup.draw(round_index)
         return ids, waves.make_plan(self._steps[ids], self.setup.devices, self.setup.wave)
 
+    def _upcoming(self) -> np.ndarray | None:
+        """The cohort of the round after the next, if there is one and it is known."""
+        number = self.round + 1
+        return None if self._measure or number >= self.setup.config.rounds else self.setup.draw(number)
+
     def _selected(self, round_index: int) -> np.ndarray:
         """The cohort that the algorithm chooses."""
         chooser = self.setup.algorithm.cohort_chooser
@@ -305,7 +343,10 @@ class Simulation:
             data = self.data_of(self.round, inputs)
             if self._measure is None:
                 self.feed.prepare(range(self.round + 1, self.setup.config.rounds), self._places)
-            self.state, outputs = self.program(self.state, inputs, data, watched)
+            ids = np.asarray(inputs.cohort.ids)
+            self.state, outputs = self.program(self.state_for(ids), inputs, data, watched)
+            if self.client_state is not None:
+                self.client_state.after(self.state, ids, self._upcoming())
             if request is not None:
                 observed = self.observe(outputs.view, request.inputs, self.data)
         outputs = dataclasses.replace(outputs, view=None)  # its models are dropped once they are observed
@@ -438,7 +479,7 @@ class Simulation:
         with self.setup.watch.during(number):
             variables = self.variables
             deployed = self._scores.deployed(number, variables)
-            own = self._scores.of_clients(self.state, variables) if config.per_client else None
+            own = self._scores.of_clients(variables) if config.per_client else None
 
         def rows() -> list[Row]:
             out = deployed()
@@ -456,7 +497,7 @@ class Simulation:
         The figure is the task's headline metric, accuracy for classes.
         """
         with self.setup.watch.during(self.round):
-            return self._scores.of_clients(self.state, self.variables)
+            return self._scores.of_clients(self.variables)
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:

@@ -20,7 +20,7 @@ import sys
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,14 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------
 
-    def save(self, round_index: int, state: Any, model: Any = None, shapes: Any = None) -> None:
+    def save(
+        self,
+        round_index: int,
+        state: Any,
+        model: Any = None,
+        shapes: Any = None,
+        clients: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Starts writing a state; returns once it has been copied.
 
         Args:
@@ -59,6 +66,7 @@ class Checkpoints:
           model: the deployed one, to be read by itself; one that is not made of nested dicts is left out.
           shapes: of the state's leaves, with the rows alone that count; None: all do. Others are left out
             unless several processes have parts of them.
+          clients: which of the rows on the host are theirs (`fedjax_sim.engine.client_rows.Snapshot`).
         """
         host = jax.tree.map(_to_host, state)
         if shapes is not None:
@@ -71,6 +79,12 @@ class Checkpoints:
             told = zip(paths, _leaves(deployed).values(), strict=True)
             about["model"] = [{"path": list(path), **entry} for path, entry in told]
             items["model"] = ocp.args.StandardSave(_numbered(deployed))
+        if clients is not None:
+            about["clients"] = {
+                name: {"shape": list(part.shape), "dtype": str(part.dtype), "crc32": _crc(part)}
+                for name, part in clients.items()
+            }
+            items["clients"] = ocp.args.StandardSave(dict(clients))
         with _plain_errors(self.folder):
             manager = self._manager()
             manager.save(round_index, args=ocp.args.Composite(**items, about=ocp.args.JsonSave(about)))
@@ -114,7 +128,13 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.folder.iterdir() if re.fullmatch(r"\d+", path.name))
 
     def restore(
-        self, abstract: Any, shapes: Any = None, at_most: int | None = None, *, mend: bool = True
+        self,
+        abstract: Any,
+        shapes: Any = None,
+        at_most: int | None = None,
+        *,
+        mend: bool = True,
+        also: Callable[[int], None] = lambda number: None,
     ) -> tuple[Any, int] | None:
         """The newest sound state, on the host, and its round; None if there is none.
 
@@ -127,6 +147,7 @@ class Checkpoints:
           mend: those that are damaged or too new are moved to `damaged/` beside the checkpoints, so that
             their rounds can be written again, and half-written ones removed; False: nothing is touched, as
             the run may be writing.
+          also: reads what else belongs to a round's checkpoint; what it raises is damage to it.
 
         Raises:
           UserError: a sound checkpoint holds a state of other shapes than `abstract`.
@@ -147,6 +168,7 @@ class Checkpoints:
             wanted = jax.tree.map(_on_host, abstract) if jax.process_count() > 1 else counted
             try:
                 state = self._read(number, wanted, counted)
+                also(number)
             except UserError:
                 raise
             except Exception as error:
@@ -157,6 +179,26 @@ class Checkpoints:
                 continue
             return jax.tree.map(_from_host, state, abstract), number
         return None
+
+    def clients(self, number: int) -> dict[str, np.ndarray] | None:
+        """Which of the rows on the host were clients' in a round; None if their state lay on the devices.
+
+        Raises:
+          Exception: whatever damage to it leads to.
+        """
+        entries = self._about(number).get("clients")
+        if entries is None:
+            return None
+        wanted = {name: np.empty(e["shape"], e["dtype"]) for name, e in entries.items()}
+        with ocp.StandardCheckpointer() as reader:
+            read = {
+                k: np.asarray(v)
+                for k, v in reader.restore(self.folder / str(number) / "clients", wanted).items()
+            }
+        for name, entry in entries.items():
+            if _crc(read[name]) != entry["crc32"]:
+                raise ValueError(f"clients' {name} do not have the checksum that was written")
+        return read
 
     def model(self, number: int) -> Any:
         """The deployed model of a round, nested dicts of NumPy leaves; None if it was not kept by itself.

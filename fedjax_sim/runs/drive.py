@@ -21,7 +21,7 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
-from fedjax_sim.runs import provenance
+from fedjax_sim.runs import provenance, row_files
 from fedjax_sim.runs.callbacks import Callbacks, UnderWay
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.federation import Simulation
@@ -103,7 +103,11 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         if stopped is not None and hosts.first():
             folder.write_stopped(stopped)
         if saved < simulation.round:
-            checkpoints.save(simulation.round, simulation.state, simulation.variables, simulation.shapes)
+            held, clients = simulation.client_state, None
+            if held is not None:  # one more than are kept: the oldest goes once the new one is whole
+                clients = held.snapshot(simulation.round, config.output.keep + 1)
+            of = (simulation.state, simulation.variables, simulation.shapes, clients)
+            checkpoints.save(simulation.round, *of)
             saved = simulation.round
         # The whole table comes last.
         if journal is not None and stopped is None and simulation.round < config.rounds:
@@ -185,8 +189,9 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
             pass
         return last
 
+    also = row_files.of_run(simulation, checkpoints, folder)
     found = checkpoints.restore(
-        simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached)
+        simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached), also=also
     )
     if found is not None:
         simulation.restore(*found)

@@ -43,10 +43,10 @@ class Simulation(simulation.Simulation):
         evaluated, config = super().evaluate(last=last), self.setup.config
         if not config.evaluation.finetune or not (last or self.round == config.rounds):
             return evaluated
-        state, number = self.state, self.round  # which no later round overwrites
+        number = self.round  # the last: no later one overwrites its state
 
         def rows() -> list[Row]:
-            tuned = finetune.rows(self.setup, self.store, self.function, state, number)
+            tuned = finetune.rows(self.setup, self.store, self.function, self.state_for, number)
             self.ending.update(row.metric for row in tuned)
             return evaluated() + tuned
 

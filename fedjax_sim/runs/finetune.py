@@ -13,6 +13,7 @@ While it lasts there is a model and an optimiser's state for each of all N clien
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -31,14 +32,20 @@ from fedjax_sim.records import Row
 from fedjax_sim.runs.assemble import prepare
 
 
-def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, number: int) -> list[Row]:
+def rows(
+    setup: Setup,
+    store: DataStore,
+    function: Round,
+    state_for: Callable[[np.ndarray], ServerState],
+    number: int,
+) -> list[Row]:
     """Fine-tunes all clients and says what came of it.
 
     Args:
       setup: of the run.
       store: has its samples on the devices.
       function: its round.
-      state: after the last one.
+      state_for: client ids i32[m] -> the state after the last one, with what these clients keep.
       number: the last round, from 1.
 
     Raises:
@@ -50,7 +57,8 @@ def rows(setup: Setup, store: DataStore, function: Round, state: ServerState, nu
     (held,) = filled_shape((setup.num_clients,), mesh.size)
     ids = np.arange(held, dtype=np.int32) % setup.num_clients
     with jax.set_mesh(mesh):
-        models = cached_jit(function.personal, mesh, out_shardings=placement.cut(mesh))(state, ids)
+        personal = cached_jit(function.personal, mesh, out_shardings=placement.cut(mesh))
+        models = personal(state_for(ids), ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
     alone.round = number
     out, accuracies = [], np.zeros(0)
@@ -83,5 +91,6 @@ def apart(config: RunConfig, number: int | None = None) -> RunConfig:
         rounds=number + config.evaluation.finetune,
         algorithm=Local(),
         local=local,
+        execution=dataclasses.replace(config.execution, client_state="device"),
         cohort=CohortConfig(fraction=1.0),
     )

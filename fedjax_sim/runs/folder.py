@@ -62,6 +62,11 @@ class Folder:
         return self.path / "checkpoints"
 
     @property
+    def clients(self) -> Path:
+        """Where clients' own state lies, if it does so on the host; checkpoints say which of it is whose."""
+        return self.path / "clients"
+
+    @property
     def best(self) -> Path:
         """Where the model lies that was kept as the best, a checkpoint without a state."""
         return self.path / "best"

@@ -17,6 +17,7 @@ from fedjax_sim.core.model import Model
 from fedjax_sim.data import Samples
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
+from fedjax_sim.runs import row_files
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.describe import (
@@ -126,7 +127,8 @@ def restored(
     checkpoints = Checkpoints(place.checkpoints)
     if checkpoints.rounds():
         simulation = Simulation(setup_of(place, config, about, dataset, model, algorithm, meters=meters))
-        found = checkpoints.restore(simulation.abstract_state(), simulation.shapes, mend=False)
+        also = row_files.of_run(simulation, checkpoints, place, look=True)
+        found = checkpoints.restore(simulation.abstract_state(), simulation.shapes, mend=False, also=also)
         if found is not None and (found[1] == place.end(config.rounds) or not place.finished):
             simulation.restore(*found)
             return simulation
@@ -168,7 +170,13 @@ def setup_of(
     dataset = dataset_of(config, about, dataset)
     partition = partition_of(folder, config, about, dataset)
     setup = prepare(
-        config, dataset=dataset, partition=partition, model=model, algorithm=algorithm, began=began, **lists
+        _where_it_was(folder, config),
+        dataset=dataset,
+        partition=partition,
+        model=model,
+        algorithm=algorithm,
+        began=began,
+        **lists,
     )
     own = about.get("own", {})
     for name, checksum in imports.checksums(own).items():
@@ -176,3 +184,13 @@ def setup_of(
             told = f"the module of {name} is not what it was when the run in {folder.path} began"
             warnings.warn(f"{told}; what comes now may be another run's", stacklevel=2)
     return setup
+
+
+def _where_it_was(folder: Folder, config: RunConfig) -> RunConfig:
+    """The configuration, with clients' state where the run has it if it says `auto`."""
+    checkpoints = Checkpoints(folder.checkpoints)
+    if config.execution.client_state != "auto" or not checkpoints.rounds():
+        return config
+    place = "host" if folder.clients.is_dir() else "device"
+    execution = dataclasses.replace(config.execution, client_state=place)
+    return dataclasses.replace(config, execution=execution)

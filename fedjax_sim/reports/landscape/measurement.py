@@ -181,7 +181,8 @@ def trained(simulation: Simulation, count: int) -> tuple[list[Any], tuple[int, .
     one_more = _Trained(dataclasses.replace(simulation.function, trainer=trainer, in_order=False, meters={}))
     with jax.set_mesh(simulation.mesh):
         models = cached_jit(one_more, simulation.mesh)
-        found = models(simulation.state, inputs, simulation.data, slots)
+        state = simulation.state_for(np.asarray(inputs.cohort.ids))
+        found = models(state, inputs, simulation.data, slots)
     found = jax.device_get(found)
     clients = tuple(int(client) for client in np.asarray(inputs.cohort.ids)[slots])
     return [jax.tree.map(lambda leaf, k=k: leaf[k], found) for k in range(len(slots))], clients

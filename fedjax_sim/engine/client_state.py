@@ -1,0 +1,257 @@
+"""Clients' own state on the host: the rows of a round's cohort are sent to the devices, and fetched after it.
+
+What N clients keep between rounds (control variates, models of their own, private layers) takes N rows of the
+size of a model or so. On the devices these are cut; beyond what devices hold, or a host's memory, they lie in
+`ClientRows`, and a round sees K of them. Results are the same bits.
+
+One thread of its own writes rows back and reads those of the next round while the devices compute. It waits
+for the round under way only where the next one has some of the same clients.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from fedjax_sim.core import stacked
+from fedjax_sim.core.algorithm import Algorithm
+from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.rng import key_for
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.client_rows import Chunks, ClientRows, Snapshot, row_bytes
+from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.engine.held import filled_shape
+from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.round import ServerState
+
+DEVICE, HOST = "device", "host"
+
+_LARGE = 2**31
+"""Bytes a device from which clients' state lies on the host unless asked for; of all CPU devices together."""
+
+
+class DamagedRow(UserError):
+    """A client's row is no longer what was written."""
+
+
+def where(wanted: str, algorithm: Algorithm, shapes: ServerState, num_clients: int, mesh: Mesh) -> str:
+    """Where clients' state lies: as the user wants it, or by its size.
+
+    Args:
+      wanted: auto, device or host.
+      algorithm: the record.
+      shapes: of the state, with whatever number of rows.
+      num_clients: N.
+      mesh: the D devices.
+
+    Raises:
+      UserError: it is to lie on the host, and cannot.
+    """
+    leaves = _Split(algorithm, shapes).leaves(shapes)
+    size = num_clients * row_bytes([_one(leaf) for leaf in leaves if not _is_key(leaf)])
+    devices = 1 if placement.platform_of(mesh) == "cpu" else mesh.size
+    why = None
+    if jax.process_count() > 1:
+        why = f"{jax.process_count()} processes run it, and a client's state would lie with one of them"
+    elif any(map(_is_key, leaves)):
+        why = "it holds random keys (jax.random.key), which stay on the devices"
+    if wanted == HOST and leaves and why is not None:
+        raise UserError(
+            "execution.client_state", HOST, why, "Leave execution.client_state out, or set it to device."
+        )
+    if not leaves or why is not None or wanted == DEVICE:
+        return DEVICE
+    return HOST if wanted == HOST or size > _LARGE * devices else DEVICE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fresh:
+    """Rows of clients who have taken no part yet, beside those of the others, as a function.
+
+    Attributes:
+      algorithm: the record.
+      trainer: local training.
+    """
+
+    algorithm: Algorithm
+    trainer: Trainer
+
+    def __call__(
+        self, rows: list[Any], fresh: jax.Array, labels: jax.Array, variables: Any, key: jax.Array
+    ) -> list[Any]:
+        """The rows.
+
+        Args:
+          rows: [m, …] each, as `_Split.leaves` has them; of fresh clients any.
+          fresh: bool[m].
+          labels: i32[m, C], training samples of each class that each client has.
+          variables: the initial model.
+          key: what the first state is made of.
+        """
+        state = self.algorithm.init(key_for(key, 1), variables)
+        clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
+        first = ServerState(first_rows(self.algorithm, state, len(fresh)), clients)
+        made = _Split(self.algorithm, first).leaves(first)
+        return [stacked.where_slot(fresh, new, old) for new, old in zip(made, rows, strict=True)]
+
+
+def first_rows(algorithm: Algorithm, state: Any, rows: int) -> Any:
+    """An algorithm's first state, with so many rows of what clients keep, which begin alike."""
+    there = algorithm.is_by_client(state)
+    return jax.tree.map(
+        lambda leaf, cut: jnp.broadcast_to(leaf[:1], (rows, *leaf.shape[1:])) if cut else leaf, state, there
+    )
+
+
+class ClientState:
+    """Clients' rows on the host, and their way to the devices and back.
+
+    Attributes:
+      rows: of all clients.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        trainer: Trainer,
+        mesh: Mesh,
+        labels: np.ndarray,
+        key: jax.Array,
+        shapes: ServerState,
+    ):
+        """No client has a row yet.
+
+        Args:
+          algorithm: the record.
+          trainer: local training.
+          mesh: the D devices.
+          labels: i32[N, C], training samples of each class that each client has.
+          key: what the first state is made of.
+          shapes: of the state, with K rows of what clients keep.
+        """
+        self._mesh, self._labels, self._key = mesh, labels, key
+        self._split = _Split(algorithm, shapes)
+        self._leaves = [_one(leaf) for leaf in self._split.leaves(shapes)]
+        cut = placement.cut(mesh)
+        self._fresh = cached_jit(_Fresh(algorithm, trainer), mesh, out_shardings=[cut] * len(self._leaves))
+        self.rows = ClientRows(len(labels), self._leaves)
+        self._worker: ThreadPoolExecutor | None = None
+        self._writes: list[Future[None]] = []
+        self._read: tuple[np.ndarray, Future[Any]] | None = None
+
+    def use_chunks(self, chunks: Chunks) -> None:
+        """Keeps rows in these chunks; before the first round."""
+        self.rows = ClientRows(self.rows.count, self._leaves, chunks)
+
+    def placed(self, state: ServerState, ids: np.ndarray) -> ServerState:
+        """A state that has these clients' rows. i32[m]."""
+        if self._read is not None and np.array_equal(self._read[0], ids):
+            reading, self._read = self._read[1], None
+        else:
+            reading = self._submit(self._get, ids)
+        rows, fresh = self._result(reading)
+        (held,) = filled_shape((len(ids),), self._mesh.size)
+        cut = placement.cut(self._mesh)
+
+        def filled(rows: np.ndarray) -> np.ndarray:
+            spare = np.zeros((held - len(rows), *rows.shape[1:]), rows.dtype)
+            return np.concatenate([rows, spare]) if len(spare) else rows
+
+        there = [placement.put(filled(leaf), cut) for leaf in rows]
+        if fresh.any():
+            with jax.set_mesh(self._mesh):
+                there = self._fresh(there, filled(fresh), filled(self._labels[ids]), state.initial, self._key)
+        return self._split.joined(state, there)
+
+    def after(self, state: ServerState, ids: np.ndarray, upcoming: np.ndarray | None) -> None:
+        """Begins to fetch what a round has left, and to read what the next one needs.
+
+        Args:
+          state: after the round.
+          ids: i32[K], its clients.
+          upcoming: i32[K], those of the next; None: nobody knows yet, or there is none.
+        """
+        for done in [write for write in self._writes if write.done()]:
+            self._result(done)
+            self._writes.remove(done)
+        fetched = self._split.leaves(state)
+        apart = upcoming is not None and not np.isin(upcoming, ids).any()
+        if upcoming is not None and apart:
+            self._read = upcoming, self._submit(self._get, upcoming)
+        self._writes.append(self._submit(self._put, ids, fetched))
+        if upcoming is not None and not apart:
+            self._read = upcoming, self._submit(self._get, upcoming)
+
+    def snapshot(self, number: int, keep: int) -> Snapshot:
+        """See `ClientRows.snapshot`; waits for all rounds before `number`."""
+        self._wait()
+        return self.rows.snapshot(number, keep)
+
+    def load(self, number: int, snapshots: Mapping[int, Snapshot]) -> None:
+        """See `ClientRows.load`."""
+        self._read = None
+        self._wait()
+        self.rows.load(number, snapshots)
+
+    def _wait(self) -> None:
+        writes, self._writes = self._writes, []
+        for write in writes:
+            self._result(write)
+
+    def _submit(self, function: Any, *args: Any) -> Future[Any]:
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="client-state")
+        return self._worker.submit(function, *args)
+
+    def _result(self, future: Future[Any]) -> Any:
+        try:
+            return future.result()
+        except ValueError as error:
+            fix = "Start the run again, or put its folder back as it was."
+            raise DamagedRow("execution.client_state", HOST, str(error), fix) from error
+
+    def _get(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        return self.rows.get(ids), ~self.rows.known(ids)
+
+    def _put(self, ids: np.ndarray, leaves: Sequence[jax.Array]) -> None:
+        self.rows.put(ids, [np.asarray(leaf)[: len(ids)] for leaf in leaves])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Split:
+    """Which leaves of a state are clients' rows: its algorithm's `by_client`, and what clients keep."""
+
+    algorithm: Algorithm
+    shapes: ServerState
+
+    @property
+    def _there(self) -> list[bool]:
+        return jax.tree.leaves(self.algorithm.is_by_client(self.shapes.algorithm))
+
+    def leaves(self, state: ServerState) -> list[Any]:
+        """The rows of a state: first of the algorithm's, then what clients keep."""
+        pairs = zip(jax.tree.leaves(state.algorithm), self._there, strict=True)
+        return [leaf for leaf, there in pairs if there] + jax.tree.leaves(state.clients)
+
+    def joined(self, state: ServerState, rows: Sequence[Any]) -> ServerState:
+        """The state with other rows."""
+        given = iter(rows)
+        leaves, structure = jax.tree.flatten(state.algorithm)
+        pairs = zip(leaves, self._there, strict=True)
+        algorithm = structure.unflatten([next(given) if there else leaf for leaf, there in pairs])
+        return dataclasses.replace(
+            state, algorithm=algorithm, clients=jax.tree.structure(state.clients).unflatten(list(given))
+        )
+
+
+def _one(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
