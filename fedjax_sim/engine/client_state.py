@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.rng import key_for
+from fedjax_sim.core.rng import INIT, key_for
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.client_rows import Chunks, ClientRows, Snapshot, row_bytes
 from fedjax_sim.engine.clients import Trainer
@@ -91,9 +91,9 @@ class _Fresh:
           fresh: bool[m].
           labels: i32[m, C], training samples of each class that each client has.
           variables: the initial model.
-          key: what the first state is made of.
+          key: of the run.
         """
-        state = self.algorithm.init(key_for(key, 1), variables)
+        state = self.algorithm.init(key_for(key_for(key, INIT), 1), variables)
         clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
         first = ServerState(first_rows(self.algorithm, state, len(fresh)), clients)
         made = _Split(self.algorithm, first).leaves(first)
@@ -131,7 +131,7 @@ class ClientState:
           trainer: local training.
           mesh: the D devices.
           labels: i32[N, C], training samples of each class that each client has.
-          key: what the first state is made of.
+          key: of the run.
           shapes: of the state, with K rows of what clients keep.
         """
         self._mesh, self._labels, self._key = mesh, labels, key

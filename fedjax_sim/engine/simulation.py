@@ -147,7 +147,7 @@ class Simulation:
                 self._trainer,
                 self.mesh,
                 setup.label_counts,
-                key_for(self._key, INIT),
+                self._key,
                 self.shapes,
             )
             if on_host

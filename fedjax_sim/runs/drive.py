@@ -193,7 +193,9 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
     found = checkpoints.restore(
         simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached), also=also
     )
-    if found is not None:
+    if found is None:
+        row_files.begin(simulation, folder)
+    else:
         simulation.restore(*found)
     return simulation.round
 

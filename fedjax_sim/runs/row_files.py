@@ -6,6 +6,7 @@ ends the process when a row is written.
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,13 +18,20 @@ from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.folder import Folder
 
 
+def begin(simulation: Simulation, folder: Folder) -> None:
+    """Has a simulation that starts with its first round keep clients' state there, if it lies on the host."""
+    if simulation.client_state is not None:
+        shutil.rmtree(folder.clients, ignore_errors=True)
+        simulation.client_state.use_chunks(mapped(folder.clients))
+
+
 def of_run(
     simulation: Simulation, checkpoints: Checkpoints, folder: Folder, *, look: bool = False
 ) -> Callable[[int], None]:
-    """Has a simulation keep clients' state in its run's folder, if it lies on the host.
+    """Has a simulation that goes on keep clients' state in its run's folder, if it lies on the host.
 
     Args:
-      simulation: before its first round.
+      simulation: at its start.
       checkpoints: of the run.
       folder: of the run.
       look: its files are left as they are.
