@@ -54,14 +54,20 @@ class ModelConfig:
       name: of the zoo (`fedjax-sim list`), or of one's own: `module:Class` of a Flax linen module, or
         `module:function`, which is given the images' shape (H, W, C) and the number of classes.
       norm: batch, group or none, where the model has a choice; None leaves the model's own.
-      dtype: of the arithmetic; parameters stay float32.
+      dtype: of the arithmetic; parameters, means and logits stay float32. `auto`: bfloat16 on accelerators,
+        float32 on CPUs.
       options: further fields of the model (`{hidden: [64, 64]}`), or arguments of one's own function.
+      products: how finely accelerators multiply float32 factors. `float32`: fully, in several passes on TPUs;
+        `tf32`: to 11 bits, on GPUs that can (three passes on TPUs); `bfloat16`: to 8, on TPUs alone. `auto`:
+        float32 on GPUs, and on TPUs, whose products are of bfloat16 factors, bfloat16; but as JAX's own
+        `jax_default_matmul_precision` where that is set. CPUs do it fully.
     """
 
     name: str = "mlp"
     norm: Literal["batch", "group", "none"] | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     options: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    products: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
 
     def __post_init__(self):
         check(self, "model.")

@@ -1,5 +1,6 @@
 """What the engine knows of a model: pure functions of a variables pytree, and its peel points."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -58,6 +59,8 @@ class Model:
       peel_points: ordered from the input to the classifier.
       takes_mask: whether `module` accepts `mask` (needed by batch norm: padding must not count).
       conv: implementation of the convolution, see `fedjax_sim.models.kernels.conv`; speed only.
+      products: how finely products of float32 factors are computed where a layer does not say so, one of
+        `jax.default_matmul_precision`'s; None: as JAX is set.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Model:
     peel_points: tuple[PeelPoint, ...] = ()
     takes_mask: bool = True
     conv: str = "canonical"
+    products: str | None = None
 
     def init(self, key: jax.Array) -> dict[str, Any]:
         """Fresh variables, `params` in float32.
@@ -234,6 +238,12 @@ class Model:
         """The same model with its convolutions computed by `conv`, one of CONV_IMPLS or auto."""
         return dataclasses.replace(self, conv=conv)
 
+    def precisely(self) -> contextlib.AbstractContextManager[None]:
+        """Products that are traced inside, gradients' too, are computed as `products` says."""
+        if self.products is None:
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.products)
+
     @property
     def convolves(self) -> bool:
         """Whether any kernel is a convolution's."""
@@ -252,7 +262,7 @@ class Model:
         keywords: dict[str, Any] = {"train": train}
         if self.takes_mask:
             keywords["mask"] = mask
-        with conv_impl(self.conv):
+        with conv_impl(self.conv), self.precisely():
             if init:
                 return self.module.init(first, *inputs, **keywords)
             rngs = None if rng is None else {"dropout": rng}

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.config import EvaluationConfig, ExecutionConfig
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig, ModelConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS
@@ -173,6 +173,38 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
     elif conv == "auto" and (wave > 1 or not on_cpu):
         conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv
+
+
+_PRODUCTS = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
+"""Of a configuration -> of `jax.default_matmul_precision`."""
+
+
+def numerics(config: ModelConfig, mesh: Mesh) -> tuple[str, str | None]:
+    """(dtype of a model's arithmetic, its `Model.products`) on these devices.
+
+    A CPU multiplies float32 factors fully. A GPU, left to JAX, rounds them to 11 bits, and a TPU to 8 in the
+    one pass that its hardware has; six passes make up for that.
+
+    Raises:
+      UserError: products of bfloat16 factors on a GPU, which has none of float32 numbers.
+    """
+    platform = platform_of(mesh)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    if platform == "gpu" and config.products == "bfloat16":
+        raise UserError(
+            "model.products",
+            "bfloat16",
+            "a GPU multiplies float32 numbers as float32 or tf32",
+            "Set model.products to tf32, or model.dtype to bfloat16.",
+        )
+    if platform == "cpu":
+        return dtype, None
+    if config.products != "auto":
+        return dtype, _PRODUCTS[config.products]
+    given = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue] dynamic
+    return dtype, "float32" if platform == "gpu" and given is None else None
 
 
 _DEEP = 16

@@ -217,7 +217,7 @@ class Round:
         data: RoundData,
         watched: jax.Array | None = None,
     ) -> tuple[ServerState, RoundOutputs]:
-        """One round. To be jitted with `state` donated.
+        """One round, its products as fine as the model's. To be jitted with `state` donated.
 
         Args:
           state: of the server.
@@ -225,6 +225,13 @@ class Round:
           data: the samples of its clients, in one of the placements of `fedjax_sim.engine.feed`.
           watched: i32[m], distinct slots whose models `RoundOutputs.view` shows; None: of nobody.
         """
+        with self.trainer.model.precisely():
+            return self._round(state, inputs, data, watched)
+
+    def _round(
+        self, state: ServerState, inputs: RoundInputs, data: RoundData, watched: jax.Array | None
+    ) -> tuple[ServerState, RoundOutputs]:
+        """See `__call__`."""
         cohort = inputs.cohort
         with jax.named_scope(SAMPLES):
             data = data.exchanged()

@@ -168,6 +168,7 @@ def resume(
                     execution = dataclasses.replace(config.execution, debug=debug)
                     config = dataclasses.replace(config, execution=execution)
                 provenance.check_jax_settings(about.get("jax", {}))
+                provenance.check_dtype(config.model.dtype, about.get("devices", {}))
                 began, kept = hosts.on_first(lambda: rounds_before(place, config, about))
                 make = functools.partial(setup_of, place, config, about, **given)
                 if kept:

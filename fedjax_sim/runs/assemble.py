@@ -62,7 +62,10 @@ def prepare(
         config = replace(config, algorithm=algorithm)
     config = replace(config, **{name: entries for name, entries in lists.items() if entries is not None})
     dataset = dataset or config.data.load()
-    task, model = dataset.task, _model(config, dataset, model)
+    execution = debugging.layout(config.execution)
+    mesh = placement.make_mesh(execution.devices) if mesh is None else mesh
+    dtype, products = placement.numerics(config.model, mesh)
+    task, model = dataset.task, _model(config, dataset, model, dtype)
     if config.evaluation.per_class and task.label is None:
         why = f"the samples of {dataset.name} have no classes"
         raise UserError("evaluation.per_class", True, why, "Leave it out.")
@@ -78,10 +81,8 @@ def prepare(
             "Set partition.local_test to holdout or matching.",
         )
     make_optimizer(config.local)
-    execution = debugging.layout(config.execution)
-    mesh = placement.make_mesh(execution.devices) if mesh is None else mesh
     wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh)
-    model = model.with_conv(conv)
+    model = replace(model, conv=conv, products=products)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
         model=model,
@@ -124,15 +125,15 @@ def prepare(
     return setup
 
 
-def _model(config: RunConfig, dataset: Samples, given: Any) -> Model:
-    """The network: `given`, or the one that `config` names, for the samples of `dataset`."""
+def _model(config: RunConfig, dataset: Samples, given: Any, dtype: str) -> Model:
+    """The network for the samples of `dataset`: `given`, or the one that `config` names, in this `dtype`."""
     shape, outputs = dataset.task.abstract_inputs(1)[0].shape[1:], dataset.task.outputs
     if given is None:
         options = dict(config.model.options)
         if config.model.norm is not None:
             options["norm"] = config.model.norm
-        if config.model.dtype != "float32":
-            options["dtype"] = jnp.dtype(config.model.dtype)
+        if dtype != "float32":
+            options["dtype"] = jnp.dtype(dtype)
         model = models.create(config.model.name, shape, outputs, **options)
     else:
         model = models.adapted(given, shape, outputs, name=models.name_of(given))

@@ -33,7 +33,8 @@ class Part:
       name: what it is.
       device: bytes on one device.
       total: bytes on all devices together.
-      when: `always`, `round`, `probe` (of a measured round, after its merge) or `evaluation`.
+      when: `always`, `round`, `probe` (of a measured round, after its merge), `evaluation`, or `files`: in
+        mapped files of the run's folder, and in memory only while there is room.
       remedy: what makes it smaller.
     """
 
@@ -64,7 +65,7 @@ def parts_of(simulation: Simulation) -> list[Part]:
         _checkpoint_part(simulation, platform),
     ]
     parts = [advised(setup, platform, part) for part in parts if part.total]
-    order = {"always": 0, "round": 1, "probe": 2, "evaluation": 3}
+    order = {"always": 0, "round": 1, "probe": 2, "evaluation": 3, "files": 4}
     return sorted(parts, key=lambda part: (order[part.when], -part.total))
 
 
@@ -98,6 +99,7 @@ def advised(setup: Setup, platform: str, part: Part) -> Part:
         "a smaller local.batch_size": config.local.batch_size == 1,
         "a smaller cohort.size": setup.cohort_size == 1,
         "fewer clients": setup.num_clients == 1,
+        "execution.client_state = host": jax.process_count() > 1,
         "peel.split = train": config.peel.split == "train",
     }
     options = [option.strip().removeprefix("or ") for option in part.remedy.split(",")]
@@ -194,8 +196,16 @@ def state_parts(simulation: Simulation) -> list[Part]:
         of_slots = leading == {setup.cohort_size}
         remedy = "more devices, or " + ("a smaller cohort.size" if of_slots else "fewer clients")
         parts.append(_held(name, tree, setup, remedy if "models)" in name else "a smaller model"))
-    remedy = "local.keep_optimizer = false, more devices, or fewer clients"
-    parts.append(_held(f"clients' own state ({setup.num_clients} clients)", state.clients, setup, remedy))
+    remedy = "local.keep_optimizer = false, execution.client_state = host, more devices, or fewer clients"
+    whose = f"{setup.num_clients} clients"
+    if simulation.client_state is not None:
+        size = simulation.client_state.rows.row_bytes * setup.num_clients
+        when = "always" if setup.config.output.dir is None else "files"
+        name = f"clients' own state on the host ({whose})"
+        parts.append(Part(name, 0, size, when, "output.dir (it lies in files then)"))
+        whose, remedy = f"{setup.cohort_size} of {whose}", "a smaller cohort.size"
+    parts.append(_held(f"clients' own state ({whose})", state.clients, setup, remedy))
+    parts.append(_held("the initial model", state.initial, setup, "a smaller model"))
     parts.append(_held("what meters carry", state.meters, setup, "inertia.measure = false"))
     return parts
 

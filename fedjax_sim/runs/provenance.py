@@ -94,6 +94,23 @@ def check_jax_settings(recorded: dict[str, Any]) -> None:
             )
 
 
+def check_dtype(dtype: str, recorded: dict[str, Any]) -> None:
+    """Raises UserError where a run that goes on would compute in another dtype.
+
+    Args:
+      dtype: `model.dtype` of the run.
+      recorded: devices that it began on, as `hardware` has them.
+    """
+    began, now = recorded.get("platform"), jax.devices()[0].platform
+    if dtype == "auto" and began is not None and (began == "cpu") != (now == "cpu"):
+        raise UserError(
+            "model.dtype",
+            dtype,
+            f"the run began on {began}, and would go on with another dtype on {now}",
+            f"Resume it on {began}, or start a new run from its model (initial.run).",
+        )
+
+
 def hardware() -> dict[str, Any]:
     """The machine: system, devices that JAX sees, processor."""
     devices = jax.devices()

@@ -1,5 +1,6 @@
 """Meshes, shared buffers, and the defaults that may change speed only."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedjax_sim import models
-from fedjax_sim.config import EvaluationConfig, ExecutionConfig
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig, ModelConfig
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
@@ -116,3 +117,70 @@ def test_xlas_flag_gives_its_number_of_devices():
     code = "import fedjax_sim, jax; print(len(jax.devices()))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["3"], done.stderr
+
+
+class _Devices:
+    """Of a machine that is not here."""
+
+    def __init__(self, platform):
+        self.devices = np.array([type("Device", (), {"platform": platform})()])
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "products", "expected"),
+    [
+        ("cpu", "auto", "auto", ("float32", None)),
+        ("cpu", "bfloat16", "tf32", ("bfloat16", None)),
+        ("gpu", "float32", "auto", ("float32", "float32")),
+        ("gpu", "auto", "tf32", ("bfloat16", "tensorfloat32")),
+        ("tpu", "auto", "auto", ("bfloat16", None)),
+        ("tpu", "float32", "float32", ("float32", "float32")),
+    ],
+)
+def test_numerics_by_machine(platform, dtype, products, expected):
+    config = ModelConfig(dtype=dtype, products=products)
+    assert placement.numerics(config, _Devices(platform)) == expected
+
+
+def test_a_setting_of_jax_goes_before_the_machines_default_and_gpus_have_no_products_of_bfloat16():
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert placement.numerics(ModelConfig(), _Devices("gpu")) == ("float32", None)
+        assert placement.numerics(ModelConfig(products="float32"), _Devices("gpu"))[1] == "float32"
+    with pytest.raises(UserError, match=r"model\.products = 'bfloat16'"):
+        placement.numerics(ModelConfig(products="bfloat16"), _Devices("gpu"))
+
+
+@pytest.mark.parametrize("conv", CONV_IMPLS)
+def test_every_product_of_a_step_is_as_fine_as_the_model_says(conv):
+    """Of gradients too, whose convolutions have derivatives of their own."""
+    model = dataclasses.replace(models.create("lenet", (32, 32, 3), 10), conv=conv, products="float32")
+    images, variables = np.zeros((2, 32, 32, 3), np.float32), model.abstract
+
+    def loss(params, x):
+        return model.apply({"params": params}, x)[0].sum()
+
+    def gradient(params, x):
+        with model.precisely():
+            return jax.grad(loss)(params, x)
+
+    jaxpr = jax.make_jaxpr(gradient)(variables["params"], images)
+    found = [
+        equation.params["precision"]
+        for equation in _equations(jaxpr.jaxpr)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    assert len(found) >= 10
+    highest = jax.lax.Precision.HIGHEST
+    assert all(one in (highest, (highest, highest)) for one in found)
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
