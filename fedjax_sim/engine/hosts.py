@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.data.dataset import in_ranges
 
 T = TypeVar("T")
 
@@ -206,22 +207,23 @@ def _leave() -> None:
     os._exit(1)
 
 
-def check_same(told: Mapping[str, Any]) -> None:
-    """Raises UserError in all processes unless `told`, plain values by name, is the same in each."""
+def check_same(told: Mapping[str, Any], fix: str) -> None:
+    """Raises one and the same UserError in all processes unless `told` is the same in each.
+
+    Args:
+      told: plain values by name; of several that differ the first is named.
+      fix: what the user does now.
+    """
     if jax.process_count() == 1:
         return
     expected = on_first(lambda: told)
     names = [name for name in {**expected, **told} if told.get(name) != expected.get(name)]
-    differing = np.flatnonzero(multihost_utils.process_allgather(np.asarray(bool(names))))
-    fix = "Start all processes with the same settings and the same data."
-    if names:
-        raise UserError(
-            names[0], told.get(names[0]), f"the first process has {expected.get(names[0])!r}", fix
-        )
-    if len(differing):
-        raise UserError(
-            "process", int(differing[0]), "it has other settings or other data than the first", fix
-        )
+    mine = (names[0], told.get(names[0])) if names else None
+    found = {n: other for n, other in enumerate(map(pickle.loads, _gathered(pickle.dumps(mine)))) if other}
+    if found:
+        name, value = next(iter(found.values()))
+        who = in_ranges([number for number, other in found.items() if other[0] == name])
+        raise UserError(name, value, f"so in process {who}; the first has {expected.get(name)!r}", fix)
 
 
 @contextlib.contextmanager
@@ -307,6 +309,15 @@ def _broadcast(content: bytes) -> bytes:
     if first():
         padded[:] = np.frombuffer(content, np.uint8)
     return multihost_utils.broadcast_one_to_all(padded).tobytes()
+
+
+def _gathered(content: bytes) -> list[bytes]:
+    """Each process's bytes, in all of them."""
+    lengths = multihost_utils.process_allgather(np.int32(len(content)))
+    padded = np.zeros(lengths.max(), np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
 
 def _reach(host: str, port: int, who: str) -> None:

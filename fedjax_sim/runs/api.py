@@ -100,15 +100,19 @@ def run_prepared(config: RunConfig, dataset: Samples, partition: Partition) -> R
 
 def validate(config: RunConfig, dataset: Samples, partition: Partition) -> None:
     """Raises UserError for a run that `run_prepared` would refuse, whatever its folder holds."""
-    checked_setup(lambda: with_start(prepare(config, dataset=dataset, partition=partition)))
+    _checked_setup(
+        config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, partition=partition))
+    )
 
 
-def _started(config: RunConfig, **given: Any) -> Run:
+def _started(config: RunConfig, dataset: Samples | None, **given: Any) -> Run:
     folder = None if config.output.dir is None else Folder(config.output.dir)
     if folder is not None:
         hosts.on_first(folder.check_new)
         hosts.all_or_none(folder.check_seen)
-    setup = checked_setup(lambda: with_start(prepare(config, **given)))
+    setup = _checked_setup(
+        config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, **given))
+    )
     if folder is None:
         return run_rounds(Simulation(setup), None)
     with hosts.locked_by_first(folder.claimed):
@@ -157,7 +161,8 @@ def resume(
     """
     place = Folder(folder)
     lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
-    given = {"dataset": dataset, "model": model, "algorithm": algorithm, **lists}
+    own = {"model": model, "algorithm": algorithm, **lists}
+    given = {"dataset": dataset, **own}
     config, _ = _resumable(place, given, rounds)
     if not hosts.on_first(lambda: place.done(config.rounds)):
         with hosts.locked_by_first(place.claimed):
@@ -170,10 +175,12 @@ def resume(
                 provenance.check_jax_settings(about.get("jax", {}))
                 provenance.check_dtype(config.model.dtype, about.get("devices", {}))
                 began, kept = hosts.on_first(lambda: rounds_before(place, config, about))
-                make = functools.partial(setup_of, place, config, about, **given)
+                make = functools.partial(setup_of, place, config, about, **own)
                 if kept:
                     make = functools.partial(make, began=began)
-                setup = checked_setup(lambda: with_start(make(), lazily=True))
+                setup = _checked_setup(
+                    config, dataset, lambda dataset: with_start(make(dataset=dataset), lazily=True)
+                )
                 simulation = Simulation(setup)
                 with place.writing():
                     return run_rounds(simulation, place, began)
@@ -217,18 +224,35 @@ def _resumable(
     return config, about
 
 
-def checked_setup(make: Callable[[], Setup]) -> Setup:
-    """The setup; raises UserError unless all processes are about to run the same."""
+def _checked_setup(
+    config: RunConfig, dataset: Samples | None, make: Callable[[Samples | None], Setup]
+) -> Setup:
+    """What `make` gives; raises UserError unless all processes are about to run the same.
+
+    Args:
+      config: that this process was asked to run.
+      dataset: that it was given; None: `config` names it.
+      make: gives the setup with that data set.
+    """
+    hosts.check_backend()
+    together = jax.process_count() > 1
+    same_settings = "Start all processes with the same settings."
+    if together:  # before anything is made of the data: what does not fit them would be named instead
+        hosts.check_same(config_lib.flat(yaml_safe(config)), same_settings)
+        dataset = samples = hosts.all_or_none(lambda: data.as_dataset(dataset) or config.data.load())
+        fix = "Copy the first host's data to all, or put them where all can read them, and start all again."
+        hosts.check_same(hosts.all_or_none(lambda: provenance.digests(samples)), fix)
 
     def made() -> Setup:
-        setup = make()
+        setup = make(dataset)
         if not setup.config.execution.debug:  # which traces functions
             plan.check_memory(setup)
         return setup
 
     setup = hosts.all_or_none(made)
-    if jax.process_count() > 1:
-        told = {"data": provenance.fingerprint(setup.dataset)}
-        told["partition"] = provenance.describe_partition(setup.partition)
-        hosts.check_same({**config_lib.flat(yaml_safe(setup.config)), **told})
+    if together:
+        hosts.check_same(config_lib.flat(yaml_safe(setup.config)), same_settings)
+        crc = provenance.describe_partition(setup.partition)
+        told = f"{crc['clients']:,} clients, CRC-32 {crc['crc32']:08x}"
+        hosts.check_same({"partition": told}, "Give all processes the same partition, and start all again.")
     return setup

@@ -140,9 +140,41 @@ def fingerprint(dataset: Samples) -> dict[str, Any]:
     """Shapes and checksums of a data set, by which another one is recognised."""
     out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.task.num_classes}
     for name, values in dataset.arrays.items():
-        values = np.ascontiguousarray(values)
-        out[name] = {"shape": list(values.shape), "crc32": zlib.crc32(values.reshape(-1).view(np.uint8).data)}
+        out[name] = {"shape": list(values.shape), "crc32": _crc32(values)}
     return out
+
+
+def _crc32(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+READ_WHOLE = 2**26
+"""Bytes up to which `digests` reads a memory-mapped array as a whole."""
+ROWS = 256
+"""How many rows it reads of a larger one."""
+
+
+def digests(dataset: Samples) -> dict[str, str]:
+    """What processes that run together compare of their copies of the data, without writing it down.
+
+    By `data.train.LEAF` and `data.test.LEAF`: type, shape and CRC-32. Arrays in memory are read in full, and
+    memory-mapped ones up to 64 MiB. A larger one may be larger than memory: of that ROWS rows are read, from
+    the first to the last at equal distances, the same in every process. Another size, another type, another
+    order or other samples are found so; a copy in which only rows between these differ is not.
+    """
+    out = {"data.num_classes": str(dataset.task.num_classes)}
+    parts = {"train": dataset.train, "test": dataset.test}
+    out |= {f"data.{part}.{key}": _digest(leaf) for part, held in parts.items() for key, leaf in held.items()}
+    groups = ("train_domains", "test_domains", "train_writers", "test_writers")
+    ids = {f"data.{name}": getattr(dataset, name) for name in groups}
+    return out | {name: _digest(values) for name, values in ids.items() if values is not None}
+
+
+def _digest(leaf: np.ndarray) -> str:
+    told, part = f"{leaf.dtype}{list(leaf.shape)}, CRC-32", ""
+    if isinstance(leaf, np.memmap) and leaf.nbytes > READ_WHOLE and len(leaf) > ROWS:
+        leaf, part = leaf[np.linspace(0, len(leaf) - 1, ROWS).astype(np.int64)], f" of {ROWS} rows"
+    return f"{told}{part} {_crc32(leaf):08x}"
 
 
 def check_fingerprint(dataset: Samples, recorded: dict[str, Any]) -> None:

@@ -1,14 +1,18 @@
 """One of two processes that run together: `python hosts_worker.py ADDRESS PROCESS FOLDER`."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
+from unittest import mock
 
 import jax
+import numpy as np
 
 import fedjax_sim as fs
 from fedjax_sim import config as config_lib
@@ -52,6 +56,41 @@ def terminate_after(journal: Path, rounds: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+OTHER = ("images", "shape", "tests", "mapped")
+
+
+def other_data(folder: Path) -> dict[str, fs.Dataset]:
+    """Copies of the digits that another host might have."""
+    digits = fs.data.load("digits")
+    images = digits.train_images.copy()
+    images[700, 2, 2, 0] ^= 1
+    np.save(folder / "images.npy", images)
+    mapped = np.load(folder / "images.npy", mmap_mode="r")
+    # Too few for the clients, which the partition would find fault with.
+    few = {"train_images": images[:20], "train_labels": digits.train_labels[:20]}
+    changed = (
+        {"train_images": images},
+        few,
+        {"test_labels": np.roll(digits.test_labels, 1)},
+        {"train_images": mapped},
+    )
+    with warnings.catch_warnings(action="ignore"):
+        return {name: dataclasses.replace(digits, **new) for name, new in zip(OTHER, changed, strict=True)}
+
+
+def failing_alone(config: fs.RunConfig, process: int) -> None:
+    """Starts a run that the second process, and no other, cannot prepare."""
+    error = fs.UserError("alone", process, "it cannot", "Nothing.")
+    failing = mock.patch("fedjax_sim.runs.api.prepare", side_effect=error)
+    with failing if process else contextlib.nullcontext():
+        fs.run(config)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What the files in a folder hold."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def main(address: str, process: int, folder: Path) -> None:
     hosts.join(address, 2, process)
     told = []
@@ -62,7 +101,8 @@ def main(address: str, process: int, folder: Path) -> None:
     for what in (
         lambda: fs.run(dataclasses.replace(PLAIN, seed=process)),
         lambda: fs.run(dataclasses.replace(PLAIN, cohort=fs.CohortConfig(size=6 + 10 * process))),
-        lambda: fs.run(dataclasses.replace(started, data=fs.DataConfig(("digits", "nowhere")[process]))),
+        lambda: fs.run(dataclasses.replace(PLAIN, data=fs.DataConfig(("digits", "nowhere")[process]))),
+        lambda: failing_alone(started, process),
         lambda: fs.run(inside(PLAIN, folder / "measured")),
         lambda: fs.run(dataclasses.replace(PLAIN, execution=fs.ExecutionConfig(devices=2))),
         lambda: fs.run(dataclasses.replace(PLAIN, initial=fs.InitialConfig(pretrain=1))),
@@ -71,12 +111,29 @@ def main(address: str, process: int, folder: Path) -> None:
             what()
         except fs.UserError as error:
             told.append(f"refused: {error.field}")
+    others = other_data(folder) if process else dict.fromkeys(OTHER, fs.data.load("digits"))
+    for name, dataset in others.items():
+        try:
+            fs.run(inside(PLAIN, folder / "differing"), dataset=dataset)
+        except fs.UserError as error:
+            told.append(f"differs: {name}: {error}")
+    clients = [np.arange(20 * client, 20 * client + 20 - process) for client in range(9)]
+    try:
+        fs.run(dataclasses.replace(PLAIN, evaluation=fs.EvaluationConfig()), partition=clients)
+    except fs.UserError as error:
+        told.append(f"differs: partition: {error}")
     if process == 1:
         terminate_after(folder / "cut" / "journal.jsonl", 3)
     try:
         fs.run(inside(CUT, folder / "cut"))
     except runs.Terminated as stop:
         told.append(f"terminated after {stop.run.rounds}")
+    before = contents(folder / "cut")
+    try:
+        fs.resume(folder / "cut", dataset=others["images"])
+    except fs.UserError as error:
+        told.append(f"differs: resumed: {error}")
+    told.append(f"the same: {contents(folder / 'cut') == before}")
 
     def study(odd, name):
         return fs.sweep.from_mapping(

@@ -74,10 +74,25 @@ def test_two_processes_give_the_records_and_the_model_of_one(name, folder, told)
 
 def test_what_differs_or_cannot_be_is_refused_in_all_of_them(told):
     first, second = ([line[9:] for line in lines if line.startswith("refused")] for lines in told)
-    shared = ["output.dir", "execution.devices", "initial.pretrain"]
-    assert first == ["process", "process", "process", *shared]
-    # What it alone knows, the first only hears of; the third while that one looks for a model to start from.
-    assert second == ["seed", "cohort.size", "data.source", *shared]
+    differing, shared = ["seed", "cohort.size", "data.source"], ["output.dir", "execution.devices"]
+    # What the second alone cannot do the first hears of, while it looks for a model to start from.
+    assert first == [*differing, "process", *shared, "initial.pretrain"]
+    assert second == [*differing, "alone", *shared, "initial.pretrain"]
+
+
+def test_other_data_than_the_first_are_refused_in_all_of_them_and_nothing_is_written(folder, told):
+    first, second = ([line for line in lines if line.startswith("differs")] for lines in told)
+    assert first == second
+    fields = ["data.train.image", "data.train.image", "data.test.label", "data.train.image", "partition"]
+    said = zip(["images", "shape", "tests", "mapped", "partition"], fields, strict=True)
+    wanted = [*said, ("resumed", "data.train.image")]
+    assert len(first) == len(wanted)
+    for line, (name, field) in zip(first, wanted, strict=True):
+        assert re.match(rf"differs: {name}: {re.escape(field)} = .*so in process 1; the first has '", line)
+        assert "start all again" in line
+    assert "uint8[20, 8, 8, 1]" in first[1]
+    assert [path.name for path in (folder / "differing").iterdir()] == [".lock"]
+    assert "the same: True" in told[0]
 
 
 def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues(folder, told, tmp_path):
@@ -325,7 +340,7 @@ def test_alone_everything_is_done_here_at_once():
     assert hosts.on_first(lambda: 3) == hosts.all_or_none(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         hosts.on_first(lambda: 1 // 0)
-    hosts.check_same({"seed": 1})
+    hosts.check_same({"seed": 1}, "Start again.")
 
 
 def leaves(run: fs.Run) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ from fedjax_sim import data, records, runs
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.config import (
     CohortConfig,
+    DataConfig,
     EvaluationConfig,
     ExecutionConfig,
     LocalConfig,
@@ -109,12 +110,16 @@ def check_same(folder, whole):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def killed(folder, whole, kills, seed):
-    """The process that goes on, at last, with a run like `whole` that was killed so many times."""
+def killed(folder, whole, kills, seed, placement="auto"):
+    """The process that goes on, at last, with a run like `whole` that was killed so many times.
+
+    Its samples may lie elsewhere (`execution.data`).
+    """
     chance = random.Random(seed)
     path = folder.with_suffix(".yaml")
     output = dataclasses.replace(whole.config.output, dir=str(folder))
-    path.write_text(config_lib.dump(dataclasses.replace(whole.config, output=output)))
+    execution = dataclasses.replace(whole.config.execution, data=placement)
+    path.write_text(config_lib.dump(dataclasses.replace(whole.config, output=output, execution=execution)))
     done = 0
     process = command("run", str(path))
     while done < kills:
@@ -134,9 +139,9 @@ def killed_until_done(tmp_path, whole, kills, seed):
     check_same(folder, whole)
 
 
-def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(tmp_path, whole):
-    folder = tmp_path / "run"
-    process = killed(folder, whole, 2, seed=1)
+def killed_and_stopped(folder, whole, kills, **how):
+    """SIGTERM after the kills leaves a checkpoint and status 143; what goes on from it is `whole`."""
+    process = killed(folder, whole, kills, seed=1, **how)
     before = lines(folder)
     wait_for(process, folder, 20)
     process.terminate()
@@ -148,6 +153,29 @@ def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_statu
     assert (folder / "checkpoints" / str(stopped.rounds)).is_dir()
     assert runs.resume(folder).finished
     check_same(folder, whole)
+
+
+def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(tmp_path, whole):
+    killed_and_stopped(tmp_path / "run", whole, 2)
+
+
+@pytest.mark.parametrize(
+    ("placement", "devices"), [("streamed", 1), pytest.param("cut", 4, marks=pytest.mark.slow)]
+)
+def test_killed_and_stopped_with_samples_mapped_it_is_the_run_that_had_them_copied(
+    tmp_path, placement, devices
+):
+    digits = data.load("digits")
+    (tmp_path / "mapped").mkdir()
+    for name, values in digits.arrays.items():
+        np.save(tmp_path / "mapped" / f"{name}.npy", values)
+    config = make(tmp_path / "whole", devices=devices)
+    copied = dataclasses.replace(
+        config,
+        data=DataConfig(f"npy:{tmp_path / 'mapped'}"),
+        execution=dataclasses.replace(config.execution, data="copied"),
+    )
+    killed_and_stopped(tmp_path / "run", runs.run(copied), 1, placement=placement)
 
 
 @pytest.mark.slow

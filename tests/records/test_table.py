@@ -282,3 +282,37 @@ def test_other_data_is_recognised():
     labels = np.roll(digits.train_labels, 1)
     with pytest.raises(UserError, match="train_labels"):
         provenance.check_fingerprint(dataclasses.replace(digits, train_labels=labels), recorded)
+
+
+def test_hosts_compare_all_that_is_in_memory_and_rows_of_a_large_mapped_file(tmp_path, monkeypatch):
+    digits = load("digits")
+    told = provenance.digests(digits)
+    assert set(told) == {
+        "data.num_classes",
+        *(f"data.{part}.{leaf}" for part in ("train", "test") for leaf in ("image", "label")),
+    }
+    np.save(tmp_path / "images.npy", digits.train_images)
+
+    def mapped(*changed):
+        images = np.load(tmp_path / "images.npy", mmap_mode="c")
+        images[list(changed), 2, 2, 0] ^= 1
+        return provenance.digests(dataclasses.replace(digits, train_images=images))
+
+    def differing(*changed):
+        return {name for name, value in mapped(*changed).items() if value != mapped()[name]}
+
+    assert mapped() == told  # a small one is read as a whole
+    assert differing(700) == {"data.train.image"}
+    monkeypatch.setattr(provenance, "READ_WHOLE", 1000)
+    assert "of 256 rows" in mapped()["data.train.image"]
+    last = len(digits.train_images) - 1
+    assert differing(0) == differing(last) == {"data.train.image"}
+    assert differing(1) == set()  # the rows that are read are 5 or 6 apart
+    in_memory = dataclasses.replace(digits, test_labels=np.roll(digits.test_labels, 1))
+    assert provenance.digests(in_memory)["data.test.label"] != told["data.test.label"]
+    groups = dict.fromkeys(("train_writers", "test_writers"))
+    groups = {name: np.zeros(len(getattr(digits, f"{name[:-8]}_labels")), np.int32) for name in groups}
+    assert set(provenance.digests(dataclasses.replace(digits, **groups))) - set(told) == {
+        "data.train_writers",
+        "data.test_writers",
+    }
