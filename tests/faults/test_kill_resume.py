@@ -110,15 +110,15 @@ def check_same(folder, whole):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
-def killed(folder, whole, kills, seed, placement="auto"):
+def killed(folder, whole, kills, seed, **layout):
     """The process that goes on, at last, with a run like `whole` that was killed so many times.
 
-    Its samples may lie elsewhere (`execution.data`).
+    Its samples, and what clients keep, may lie elsewhere: fields of `execution`.
     """
     chance = random.Random(seed)
     path = folder.with_suffix(".yaml")
     output = dataclasses.replace(whole.config.output, dir=str(folder))
-    execution = dataclasses.replace(whole.config.execution, data=placement)
+    execution = dataclasses.replace(whole.config.execution, **layout)
     path.write_text(config_lib.dump(dataclasses.replace(whole.config, output=output, execution=execution)))
     done = 0
     process = command("run", str(path))
@@ -139,9 +139,9 @@ def killed_until_done(tmp_path, whole, kills, seed):
     check_same(folder, whole)
 
 
-def killed_and_stopped(folder, whole, kills, **how):
+def killed_and_stopped(folder, whole, kills, **layout):
     """SIGTERM after the kills leaves a checkpoint and status 143; what goes on from it is `whole`."""
-    process = killed(folder, whole, kills, seed=1, **how)
+    process = killed(folder, whole, kills, seed=1, **layout)
     before = lines(folder)
     wait_for(process, folder, 20)
     process.terminate()
@@ -160,10 +160,14 @@ def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_statu
 
 
 @pytest.mark.parametrize(
-    ("placement", "devices"), [("streamed", 1), pytest.param("cut", 4, marks=pytest.mark.slow)]
+    ("layout", "devices"),
+    [
+        ({"data": "streamed", "client_state": "host"}, 1),
+        pytest.param({"data": "cut", "client_state": "host"}, 4, marks=pytest.mark.slow),
+    ],
 )
-def test_killed_and_stopped_with_samples_mapped_it_is_the_run_that_had_them_copied(
-    tmp_path, placement, devices
+def test_killed_and_stopped_with_samples_and_state_in_files_it_is_the_run_that_had_both_on_devices(
+    tmp_path, layout, devices
 ):
     digits = data.load("digits")
     (tmp_path / "mapped").mkdir()
@@ -175,7 +179,7 @@ def test_killed_and_stopped_with_samples_mapped_it_is_the_run_that_had_them_copi
         data=DataConfig(f"npy:{tmp_path / 'mapped'}"),
         execution=dataclasses.replace(config.execution, data="copied"),
     )
-    killed_and_stopped(tmp_path / "run", runs.run(copied), 1, placement=placement)
+    killed_and_stopped(tmp_path / "run", runs.run(copied), 1, **layout)
 
 
 @pytest.mark.slow
