@@ -241,6 +241,8 @@ class Simulation:
     def restore(self, state: ServerState, round_index: int) -> None:
         """Continues from a copy of `state` after `round_index` rounds.
 
+        Clients' state on the host is not part of it: see `ClientState.load`.
+
         Args:
           state: as it is held, or with the rows alone that count.
           round_index: rounds that it has seen.
