@@ -4,11 +4,13 @@ What N clients keep between rounds (control variates, models of their own, priva
 size of a model or so. On the devices these are cut; beyond what devices hold, or a host's memory, they lie in
 `ClientRows`, and a round sees K of them. Results are the same bits.
 
-One thread of its own writes rows back and reads those of the next round while the devices compute. It waits
-for the round under way only where the next one has some of the same clients.
+On accelerators both ways go through page-locked memory (`pinned_host`), so that the way back starts as soon
+as the round has ended. One thread of its own writes rows back and reads those of the next round while the
+devices compute. It waits for the round under way only where the next one has some of the same clients.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm
@@ -30,6 +32,8 @@ from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import ServerState
 
 DEVICE, HOST = "device", "host"
+PINNED = "pinned_host"
+"""JAX's name of page-locked memory."""
 
 _LARGE = 2**31
 """Bytes a device from which clients' state lies on the host unless asked for; of all CPU devices together."""
@@ -144,6 +148,10 @@ class ClientState:
         self._writes: list[Future[None]] = []
         self._read: tuple[np.ndarray, Future[Any]] | None = None
 
+    @functools.cached_property
+    def _on_host(self) -> NamedSharding:
+        return _on_host(self._mesh)
+
     def use_chunks(self, chunks: Chunks) -> None:
         """Keeps rows in these chunks; before the first round."""
         self.rows = ClientRows(self.rows.count, self._leaves, chunks)
@@ -162,7 +170,9 @@ class ClientState:
             spare = np.zeros((held - len(rows), *rows.shape[1:]), rows.dtype)
             return np.concatenate([rows, spare]) if len(spare) else rows
 
-        there = [placement.put(filled(leaf), cut) for leaf in rows]
+        there = [placement.put(filled(leaf), self._on_host) for leaf in rows]
+        if self._on_host != cut:
+            there = jax.device_put(there, cut)
         if fresh.any():
             with jax.set_mesh(self._mesh):
                 there = self._fresh(there, filled(fresh), filled(self._labels[ids]), state.initial, self._key)
@@ -180,6 +190,8 @@ class ClientState:
             self._result(done)
             self._writes.remove(done)
         fetched = self._split.leaves(state)
+        if self._on_host != placement.cut(self._mesh):
+            fetched = jax.device_put(fetched, self._on_host)
         apart = upcoming is not None and not np.isin(upcoming, ids).any()
         if upcoming is not None and apart:
             self._read = upcoming, self._submit(self._get, upcoming)
@@ -247,6 +259,15 @@ class _Split:
         return dataclasses.replace(
             state, algorithm=algorithm, clients=jax.tree.structure(state.clients).unflatten(list(given))
         )
+
+
+def _on_host(mesh: Mesh) -> NamedSharding:
+    """Where rows lie on their way: in page-locked memory, or, beside CPU devices, with these."""
+    cut = placement.cut(mesh)
+    if placement.platform_of(mesh) == "cpu":
+        return cut
+    kinds = [{memory.kind for memory in device.addressable_memories()} for device in mesh.local_devices]
+    return cut.with_memory_kind(PINNED) if all(PINNED in there for there in kinds) else cut
 
 
 def _one(leaf: Any) -> jax.ShapeDtypeStruct:

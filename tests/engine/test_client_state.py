@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedjax_sim as fs
+from fedjax_sim.engine import client_state, placement
 from fedjax_sim.engine.client_rows import ClientRows
 from fedjax_sim.runs.federation import Simulation
 
@@ -69,6 +70,20 @@ def test_the_same_on_several_devices_that_do_not_divide_the_cohort(devices):
         for where in ("device", "host")
     ]
     _same(*both)
+
+
+def test_the_same_by_way_of_page_locked_memory(monkeypatch):
+    """As accelerators have it; CPU devices have such memory too."""
+    config = _config(METHODS["models of their own"], "host", 2)
+    plain, seen = _outcome(config), []
+
+    def pinned(mesh):
+        seen.append(placement.cut(mesh).with_memory_kind(client_state.PINNED))
+        return seen[-1]
+
+    monkeypatch.setattr(client_state, "_on_host", pinned)
+    _same(_outcome(config), plain)
+    assert seen[0].memory_kind == "pinned_host"
 
 
 def test_clients_who_took_no_part_take_no_room():
