@@ -187,7 +187,7 @@ def as_loss(error: Exception, fix: str) -> Exception:
       fix: what the user does now.
     """
     told = " ".join(str(error).split())
-    if jax.process_count() == 1 or not _LOSS.search(told):
+    if isinstance(error, UserError) or jax.process_count() == 1 or not _LOSS.search(told):
         return error
     atexit.unregister(_leave)
     atexit.register(_leave)

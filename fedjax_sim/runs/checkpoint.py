@@ -236,8 +236,11 @@ class Checkpoints:
         with ocp.StandardCheckpointer() as reader:
             read = reader.restore(path / "state", _numbered(jax.tree.map(_target, wanted)), strict=False)
         leaves, structure = jax.tree.flatten(wanted)
-        empty = (np.zeros(leaf.shape, leaf.dtype) if leaf.size == 0 else None for leaf in leaves)
-        state = structure.unflatten([read[_key(i)] if leaf is None else leaf for i, leaf in enumerate(empty)])
+        state = structure.unflatten(
+            # For the host Orbax reads all rows, whatever shape is wanted.
+            _rows_of(read[_key(i)], leaf) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+            for i, leaf in enumerate(leaves)
+        )
         found = _leaves(state)
         for name, entry in about["leaves"].items():
             if entry["crc32"] is not None and found[name]["crc32"] not in (entry["crc32"], None):

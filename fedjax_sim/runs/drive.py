@@ -149,8 +149,14 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         raise type(error)(
             error.field, error.value, error.why, f"{error.fix} {_look(folder, saved)}"
         ) from None
-    except jax.errors.JaxRuntimeError as error:
-        raise hosts.as_loss(error, _again(folder, saved)) from error
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # JAX's are of the first kind in a round, and of both elsewhere
+        lost = hosts.as_loss(error, _again(folder, saved))
+        if lost is error:
+            raise
+        raise lost from error
     finally:
         for thing in (bar, events, journal, best, checkpoints):
             # After an error closing may fail as well: the first error is the one to tell.

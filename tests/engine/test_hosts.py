@@ -103,7 +103,8 @@ def test_sigterm_to_one_ends_both_after_the_same_round_and_one_process_continues
     place = folder / "cut"
     assert fs.load(place).rounds == rounds
     short = dataclasses.replace(CUT, rounds=rounds + 2)
-    text = config_lib.dump(inside(short, place))
+    # One device has fewer rows than the four, which filled up the clients' to twelve.
+    text = config_lib.dump(inside(dataclasses.replace(short, execution=fs.ExecutionConfig(devices=1)), place))
     (place / "config.yaml").write_text(text)
     continued, never = fs.resume(place), fs.run(short)
     assert continued.finished
@@ -138,10 +139,15 @@ def ended(processes: list[subprocess.Popen]) -> list[str]:
             process.kill()
 
 
-def begun(home: Path, count: int, rounds: int) -> list[subprocess.Popen]:
-    """As many processes of a long run in `home / "run"`, which has done so many rounds."""
+def begun(home: Path, count: int, rounds: int, placement: str = "auto") -> list[subprocess.Popen]:
+    """As many processes of a long run in `home / "run"`, which has done so many rounds.
+
+    `placement`: where its samples lie (`execution.data`).
+    """
     output = dataclasses.replace(CUT.output, dir=str(home / "run"), checkpoint_every=5)
-    (home / "run.yaml").write_text(config_lib.dump(dataclasses.replace(CUT, output=output)))
+    execution = fs.ExecutionConfig(data=placement)  # type: ignore[arg-type]
+    config = dataclasses.replace(CUT, output=output, execution=execution)
+    (home / "run.yaml").write_text(config_lib.dump(config))
     processes = several(count, ["run", str(home / "run.yaml")])
     journal, until = home / "run" / "journal.jsonl", time.monotonic() + 200
     while not journal.is_file() or journal.read_bytes().count(b"\n") < rounds:
@@ -184,12 +190,17 @@ def test_sigterm_to_one_of_several_ends_all_and_another_number_of_them_continues
 
 @pytest.mark.slow
 @pytest.mark.faults
-def test_one_of_four_that_is_killed_ends_the_others_with_one_error_and_nothing_is_lost(tmp_path):
-    processes = begun(tmp_path, 4, 12)
-    killed, began = processes[2], time.monotonic()
+@pytest.mark.parametrize(
+    ("count", "later", "placement"),
+    [(4, 2, "auto"), (4, 2, "streamed"), (4, 2, "cut"), (2, 1, "auto"), (2, 1, "streamed")],
+)
+def test_one_that_is_killed_ends_the_others_with_one_error_and_fewer_go_on(count, later, placement, tmp_path):
+    processes = begun(tmp_path, count, 12, placement)
+    killed, began = processes[count // 2], time.monotonic()
     killed.kill()
     said = ended(processes)
-    assert [process.returncode for process in processes] == [1, 1, -signal.SIGKILL, 1], "\n".join(said)
+    codes = [-signal.SIGKILL if process is killed else 1 for process in processes]
+    assert [process.returncode for process in processes] == codes, "\n".join(said)
     assert time.monotonic() - began < 60  # JAX alone would wait until heartbeats were missed
     for process, text in zip(processes, said, strict=True):
         if process is not killed:
@@ -200,7 +211,9 @@ def test_one_of_four_that_is_killed_ends_the_others_with_one_error_and_nothing_i
     assert kept >= 10
     # The journal may be ahead of the checkpoint: its last rounds are done again.
     rounds = (tmp_path / "run" / "journal.jsonl").read_bytes().count(b"\n") + 2
-    fs.resume(tmp_path / "run", rounds=rounds)
+    more = several(later, ["resume", str(tmp_path / "run"), "--rounds", str(rounds)])
+    said = ended(more)
+    assert [process.returncode for process in more] == [0] * later, "\n".join(said)
     check_as_never_cut(tmp_path / "run", rounds)
 
 
@@ -214,8 +227,21 @@ def test_what_jax_says_of_a_lost_process_is_one_error_and_other_errors_stay_as_t
     assert registered == [hosts._leave]
     other = RuntimeError("RESOURCE_EXHAUSTED: out of memory")
     assert hosts.as_loss(other, "Start again.") is other
+    own = fs.UserError("callbacks", "gloo", "connection reset by peer", "")
+    assert hosts.as_loss(own, "Start again.") is own
     monkeypatch.setattr("jax.process_count", lambda: 1)
     assert hosts.as_loss(gone, "Start again.") is gone
+
+
+def test_a_process_that_is_lost_while_a_checkpoint_is_written_is_that_error_too(monkeypatch, tmp_path):
+    def save(*_):
+        raise ValueError("Gloo AllGather failed: Connection reset by peer")  # as JAX raises it there
+
+    lost = hosts.OtherProcessLost("process", 0, "another has ended", "Start again.")
+    monkeypatch.setattr(hosts, "as_loss", lambda error, fix: lost)
+    monkeypatch.setattr("fedjax_sim.runs.checkpoint.Checkpoints.save", save)
+    with pytest.raises(hosts.OtherProcessLost):
+        fs.run(inside(CASES["personal"], tmp_path / "run"))
 
 
 def test_a_sweep_notes_failures_and_skips_what_is_done(folder, told):
