@@ -149,10 +149,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         raise type(error)(
             error.field, error.value, error.why, f"{error.fix} {_look(folder, saved)}"
         ) from None
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # JAX's are of the first kind in a round, and of both elsewhere
+    except (RuntimeError, ValueError) as error:  # JAX's of a round are of the first kind, others of both
         lost = hosts.as_loss(error, _again(folder, saved))
         if lost is error:
             raise
