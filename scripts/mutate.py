@@ -34,6 +34,9 @@ NEAREST = {
         "-k",
         "not five_and_six and not a_round",
     ],
+    "engine/client_rows": ["tests/engine/test_client_state.py"],
+    "engine/client_state": ["tests/engine/test_client_state.py"],
+    "engine/held": ["tests/engine/test_client_state.py"],
     "core/top_k": ["tests/core/test_top_k.py"],
     "probes/peel/moments": ["tests/peel/test_moments.py"],
     "probes/peel/layers": ["tests/peel/test_moments.py"],
@@ -48,6 +51,20 @@ BY_HAND = ["tests/algorithms/test_server_rules.py", "-k", "fednova or scaffold"]
 
 # (module, what stands there once, what the mutant has instead, tests other than the nearest)
 MUTANTS: list[tuple] = [
+    ("engine/client_rows", "moves[~moves] = self._fixed[old[~moves]]", "pass"),
+    ("engine/client_rows", "self._fixed[needed[needed != NOWHERE]] = True", "pass"),
+    ("engine/client_rows", "taken = self._fixed.copy()", "taken = np.zeros_like(self._fixed)"),
+    ("engine/client_rows", "last = {client: row for", "last = {client: min(row, 0) for"),
+    ("engine/client_rows", "sorted(self._needed)[:-keep]", "sorted(self._needed)[:-1]"),
+    ("engine/client_state", "where_slot(fresh, new, old)", "where_slot(fresh, old, new)"),
+    ("engine/client_state", "not np.isin(upcoming, ids).any()", "True"),
+    (
+        "engine/client_state",
+        "leaf[:1], (rows, *leaf.shape[1:])) if cut",
+        "leaf[:1] * 0, (rows, *leaf.shape[1:])) if cut",
+    ),
+    ("engine/client_state", "np.asarray(leaf)[: len(ids)]", "np.roll(np.asarray(leaf)[: len(ids)], 1, 0)"),
+    ("engine/held", "stacked.RowsOf(ids, stacked.cut_to(leaf, ids.shape[0]))", "stacked.RowsOf(ids, leaf)"),
     (
         "core/stacked",
         "own_ids - jax.lax.axis_index(AXIS) * leaf.shape[0]",
