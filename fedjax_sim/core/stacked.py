@@ -387,7 +387,9 @@ def put_rows(
         return jax.lax.fori_loop(0, devices, hop, stacks)[0]
 
     nobody = _multiple(count, devices)  # beyond the last device's last row
-    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), (_raw(tree), _raw(rows)))
+    # Where the rows were made of the stack's own, XLA else keeps a copy of the stack to write into.
+    filled = jax.lax.optimization_barrier((_raw(tree), _raw(rows)))
+    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), filled)
     ids = jnp.pad(ids, (0, share * devices - given), constant_values=nobody)
     written = _on_own_slots(ring, devices)(filled, ids)
     return _like(tree, jax.tree.map(lambda leaf: cut_to(leaf, count), written))

@@ -39,6 +39,7 @@ def peak_bytes(
     program: core.ClosedJaxpr,
     labels: Sequence[str] = (),
     *,
+    most: Sequence[str] = (),
     donated: int = 0,
     size: Callable[[Any], int] = leaf_bytes,
 ) -> Counter[str]:
@@ -50,19 +51,21 @@ def peak_bytes(
       program: traced.
       labels: names given by `jax.named_scope`; what is made under none of them counts under "". Of nested
         ones the innermost counts.
+      most: of which of these the moment is the worst; empty: of all together.
       donated: how many of the inputs, from the first, may be overwritten.
       size: bytes of an array on one device, outside of `jax.shard_map`; inside, shapes are a device's own.
 
     Returns:
       label -> bytes; their sum is the peak.
     """
-    walk = _Walk(tuple(labels))
+    walk = _Walk(tuple(labels), tuple(most))
     return walk.peak(program.jaxpr, "", set(program.jaxpr.invars[:donated]), size)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
     labels: tuple[str, ...]
+    most: tuple[str, ...] = ()
 
     def peak(self, jaxpr: Any, label: str, donated: set, size: Callable[[Any], int]) -> Counter[str]:
         """Of one program. `donated`: inputs whose place results may take."""
@@ -95,12 +98,15 @@ class _Walk:
             # A loop's results are its state, and there all the time; others are written when all is done.
             in_loop = eqn.primitive.name in _LOOPS
             moments = [alive + made + inner] if in_loop else [alive + inner, alive + made]
-            worst = max(worst, *moments, key=_total)
+            worst = max(worst, *moments, key=self._counted)
             alive = alive + made
             for var in [*reusable, *(var for var in eqn.outvars if var not in last)]:
                 owner, cost = held.pop(var)
                 alive[owner] -= cost
         return worst
+
+    def _counted(self, moment: Counter[str]) -> int:
+        return sum(moment[label] for label in self.most) if self.most else sum(moment.values())
 
     def _label(self, eqn: Any, inherited: str) -> str:
         names = str(eqn.source_info.name_stack).split("/")
@@ -122,12 +128,8 @@ class _Walk:
                 donated = {
                     var for var, operand in pairs if isinstance(operand, core.Var) and operand in dying
                 }
-            worst = max(worst, self.peak(inside, label, donated, own), key=_total)
+            worst = max(worst, self.peak(inside, label, donated, own), key=self._counted)
         return worst
-
-
-def _total(moment: Counter[str]) -> int:
-    return sum(moment.values())
 
 
 def _variables(items: Sequence[Any]) -> list[Any]:

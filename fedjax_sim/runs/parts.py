@@ -16,10 +16,10 @@ import numpy as np
 
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.device_data import DataStore, DeviceData, abstract
-from fedjax_sim.engine.feed import AHEAD, CutData
+from fedjax_sim.engine.feed import AHEAD, CutData, RoundData
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import AllObservers, observer_request
-from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, SAMPLES, WAVES
+from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, SAMPLES, WAVES, RoundInputs
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.provenance import total_memory
@@ -246,8 +246,23 @@ IN_ROUND = {
 """Label of a part of the traced round -> its name, and what makes it smaller."""
 
 
-def _round_parts(simulation: Simulation) -> list[Part]:
-    """What is alive at the worst moment of a round, and of its observers, were all of them due in one."""
+OF_WAVE = {name for label, (name, _) in IN_ROUND.items() if label in (clients.WAVE, clients.STEP)}
+"""Names of what a wave needs."""
+
+
+def wave_parts(simulation: Simulation) -> list[Part]:
+    """What a wave needs at its worst moment, which need not be that of the round."""
+    parts = _round_parts(simulation, most=(clients.WAVE, clients.STEP))
+    return [part for part in parts if part.name in OF_WAVE]
+
+
+def _round_parts(simulation: Simulation, most: tuple[str, ...] = ()) -> list[Part]:
+    """What is alive at the worst moment of a round, and of its observers, were all of them due in one.
+
+    Args:
+      simulation: the run, on paper.
+      most: see `peak_bytes`.
+    """
     setup, parts = simulation.setup, []
     ids, state = setup.draw(0), simulation.abstract_state()
     request = observer_request(simulation.instruments, ids)
@@ -269,19 +284,27 @@ def _round_parts(simulation: Simulation) -> list[Part]:
             }
             parts = [Part(name, size, size * setup.devices, "probe", remedy) for name, size in sizes.items()]
     donated = len(jax.tree.leaves(state)) if setup.config.execution.donate else 0
-    rows = {setup.cohort_size, setup.num_clients}
-    if isinstance(data, CutData):
-        rows.add(len(data.wanted))
+    rows = cut_rows(simulation, inputs, data)
 
     def size_of(array: Any) -> int:
-        is_cut = bool(array.shape) and array.shape[0] in rows and array.shape[0] % setup.devices == 0
-        return leaf_bytes(array) // (setup.devices if is_cut else 1)
+        if not array.shape or array.shape[0] not in rows:
+            return leaf_bytes(array)
+        return leaf_bytes(array) // array.shape[0] * -(-array.shape[0] // setup.devices)
 
-    alive = peak_bytes(traced, tuple(IN_ROUND), donated=donated, size=size_of)
+    alive = peak_bytes(traced, tuple(IN_ROUND), most=most, donated=donated, size=size_of)
     return parts + [
         Part(IN_ROUND[label][0], size, size * setup.devices, "round", IN_ROUND[label][1])
         for label, size in alive.items()
     ]
+
+
+def cut_rows(simulation: Simulation, inputs: RoundInputs, data: RoundData) -> set[int]:
+    """Of how many rows arrays of a round are that are cut over the devices: slots, places, all clients."""
+    setup = simulation.setup
+    rows = {setup.cohort_size, setup.num_clients, len(inputs.plan.slot_of_place)}
+    if isinstance(data, CutData):
+        rows.add(len(data.wanted))
+    return rows | {-(-count // setup.devices) * setup.devices for count in rows}
 
 
 def _evaluation_parts(simulation: Simulation) -> list[Part]:

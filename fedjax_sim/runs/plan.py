@@ -107,8 +107,16 @@ def plan(
       **replacements: as for `prepare`.
 
     Raises:
-      UserError: a configuration that cannot work, no such machine, or its compiler is not installed.
+      UserError: a configuration that cannot work, no such machine, its compiler is not installed, or `exact`
+        of a machine.
     """
+    if on is not None and exact:
+        raise UserError(
+            "plan",
+            "exact",
+            f"{on} compiles its programs anyway, and all figures are XLA's",
+            "Leave exact out, or plan for the devices that are here, without a machine.",
+        )
     if on is not None:
         return plan_on(as_config(config), on, **replacements)
     if not isinstance(config, Setup):  # of a run that is debugged, what it takes otherwise

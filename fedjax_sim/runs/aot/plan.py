@@ -27,7 +27,17 @@ from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.aot import hlo
 from fedjax_sim.runs.aot.machines import Machine, machine
 from fedjax_sim.runs.assemble import prepare
-from fedjax_sim.runs.parts import IN_ROUND, ON_HOST, Part, available, human, on_paper, parts_of
+from fedjax_sim.runs.parts import (
+    OF_WAVE,
+    ON_HOST,
+    Part,
+    available,
+    cut_rows,
+    human,
+    on_paper,
+    parts_of,
+    wave_parts,
+)
 from fedjax_sim.runs.start import with_start
 
 ROUND, MEASURED, OBSERVERS, EVALUATION = "round", "measured round", "observers", "evaluation"
@@ -106,6 +116,7 @@ class MachinePlan:
       programs: what was compiled.
       available: bytes of one device; of a CPU of the machine, as its devices share one memory.
       shared: bytes that a CPU's devices hold once for all of them; else 0.
+      waves: what a wave needs, also where most is alive in another part of a round, which `parts` then show.
       wave: clients side by side on a device.
       conv: the convolution's implementation.
       versions: of jax and jaxlib.
@@ -119,6 +130,7 @@ class MachinePlan:
     conv: str
     versions: Mapping[str, str]
     shared: int = 0
+    waves: tuple[Part, ...] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -132,7 +144,8 @@ class MachinePlan:
     @property
     def needed(self) -> int:
         """Bytes by definition: a device's share of the state, its data, its wave's activations."""
-        return sum(self.size(part) for part in self.parts if part.when == "always" or part.name in _OF_WAVE)
+        held = sum(self.size(part) for part in self.parts if part.when == "always")
+        return held + sum(map(self.size, self.waves))
 
     @property
     def total(self) -> int:
@@ -155,7 +168,7 @@ class MachinePlan:
         if self.fits is not False:
             return []
         lines = []
-        waves = sum(self.size(part) for part in self.parts if part.name in _OF_WAVE)
+        waves = sum(map(self.size, self.waves))
         over = self.total - (self.available or 0)
         if self.wave > 1 and over < waves:
             wave = max(1, int(self.wave * (1 - over / waves)))
@@ -297,9 +310,6 @@ def _without_collectives(program: Program) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "collectives"}
 
 
-_OF_WAVE = {name for label, (name, _) in IN_ROUND.items() if label in (clients.WAVE, clients.STEP)}
-
-
 def plan_on(
     config: RunConfig,
     on: str | Machine,
@@ -331,7 +341,10 @@ def plan_on(
     conv = setup.model.conv if setup.model.convolves else "none"
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib")}
     shared = compiler.shared() if platform == "cpu" else 0
-    return MachinePlan(target, tuple(parts), programs, there, setup.wave, conv, versions, shared)
+    waves = [part for part in parts if part.name in OF_WAVE] or wave_parts(simulation)
+    return MachinePlan(
+        target, tuple(parts), programs, there, setup.wave, conv, versions, shared, tuple(waves)
+    )
 
 
 class _Compiler:
@@ -345,8 +358,8 @@ class _Compiler:
         self.state = simulation.abstract_state()
         steps = np.asarray(self.inputs.plan.wave_steps, np.int64).reshape(setup.devices, -1)
         self.steps = float(steps.sum(1).max() / steps.shape[1])
-        self.rows = {setup.cohort_size, setup.num_clients}
         self.data = simulation.data_of(0, self.inputs)
+        self.rows = cut_rows(simulation, self.inputs, self.data)
         self.held = {"state": self.state, "data": self.data}
         # Samples of the rounds to come lie there too, beside whatever runs.
         ahead = AHEAD if simulation.feed.kind == STREAMED else 0

@@ -103,10 +103,35 @@ def test_what_is_too_large_is_said_with_a_remedy(found):
 
 def test_the_first_remedy_is_a_narrower_wave_where_that_does():
     made = plan(config(execution=ExecutionConfig(wave=2), model=ModelConfig("mcmahan")), on="cpu-4")
-    waves = sum(part.device for part in made.parts if part.name in aot._OF_WAVE)
+    waves = sum(part.device for part in made.waves)
+    assert waves > 0
     little = dataclasses.replace(made.machine, memory=1)
     tight = dataclasses.replace(made, machine=little, available=made.programs[0].total - waves // 4)
     assert tight.advice()[0].startswith("execution.wave = 1 instead of 2")
+
+
+def test_what_a_wave_needs_counts_where_a_merge_holds_more():
+    """67 clients over four devices are 68 rows, of which each has 17."""
+    made = plan(
+        config(
+            algorithm=CONFIGS["clusamp"](),
+            partition=data.PartitionConfig(kind="iid", clients=67),
+            model=ModelConfig(options={"hidden": [512]}),
+            local=LocalConfig(epochs=1, batch_size=1),
+            cohort=CohortConfig(size=3),
+        ),
+        on="cpu-4",
+    )
+    device = {part.name: part.device for part in made.parts}
+    updates = device["server: updates (68 models)"]
+    assert "a wave's models and optimisers" not in device and made.waves
+    assert made.needed > sum(made.size(part) for part in made.parts if part.when == "always")
+    assert device["what the merge makes"] < 3 * updates  # each device's own rows
+
+
+def test_exact_is_no_question_to_a_machine_that_is_not_here():
+    with pytest.raises(UserError, match="compiles its programs anyway"):
+        plan(config(), on="cpu-2", exact=True)
 
 
 def test_what_xla_refuses_for_lack_of_memory_is_read():

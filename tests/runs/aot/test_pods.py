@@ -96,8 +96,8 @@ def test_recombination_of_slots(granularity):
     ids=lambda algorithm: algorithm["name"],
 )
 def test_what_clients_and_the_server_keep(algorithm):
-    """N = 1,000 is no multiple of 16."""
-    assert_shared(compiled("v5e-16", LENET, algorithm, 160, 1_000))
+    """N = 1,000 is no multiple of 16. Rows are written where they lie, into no copy of the stack."""
+    assert_shared(compiled("v5e-16", LENET, algorithm, 160, 1_000), most=1.3)
 
 
 @pytest.mark.aot
