@@ -134,9 +134,9 @@ def killed_until_done(tmp_path, whole, kills, seed):
     check_same(folder, whole)
 
 
-def test_killed_twice_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(tmp_path, whole):
+def test_killed_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(tmp_path, whole):
     folder = tmp_path / "run"
-    process = killed(folder, whole, 2, seed=1)
+    process = killed(folder, whole, 1, seed=1)
     before = lines(folder)
     wait_for(process, folder, 20)
     process.terminate()
