@@ -157,7 +157,7 @@ def test_a_state_of_other_shapes_is_refused_and_left_alone(tmp_path):
     assert store.rounds() == [1]
 
 
-@pytest.mark.parametrize("algorithm", [FedMR(), Scaffold()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("algorithm", [FedMR(similarity=False), Scaffold()], ids=lambda a: type(a).__name__)
 def test_stacks_that_the_devices_do_not_divide_go_on_on_another_number_of_them(tmp_path, algorithm):
     """Seven clients and a cohort of five; what is on disk are their rows alone."""
     sizes = (12, 7, 20, 3, 31, 9, 5)
