@@ -299,9 +299,9 @@ class Trainer:
             orders, loss_sum, seen, carried = carry
             variables, opt_state, last_gradient, extra = laned(carried)
             epoch, within = t // per_epoch, t % per_epoch
-            if self.local.epochs != 1:  # one epoch gets by with the first order
+            if not single:
                 orders = jax.lax.cond(
-                    jnp.any((within == 0) & (epoch > 0)),
+                    jnp.any(within == 0),
                     lambda: jnp.where((within == 0)[:, None], ordered(epoch), orders),
                     lambda: orders,
                 )
@@ -327,8 +327,11 @@ class Trainer:
             carried = bare((new, new_opt_state, last_gradient, new_extra))
             return orders, loss_sum + loss * size, seen + size, carried
 
-        ordered = partial(_orders, lanes, lengths=self.order_lengths)
-        orders = ordered(jnp.zeros_like(counts))
+        ordered, longest = partial(_orders, lanes, lengths=self.order_lengths), self.order_lengths[-1]
+        # One epoch gets by with one order. Of several each draws its own, the first too: what draws it is
+        # there, and compiled, once.
+        single = self.local.epochs == 1
+        orders = ordered(jnp.zeros_like(counts)) if single else jnp.zeros((len(counts), longest), jnp.int32)
         carried = bare((start, opt_state, last_gradient, extra))
         _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (orders, zeros, zeros, carried))
         trained, opt_state, last_gradient, extra = laned(carried)

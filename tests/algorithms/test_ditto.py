@@ -149,7 +149,7 @@ def test_diagnostics_see_the_models_of_the_algorithm_inside():
     both = []
     for algorithm in (FedAvg(), Ditto()):
         plain = oracles.simulate(
-            given=given, algorithm=algorithm, model=models.create("mlp", (3, 3, 1), 4, hidden=(5, 4))
+            given=given, algorithm=algorithm, model=models.create("mlp", (3, 3, 1), 4, hidden=(5,))
         )
         both.append(
             by_hand.with_settings(

@@ -124,7 +124,11 @@ def counted(name, simulation, cohorts):
     return max(own.values()) if name == "local" else server
 
 
-@pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS, *STATELESS))
+SHOWN = ("fedopt", "lg_fedavg")
+"""By `fedadam`, the same class with more state, and by `partial`, whose clients keep the same first layer."""
+
+
+@pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS, *STATELESS, *SHOWN))
 def test_devices_waves_and_resuming_are_invisible(name):
     """Nor do counts and flags suffer from an average. All start from what two devices make."""
     setup = prepared(name, devices=2, wave=2)

@@ -99,7 +99,7 @@ def test_with_no_weight_it_is_fedavg_batch_statistics_included(name, fedavg):
 
 
 def test_with_no_weight_all_of_them_around_fedmr_are_fedmr():
-    around = FedMR()
+    around = FedMR(similarity=False)
     plain = simulate(around)
     for config in (*ZEROS.values(), FedProx(mu=0.0, distance="norm"), FedASAM(rho=0.0)):
         around = type(config)(**{**vars(config), "inner": around})

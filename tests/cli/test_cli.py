@@ -16,6 +16,7 @@ from fedjax_sim.core.errors import UserError
 TINY = [
     *("--partition.clients", "8", "--partition.kind", "iid", "--cohort.size", "4", "--rounds", "2"),
     *("--model.options", "{hidden: [8]}", "--local.epochs", "null", "--local.steps", "2"),
+    *("--execution.devices", "1"),
     *("--output.no-progress", "--output.no-figures", "--output.no-tensorboard"),
 ]
 

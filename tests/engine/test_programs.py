@@ -197,7 +197,7 @@ def test_draws_are_the_same_under_any_setting_of_the_generator(devices):
 
 BASE = {
     "rounds": 2,
-    "model": {"name": "mlp", "options": {"hidden": [8]}},
+    "model": {"name": "mlp", "options": {"hidden": []}},
     "partition": {"kind": "iid", "clients": 4},
     "local": {"batch_size": 40, "lr": 0.1, "epochs": 1},
     "execution": {"devices": 1},
@@ -285,7 +285,7 @@ ADAM = {"optimizer": "adam", "lr": 0.1}
             {"algorithm": {"name": "fedopt", **ADAM, "options": {"eps": 0.5}}},
             marks=pytest.mark.slow,
         ),
-        ({}, {"model": {"name": "mlp", "options": {"hidden": [8], "dtype": "bfloat16"}}}),
+        ({}, {"model": {"name": "mlp", "options": {"hidden": [], "dtype": "bfloat16"}}}),
         ({"peel": PROBE}, {"peel": {**PROBE, "ranks": True}}),
     ],
     ids=["momentum", "options", "mu", "server options", "dtype", "probe"],

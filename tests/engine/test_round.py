@@ -159,8 +159,8 @@ def test_an_optax_optimiser_is_optaxs_with_the_rounds_rate():
 # Sums over clients are taken in another order, nothing else changes: float32 rounding over a few dozen steps.
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-6}
 LAYOUTS = [
-    *((1, 2), (2, 3), (4, 1)),
-    *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 6), (2, 1), (4, 2))),
+    *((2, 3), (4, 1)),
+    *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 2), (1, 6), (2, 1), (4, 2))),
 ]
 
 
@@ -233,7 +233,8 @@ def test_randomness_on_a_client_does_not_depend_on_the_layout():
     plain = oracles.world((13, 4, 20, 8), (4, 4, 1))
 
     def variables(given, **layout):
-        simulation = oracles.simulate(given=given, model=model, algorithm=FedMR(), **layout)
+        algorithm = FedMR(similarity=False)
+        simulation = oracles.simulate(given=given, model=model, algorithm=algorithm, **layout)
         oracles.run(simulation)
         return simulation.variables
 
@@ -265,7 +266,9 @@ def _with_a_large_client(size, wave, module=None):
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:3], simulation.state.algorithm.models)
 
 
-@pytest.mark.parametrize("model", [None, small_cnn()], ids=["mlp", "cnn"])
+@pytest.mark.parametrize(
+    "model", [pytest.param(None, id="mlp", marks=pytest.mark.slow), pytest.param(small_cnn(), id="cnn")]
+)
 def test_a_client_does_not_feel_a_larger_one(model):
     oracles.assert_trees_equal(_with_a_large_client(160, 1, model), _with_a_large_client(7, 1, model))
 

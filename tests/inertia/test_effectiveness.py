@@ -49,7 +49,7 @@ def matching():
 
 
 def small(given, algorithm, **settings):
-    settings = {"cohort": 4, "rounds": 3, "devices": 2, "wave": 2, "momentum": 0.5, **settings}
+    settings = {"cohort": 4, "rounds": 3, "wave": 2, "momentum": 0.5, **settings}
     return oracles.simulate(given=given, model=personal.deep(), algorithm=algorithm, **settings)
 
 
@@ -93,8 +93,11 @@ def gains(got, number, name, clients):
 
 @pytest.fixture(scope="module")
 def averaged():
-    """FedAvg, all samples of held-out tests, rounds 1, 2, 4, 5 measured. -> (run, first model, rows)."""
-    simulation = measured(small(holdout(), FedAvg(), rounds=5), every=2, clients=3, samples=1000)
+    """FedAvg on two devices, all samples of held-out tests, rounds 1, 2, 4, 5 measured.
+
+    -> (run, first model, rows).
+    """
+    simulation = measured(small(holdout(), FedAvg(), rounds=5, devices=2), every=2, clients=3, samples=1000)
     start = oracles.doubled(simulation.variables["params"])
     return simulation, start, oracles.run(simulation)
 
@@ -133,7 +136,7 @@ def test_the_first_the_last_and_every_so_many_rounds_are_measured(averaged):
 
 def test_measuring_changes_nothing(averaged):
     simulation, _, rows = averaged
-    other = small(holdout(), FedAvg(), rounds=5)
+    other = small(holdout(), FedAvg(), rounds=5, devices=2)
     plain = [row for row in rows if not row.metric.startswith(("merge_", "effectiveness_"))]
     assert oracles.run(other) == plain
     oracles.assert_trees_equal(simulation.variables, other.variables)
@@ -143,7 +146,7 @@ def test_under_fedmr_after_is_the_slot_and_samples_are_few_and_fixed():
     """At most five samples, of the test images."""
     dataset, partition = matching()
     simulation = measured(
-        small((dataset, partition), FedMR(), cohort=6, rounds=2, devices=1), every=1, clients=6, samples=5
+        small((dataset, partition), FedMR(), cohort=6, rounds=2), every=1, clients=6, samples=5
     )
     setup = simulation.setup
     effectiveness = Effectiveness(setup.config, setup.model, dataset, partition, simulation.mesh, jnp.asarray)

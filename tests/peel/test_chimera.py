@@ -17,7 +17,7 @@ from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, view_of
+from tests.peel.test_feature_probe import DEEP, rows_of, settings_of, view_of
 
 
 @pytest.mark.parametrize("name", ["lenet", "resnet8", "resnet20", "vit", "vgg16_bn"])
@@ -104,7 +104,7 @@ def test_what_does_not_change_has_no_cause():
 
 def test_a_run_records_them_beside_the_probe():
     peel = {"every": 1, "clients": 3, "samples": 80, "class_samples": 2, "chimeras": True}
-    config = settings_of(peel=peel, rounds=1)
+    config = settings_of(model=DEEP, peel=peel, rounds=1)
     rows = rows_of(Simulation(config))
     have = {(row.metric, row.layer) for row in rows}
     assert {(f"chimera_{part}", layer) for part in chimera.PARTS for layer in ("fc2", "fc3")} <= have

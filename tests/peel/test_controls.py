@@ -14,7 +14,7 @@ from fedjax_sim.probes.peel import controls
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
-from tests.peel.test_feature_probe import rows_of, settings_of, table
+from tests.peel.test_feature_probe import DEEP, rows_of, settings_of, table
 
 
 def forward_of(name="resnet6", **options):
@@ -96,7 +96,8 @@ def test_controls_are_measured_like_the_merged_model():
     """Under Local nothing is merged: the matched noise is none, and all states agree."""
     peel = {"every": 1, "clients": 2, "samples": 60, "class_samples": 2, "controls": ["perturbed"]}
     for name in ("local", "fedavg"):
-        found = table(rows_of(Simulation(settings_of(algorithm=name, rounds=1, peel=peel))))
+        config = settings_of(algorithm=name, rounds=1, model=DEEP, peel=peel)
+        found = table(rows_of(Simulation(config)))
         pairs = {key: value for key, value in found.items() if key[3] == "perturbed"}
         assert {"log_c", "pabs", "ridge", "shift_cka", "peel_accuracy"} <= {key[4] for key in pairs}
         twins = [(value, found.get((*key[:3], "before", key[4]), value)) for key, value in pairs.items()]

@@ -1,6 +1,7 @@
 """The classifier trained alone: against a plain loop in float64, and what it must leave as it was."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -24,7 +25,7 @@ from fedjax_sim.probes.peel.head_finetuning import FIGURES, Finetuning
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, view_of
+from tests.peel.test_feature_probe import DEEP, rows_of, settings_of, view_of
 
 CLASSES, SIZES, IDS, ROUND, EPOCHS, LR = 3, (25, 8, 19, 31), (5, 0, 2), 4, 2, 0.5
 LOCAL = LocalConfig(
@@ -32,9 +33,10 @@ LOCAL = LocalConfig(
 )
 
 
-def world(name, options):
+@functools.cache
+def world(name):
     """Four clients of a population of six, of whom three are measured; a model that each holds."""
-    model = models.create(name, (8, 8, 1), CLASSES, **options)
+    model = models.create(name, (8, 8, 1), CLASSES, **MODELS[name])
     draw = np.random.default_rng(5)
     y = draw.integers(0, CLASSES, 160).astype(np.int32)
     patterns = draw.uniform(0, 255, (CLASSES, 8, 8, 1))
@@ -62,8 +64,9 @@ def instrument(model, devices=2, width=1, batch=20, **preprocessing):
     return Finetuning(Probe(forward, mesh, width), trainer)
 
 
-def observed(made, **layout):
-    model, view, data, measured = made
+@functools.cache
+def observed(name, **layout):
+    model, view, data, measured = world(name)
     found = instrument(model, **layout)
     with jax.set_mesh(found.probe.mesh):
         out = jax.jit(found.observe)(view, {"measured": measured, "test": None}, data)
@@ -76,8 +79,8 @@ MODELS = {"mlp": {"hidden": [9, 7]}, "resnet6": {"norm": "batch"}}
 @pytest.mark.parametrize("name", ["mlp", pytest.param("resnet6", marks=pytest.mark.slow)])
 def test_it_is_logistic_regression_on_the_penultimate_features(name):
     """Clip, decay, momentum and steps by hand, on features in evaluation mode."""
-    made = model, view, data, measured = world(name, MODELS[name])
-    out = observed(made)
+    model, view, data, measured = world(name)
+    out = observed(name)
     x, y, samples, offsets = (np.asarray(leaf) for leaf in jax.tree.leaves(data))
     (layer, _), point = model.peel_points[-1].kernel, model.peel_points[-1].name
     local = dataclasses.replace(LOCAL, epochs=EPOCHS, steps=None)
@@ -114,7 +117,7 @@ def test_it_is_logistic_regression_on_the_penultimate_features(name):
 
 @pytest.mark.parametrize("width", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_body_and_its_statistics_stay_bit_for_bit(width):
-    model, view, data, _ = world("resnet6", MODELS["resnet6"])
+    model, view, data, _ = world("resnet6")
     trainer = instrument(model, flip=True).classifier_trainer(width)
     start = jax.tree.map(lambda leaf: leaf[:width], view.after)
     lanes = Lanes(
@@ -138,9 +141,8 @@ def test_the_body_and_its_statistics_stay_bit_for_bit(width):
 
 
 def test_layout_does_not_show():
-    made = world("mlp", MODELS["mlp"])
-    wanted = observed(made, devices=2, width=1)
-    got = observed(made, devices=1, width=2, batch=40)
+    wanted = observed("mlp")  # on two devices
+    got = observed("mlp", devices=1, width=2, batch=40)
     for name, value in wanted.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-4, err_msg=name)
 
@@ -169,7 +171,7 @@ def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
     assert len(set(held)) == 3 * 3  # every slot has a model of its own
     tuned = [row for row in told if row.state == "finetuned"]
     assert {(row.metric, row.layer) for row in tuned} == {
-        ("peel_accuracy", ""), ("peel_loss", ""), *((name, "fc3") for name in FIGURES)
+        ("peel_accuracy", ""), ("peel_loss", ""), *((name, "fc2") for name in FIGURES)
     }  # fmt: skip
     assert {row.round for row in tuned} == {1, 2, 3}
     loss = {
@@ -181,7 +183,8 @@ def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
 
 def test_no_decomposition_is_batched_on_a_cpu():
     """A batch of them can wait for ever, see `Peeling`."""
-    simulation = Simulation(settings_of(peel=PEEL_ALL, execution={"devices": 2, "wave": 2}))
+    config = settings_of(model=DEEP, peel=PEEL_ALL, execution={"devices": 2, "wave": 2})
+    simulation = Simulation(config)
     inputs, _ = simulation.inputs(0)
     request = observer_request(simulation.instruments, np.asarray(inputs.cohort.ids))
     with jax.set_mesh(simulation.mesh):

@@ -16,7 +16,7 @@ from fedjax_sim.probes.peel.generality import STATES, Generality
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
 from tests.peel import reference
-from tests.peel.test_feature_probe import rows_of, settings_of, view_of
+from tests.peel.test_feature_probe import DEEP, rows_of, settings_of, view_of
 
 CLASSES, COUNTS = 3, {"fit": (40, 31, 22), "measured": (40, 17, 33)}
 
@@ -157,7 +157,8 @@ def test_a_client_alone_has_no_others():
 
 def test_a_run_records_them_and_they_agree_with_its_own_evaluation():
     peel = {"every": 1, "clients": 3, "samples": 60, "class_samples": 1, "others": True}
-    rows = rows_of(Simulation(settings_of(rounds=1, peel=peel, evaluation={"every": 1}, cohort={"size": 3})))
+    config = settings_of(rounds=1, model=DEEP, peel=peel, evaluation={"every": 1}, cohort={"size": 3})
+    rows = rows_of(Simulation(config))
     value = {(row.client, row.state, row.metric): row.value for row in rows if not row.layer}
     clients = {client for client, *_ in value if client >= 0}
     assert len(clients) == 3

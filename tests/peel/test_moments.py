@@ -18,6 +18,10 @@ def made(seed, n=60, d=7, classes=4, offset=0.0, spread=1.0):
     return (centres[y] + spread * draw.normal(size=(n, d)) + offset).astype(np.float32), y
 
 
+of_batch = jax.jit(moments.of_batch, static_argnums=3)
+merge = jax.jit(moments.merge)
+
+
 def streamed(z, y, classes, batch):
     """Moments merged over batches, the last one padded with what must not count."""
     total = moments.empty(classes, z.shape[1:])
@@ -27,7 +31,7 @@ def streamed(z, y, classes, batch):
         mask = np.arange(batch) < len(part)
         part = np.concatenate([part, np.full((spare, z.shape[1]), 1e6, np.float32)])
         label = np.concatenate([label, np.zeros(spare, np.int32)])
-        total = moments.merge(total, moments.of_batch([jnp.asarray(part)], jnp.asarray(label), mask, classes))
+        total = merge(total, of_batch([jnp.asarray(part)], jnp.asarray(label), mask, classes))
     return total
 
 

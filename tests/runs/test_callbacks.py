@@ -26,6 +26,7 @@ SMALL = fs.RunConfig(
     local=fs.LocalConfig(epochs=None, steps=2, lr=0.5),
     cohort=fs.CohortConfig(size=2),
     evaluation=fs.EvaluationConfig(every=2),
+    execution=fs.ExecutionConfig(devices=1),
     output=fs.OutputConfig(progress=False, figures=False, tensorboard=False, checkpoint_every=3, keep=1),
 )
 

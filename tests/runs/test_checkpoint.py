@@ -158,7 +158,7 @@ def test_a_state_of_other_shapes_is_refused_and_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize("written_by", ["one process", "several"])
-@pytest.mark.parametrize("algorithm", [FedMR(), Scaffold()], ids=lambda a: type(a).__name__)
+@pytest.mark.parametrize("algorithm", [FedMR(similarity=False), Scaffold()], ids=lambda a: type(a).__name__)
 def test_stacks_that_the_devices_do_not_divide_go_on_on_another_number_of_them(
     tmp_path, algorithm, written_by, monkeypatch
 ):

@@ -14,7 +14,14 @@ import pytest
 from fedjax_sim import data, runs
 from fedjax_sim.algorithms import CONFIGS
 from fedjax_sim.cli import commands
-from fedjax_sim.config import CohortConfig, LocalConfig, ModelConfig, OutputConfig, RunConfig
+from fedjax_sim.config import (
+    CohortConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+)
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.runs import export, loading
 from fedjax_sim.runs.checkpoint import Checkpoints
@@ -26,6 +33,7 @@ def tiny(folder=None):
         model=ModelConfig(options={"hidden": [8]}),
         local=LocalConfig(epochs=None, steps=1, batch_size=16, lr=0.1),
         cohort=CohortConfig(size=4),
+        execution=ExecutionConfig(devices=1),
         output=OutputConfig(
             dir=None if folder is None else str(folder), tensorboard=False, figures=False, progress=False
         ),

@@ -10,7 +10,7 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import records
 from fedjax_sim.algorithms import CONFIGS, FedPer
-from fedjax_sim.config import EvaluationConfig, LocalConfig
+from fedjax_sim.config import EvaluationConfig, ExecutionConfig, LocalConfig
 from fedjax_sim.runs import plan as planning
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
@@ -30,6 +30,7 @@ def made(algorithm, **evaluation):
         local=LOCAL,
         cohort=fs.CohortConfig(size=3),
         evaluation=dataclasses.replace(EVALUATION, **evaluation),
+        execution=ExecutionConfig(devices=2),
     )
     model = fs.models.create("mlp", dataset.train_images.shape[1:], dataset.num_classes, hidden=(4,))
     simulation = Simulation(config, dataset=dataset, partition=partition, model=model)

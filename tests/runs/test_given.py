@@ -17,6 +17,7 @@ CONFIG = fs.RunConfig(
     partition=fs.PartitionConfig(kind="iid", clients=4),
     local=fs.LocalConfig(steps=1, epochs=None),
     cohort=fs.CohortConfig(size=2),
+    execution=fs.ExecutionConfig(devices=1),
     output=fs.OutputConfig(progress=False),
 )
 CLIENTS = [np.arange(k, 200, 4) for k in range(4)]

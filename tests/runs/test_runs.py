@@ -16,6 +16,7 @@ from fedjax_sim.algorithms import CONFIGS, FedAvg
 from fedjax_sim.config import (
     CohortConfig,
     EvaluationConfig,
+    ExecutionConfig,
     InertiaConfig,
     LocalConfig,
     ModelConfig,
@@ -40,6 +41,7 @@ def tiny(folder=None, **changes):
         local=LocalConfig(epochs=None, steps=2, batch_size=16, lr=0.1),
         cohort=CohortConfig(size=4),
         evaluation=EvaluationConfig(every=2, per_client=True),
+        execution=ExecutionConfig(devices=1),
         output=OutputConfig(
             dir=None if folder is None else str(folder),
             checkpoint_every=2,
@@ -135,9 +137,9 @@ def test_a_folder_holds_all_and_says_the_same(tmp_path):
 
 
 def demanding(algorithm):
-    """With everything that a checkpoint has to bring back: client optimisers too."""
+    """With everything that a checkpoint has to bring back: client optimisers too; on all devices."""
     local = dataclasses.replace(tiny().local, momentum=0.9, keep_optimizer=True)
-    return {"algorithm": CONFIGS[algorithm](), "local": local}
+    return {"algorithm": CONFIGS[algorithm](), "local": local, "execution": ExecutionConfig()}
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ BASE = {
     "rounds": 3,
     "partition": {"kind": "dirichlet", "clients": 8, "alpha": 1.0},
     "model": {"options": {"hidden": [8]}},
+    "execution": {"devices": 1},
     "inertia": {"measure": True},
 }
 METHODS = {"FedAvg": {"algorithm": "fedavg"}, "FedMR, 1": {"algorithm": {"name": "fedmr", "first_stage": 1}}}

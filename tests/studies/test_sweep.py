@@ -26,6 +26,7 @@ BASE = {
     "model": {"options": {"hidden": [8]}},
     "local": {"epochs": None, "steps": 2, "batch_size": 16, "lr": 0.1},
     "cohort": {"size": 4},
+    "execution": {"devices": 1},
     "evaluation": {"every": 1},
     "output": {"tensorboard": False, "figures": False, "checkpoint_every": 1},
 }

@@ -8,7 +8,14 @@ import pytest
 from sklearn.metrics import r2_score
 
 import fedjax_sim as fs
-from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, ModelConfig, OutputConfig
+from fedjax_sim.config import (
+    CohortConfig,
+    EvaluationConfig,
+    ExecutionConfig,
+    LocalConfig,
+    ModelConfig,
+    OutputConfig,
+)
 from fedjax_sim.config.sweep_files import from_mapping
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine.evaluation import by_group, figure
@@ -34,6 +41,7 @@ def config(**changes):
         local=LocalConfig(epochs=2, batch_size=100, lr=0.1),
         cohort=CohortConfig(fraction=1.0),
         evaluation=EvaluationConfig(every=1, per_client=True),
+        execution=ExecutionConfig(devices=1),
         output=OutputConfig(progress=False),
     )
     return dataclasses.replace(base, **changes)
