@@ -48,6 +48,7 @@ class Layer:
       send: likewise.
       personal: likewise.
       stacked: further names of the state's fields that lead with K or N.
+      by_client: those of them that can lie on the host, see `Algorithm.by_client`.
       needs_models: the layer's merge needs the K models.
       keeps_model: the next round still starts from the model that is deployed, where it did so inside
         (`Algorithm.with_model`).

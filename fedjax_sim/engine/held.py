@@ -71,7 +71,12 @@ class Held:
         return jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.devices), stacked.only_rows(clients))
 
     def clients_cut(self, clients: Any, ids: jax.Array) -> Any:
-        """What clients keep, of what is held. Traced. ids: as in `cut`."""
+        """What clients keep, of what is held. Traced.
+
+        Args:
+          clients: as it is held.
+          ids: i32[m], whose rows it has, if it lies on the host.
+        """
         if not self.clients_on_host:
             return clients
         return jax.tree.map(lambda leaf: _of_clients(leaf, ids), clients)

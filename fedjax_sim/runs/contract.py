@@ -224,14 +224,22 @@ class _Contract:
 
     def _stacks(self, own: Algorithm, state: Any, *args: Any) -> None:
         leads = (self.cohort_size, self.num_clients)
-        flags = jax.tree.leaves(own.is_stacked(state))
-        for flag, (path, leaf) in zip(flags, jax.tree_util.tree_leaves_with_path(state), strict=True):
+        flags, by_client = (jax.tree.leaves(each(state)) for each in (own.is_stacked, own.is_by_client))
+        paths = jax.tree_util.tree_leaves_with_path(state)
+        for flag, of_clients, (path, leaf) in zip(flags, by_client, paths, strict=True):
             if flag and np.shape(leaf)[:1] not in [(lead,) for lead in leads]:
                 why = (
                     f"gave {_shape(leaf)} at {jax.tree_util.keystr(path)}, which `stacked` names and which "
                     f"does not lead with the K = {leads[0]} slots or the N = {leads[1]} clients"
                 )
                 raise self._wrong("init", why, "Take the field out of `stacked`, or stack it.")
+            if of_clients and (not flag or np.shape(leaf)[:1] != leads[1:]):
+                why = (
+                    f"gave {_shape(leaf)} at {jax.tree_util.keystr(path)}, which `by_client` names and which "
+                    f"is no stack over the N = {leads[1]} clients"
+                )
+                fix = "Take the field out of `by_client`, or name it in `stacked` too."
+                raise self._wrong("init", why, fix)
 
     def _dispatched(self, out: Any, *args: Any) -> None:
         if not isinstance(out, Starts):

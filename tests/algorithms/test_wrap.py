@@ -15,7 +15,8 @@ RULE = [field.name for field in dataclasses.fields(LocalRule)]
 SERVER = [
     field.name
     for field in dataclasses.fields(Algorithm)
-    if field.name not in ("local", "needs_models", "stacked", "cohort_chooser", "steps_beyond_mean")
+    if field.name
+    not in ("local", "needs_models", "stacked", "by_client", "cohort_chooser", "steps_beyond_mean")
 ]
 
 
@@ -48,7 +49,9 @@ def algorithm(calls: list) -> Algorithm:
     rule = {name: recorded(calls, name, gives.get(name, name)) for name in RULE}
     server: dict[str, Any] = {name: recorded(calls, name, gives.get(name, name)) for name in SERVER}
     chooser = CohortChooser(recorded(calls, "measure"), lambda *args: args)
-    return Algorithm(**server, local=LocalRule(**rule), cohort_chooser=chooser, stacked=("a",))
+    return Algorithm(
+        **server, local=LocalRule(**rule), cohort_chooser=chooser, stacked=("a",), by_client=("a",)
+    )
 
 
 def returned(uploads: Any) -> Results:
@@ -146,9 +149,13 @@ def test_a_layer_goes_around_a_hook_that_is_not_there():
 def test_flags_add_up_and_the_model_may_be_no_start():
     wrapped: Any = wrap(
         dataclasses.replace(algorithm([]), needs_models=False),
-        Layer(stacked=("b",), needs_models=True, steps_beyond_mean=True, keeps_model=False),
+        Layer(stacked=("b",), by_client=("b",), needs_models=True, steps_beyond_mean=True, keeps_model=False),
     )
-    assert wrapped.stacked == ("a", "b") and wrapped.needs_models and wrapped.steps_beyond_mean
+    assert (
+        wrapped.stacked == wrapped.by_client == ("a", "b")
+        and wrapped.needs_models
+        and wrapped.steps_beyond_mean
+    )
     assert wrapped.with_model is None
 
 

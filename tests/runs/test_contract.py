@@ -234,6 +234,20 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         "init",
         r"gave float32\[7\] at \.count, which `stacked` names.*K = 6 slots or the N = 12 clients",
     ),
+    "rows of slots that are said to be clients'": (
+        own(
+            init=lambda key, variables: Pair(variables, jnp.zeros(6)),
+            stacked=("count",),
+            by_client=("count",),
+        ),
+        "init",
+        r"gave float32\[6\] at \.count, which `by_client` names.*N = 12 clients",
+    ),
+    "rows of clients that are not cut": (
+        own(init=lambda key, variables: Pair(variables, jnp.zeros(12)), by_client=("count",)),
+        "init",
+        r"gave float32\[12\] at \.count, which `by_client` names.*name it in `stacked` too",
+    ),
     "one model for all clients": (
         own(personal_models=lambda state, ids: state),
         "personal_models",
