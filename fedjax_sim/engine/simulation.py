@@ -42,6 +42,16 @@ class NonFiniteServer(UserError):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """A fresh model, of the key that the state is made from: one program for all algorithms."""
+
+    model: Model
+
+    def __call__(self, key: jax.Array) -> Any:
+        return self.model.init(key_for(key, 0))
+
+
+@dataclasses.dataclass(frozen=True)
 class _Start:
     """The state before the first round, as a function.
 
@@ -61,10 +71,6 @@ class _Start:
     held: Held = AS_IT_IS
     rows: int | None = None
 
-    def drawn(self, key: jax.Array) -> Any:
-        """A fresh model, of the key that the state is made from."""
-        return self.model.init(key_for(key, 0))
-
     def __call__(self, key: jax.Array, labels: jax.Array, variables: Any = None) -> ServerState:
         """The state.
 
@@ -75,7 +81,7 @@ class _Start:
           variables: the model that clients start from; None: a fresh one.
         """
         # A copy, as in `restore`: passed through, they might be overwritten by the next round.
-        variables = self.drawn(key) if variables is None else jax.tree.map(jnp.copy, variables)
+        variables = _Drawn(self.model)(key) if variables is None else jax.tree.map(jnp.copy, variables)
         clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
         state = self.algorithm.init(key_for(key, 1), variables)
         initial = None
@@ -213,12 +219,11 @@ class Simulation:
         key, given = key_for(self._key, INIT), self.setup.initial
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh), self.setup.watch.during(0):
-            held, counted = jax.tree.leaves(self.abstract_state()), jax.tree.leaves(self.shapes)
-            if variables is None and any(a.shape != b.shape for a, b in zip(held, counted, strict=True)):
+            if variables is None:
                 # By itself: with what fills up the stacks XLA would draw their copies by other instructions
                 # than the model's, and they would differ from it in the last bit.
                 same = placement.replicated(self.mesh)
-                variables = cached_jit(self._start.drawn, self.mesh, out_shardings=same)(key)
+                variables = cached_jit(_Drawn(self.setup.model), self.mesh, out_shardings=same)(key)
             made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
             return made(key, self.setup.label_counts[: self._start.rows], variables)
 

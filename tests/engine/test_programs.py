@@ -267,6 +267,19 @@ def test_a_run_with_another_seed_lowers_nothing_and_is_what_it_would_be_alone(ch
     assert_same(after, alone)
 
 
+def test_the_model_is_drawn_by_one_program_for_all_methods():
+    memo.forget()
+    drawn, named = [], []
+    for method in ("fedavg", "scaffold", "fedmr"):
+        config = from_dict({**BASE, "algorithm": method, "seed": 5})
+        simulation, lowered = lowered_by(lambda config=config: Simulation(config))
+        named += [name for name in lowered if "_Drawn" in name]
+        drawn.append(jax.device_get(simulation.variables))
+    assert len(named) == 1
+    jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[1])
+    jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[2])
+
+
 ADAM = {"optimizer": "adam", "lr": 0.1}
 
 
