@@ -220,8 +220,8 @@ class Simulation:
         variables = None if given is None else given()
         with jax.set_mesh(self.mesh), self.setup.watch.during(0):
             if variables is None:
-                # By itself: with what fills up the stacks XLA would draw their copies by other instructions
-                # than the model's, and they would differ from it in the last bit.
+                # By itself: all methods share the program; and with what fills up the stacks XLA would draw
+                # their copies by other instructions than the model's, which would differ in the last bit.
                 same = placement.replicated(self.mesh)
                 variables = cached_jit(_Drawn(self.setup.model), self.mesh, out_shardings=same)(key)
             made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
