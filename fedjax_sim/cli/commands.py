@@ -499,10 +499,8 @@ def _plan(words: list[str]) -> int:
             raise UserError("command line", "--json", "it says what --on finds", "Name a machine with --on.")
         found = plan(config, exact="exact" in chosen)
     else:
-        if "exact" in chosen:
-            raise UserError("command line", "--exact", "--on compiles all programs anyway", "Leave one out.")
         machines.start_for(on)
-        found = plan(config, on=on, say=_complain)
+        found = plan(config, exact="exact" in chosen, on=on, say=_complain)
         if "json" in chosen:
             print(found.to_json())
             return 1 if found.fits is False else 0

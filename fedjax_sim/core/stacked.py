@@ -293,7 +293,7 @@ class RowsOf:
 
 
 def rows_of(tree: PyTree[Shaped[Array, "K ..."]], ids: Int32[Array, " K"]) -> PyTree:
-    """A tree of `RowsOf`, of leaves [K, …] of random keys too."""
+    """A tree with `RowsOf` in the place of each leaf [K, …]."""
     return jax.tree.map(lambda leaf: RowsOf(ids, leaf), tree)
 
 
@@ -306,11 +306,13 @@ def _is_some(leaf: Any) -> bool:
     return isinstance(leaf, RowsOf)
 
 
-def _places(tree: PyTree, ids: jax.Array) -> jax.Array | None:
-    """Where the rows of `ids` are in a tree of `RowsOf`, i32[m]; None: they are all of them, in order."""
-    held = jax.tree.leaves(tree, is_leaf=_is_some)[0].ids
-    if held is ids:
-        return None
+def _held(tree: PyTree) -> jax.Array | None:
+    """The clients i32[K] of a tree of `RowsOf`; None of any other."""
+    return next((leaf.ids for leaf in jax.tree.leaves(tree, is_leaf=_is_some) if _is_some(leaf)), None)
+
+
+def _places(held: jax.Array, ids: jax.Array) -> jax.Array:
+    """Where each of `ids`, i32[m], is among those that are held, i32[K]. -> i32[m]."""
     order = jnp.argsort(held)
     return order[jnp.searchsorted(held, ids, sorter=order)].astype(jnp.int32)
 
@@ -324,10 +326,10 @@ def take_rows(
     what it holds: memory a device stays its share of both, traffic is that of K rows. An N or K that D does
     not divide is filled up.
     """
-    devices = _devices()
-    if any(map(_is_some, jax.tree.leaves(tree, is_leaf=_is_some))):
-        places, rows = _places(tree, ids), only_rows(tree)
-        return rows if places is None else take_rows(rows, places)
+    devices, held = _devices(), _held(tree)
+    if held is not None:
+        rows = only_rows(tree)
+        return rows if held is ids else take_rows(rows, _places(held, ids))
     if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf: leaf[ids], tree)
     wanted = ids.shape[0]
@@ -361,10 +363,10 @@ def put_rows(
 
     Leaves of any dtype, the same in both. Sharded, the rows travel round the ring as in `take_rows`.
     """
-    devices = _devices()
-    if any(map(_is_some, jax.tree.leaves(tree, is_leaf=_is_some))):
-        places, held = _places(tree, ids), jax.tree.leaves(tree, is_leaf=_is_some)[0].ids
-        return rows_of(rows if places is None else put_rows(only_rows(tree), places, rows), held)
+    devices, held = _devices(), _held(tree)
+    if held is not None:
+        new = rows if held is ids else put_rows(only_rows(tree), _places(held, ids), rows)
+        return rows_of(new, held)
     if devices == 1 or not jax.tree.leaves(tree):
         return jax.tree.map(lambda leaf, new: leaf.at[ids].set(new), tree, rows)
     count, given = jax.tree.leaves(tree)[0].shape[0], ids.shape[0]

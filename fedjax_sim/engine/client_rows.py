@@ -9,13 +9,13 @@ where its row is and its checksum, and takes no copy of the rows: with the files
 process, an earlier snapshot is still whole.
 """
 
-import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
+
+from fedjax_sim.engine.jaxpr_memory import leaf_bytes
 
 CHUNK = 2**26
 """Bytes of a chunk, about."""
@@ -54,8 +54,7 @@ class ClientRows:
           chunks: makes the room.
         """
         self.count, self._leaves, self._make = count, tuple(leaves), chunks
-        sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves]
-        self._ends = np.cumsum([0, *sizes]).tolist()
+        self._ends = np.cumsum([0, *map(leaf_bytes, leaves)]).tolist()
         self.row_bytes = max(self._ends[-1], 1)
         self._per_chunk = min(max(1, CHUNK // self.row_bytes), count)
         self._chunks: list[np.ndarray] = []
@@ -198,8 +197,3 @@ class ClientRows:
         taken = self._fixed.copy()
         taken[self._places[self._places != NOWHERE]] = True
         self._free = np.flatnonzero(~taken)[::-1].astype(np.int32)
-
-
-def row_bytes(leaves: Sequence[Any]) -> int:
-    """Bytes that one client's leaves take."""
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -25,9 +25,10 @@ from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import INIT, key_for
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.client_rows import Chunks, ClientRows, Snapshot, row_bytes
+from fedjax_sim.engine.client_rows import Chunks, ClientRows, Snapshot
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.held import filled_shape
+from fedjax_sim.engine.jaxpr_memory import bytes_of
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import ServerState
 
@@ -56,8 +57,8 @@ def where(wanted: str, algorithm: Algorithm, shapes: ServerState, num_clients: i
     Raises:
       UserError: it is to lie on the host, and cannot.
     """
-    leaves = _Split(algorithm, shapes).leaves(shapes)
-    size = num_clients * row_bytes([_one(leaf) for leaf in leaves if not _is_key(leaf)])
+    leaves = _Split.of(algorithm, shapes).leaves(shapes)
+    size = num_clients * bytes_of([_one(leaf) for leaf in leaves])
     devices = 1 if placement.platform_of(mesh) == "cpu" else mesh.size
     why = None
     if jax.process_count() > 1:
@@ -100,7 +101,7 @@ class _Fresh:
         state = self.algorithm.init(key_for(key_for(key, INIT), 1), variables)
         clients = stacked.per_slot(self.trainer.init_client, (None, 0))(variables, labels)
         first = ServerState(first_rows(self.algorithm, state, len(fresh)), clients)
-        made = _Split(self.algorithm, first).leaves(first)
+        made = _Split.of(self.algorithm, first).leaves(first)
         return [stacked.where_slot(fresh, new, old) for new, old in zip(made, rows, strict=True)]
 
 
@@ -139,7 +140,7 @@ class ClientState:
           shapes: of the state, with K rows of what clients keep.
         """
         self._mesh, self._labels, self._key = mesh, labels, key
-        self._split = _Split(algorithm, shapes)
+        self._split = _Split.of(algorithm, shapes)
         self._leaves = [_one(leaf) for leaf in self._split.leaves(shapes)]
         cut = placement.cut(mesh)
         self._fresh = cached_jit(_Fresh(algorithm, trainer), mesh, out_shardings=[cut] * len(self._leaves))
@@ -149,8 +150,8 @@ class ClientState:
         self._read: tuple[np.ndarray, Future[Any]] | None = None
 
     @functools.cached_property
-    def _on_host(self) -> NamedSharding:
-        return _on_host(self._mesh)
+    def _staging(self) -> NamedSharding:
+        return staging(self._mesh)
 
     def use_chunks(self, chunks: Chunks) -> None:
         """Keeps rows in these chunks; before the first round."""
@@ -170,8 +171,8 @@ class ClientState:
             spare = np.zeros((held - len(rows), *rows.shape[1:]), rows.dtype)
             return np.concatenate([rows, spare]) if len(spare) else rows
 
-        there = [placement.put(filled(leaf), self._on_host) for leaf in rows]
-        if self._on_host != cut:
+        there = [placement.put(filled(leaf), self._staging) for leaf in rows]
+        if self._staging != cut:
             there = jax.device_put(there, cut)
         if fresh.any():
             with jax.set_mesh(self._mesh):
@@ -190,8 +191,8 @@ class ClientState:
             self._result(done)
             self._writes.remove(done)
         fetched = self._split.leaves(state)
-        if self._on_host != placement.cut(self._mesh):
-            fetched = jax.device_put(fetched, self._on_host)
+        if self._staging != placement.cut(self._mesh):
+            fetched = jax.device_put(fetched, self._staging)
         apart = upcoming is not None and not np.isin(upcoming, ids).any()
         if upcoming is not None and apart:
             self._read = upcoming, self._submit(self._get, upcoming)
@@ -236,32 +237,36 @@ class ClientState:
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """Which leaves of a state are clients' rows: its algorithm's `by_client`, and what clients keep."""
+    """Which leaves of a state are clients' rows: its algorithm's `by_client`, and what clients keep.
 
-    algorithm: Algorithm
-    shapes: ServerState
+    Attributes:
+      there: of each leaf of the algorithm's state, whether it is.
+    """
 
-    @property
-    def _there(self) -> list[bool]:
-        return jax.tree.leaves(self.algorithm.is_by_client(self.shapes.algorithm))
+    there: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, algorithm: Algorithm, state: ServerState) -> "_Split":
+        """Of an algorithm's states, of which one is given, or its shapes."""
+        return cls(tuple(jax.tree.leaves(algorithm.is_by_client(state.algorithm))))
 
     def leaves(self, state: ServerState) -> list[Any]:
         """The rows of a state: first of the algorithm's, then what clients keep."""
-        pairs = zip(jax.tree.leaves(state.algorithm), self._there, strict=True)
+        pairs = zip(jax.tree.leaves(state.algorithm), self.there, strict=True)
         return [leaf for leaf, there in pairs if there] + jax.tree.leaves(state.clients)
 
     def joined(self, state: ServerState, rows: Sequence[Any]) -> ServerState:
         """The state with other rows."""
         given = iter(rows)
         leaves, structure = jax.tree.flatten(state.algorithm)
-        pairs = zip(leaves, self._there, strict=True)
+        pairs = zip(leaves, self.there, strict=True)
         algorithm = structure.unflatten([next(given) if there else leaf for leaf, there in pairs])
         return dataclasses.replace(
             state, algorithm=algorithm, clients=jax.tree.structure(state.clients).unflatten(list(given))
         )
 
 
-def _on_host(mesh: Mesh) -> NamedSharding:
+def staging(mesh: Mesh) -> NamedSharding:
     """Where rows lie on their way: in page-locked memory, or, beside CPU devices, with these."""
     cut = placement.cut(mesh)
     if placement.platform_of(mesh) == "cpu":

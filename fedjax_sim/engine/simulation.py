@@ -302,7 +302,7 @@ class Simulation:
         return ids, waves.make_plan(self._steps[ids], self.setup.devices, self.setup.wave)
 
     def _upcoming(self) -> np.ndarray | None:
-        """The cohort of the round after the next, if there is one and it is known."""
+        """While round `self.round` is under way, the cohort of the next, if there is one and it is known."""
         number = self.round + 1
         return None if self._measure or number >= self.setup.config.rounds else self.setup.draw(number)
 
@@ -344,13 +344,13 @@ class Simulation:
         """
         with jax.set_mesh(self.mesh), self.setup.watch.during(self.round + 1):
             inputs, waste = self.inputs(self.round)
-            request = observer_request(self._due(self.round + 1), np.asarray(inputs.cohort.ids))
+            ids = np.asarray(inputs.cohort.ids)
+            request = observer_request(self._due(self.round + 1), ids)
             observed = {}
             watched = None if request is None else request.slots
             data = self.data_of(self.round, inputs)
             if self._measure is None:
                 self.feed.prepare(range(self.round + 1, self.setup.config.rounds), self._places)
-            ids = np.asarray(inputs.cohort.ids)
             self.state, outputs = self.program(self.state_for(ids), inputs, data, watched)
             if self.client_state is not None:
                 self.client_state.after(self.state, ids, self._upcoming())

@@ -19,7 +19,6 @@ import shutil
 import sys
 import traceback
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -34,6 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import hosts
+from fedjax_sim.runs.provenance import crc32
 
 
 class Checkpoints:
@@ -81,7 +81,7 @@ class Checkpoints:
             items["model"] = ocp.args.StandardSave(_numbered(deployed))
         if clients is not None:
             about["clients"] = {
-                name: {"shape": list(part.shape), "dtype": str(part.dtype), "crc32": _crc(part)}
+                name: {"shape": list(part.shape), "dtype": str(part.dtype), "crc32": crc32(part)}
                 for name, part in clients.items()
             }
             items["clients"] = ocp.args.StandardSave(dict(clients))
@@ -196,7 +196,7 @@ class Checkpoints:
                 for k, v in reader.restore(self.folder / str(number) / "clients", wanted).items()
             }
         for name, entry in entries.items():
-            if _crc(read[name]) != entry["crc32"]:
+            if crc32(read[name]) != entry["crc32"]:
                 raise ValueError(f"clients' {name} do not have the checksum that was written")
         return read
 
@@ -219,7 +219,7 @@ class Checkpoints:
         leaves: dict[Any, np.ndarray] = {}
         for place, (entry, leaf) in enumerate(zip(entries, wanted, strict=True)):
             found = jax.device_get(read[_key(place)]) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
-            if entry["crc32"] not in (None, _crc(found)):
+            if entry["crc32"] not in (None, crc32(found)):
                 raise ValueError(f"{entry['path']} does not have the checksum that was written")
             leaves[tuple(entry["path"])] = found
         return traverse_util.unflatten_dict(leaves)
@@ -369,15 +369,11 @@ def _leaves(tree: Any, shapes: Any = None) -> dict[str, dict[str, Any]]:
     for (path, leaf), like in zip(jax.tree_util.tree_leaves_with_path(tree), shapes, strict=True):
         crc = None
         if isinstance(leaf, np.ndarray):
-            crc = _crc(leaf)
+            crc = crc32(leaf)
         # Of a key, which is kept as the integers that it is made of, the shape is that of these.
         shape = [*like.shape[:1], *leaf.shape[1:]] if leaf.ndim else []
         out[jax.tree_util.keystr(path)] = {"shape": shape, "dtype": str(leaf.dtype), "crc32": crc}
     return out
-
-
-def _crc(leaf: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
 
 
 def _paths(model: Any) -> list[tuple[Any, ...]] | None:

@@ -140,11 +140,12 @@ def fingerprint(dataset: Samples) -> dict[str, Any]:
     """Shapes and checksums of a data set, by which another one is recognised."""
     out: dict[str, Any] = {"name": dataset.name, "num_classes": dataset.task.num_classes}
     for name, values in dataset.arrays.items():
-        out[name] = {"shape": list(values.shape), "crc32": _crc32(values)}
+        out[name] = {"shape": list(values.shape), "crc32": crc32(values)}
     return out
 
 
-def _crc32(values: np.ndarray) -> int:
+def crc32(values: np.ndarray) -> int:
+    """Checksum of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
@@ -174,7 +175,7 @@ def _digest(leaf: np.ndarray) -> str:
     told, part = f"{leaf.dtype}{list(leaf.shape)}, CRC-32", ""
     if isinstance(leaf, np.memmap) and leaf.nbytes > READ_WHOLE and len(leaf) > ROWS:
         leaf, part = leaf[np.linspace(0, len(leaf) - 1, ROWS).astype(np.int64)], f" of {ROWS} rows"
-    return f"{told}{part} {_crc32(leaf):08x}"
+    return f"{told}{part} {crc32(leaf):08x}"
 
 
 def check_fingerprint(dataset: Samples, recorded: dict[str, Any]) -> None:

@@ -80,7 +80,7 @@ def test_the_same_by_way_of_page_locked_memory(monkeypatch):
         seen.append(placement.cut(mesh).with_memory_kind(client_state.PINNED))
         return seen[-1]
 
-    monkeypatch.setattr(client_state, "_on_host", pinned)
+    monkeypatch.setattr(client_state, "staging", pinned)
     _same(_outcome(config), plain)
     assert seen[0].memory_kind == "pinned_host"
 

@@ -1,5 +1,7 @@
 """The landscape's numbers against closed forms, dense Hessians and NumPy loops in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from fedjax_sim.data import Preprocessing, normalise
 from fedjax_sim.models.kernels import conv
 from fedjax_sim.models.norms import norm
 from fedjax_sim.probes import landscape
-from fedjax_sim.probes.landscape import surfaces
+from fedjax_sim.probes.landscape import objective, surfaces
 from fedjax_sim.probes.landscape.curvature import lanczos
 from fedjax_sim.probes.landscape.directions import filter_norms
 
@@ -284,6 +286,11 @@ def test_bfloat16_models_are_looked_at_in_float32(net):
     coarse = models.create("mlp", (4, 4, 1), 3, hidden=[5], dtype="bfloat16")
     fine, same = (landscape.Objective(m, images, labels).gradient(variables)[0] for m in (model, coarse))
     assert fine == same
+
+
+def test_products_are_those_of_the_landscape_and_not_of_training(net):
+    trained_with = dataclasses.replace(net[0], products="tensorfloat32")
+    assert objective.CrossEntropy(trained_with).model.products is None
 
 
 def test_filters_of_a_direction_have_the_norms_of_the_models():

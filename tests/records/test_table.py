@@ -242,6 +242,15 @@ def test_provenance_says_how_jaxs_settings_stand_and_a_run_goes_on_under_the_sam
             provenance.check_jax_settings(found)
 
 
+def test_a_dtype_that_the_device_chooses_goes_on_on_such_a_device_alone():
+    here, there = {"platform": "cpu"}, {"platform": "tpu"}
+    provenance.check_dtype("auto", here)
+    provenance.check_dtype("auto", {})  # of a record of before
+    provenance.check_dtype("float32", there)
+    with pytest.raises(UserError, match=r"model\.dtype = 'auto': the run began on tpu.*on cpu"):
+        provenance.check_dtype("auto", there)
+
+
 def test_other_partitions_have_other_checksums():
     digits = load("digits")
     one, other, same = (

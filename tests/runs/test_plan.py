@@ -55,6 +55,20 @@ def test_stacks_count_by_k_and_n():
     assert part(kept, "clients' own state").total == 16 * one
 
 
+@pytest.mark.parametrize(("folder", "when"), [("run", "files"), (None, "always")])
+def test_clients_state_on_the_host_is_no_part_of_the_devices_and_in_memory_without_a_folder(folder, when):
+    made = config(
+        local=LocalConfig(epochs=1, momentum=0.9, keep_optimizer=True),
+        execution=ExecutionConfig(devices=2, client_state="host"),
+        output=OutputConfig(dir=folder),
+    )
+    plan, one = planning.plan(made), params(made)
+    held = part(plan, "clients' own state on the host (16 clients)")
+    assert (held.device, held.total, held.when) == (0, 16 * one, when)
+    assert part(plan, "clients' own state (8 of 16 clients)").device == 4 * one
+    assert part(plan, "the initial model").device == one
+
+
 def test_a_mean_needs_no_k_models_and_a_recombination_needs_them():
     def stacks(algorithm):
         made = config(

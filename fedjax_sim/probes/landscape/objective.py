@@ -92,12 +92,15 @@ class TaskLoss:
 
 
 def _exact(model: Model) -> Model:
-    """The model computing in float32, its convolutions implemented as is fastest for one model."""
+    """The model computing in float32, its convolutions implemented as is fastest for one model.
+
+    Its products are those of who calls it, whatever the run trains with.
+    """
     module = model.module
     if any(field.name == "dtype" for field in dataclasses.fields(module)):
         module = module.clone(dtype=jnp.float32)
     impl = "auto" if jax.default_backend() == "cpu" else "xla"
-    return dataclasses.replace(model, module=module, conv=impl)
+    return dataclasses.replace(model, module=module, conv=impl, products=None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
