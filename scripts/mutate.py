@@ -52,7 +52,10 @@ BY_HAND = ["tests/algorithms/test_server_rules.py", "-k", "fednova or scaffold"]
 # (module, what stands there once, what the mutant has instead, tests other than the nearest)
 MUTANTS: list[tuple] = [
     ("engine/client_rows", "moves[~moves] = self._fixed[old[~moves]]", "pass"),
-    ("engine/client_rows", "self._fixed[needed[needed != NOWHERE]] = True", "pass"),
+    ("engine/client_rows", "self._fixed[needed[needed >= 0]] = True", "pass"),
+    ("engine/client_rows", "self._places[ids] = _ELSEWHERE", "pass"),
+    ("engine/client_rows", "return hosts.gathered(own).T.reshape", "return hosts.gathered(own).reshape"),
+    ("engine/client_rows", "return process + self._own * processes", "return process + self._own"),
     ("engine/client_rows", "taken = self._fixed.copy()", "taken = np.zeros_like(self._fixed)"),
     ("engine/client_rows", "last = {client: row for", "last = {client: min(row, 0) for"),
     ("engine/client_rows", "sorted(self._needed)[:-keep]", "sorted(self._needed)[:-1]"),
@@ -63,7 +66,23 @@ MUTANTS: list[tuple] = [
         "leaf[:1], (rows, *leaf.shape[1:])) if cut",
         "leaf[:1] * 0, (rows, *leaf.shape[1:])) if cut",
     ),
-    ("engine/client_state", "np.asarray(leaf)[: len(ids)]", "np.roll(np.asarray(leaf)[: len(ids)], 1, 0)"),
+    (
+        "engine/client_state",
+        "placement.own(leaf)[: len(seats.own)]",
+        "np.roll(placement.own(leaf)[: len(seats.own)], 1, 0)",
+    ),
+    (
+        "engine/client_state",
+        "row[: len(ids)] = places[np.searchsorted(clients, ids)]",
+        "row[: len(ids)] = places[0]",
+        ["tests/engine/test_hosts.py", "-k", "personal"],
+    ),
+    (
+        "engine/client_state",
+        "slot[places] = last",
+        "slot[places] = 0",
+        ["tests/engine/test_hosts.py", "-k", "personal"],
+    ),
     ("engine/held", "stacked.RowsOf(ids, stacked.cut_to(leaf, ids.shape[0]))", "stacked.RowsOf(ids, leaf)"),
     (
         "core/stacked",

@@ -7,6 +7,9 @@ size of a model or so. On the devices these are cut; beyond what devices hold, o
 On accelerators both ways go through page-locked memory (`pinned_host`), so that the way back starts as soon
 as the round has ended. One thread of its own writes rows back and reads those of the next round while the
 devices compute. It waits for the round under way only where the next one has some of the same clients.
+
+Of several processes each keeps the rows of some clients and fills a share of the slots, which are seldom
+theirs: so a row goes to its keeper's own devices, and a program of its own takes it on to its slot, and back.
 """
 
 import dataclasses
@@ -37,7 +40,8 @@ PINNED = "pinned_host"
 """JAX's name of page-locked memory."""
 
 _LARGE = 2**31
-"""Bytes a device from which clients' state lies on the host unless asked for; of all CPU devices together."""
+"""Bytes a device from which clients' state lies on the host unless asked for; of all CPU devices of a process
+together."""
 
 
 class DamagedRow(UserError):
@@ -59,17 +63,16 @@ def where(wanted: str, algorithm: Algorithm, shapes: ServerState, num_clients: i
     """
     leaves = _Split.of(algorithm, shapes).leaves(shapes)
     size = num_clients * bytes_of([_one(leaf) for leaf in leaves])
-    devices = 1 if placement.platform_of(mesh) == "cpu" else mesh.size
-    why = None
-    if jax.process_count() > 1:
-        why = f"{jax.process_count()} processes run it, and a client's state would lie with one of them"
-    elif any(map(_is_key, leaves)):
-        why = "it holds random keys (jax.random.key), which stay on the devices"
-    if wanted == HOST and leaves and why is not None:
+    devices = jax.process_count() if placement.platform_of(mesh) == "cpu" else mesh.size
+    keys = any(map(_is_key, leaves))
+    if wanted == HOST and keys:
         raise UserError(
-            "execution.client_state", HOST, why, "Leave execution.client_state out, or set it to device."
+            "execution.client_state",
+            HOST,
+            "it holds random keys (jax.random.key), which stay on the devices",
+            "Leave execution.client_state out, or set it to device.",
         )
-    if not leaves or why is not None or wanted == DEVICE:
+    if not leaves or keys or wanted == DEVICE:
         return DEVICE
     return HOST if wanted == HOST or size > _LARGE * devices else DEVICE
 
@@ -113,11 +116,60 @@ def first_rows(algorithm: Algorithm, state: Any, rows: int) -> Any:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Seats:
+    """Where the rows of some clients lie, on the devices of the processes that keep them.
+
+    Attributes:
+      each: r, rows a device has room for.
+      own: i32[m], clients whose rows this process keeps, in the order in which they lie on its devices.
+      others: those of the other processes.
+      row: i32[S], where each slot's row is, of all D·r; None: slots are in this order already.
+      slot: i32[D·r], the slot that has what a row will be; of spare rows any.
+    """
+
+    each: int
+    own: np.ndarray
+    others: np.ndarray
+    row: np.ndarray | None = None
+    slot: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, ids: np.ndarray, slots: int, rows: ClientRows, mesh: Mesh) -> "_Seats":
+        """Of the clients `ids`, i32[m], who fill the first of so many slots. A client may be there twice."""
+        keepers = [device.process_index for device in mesh.devices.flat]
+        if len(set(keepers)) == 1:
+            return cls(slots // mesh.size, ids, ids[:0])
+        clients, last = np.unique(ids[::-1], return_index=True)
+        last = len(ids) - 1 - last
+        keeper = rows.keeper(clients)
+        of = {process: np.flatnonzero(np.equal(keepers, process)) for process in set(keepers)}
+        counts = {process: int(np.sum(keeper == process)) for process in of}
+        # In steps, so that few different programs come of it.
+        step = max(1, slots // (4 * mesh.size))
+        fullest = max(-(-count // len(of[process])) for process, count in counts.items())
+        each = -(-fullest // step) * step
+        places = np.zeros(len(clients), np.int32)
+        for process, devices in of.items():
+            room = (devices[:, None] * each + np.arange(each)).ravel()
+            places[keeper == process] = room[: counts[process]]
+        slot = np.zeros(mesh.size * each, np.int32)
+        slot[places] = last
+        row = np.zeros(slots, np.int32)
+        row[: len(ids)] = places[np.searchsorted(clients, ids)]
+        mine = keeper == jax.process_index()
+        return cls(each, clients[mine], clients[~mine], row, slot)
+
+
+def _taken(rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
+    return stacked.take_rows(rows, index)
+
+
 class ClientState:
     """Clients' rows on the host, and their way to the devices and back.
 
     Attributes:
-      rows: of all clients.
+      rows: of all clients; of several processes, of those whom this one keeps.
     """
 
     def __init__(
@@ -144,7 +196,8 @@ class ClientState:
         self._leaves = [_one(leaf) for leaf in self._split.leaves(shapes)]
         cut = placement.cut(mesh)
         self._fresh = cached_jit(_Fresh(algorithm, trainer), mesh, out_shardings=[cut] * len(self._leaves))
-        self.rows = ClientRows(len(labels), self._leaves)
+        self._moved = cached_jit(_taken, mesh, out_shardings=[cut] * len(self._leaves))
+        self.rows = ClientRows(len(labels), self._leaves, part=_part())
         self._worker: ThreadPoolExecutor | None = None
         self._writes: list[Future[None]] = []
         self._read: tuple[np.ndarray, Future[Any]] | None = None
@@ -155,28 +208,27 @@ class ClientState:
 
     def use_chunks(self, chunks: Chunks) -> None:
         """Keeps rows in these chunks; before the first round."""
-        self.rows = ClientRows(self.rows.count, self._leaves, chunks)
+        self.rows = ClientRows(self.rows.count, self._leaves, chunks, _part())
 
     def placed(self, state: ServerState, ids: np.ndarray) -> ServerState:
         """A state that has these clients' rows. i32[m]."""
+        seats = self._seats(ids)
         if self._read is not None and np.array_equal(self._read[0], ids):
             reading, self._read = self._read[1], None
         else:
-            reading = self._submit(self._get, ids)
+            reading = self._submit(self._get, ids, seats)
         rows, fresh = self._result(reading)
-        (held,) = filled_shape((len(ids),), self._mesh.size)
         cut = placement.cut(self._mesh)
-
-        def filled(rows: np.ndarray) -> np.ndarray:
-            spare = np.zeros((held - len(rows), *rows.shape[1:]), rows.dtype)
-            return np.concatenate([rows, spare]) if len(spare) else rows
-
-        there = [placement.put(filled(leaf), self._staging) for leaf in rows]
+        there = [placement.put_own(leaf, seats.each, self._staging) for leaf in rows]
         if self._staging != cut:
             there = jax.device_put(there, cut)
+        if seats.row is not None:
+            with jax.set_mesh(self._mesh):
+                there = self._moved(there, seats.row)
         if fresh.any():
             with jax.set_mesh(self._mesh):
-                there = self._fresh(there, filled(fresh), filled(self._labels[ids]), state.initial, self._key)
+                labels = self._filled(self._labels[ids])
+                there = self._fresh(there, self._filled(fresh), labels, state.initial, self._key)
         return self._split.joined(state, there)
 
     def after(self, state: ServerState, ids: np.ndarray, upcoming: np.ndarray | None) -> None:
@@ -190,15 +242,28 @@ class ClientState:
         for done in [write for write in self._writes if write.done()]:
             self._result(done)
             self._writes.remove(done)
-        fetched = self._split.leaves(state)
+        seats, fetched = self._seats(ids), self._split.leaves(state)
+        if seats.slot is not None:
+            with jax.set_mesh(self._mesh):
+                fetched = self._moved(fetched, seats.slot)
         if self._staging != placement.cut(self._mesh):
             fetched = jax.device_put(fetched, self._staging)
         apart = upcoming is not None and not np.isin(upcoming, ids).any()
         if upcoming is not None and apart:
-            self._read = upcoming, self._submit(self._get, upcoming)
-        self._writes.append(self._submit(self._put, ids, fetched))
+            self._read = upcoming, self._submit(self._get, upcoming, self._seats(upcoming))
+        self._writes.append(self._submit(self._put, seats, fetched))
         if upcoming is not None and not apart:
-            self._read = upcoming, self._submit(self._get, upcoming)
+            self._read = upcoming, self._submit(self._get, upcoming, self._seats(upcoming))
+
+    def _seats(self, ids: np.ndarray) -> _Seats:
+        (slots,) = filled_shape((len(ids),), self._mesh.size)
+        return _Seats.of(ids, slots, self.rows, self._mesh)
+
+    def _filled(self, rows: np.ndarray) -> np.ndarray:
+        """With what the devices have beside them. [m, …] -> [S, …]."""
+        (slots,) = filled_shape((len(rows),), self._mesh.size)
+        spare = np.zeros((slots - len(rows), *rows.shape[1:]), rows.dtype)
+        return np.concatenate([rows, spare]) if len(spare) else rows
 
     def snapshot(self, number: int, keep: int) -> Snapshot:
         """See `ClientRows.snapshot`; waits for all rounds before `number`."""
@@ -228,11 +293,12 @@ class ClientState:
             fix = "Start the run again, or put its folder back as it was."
             raise DamagedRow("execution.client_state", HOST, str(error), fix) from error
 
-    def _get(self, ids: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        return self.rows.get(ids), ~self.rows.known(ids)
+    def _get(self, ids: np.ndarray, seats: _Seats) -> tuple[list[np.ndarray], np.ndarray]:
+        return self.rows.get(seats.own), ~self.rows.known(ids)
 
-    def _put(self, ids: np.ndarray, leaves: Sequence[jax.Array]) -> None:
-        self.rows.put(ids, [np.asarray(leaf)[: len(ids)] for leaf in leaves])
+    def _put(self, seats: _Seats, leaves: Sequence[jax.Array]) -> None:
+        self.rows.put(seats.own, [placement.own(leaf)[: len(seats.own)] for leaf in leaves])
+        self.rows.put_elsewhere(seats.others)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +339,10 @@ def staging(mesh: Mesh) -> NamedSharding:
         return cut
     kinds = [{memory.kind for memory in device.addressable_memories()} for device in mesh.local_devices]
     return cut.with_memory_kind(PINNED) if all(PINNED in there for there in kinds) else cut
+
+
+def _part() -> tuple[int, int]:
+    return jax.process_index(), jax.process_count()
 
 
 def _one(leaf: Any) -> jax.ShapeDtypeStruct:

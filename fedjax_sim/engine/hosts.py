@@ -226,6 +226,11 @@ def check_same(told: Mapping[str, Any], fix: str) -> None:
         raise UserError(name, value, f"so in process {who}; the first has {expected.get(name)!r}", fix)
 
 
+def gathered(array: np.ndarray) -> np.ndarray:
+    """Each process's array, of one shape and dtype of at most 32 bits. [...] -> [P, ...]."""
+    return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))
+
+
 @contextlib.contextmanager
 def locked_by_first(claim: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """A context that the first process enters for all, such as the lock on a folder."""

@@ -129,6 +129,42 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
+def put_own(rows: np.ndarray, each: int, sharding: NamedSharding) -> jax.Array:
+    """A stack of `each` rows a device, of which this process has those of its own devices alone.
+
+    Args:
+      rows: [m, …], m at most what they hold; zeros follow.
+      each: rows of a device.
+      sharding: that of `cut`, in whatever memory.
+
+    Returns:
+      [D·each, …].
+    """
+    mesh = cast(Mesh, sharding.mesh)
+    shape = (mesh.size * each, *rows.shape[1:])
+    parts = []
+    for number, device in enumerate(_own_devices(mesh)):
+        part = rows[number * each : (number + 1) * each]
+        if len(part) < each:
+            part = np.concatenate([part, np.zeros((each - len(part), *rows.shape[1:]), rows.dtype)])
+        there = jax.sharding.SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+        parts.append(jax.device_put(part, there))
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def own(stack: jax.Array) -> np.ndarray:
+    """The rows of a cut stack that this process's devices hold, in the order of `put_own`. [n, …]."""
+    if stack.is_fully_addressable:
+        return np.asarray(stack)
+    shards = sorted(stack.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def _own_devices(mesh: Mesh) -> list[Any]:
+    """Devices of this process, in the order of the mesh."""
+    return [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+
+
 def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
     """A C-ordered copy that starts at a multiple of `boundary` bytes, as zero-copy transfer wants it."""
     array = np.ascontiguousarray(array)

@@ -166,18 +166,28 @@ class Checkpoints:
             counted = jax.tree.map(_on_host, abstract if shapes is None else shapes)
             # Every process reads its part of what the devices hold; one alone what counts.
             wanted = jax.tree.map(_on_host, abstract) if jax.process_count() > 1 else counted
-            try:
+
+            def read(number: int = number, wanted: Any = wanted, counted: Any = counted) -> Any:
                 state = self._read(number, wanted, counted)
                 also(number)
+                return state
+
+            try:
+                state = hosts.all_or_none(read)
+            except hosts.OtherProcessLost:
+                raise
+            except hosts.OtherProcessFailed as error:  # it read what this one did not have to
+                failed = error
             except UserError:
                 raise
             except Exception as error:
-                why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
-                if mend:
-                    hosts.on_first(partial(self._put_aside, number))
-                continue
-            return jax.tree.map(_from_host, state, abstract), number
+                failed = error
+            else:
+                return jax.tree.map(_from_host, state, abstract), number
+            why = f"{type(failed).__name__}: {failed}".splitlines()[0][:300]
+            warnings.warn(f"checkpoint of round {number} is damaged, passed over ({why})", stacklevel=2)
+            if mend:
+                hosts.on_first(partial(self._put_aside, number))
         return None
 
     def clients(self, number: int) -> dict[str, np.ndarray] | None:

@@ -99,7 +99,6 @@ def advised(setup: Setup, platform: str, part: Part) -> Part:
         "a smaller local.batch_size": config.local.batch_size == 1,
         "a smaller cohort.size": setup.cohort_size == 1,
         "fewer clients": setup.num_clients == 1,
-        "execution.client_state = host": jax.process_count() > 1,
         "peel.split = train": config.peel.split == "train",
     }
     options = [option.strip().removeprefix("or ") for option in part.remedy.split(",")]
@@ -199,7 +198,7 @@ def state_parts(simulation: Simulation) -> list[Part]:
     remedy = "local.keep_optimizer = false, execution.client_state = host, more devices, or fewer clients"
     whose = f"{setup.num_clients} clients"
     if simulation.client_state is not None:
-        size = simulation.client_state.rows.row_bytes * setup.num_clients
+        size = simulation.client_state.rows.row_bytes * -(-setup.num_clients // jax.process_count())
         when = "always" if setup.config.output.dir is None else "files"
         name = f"clients' own state on the host ({whose})"
         parts.append(Part(name, 0, size, when, "output.dir (it lies in files then)"))

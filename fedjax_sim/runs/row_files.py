@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fedjax_sim.engine import hosts
 from fedjax_sim.engine.client_rows import Chunks
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.checkpoint import Checkpoints
@@ -21,7 +22,7 @@ from fedjax_sim.runs.folder import Folder
 def begin(simulation: Simulation, folder: Folder) -> None:
     """Has a simulation that starts with its first round keep clients' state there, if it lies on the host."""
     if simulation.client_state is not None:
-        shutil.rmtree(folder.clients, ignore_errors=True)
+        hosts.on_first(lambda: shutil.rmtree(folder.clients, ignore_errors=True))
         simulation.client_state.use_chunks(mapped(folder.clients))
 
 
@@ -58,16 +59,17 @@ def of_run(
 def mapped(folder: Path) -> Chunks:
     """Chunks that lie in a folder, made with the first one.
 
-    Each raises OSError where it cannot be made, and ValueError where it is there with another size.
+    Each raises OSError where it cannot be made, or is another process's and not there, and ValueError where
+    it is there with another size.
     """
 
-    def chunk(number: int, shape: tuple[int, int]) -> np.ndarray:
+    def chunk(number: int, shape: tuple[int, int], own: bool) -> np.ndarray:
         path, size = _path(folder, number), shape[0] * shape[1]
-        if not path.exists():
+        if own and not path.exists():
             folder.mkdir(exist_ok=True)
             _take(path, size)
         _check(path, size)
-        return np.memmap(path, np.uint8, "r+", shape=shape)
+        return np.memmap(path, np.uint8, "r+" if own else "r", shape=shape)
 
     return chunk
 
@@ -75,9 +77,9 @@ def mapped(folder: Path) -> Chunks:
 def mapped_to_look(folder: Path) -> Chunks:
     """The same, of files that are left as they are whatever is written."""
 
-    def chunk(number: int, shape: tuple[int, int]) -> np.ndarray:
+    def chunk(number: int, shape: tuple[int, int], own: bool) -> np.ndarray:
         path = _path(folder, number)
-        if not path.exists():
+        if own and not path.exists():
             return np.zeros(shape, np.uint8)  # for rows that are new
         _check(path, shape[0] * shape[1])
         return np.memmap(path, np.uint8, "c", shape=shape)

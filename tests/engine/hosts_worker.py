@@ -35,10 +35,11 @@ MEASURED = dataclasses.replace(
     inertia=fs.InertiaConfig(measure=True, every=2),
 )
 PERSONAL = dataclasses.replace(PLAIN, algorithm=fs.FedPer())
+ON_HOST = dataclasses.replace(PERSONAL, rounds=5, execution=fs.ExecutionConfig(client_state="host"))
 CLUSTERED = dataclasses.replace(PLAIN, algorithm=fs.algorithms.CONFIGS["clusamp"]())
 # Whose private leaves are those of nine clients, on four devices.
 CUT = dataclasses.replace(PERSONAL, rounds=100_000, evaluation=fs.EvaluationConfig(every=0))
-CASES = {"measured": MEASURED, "personal": PERSONAL, "clustered": CLUSTERED}
+CASES = {"measured": MEASURED, "personal": ON_HOST, "clustered": CLUSTERED}
 
 
 def inside(config: fs.RunConfig, folder: Path) -> fs.RunConfig:

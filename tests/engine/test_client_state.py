@@ -1,6 +1,9 @@
 """Clients' own state on the host: the same bits as on the devices, and rows that snapshots need stay."""
 
 import dataclasses
+import functools
+import threading
+from unittest import mock
 
 import jax
 import numpy as np
@@ -9,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedjax_sim as fs
-from fedjax_sim.engine import client_state, placement
+from fedjax_sim.engine import client_state, hosts, placement
 from fedjax_sim.engine.client_rows import ClientRows
 from fedjax_sim.runs.federation import Simulation
 
@@ -130,6 +133,105 @@ def test_every_snapshot_that_is_kept_stays_as_it_was(rounds, keep):
     assert _get(rows) == told[kept[0]][1]
 
 
+class _Processes:
+    """Rows of several processes that see the same chunks. What they do together each does in a thread."""
+
+    def __init__(self, count, files):
+        self.count, self.files = count, files
+        leaves = [jax.ShapeDtypeStruct((3,), np.float32), jax.ShapeDtypeStruct((), np.int32)]
+        self.rows = [
+            ClientRows(7, leaves, functools.partial(self._chunk, p), part=(p, count)) for p in range(count)
+        ]
+        self._calls, self._barrier = {}, threading.Barrier(count)
+
+    def _chunk(self, process, number, shape, own):
+        assert own == (number % self.count == process)
+        chunk = self.files.setdefault(number, np.full(shape, 255, np.uint8)) if own else self.files[number]
+        view = chunk.view()
+        view.flags.writeable = own
+        return view
+
+    def together(self, what):
+        def gathered(array):
+            self._calls[threading.current_thread().name[-1]] = array
+            self._barrier.wait()
+            found = np.stack([self._calls[name] for name in sorted(self._calls)])
+            self._barrier.wait()
+            return found
+
+        with mock.patch.object(hosts, "gathered", gathered):
+            results = [None] * self.count
+
+            def call(process):
+                results[process] = what(self.rows[process])
+
+            threads = [threading.Thread(target=call, args=(p,), name=f"p{p}") for p in range(self.count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(20)
+        return results
+
+    def put(self, ids, value):
+        for process, rows in enumerate(self.rows):
+            keeper = rows.keeper(ids)
+            mine = ids[keeper == process]
+            rows.put(mine, [np.full((len(mine), 3), value, np.float32), np.full(len(mine), value, np.int32)])
+            rows.put_elsewhere(ids[keeper != process])
+
+    def get(self):
+        now, known, everyone = np.zeros(7, int), [], np.arange(7)
+        for process, rows in enumerate(self.rows):
+            mine = everyone[rows.keeper(everyone) == process]
+            floats, integers = rows.get(mine)
+            np.testing.assert_array_equal(floats[:, 0], integers)
+            now[mine] = integers
+            known.append(rows.known(everyone).tolist())
+        assert known.count(known[0]) == len(known)
+        assert known[0] == (now != 0).tolist()
+        return now.tolist()
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), max_size=6)
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_another_number_of_processes_goes_on_from_any_snapshot(legs):
+    """Each leg: how many processes, from 1, and the cohorts of its rounds; it starts at a kept snapshot."""
+    files, kept, told, number = {}, {}, {}, 0
+    with mock.patch("fedjax_sim.engine.client_rows.CHUNK", 32):  # two rows
+        for more, rounds in legs:
+            processes = _Processes(1 + more, files)
+            now = [0] * 7
+            if kept:
+                start = sorted(kept)[-1 - more % len(kept)]
+                kept = {name: one for name, one in kept.items() if name <= start}
+                processes.together(lambda rows: rows.load(start, kept))  # noqa: B023
+                now, number = list(told[start]), start
+            assert processes.get() == now
+            for ids in rounds:
+                number += 1
+                processes.put(np.asarray(ids, np.int32), number)
+                now = [number if client in ids else old for client, old in enumerate(now)]
+                if number % 3 != 1:
+                    found = processes.together(lambda rows: rows.snapshot(number, keep=2))  # noqa: B023
+                    for one in found[1:]:
+                        jax.tree.map(np.testing.assert_array_equal, one, found[0])
+                    kept[number], told[number] = found[0], list(now)
+                    kept = {name: kept[name] for name in sorted(kept)[-2:]}
+                assert processes.get() == now
+            for name in kept:
+                fresh = _Processes(1 + name % 3, files)
+                fresh.together(lambda rows: rows.load(name, kept))  # noqa: B023
+                assert fresh.get() == told[name]
+
+
 def test_places_are_used_again_once_no_snapshot_needs_them(monkeypatch):
     monkeypatch.setattr("fedjax_sim.engine.client_rows.CHUNK", 32)  # two rows
     rows = _rows()
@@ -151,7 +253,7 @@ def test_a_damaged_row_is_told():
 def test_no_room_changes_no_row(monkeypatch):
     monkeypatch.setattr("fedjax_sim.engine.client_rows.CHUNK", 32)
 
-    def chunks(number, shape):
+    def chunks(number, shape, own):
         if number:
             raise OSError(28, "No space left on device")
         return np.empty(shape, np.uint8)

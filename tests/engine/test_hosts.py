@@ -61,7 +61,8 @@ def told(folder) -> tuple[list[str], list[str]]:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_the_records_and_the_model_of_one(name, folder, told):
     both = fs.load(folder / name)
-    alone = fs.run(CASES[name])
+    # What clients keep lies on the devices here.
+    alone = fs.run(dataclasses.replace(CASES[name], execution=fs.ExecutionConfig()))
     assert both.finished
     assert f"{both.metrics.last('accuracy')!r}" in next(line for line in told[1] if line.startswith(name))
     pairs = list(zip(both.metrics, alone.metrics, strict=True))
@@ -139,14 +140,10 @@ def ended(processes: list[subprocess.Popen]) -> list[str]:
             process.kill()
 
 
-def begun(home: Path, count: int, rounds: int, placement: str = "auto") -> list[subprocess.Popen]:
-    """As many processes of a long run in `home / "run"`, which has done so many rounds.
-
-    `placement`: where its samples lie (`execution.data`).
-    """
+def begun(home: Path, count: int, rounds: int, **execution) -> list[subprocess.Popen]:
+    """As many processes of a long run in `home / "run"`, which has done so many rounds."""
     output = dataclasses.replace(CUT.output, dir=str(home / "run"), checkpoint_every=5)
-    execution = fs.ExecutionConfig(data=placement)  # type: ignore[arg-type]
-    config = dataclasses.replace(CUT, output=output, execution=execution)
+    config = dataclasses.replace(CUT, output=output, execution=fs.ExecutionConfig(**execution))
     (home / "run.yaml").write_text(config_lib.dump(config))
     processes = several(count, ["run", str(home / "run.yaml")])
     journal, until = home / "run" / "journal.jsonl", time.monotonic() + 200
@@ -174,9 +171,13 @@ def check_as_never_cut(place: Path, rounds: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize(("count", "later"), [(3, 2), (4, 3), (2, 4)])
-def test_sigterm_to_one_of_several_ends_all_and_another_number_of_them_continues(count, later, tmp_path):
-    processes = begun(tmp_path, count, 8)
+@pytest.mark.parametrize(
+    ("count", "later", "client_state"), [(3, 2, "device"), (4, 3, "host"), (2, 4, "device"), (2, 3, "host")]
+)
+def test_sigterm_to_one_of_several_ends_all_and_another_number_of_them_continues(
+    count, later, client_state, tmp_path
+):
+    processes = begun(tmp_path, count, 8, client_state=client_state)
     processes[-1].send_signal(signal.SIGTERM)
     said = ended(processes)
     assert [process.returncode for process in processes] == [143] * count, "\n".join(said)
@@ -191,11 +192,18 @@ def test_sigterm_to_one_of_several_ends_all_and_another_number_of_them_continues
 @pytest.mark.slow
 @pytest.mark.faults
 @pytest.mark.parametrize(
-    ("count", "later", "placement"),
-    [(4, 2, "auto"), (4, 2, "streamed"), (4, 2, "cut"), (2, 1, "auto"), (2, 1, "streamed")],
+    ("count", "later", "execution"),
+    [
+        (4, 2, {}),
+        (4, 2, {"data": "streamed"}),
+        (4, 2, {"data": "cut"}),
+        (4, 2, {"client_state": "host"}),
+        (2, 1, {}),
+        (2, 1, {"data": "streamed", "client_state": "host"}),
+    ],
 )
-def test_one_that_is_killed_ends_the_others_with_one_error_and_fewer_go_on(count, later, placement, tmp_path):
-    processes = begun(tmp_path, count, 12, placement)
+def test_one_that_is_killed_ends_the_others_with_one_error_and_fewer_go_on(count, later, execution, tmp_path):
+    processes = begun(tmp_path, count, 12, **execution)
     killed, began = processes[count // 2], time.monotonic()
     killed.kill()
     said = ended(processes)
