@@ -279,6 +279,11 @@ def simulate(sizes=(), **settings: Any) -> Simulation:
     return simulation
 
 
+def rounds_compiled(simulation: Simulation) -> int:
+    """How many programs of rounds a run has made: of one, measured or not, and of several."""
+    return sum(made.num_compiled() for made in (simulation.program, simulation.fused) if made is not None)
+
+
 def run(simulation: Simulation, rounds: int | None = None) -> list:
     """Advances to the end, or by `rounds`; all rows."""
     return [row for rows in simulation.advance(rounds) for row in rows]

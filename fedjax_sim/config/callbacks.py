@@ -3,8 +3,9 @@
 A callback is a frozen dataclass of settings with a method `on_round(number, rows, run)`. It is called once
 a round, in the order of `RunConfig.callbacks`, when the round's rows are known and before the next round
 starts. What it decides therefore holds exactly: a run that is stopped ends after that very round, and the
-model that it asks for is the one that the rows speak of. While a run has callbacks, no round is computed
-ahead.
+model that it asks for is the one that the rows speak of. So while a run has callbacks, no round is computed
+ahead. One that acts on evaluated rounds alone says so with `every_round = False`: rounds up to the next
+evaluation then run as one program (`execution.rounds_per_call`), and it is told of all of them after it.
 
 A run that is stopped evaluates its last model, and fine-tunes clients if it was to (`evaluation.finetune`),
 as any run does after its last round; callbacks are called once more, with the rows of that. Diagnostics of
@@ -74,7 +75,8 @@ class UnderWay(Protocol):
 
 
 class Callback(Protocol):
-    """What acts on a run between its rounds. It may also have `on_start(run)` and `on_end(run)`.
+    """What acts on a run between its rounds. It may also have `on_start(run)` and `on_end(run)`, and
+    `every_round`, False if it acts on evaluated rounds alone.
 
     `on_start` is called before the first round of each start of the run, a resume included; `run.metrics`
     holds the rounds that are done. `on_end` is called after the last round, of a run that was stopped too,
@@ -113,6 +115,11 @@ class EarlyStopping:
         at_least("callbacks.early_stopping.patience", self.patience, 1)
         at_least("callbacks.early_stopping.min_delta", self.min_delta, 0.0)
 
+    @property
+    def every_round(self) -> bool:
+        """Whether other rounds than the evaluated may have the metric."""
+        return not _of_evaluation(self.metric)
+
     def on_round(self, number: int, rows: Sequence[Row], run: UnderWay) -> None:
         """Stops the run if the newest measurement is one too many."""
         values = _signed(self, number, rows, run)
@@ -140,11 +147,20 @@ class KeepBest:
     def __post_init__(self):
         check(self, "callbacks.keep_best.")
 
+    @property
+    def every_round(self) -> bool:
+        """Whether other rounds than the evaluated may have the metric."""
+        return not _of_evaluation(self.metric)
+
     def on_round(self, number: int, rows: Sequence[Row], run: UnderWay) -> None:
         """Keeps the model if no measurement before was as good."""
         values = _signed(self, number, rows, run)
         if len(values) and values[-1] > max(values[:-1], default=-math.inf):
             run.keep()
+
+
+def _of_evaluation(metric: str) -> bool:
+    return metric in ("accuracy", "loss") or metric.startswith("client_")
 
 
 def _signed(

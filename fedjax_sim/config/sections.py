@@ -398,6 +398,8 @@ class ExecutionConfig:
       client_state: where that lies which clients keep between rounds. `device`: cut over the devices; `host`:
         on the host, in mapped files of the run's folder, and a round's rows are sent and fetched. `auto` goes
         by its size, see `fedjax_sim.engine.client_state.where`.
+      rounds_per_call: how many rounds at most run as one program, where neither an evaluation nor anything
+        else has the host look in between. `auto`: as many as take a quarter of a second. 1: one by one.
     """
 
     devices: int | None = None
@@ -407,12 +409,15 @@ class ExecutionConfig:
     debug: bool = False
     data: Literal["auto", "copied", "cut", "streamed"] = "auto"
     client_state: Literal["auto", "device", "host"] = "auto"
+    rounds_per_call: int | Literal["auto"] = "auto"
 
     def __post_init__(self):
         check(self, "execution.")
         for name in ("devices", "wave"):
             if getattr(self, name) is not None:
                 at_least(f"execution.{name}", getattr(self, name), 1)
+        if self.rounds_per_call != "auto":
+            at_least("execution.rounds_per_call", self.rounds_per_call, 1)
         from fedjax_sim.core.conv_impl import CONV_IMPLS
 
         if self.conv not in ("auto", *CONV_IMPLS):

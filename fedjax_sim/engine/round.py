@@ -579,3 +579,51 @@ def _named(tree: PyTree) -> list[tuple[str, Any]]:
 
 def _take(leaf: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(leaf, index, axis=0, mode="clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """Several rounds as one program, one after another: what one round does, so many times, to the bit.
+
+    Attributes:
+      round: one of them.
+      shardings: of the state; they follow from the round.
+    """
+
+    round: Round
+    shardings: ServerState = dataclasses.field(compare=False)
+
+    def __call__(
+        self, state: ServerState, inputs: RoundInputs, count: jax.Array, data: RoundData
+    ) -> tuple[ServerState, RoundOutputs]:
+        """The state after them, and what each says of itself. Traced.
+
+        Args:
+          state: before the first.
+          inputs: of up to R rounds, leaves [R, …], but for the key, which is that of the run.
+          count: i32[], how many of them are done.
+          data: the samples of all clients.
+
+        Returns:
+          The outputs of the rounds, leaves [R, …]; of those that are not done zeros.
+        """
+
+        def of(number: jax.Array) -> RoundInputs:
+            one = dataclasses.replace(inputs, key=None)
+            return dataclasses.replace(jax.tree.map(lambda leaf: leaf[number], one), key=inputs.key)
+
+        def one(number: jax.Array, carry: tuple[ServerState, RoundOutputs]) -> Any:
+            before, all_outputs = carry
+            after, outputs = self.round(before, of(number), data, None)
+            after = jax.lax.with_sharding_constraint(after, self.shardings)
+            kept = jax.tree.map(
+                lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, number, 0),
+                all_outputs,
+                outputs,
+            )
+            return after, kept
+
+        limit = inputs.lr.shape[0]
+        shapes = jax.eval_shape(lambda: self.round(state, of(jnp.int32(0)), data, None)[1])
+        empty = jax.tree.map(lambda leaf: jnp.zeros((limit, *leaf.shape), leaf.dtype), shapes)
+        return jax.lax.fori_loop(0, count, one, (state, empty))

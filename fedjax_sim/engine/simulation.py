@@ -15,7 +15,7 @@ from fedjax_sim.core.algorithm import Algorithm, Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INIT, key_for, run_key
-from fedjax_sim.engine import client_state, cohorts, placement, waves
+from fedjax_sim.engine import client_state, cohorts, fusing, placement, waves
 from fedjax_sim.engine.client_state import ClientState
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
@@ -24,7 +24,7 @@ from fedjax_sim.engine.feed import Feed, RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
-from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, ServerState
+from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, Rounds, ServerState
 from fedjax_sim.engine.scores import Scores, client_rows
 from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.records import Row
@@ -109,6 +109,8 @@ class Simulation:
       instruments: diagnostics of measured rounds.
       observers: theirs, by name.
       program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
+      fused: several rounds as one compiled program, `fedjax_sim.engine.round.Rounds`; None: they run one by
+        one.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
       client_state: what clients keep, where it lies on the host; else None.
@@ -166,6 +168,19 @@ class Simulation:
             self.mesh,
             donate_argnums=(0,) if setup.config.execution.donate else (),
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
+        )
+        reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)
+        self._limit = fusing.limit(setup, reason)
+        self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self._limit)
+        self.fused = (
+            cached_jit(
+                Rounds(self.function, self._shardings),
+                self.mesh,
+                donate_argnums=(0,) if setup.config.execution.donate else (),
+                out_shardings=(self._shardings, placement.replicated(self.mesh)),
+            )
+            if self._limit > 1
+            else None
         )
         self.observe = cached_jit(
             AllObservers(self.observers),
@@ -365,6 +380,53 @@ class Simulation:
             parts.append(self.evaluate())
         return partial(_joined, parts)
 
+    def steps(self, most: int | None = None) -> Callable[[], Iterator[list[Row]]]:
+        """Starts the next round, or several as one program, and the evaluation that is due after the last.
+
+        They end where an evaluation or a measurement is due, or the run ends. How many they are goes by
+        `execution.rounds_per_call`, and has no influence on results.
+
+        Args:
+          most: how many at most; None: however many.
+
+        Returns:
+          Gives the rows of each round, one after another, and raises what `step` raises in the round that it
+          speaks of.
+        """
+        count = self._pace.rounds(self._until_due(most))
+        if count == 1 and (self.fused is None or self._due(self.round + 1)):
+            one = self.step()
+            return lambda: iter([self._pace.timed(1, one)])
+        assert self.fused is not None
+        first = self.round + 1
+        with jax.set_mesh(self.mesh), self.setup.watch.during(first):
+            each = [self.inputs(self.round + number) for number in range(count)]
+            inputs = fusing.stacked_inputs([one for one, _ in each], self._limit)
+            self.state, outputs = self.fused(self.state, inputs, np.int32(count), self.data)
+        self.round += count
+        evaluated = self.evaluate() if self.due() else None
+
+        def rows() -> Iterator[list[Row]]:
+            fetched = self._pace.timed(count, partial(jax.device_get, outputs))
+            for number, (of_round, waste) in enumerate(each):
+                own = jax.tree.map(lambda leaf: leaf[number], fetched)  # noqa: B023
+                made = self._rows(first + number, of_round, own, {}, waste, None)
+                yield made + evaluated() if evaluated is not None and number == count - 1 else made
+
+        return rows
+
+    def _until_due(self, most: int | None) -> int:
+        """How many rounds may be started before the host has to look, at least 1."""
+        if self._due(self.round + 1):
+            return 1
+        end = min(self.round + self._limit, self.setup.config.rounds)
+        if most is not None:
+            end = min(end, self.round + most)
+        number = self.round + 1
+        while number < end and not self._evaluates(number) and not self._due(number + 1):
+            number += 1
+        return number - self.round
+
     def _rows(
         self,
         number: int,
@@ -449,23 +511,27 @@ class Simulation:
 
     def due(self) -> bool:
         """Whether the model as it now is should be evaluated."""
+        return self._evaluates(self.round)
+
+    def _evaluates(self, number: int) -> bool:
+        """Whether an evaluation follows round `number`, from 1."""
         every = self.setup.config.evaluation.every
-        return every > 0 and (self.round % every == 0 or self.round == self.setup.config.rounds)
+        return every > 0 and (number % every == 0 or number == self.setup.config.rounds)
 
     def advance(self, rounds: int | None = None) -> Iterator[list[Row]]:
         """Runs `rounds` rounds (None: to the end), and yields each one's rows, evaluation included.
 
-        One round is always under way while the rows of the one before are handed out.
+        The next round or rounds are always under way while the rows of those before are handed out.
         """
         last = self.setup.config.rounds if rounds is None else self.round + rounds
-        waiting: list[Callable[[], list[Row]]] = []
+        waiting: list[Callable[[], Iterator[list[Row]]]] = []
         while self.round < last:
-            under_way = self.step()
+            under_way = self.steps(last - self.round)
             for part in waiting:
-                yield part()
+                yield from part()
             waiting = [under_way]
         for part in waiting:
-            yield part()
+            yield from part()
 
     # --- evaluation ---------------------------------------------------------------------------------
 

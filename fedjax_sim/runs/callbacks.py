@@ -1,6 +1,7 @@
 """Calls a run's callbacks (`fedjax_sim.config.callbacks`), and remembers what they ask for."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,30 @@ class Callbacks:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
+    @property
+    def every_round(self) -> bool:
+        """Whether one of them may act on rounds that were not evaluated."""
+        return bool(self._each_round())
+
+    def _each_round(self) -> list[str]:
+        every = [callback for callback in self._entries if getattr(callback, "every_round", True)]
+        return [_name(callback) for callback in every]
+
+    def tell_one_by_one(self) -> None:
+        """Warns that rounds which could run as one program run one by one."""
+        names = self._each_round()
+        told = f"rounds run one by one, as {', '.join(names)} may act after each"
+        fix = "every_round = False says that it acts on evaluated rounds alone"
+        if hosts.first():
+            warnings.warn(f"{told}; {fix}, execution.rounds_per_call = 1 that this is meant", stacklevel=3)
+
+    def refuse(self, wishes: Wishes, number: int) -> None:
+        """Raises UserError if anything is asked for of a round that others have followed already."""
+        if wishes != Wishes():
+            names = ", ".join(_name(callback) for callback in self._entries)
+            why = f"one of them acts on round {number}, which was not evaluated, and has every_round = False"
+            raise UserError("callbacks", names, why, "Set every_round = True there.")
+
     def on_start(self) -> None:
         """Tells those who want to know that the run starts, in the first process.
 
@@ -116,7 +141,7 @@ class Callbacks:
         run = self._run
         run._number, run._wishes = number, Wishes()
         for place, callback in enumerate(self._entries):
-            run._by = plugins.LISTS["callbacks"].name_of(callback) or type(callback).__name__
+            run._by = _name(callback)
             function = getattr(callback, name, None)
             if function is None:
                 continue
@@ -135,3 +160,7 @@ class Callbacks:
                 raise UserError(f"callbacks.{place}.{name}", run._by, why, fix) from error
         run._number = 0
         return run._wishes
+
+
+def _name(callback: Any) -> str:
+    return plugins.LISTS["callbacks"].name_of(callback) or type(callback).__name__

@@ -6,7 +6,7 @@ import functools
 import json
 import shlex
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -66,19 +66,29 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         of = (path, table, recipe, seconds, cpu, done, partition, model)
         return Run(config, *of, stopped, *kept, setup.task.headline.name)
 
-    def write(number: int, rows: list[records.Row]) -> bool:
+    def write_all(numbers: range, fetch: Callable[[], Iterator[list[records.Row]]]) -> bool:
+        """Writes some rounds down. -> whether a callback wants a checkpoint, which is of the last of them."""
+        cost, wish = None, False
+        for number, rows in zip(numbers, fetch(), strict=True):
+            cost = cost or clock.lap(len(numbers))
+            wish |= write(number, rows, *cost)
+        return wish
+
+    def write(number: int, rows: list[records.Row], seconds: float, cpu: float) -> bool:
         """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
         nonlocal stopped, kept
         rows = records.encode_nonfinite(rows)
         table.extend(rows)
         wishes = callbacks.on_round(number, rows)
+        if number < simulation.round:
+            callbacks.refuse(wishes, number)
         if wishes.stopped is not None and number < config.rounds:
             stopped = wishes.stopped
             last = records.encode_nonfinite(_last_rows(simulation, rows))
             table.extend(last)
             rows = rows + last
             wishes.keep |= bool(last) and callbacks.on_round(number, last).keep
-        lap = Lap(number, *clock.lap(), setup.cohort_size)
+        lap = Lap(number, seconds, cpu, setup.cohort_size)
         if journal is None:
             laps.append(lap)
         else:
@@ -113,27 +123,31 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         if journal is not None and stopped is None and simulation.round < config.rounds:
             journal.tabulate()
 
+    if callbacks.every_round and simulation.fused is not None:
+        callbacks.tell_one_by_one()
     bar = Bar(config, simulation.round, setup.cohort_size, table, setup.task.headline.name)
-    waiting: list[Callable[[], list[records.Row]]] = []
+    waiting: list[tuple[range, Callable[[], Iterator[list[records.Row]]]]] = []
     ended = False
     try:
         callbacks.on_start()
         with signals() as asked:
             stopping = hosts.StopVote(lambda: bool(asked))
             while simulation.round < config.rounds and stopped is None and not stopping():
-                under_way = simulation.step()
-                # The round before is written down while this one is under way.
+                first, every = simulation.round + 1, config.output.checkpoint_every
+                left = every - simulation.round % every if every > 0 else None
+                under_way = simulation.steps(1 if callbacks.every_round else left)
+                # Those before are written down while these are under way.
                 for part in waiting:
-                    write(simulation.round - 1, part())
-                waiting = [under_way]
-                every = config.output.checkpoint_every
+                    write_all(*part)
+                waiting = [(range(first, simulation.round + 1), under_way)]
                 due = every > 0 and simulation.round % every == 0
-                if due or callbacks:  # which decide before the next round starts
-                    due |= write(simulation.round, waiting.pop()())
+                if due or callbacks.every_round or (callbacks and simulation.due()):
+                    # Callbacks decide before the next round starts.
+                    due |= write_all(*waiting.pop())
                 if due:
                     save()
             while waiting:
-                write(simulation.round, waiting.pop()())
+                write_all(*waiting.pop())
             save()
             if checkpoints is not None:
                 checkpoints.wait()

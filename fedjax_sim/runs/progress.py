@@ -22,11 +22,13 @@ class Clock:
     def __init__(self):
         self._mark = self._read()
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds, CPU seconds) since the last call, to the microsecond, as timing.csv has them."""
+    def lap(self, rounds: int = 1) -> tuple[float, float]:
+        """(seconds, CPU seconds) of each of so many rounds since the last call, to the microsecond, as
+        timing.csv has them.
+        """
         now = self._read()
         then, self._mark = self._mark, now
-        return round(now[0] - then[0], 6), round(now[1] - then[1], 6)
+        return round((now[0] - then[0]) / rounds, 6), round((now[1] - then[1]) / rounds, 6)
 
     @staticmethod
     def _read() -> tuple[float, float]:

@@ -790,16 +790,16 @@ def test_a_run_cut_and_resumed_is_the_run_uncut(tmp_path, monkeypatch):
     whole = runs.run(config, model=model)
     assert 0 < whole.metrics.last("lips_density") < 1
 
-    step = Simulation.step
+    steps = Simulation.steps
 
-    def cut(self):
+    def cut(self, most=None):
         if self.round == 2:
             raise RuntimeError("cut")
-        return step(self)
+        return steps(self, 1)
 
     folder = dataclasses.replace(config.output, dir=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(Simulation, "step", cut)
+        patch.setattr(Simulation, "steps", cut)
         with pytest.raises(RuntimeError, match="cut"):
             runs.run(dataclasses.replace(config, output=folder), model=model)
     done = runs.resume(tmp_path / "run", model=model)

@@ -131,7 +131,7 @@ def test_the_first_the_last_and_every_so_many_rounds_are_measured(averaged):
         for metric in METRICS:
             found = [(row.client, row.state) for row in rows if (row.round, row.metric) == (number, metric)]
             assert len(found) == len(set(found)) == 6 and {state for _, state in found} == set(STATES)
-    assert simulation.program.num_compiled() == 2  # measured, and not
+    assert oracles.rounds_compiled(simulation) == 2  # measured, and not
 
 
 def test_measuring_changes_nothing(averaged):
@@ -201,7 +201,7 @@ def test_with_the_probe_all_look_at_its_clients_and_else_at_ones_own():
     assert merged == [probed[0], merged[1], probed[2]] and len(merged[1]) == 3
     for index, clients in enumerate(merged):
         assert clients <= set(simulation.inputs(index)[0].cohort.ids.tolist())
-    assert simulation.program.num_compiled() == 2  # both, and one
+    assert oracles.rounds_compiled(simulation) == 2  # both, and one
 
     # Without samples of their own there are the global ones only, and nothing is called undefined.
     metrics = {row.metric for row in rows}

@@ -159,7 +159,7 @@ def test_a_run_with_everything_on_is_the_same_run_and_compiles_once():
     memo.forget()
     simulation = Simulation(settings_of(algorithm="fedmr", peel=PEEL_ALL))
     told = rows_of(simulation)
-    assert simulation.program.num_compiled() == 1
+    assert oracles.rounds_compiled(simulation) == 1
     without = Simulation(settings_of(algorithm="fedmr", peel={"every": 0}))
     plain = [row for row in told if row.client < 0]
     assert plain == rows_of(without)

@@ -26,7 +26,7 @@ SMALL = fs.RunConfig(
     local=fs.LocalConfig(epochs=None, steps=2, lr=0.5),
     cohort=fs.CohortConfig(size=2),
     evaluation=fs.EvaluationConfig(every=2),
-    execution=fs.ExecutionConfig(devices=1),
+    execution=fs.ExecutionConfig(devices=1, rounds_per_call=1),
     output=fs.OutputConfig(progress=False, figures=False, tensorboard=False, checkpoint_every=3, keep=1),
 )
 
@@ -288,3 +288,46 @@ def test_flags_take_callbacks(capsys):
     assert commands.main(["run", *words]) == 0
     made = config_lib.from_dict(yaml.safe_load(capsys.readouterr().out))
     assert made.callbacks == (fs.EarlyStopping(patience=7), fs.KeepBest())
+
+
+# --- rounds that run as one program -----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class AtEvaluations(StopAt):
+    """The same, of a round that was evaluated."""
+
+    every_round = False
+
+
+def _fused(call=4):
+    return dataclasses.replace(SMALL.execution, rounds_per_call=call)
+
+
+def test_one_that_may_act_after_each_round_is_named_and_rounds_run_one_by_one(tmp_path):
+    config = placed(tmp_path / "run", execution=_fused(), evaluation=fs.EvaluationConfig(every=5))
+    with pytest.warns(UserWarning, match=r"one by one, as StopAt may act after each; every_round = False"):
+        run = fs.run(config, callbacks=[StopAt(3)])
+    assert run.rounds == 3 and run.stopped.round == 3
+
+
+def test_one_that_acts_on_evaluated_rounds_leaves_the_others_together(tmp_path):
+    evaluation = fs.EvaluationConfig(every=4)
+    together = fs.run(
+        placed(tmp_path / "run", execution=_fused(), evaluation=evaluation), callbacks=[AtEvaluations(8)]
+    )
+    alone = fs.run(placed(tmp_path / "alone", evaluation=evaluation), callbacks=[StopAt(8)])
+    assert together.rounds == 8 and list(together.metrics) == list(alone.metrics)
+    jax.tree.map(np.testing.assert_array_equal, together.variables, alone.variables)
+    seconds = np.loadtxt(tmp_path / "run" / "timing.csv", delimiter=",", skiprows=1)[:, 1]
+    assert len(seconds) == 8 and seconds[1] == seconds[2]  # those of a call cost the same
+    with pytest.raises(UserError, match=r"AtEvaluations.*acts on round 5, which was not evaluated"):
+        fs.run(
+            placed(tmp_path / "wrong", execution=_fused(), evaluation=evaluation),
+            callbacks=[AtEvaluations(5)],
+        )
+
+
+def test_the_shipped_ones_say_whether_they_act_on_other_rounds():
+    assert not fs.EarlyStopping().every_round and not fs.KeepBest("client_accuracy_mean").every_round
+    assert fs.EarlyStopping("train_loss").every_round and fs.KeepBest("inertia").every_round

@@ -158,7 +158,7 @@ def test_by_name_in_a_file_they_measure_and_change_nothing(own, tmp_path):
 )
 def test_a_mistake_in_one_is_told_before_anything_is_compiled(own, kind, name, settings, told, monkeypatch):
     asked = config_lib.from_dict({kind: [{"name": f"{own}:{name}", **settings}]}, base=SMALL)
-    monkeypatch.setattr(fs.Simulation, "step", None)
+    monkeypatch.setattr(fs.Simulation, "steps", None)
     with pytest.raises(UserError, match=told):
         fs.run(asked)
 

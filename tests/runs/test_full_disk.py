@@ -38,15 +38,15 @@ def test_a_checkpoint_that_cannot_be_written_is_one_message_and_resume_loses_not
     tmp_path, monkeypatch, capfd
 ):
     config = tiny(tmp_path / "run", model=dataclasses.replace(tiny().model, options={"hidden": [2000]}))
-    step = Simulation.step
+    steps = Simulation.steps
     with contextlib.ExitStack() as limits:
 
-        def limited(self):
+        def limited(self, most=None):
             if self.round == 3:  # compiled, and the first checkpoint is there
                 limits.enter_context(no_file_above(30_000))
-            return step(self)
+            return steps(self, 1)
 
-        monkeypatch.setattr(Simulation, "step", limited)
+        monkeypatch.setattr(Simulation, "steps", limited)
         with pytest.raises(NotWritten) as caught:
             runs.run(config)
     assert str(caught.value) == (

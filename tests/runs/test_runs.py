@@ -55,15 +55,15 @@ def tiny(folder=None, **changes):
 
 def stop_at(monkeypatch, number, what):
     """Makes the step after `number` rounds do `what` first."""
-    step = Simulation.step
+    steps = Simulation.steps
 
-    def changed(self):
+    def changed(self, most=None):
         if self.round == number:
             what()
-        return step(self)
+        return steps(self, 1)
 
-    monkeypatch.setattr(Simulation, "step", changed)
-    return step
+    monkeypatch.setattr(Simulation, "steps", changed)
+    return steps
 
 
 class Crash(Exception):
@@ -196,7 +196,7 @@ def test_four_files_are_a_finished_run(tmp_path, monkeypatch):
     kept = records_of(done.folder, tmp_path / "kept")
     with monkeypatch.context() as patch:
         patch.setattr(data, "load", broken)
-        patch.setattr(Simulation, "step", broken)
+        patch.setattr(Simulation, "steps", broken)
         for opened in (runs.load(kept), runs.resume(kept)):
             assert opened.finished and list(opened.metrics) == list(done.metrics)
             assert (opened.title, opened.seconds) == (done.title, done.seconds)
@@ -437,7 +437,7 @@ def test_resume_wants_the_same_data(tmp_path, monkeypatch):
     stopped = stop_at(monkeypatch, 2, crash)
     with pytest.raises(Crash):
         runs.run(tiny(tmp_path / "run"), dataset=other_digits())
-    monkeypatch.setattr(Simulation, "step", stopped)
+    monkeypatch.setattr(Simulation, "steps", stopped)
     with pytest.raises(UserError, match="dataset"):
         runs.resume(tmp_path / "run")
     with pytest.raises(UserError, match="train_images"):
@@ -627,7 +627,7 @@ def test_a_run_that_another_process_has_finished_meanwhile_is_only_loaded(tmp_pa
     def other():
         runs.resume(tmp_path / "run")
         before.update(contents(tmp_path / "run"))
-        monkeypatch.setattr(Simulation, "step", broken)
+        monkeypatch.setattr(Simulation, "steps", broken)
         monkeypatch.setattr(records.Journal, "tabulate", broken)
 
     in_the_meantime(monkeypatch, Folder, "claimed", other)

@@ -95,15 +95,15 @@ def test_a_launched_sweep_is_that_of_this_process(local, tmp_path, together):
 def test_failures_and_lost_tasks_are_noted_and_a_later_start_goes_on(tmp_path, monkeypatch):
     methods = {"good": {}, "bad": {"local.lr": 1e30}, "cut": {"execution.donate": False}}
     made, told = sweep.from_mapping(asked(tmp_path, methods=methods, seeds=[0])), []
-    step = Simulation.step
+    steps = Simulation.steps
 
-    def cut(self):
+    def cut(self, most=None):
         if self.round == 1 and "/cut/" in str(self.setup.config.output.dir):
             raise RuntimeError("the lights went out")
-        return step(self)
+        return steps(self, 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Simulation, "step", cut)
+        patch.setattr(Simulation, "steps", cut)
         outcome = sweep.run(made, told.append, launcher=Here(lost=(0,)))
     assert outcome.failures["good, seed 0"] == "the machine is gone"
     assert "not finite" in outcome.failures["bad, seed 0"]
@@ -253,14 +253,14 @@ def test_a_task_that_is_asked_to_end_writes_a_checkpoint_and_goes_on_next_time(
     number, handlers, monkeypatch, tmp_path
 ):
     made = sweep.from_mapping(asked(tmp_path, seeds=[0], methods={"FedAvg": {}}))
-    batch, step = [sweep._plain(made.jobs[0], tmp_path)], Simulation.step
+    batch, steps = [sweep._plain(made.jobs[0], tmp_path)], Simulation.steps
 
-    def signalled(self):
+    def signalled(self, most=None):
         os.kill(os.getpid(), number)
-        return step(self)
+        return steps(self, 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Simulation, "step", signalled)
+        patch.setattr(Simulation, "steps", signalled)
         with pytest.raises(runs.Terminated, match="after round 1") as stop:
             launchers.slurm_task(sweep.run_batch, batch)
     assert stop.value.code == 143

@@ -209,10 +209,10 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
 
 
 def test_a_second_start_runs_nothing_and_says_the_same(done, monkeypatch):
-    def never(self):
+    def never(self, most=None):
         raise AssertionError("a finished run was run again")
 
-    monkeypatch.setattr(Simulation, "step", never)
+    monkeypatch.setattr(Simulation, "steps", never)
     told = []
     again = sweep.run(done.sweep, told.append)
     assert not again.failures and all("finished before" in line for line in told)
@@ -243,7 +243,7 @@ def test_a_clone_with_the_records_alone_is_finished_and_gives_the_same_table(tmp
     def never(*arguments, **more):
         raise AssertionError("a finished run was run again, or its data were loaded")
 
-    monkeypatch.setattr(Simulation, "step", never)
+    monkeypatch.setattr(Simulation, "steps", never)
     monkeypatch.setattr("fedjax_sim.data.load", never)
     told = []
     again = sweep.run(sweep.from_mapping({**wanted, "out": "out"}), told.append)
@@ -265,15 +265,15 @@ def test_one_failure_does_not_stop_the_others_and_a_cut_run_is_resumed(tmp_path,
     methods = {"good": {}, "bad": {"local.lr": 1e30}, "cut": {"execution.donate": False}}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(asked(tmp_path / "out", methods=methods, seeds=[0], reference="good")))
-    step = Simulation.step
+    steps = Simulation.steps
 
-    def cut(self):
+    def cut(self, most=None):
         if self.round == 1 and "/cut/" in str(self.setup.config.output.dir):
             raise RuntimeError("the lights went out")
-        return step(self)
+        return steps(self, 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Simulation, "step", cut)
+        patch.setattr(Simulation, "steps", cut)
         assert commands.main(["sweep", str(path)]) == 1
     told = capsys.readouterr().out
     assert "2 of 3 runs failed" in told and "not finite" in told and "the lights went out" in told
