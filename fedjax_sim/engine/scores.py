@@ -166,9 +166,7 @@ class Scores:
 
     @property
     def _together(self) -> int:
-        """How many clients' own models are evaluated at once; the devices divide it."""
-        devices = self._setup.devices
-        return devices * math.ceil(min(self._setup.num_clients, 64) / devices)
+        return together(self._setup)
 
     def _chunk(self, own: Ragged, first: int) -> tuple[np.ndarray, np.ndarray]:
         """Clients from `first` on, i32[m], and their test samples, i32[m, t], with zeros behind them."""
@@ -193,6 +191,11 @@ class Scores:
                 if np.isfinite(value)
             ]
         return rows
+
+
+def together(setup: Setup) -> int:
+    """How many clients' own models are evaluated at once; the devices divide it."""
+    return setup.devices * math.ceil(min(setup.num_clients, 64) / setup.devices)
 
 
 def client_rows(number: int, figures: np.ndarray, name: str) -> list[Row]:

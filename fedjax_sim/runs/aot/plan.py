@@ -15,7 +15,7 @@ from typing import Any
 from fedjax_sim.config import RunConfig
 from fedjax_sim.engine import placement
 from fedjax_sim.runs.aot.machines import Machine, machine
-from fedjax_sim.runs.aot.programs import Compiler, Program
+from fedjax_sim.runs.aot.programs import MEASURED, ROUND, TUNING, Compiler, Program
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.parts import (
     OF_WAVE,
@@ -97,7 +97,8 @@ class MachinePlan:
         lines = []
         waves = sum(map(self.size, self.waves))
         over = self.total - (self.available or 0)
-        if self.wave > 1 and over < waves:
+        most = max(self.programs, key=lambda program: program.total)
+        if self.wave > 1 and over < waves and most.name in (ROUND, MEASURED, TUNING):
             wave = max(1, int(self.wave * (1 - over / waves)))
             if wave < self.wave:
                 lines.append(

@@ -112,6 +112,22 @@ def test_the_first_remedy_is_a_narrower_wave_where_that_does():
     assert tight.advice()[0].startswith("execution.wave = 1 instead of 2")
 
 
+def test_a_narrower_wave_is_no_remedy_for_what_an_evaluation_needs(found):
+    """Of the round it was one: `found` has waves of two."""
+    worst = dataclasses.replace(found.programs[3], temporaries=2**30)
+    tight = dataclasses.replace(
+        found,
+        programs=(*found.programs[:3], worst),
+        machine=dataclasses.replace(machine("cpu-4"), memory=1),
+        available=worst.total - 1,
+    )
+    assert found.wave > 1 and tight.fits is False
+    assert not any("execution.wave =" in line for line in tight.advice())
+    of_round = dataclasses.replace(found.programs[0], temporaries=2**30)
+    other = dataclasses.replace(tight, programs=(of_round,), available=of_round.total - 1)
+    assert "execution.wave =" in other.advice()[0]
+
+
 def test_what_a_wave_needs_counts_where_a_merge_holds_more():
     """67 clients over four devices are 68 rows, of which each has 17."""
     made = plan(
@@ -227,6 +243,8 @@ def test_evaluations_of_clients_are_compiled_where_they_are_asked_for(algorithm,
         one = sum(part.device for part in made.parts if part.name == "the deployed model")
         assert models.outputs >= 5 * one  # of 18 clients over four devices
         assert figures.arguments >= 5 * one and figures.flops > 0
+        held = next(part for part in made.parts if part.name == "clients' own models, 20 at a time")
+        assert (held.device, held.total, held.when) == (5 * one, 20 * one, "evaluation")
     unasked = dataclasses.replace(
         personal(algorithm, local_test=local_test), evaluation=EvaluationConfig(every=1)
     )
