@@ -68,9 +68,14 @@ def rows(
 
 
 def phase(setup: Setup, store: DataStore, number: int | None = None) -> Simulation:
-    """The run of the phase, before its start; arguments as of `rows` and `apart`."""
+    """The run of the phase, before its start; arguments as of `rows` and `apart`.
+
+    As many clients train side by side as in a round: with all of a device's, a round of all N would need more
+    than any before it.
+    """
     given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
     config = apart(setup.config, number)
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, wave=setup.wave))
     return Simulation(prepare(config, mesh=setup.mesh, **given, algorithm=Local()), store)
 
 

@@ -21,7 +21,9 @@ from fedjax_sim.config import (
 )
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.programs import CachedJit
+from fedjax_sim.runs import finetune
 from fedjax_sim.runs.aot import programs
 from fedjax_sim.runs.aot.machines import machine
 from fedjax_sim.runs.plan import plan
@@ -262,6 +264,9 @@ def test_fine_tuning_counts_into_the_verdict():
     ]
     assert [one.name for one in made.programs[-4:]] == names
     one = sum(part.device for part in made.parts if part.name == "the deployed model")
+    setup = runs.api.prepare(personal("fedavg", finetune=2), mesh=machine("cpu-4").mesh)
+    # 18 clients over four devices, and of a round of eight two on each.
+    assert finetune.phase(setup, DataStore(setup.mesh, abstract)).setup.wave == setup.wave == 2
     phase = made.programs[-3]
     assert phase.arguments >= 5 * one
     assert made.total > without.total
