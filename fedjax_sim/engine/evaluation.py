@@ -6,7 +6,7 @@ the task's metrics for every sample, and all figures are made of these on the ho
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +22,7 @@ from fedjax_sim.core.task import Example, Metric, Task, evaluate
 from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.placement import cut, put, readable
-from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.programs import CachedJit, cached_jit
 
 Outcome = tuple[jax.Array, dict[str, jax.Array]]
 """(loss f32[n], metric -> statistics f32[n, s]), of each sample."""
@@ -100,7 +100,7 @@ class Evaluator:
     rows: np.ndarray | None = None
     data: tuple[Example, jax.Array | None] = dataclasses.field(init=False, repr=False)
     function: Evaluation = dataclasses.field(init=False, repr=False)
-    program: Callable[..., Outcome] = dataclasses.field(init=False, repr=False)
+    program: CachedJit = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         mesh, example, rows = self.store.mesh, self.example, self.rows
@@ -156,10 +156,11 @@ class ClientEvaluator:
           (loss f32[m, t], metric -> statistics f32[m, t, s]).
         """
         own = cut(self.mesh)
-        return self._forward(jax.device_put(variables, own), put(indices, own), dict(example))
+        return self.program(jax.device_put(variables, own), put(indices, own), dict(example))
 
     @functools.cached_property
-    def _forward(self) -> Callable[..., Outcome]:
+    def program(self) -> CachedJit:
+        """The compiled function."""
         return cached_jit(self._compiled, self.mesh, **readable(self.mesh))
 
     def _compiled(self, variables: Variables, indices: jax.Array, example: Example) -> Outcome:

@@ -13,7 +13,7 @@ from fedjax_sim.core.model import Variables
 from fedjax_sim.data.ragged import Ragged, runs
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DataStore
-from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
@@ -71,6 +71,31 @@ class Scores:
         with jax.set_mesh(self._mesh):
             return self._own_models(own) if self._setup.personalised else self._shared(own, variables)
 
+    def programs_of_clients(
+        self, variables: Any, state_for: Callable[[int], Any]
+    ) -> list[tuple[CachedJit, tuple[Any, ...]]]:
+        """What `of_clients` runs besides `deployed`, each with arguments of its first time; shapes will do.
+
+        Args:
+          variables: the deployed model.
+          state_for: m -> the run's state, with what m clients keep.
+        """
+        setup = self._setup
+        if setup.personalised:
+            own, count = Ragged.of(setup.partition.test or ()), self._together
+            ids, table = self._chunk(own, 0)
+            given = state_for(count), ids
+            mine, pool = placement.cut(self._mesh), self._store.whole(self._clients_pool)
+            read = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mine),
+                (jax.eval_shape(self._personal.function, *given), table),
+            )
+            return [(self._personal, given), (self._client_evaluator.program, (*read, pool))]
+        if setup.partition.test_from == "test":
+            return []
+        evaluator = self._evaluator("clients")
+        return [(evaluator.program, (variables, *evaluator.data))]
+
     def _evaluator(self, name: str) -> evaluation.Evaluator:
         """Over the global test set, or over the pool that clients' own test samples come from."""
         if name not in self._evaluators:
@@ -108,30 +133,20 @@ class Scores:
 
     def _own_models(self, own: Ragged) -> Callable[[], np.ndarray]:
         """Of clients that have models of their own. own: each client's test samples."""
-        setup, metric = self._setup, self._setup.task.headline
-        if "personal" not in self._evaluators:
-            self._evaluators["personal"] = evaluation.ClientEvaluator(
-                setup.model,
-                setup.task,
-                self._mesh,
-                placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh),
-            )
+        metric, evaluator = self._setup.task.headline, self._client_evaluator
         sizes, pool = own.sizes, self._store.whole(self._clients_pool)
         columns = np.arange(sizes.max())
-        chunk = setup.devices * math.ceil(min(len(own), 64) / setup.devices)
         under_way: deque[tuple[int, jax.Array]] = deque()
         fetched: list[np.ndarray] = []
 
         def fetch() -> None:
             first, outcome = under_way.popleft()
-            mine = columns < sizes[first : first + chunk, None]
+            mine = columns < sizes[first : first + self._together, None]
             fetched.append(np.asarray(outcome)[: len(mine)][mine])
 
-        for first in range(0, len(own), chunk):
-            ids = np.arange(first, first + chunk, dtype=np.int32) % len(own)
-            table = np.zeros((chunk, len(columns)), np.int32)
-            table[columns < sizes[ids, None]] = own.flat[runs(own.offsets[ids], sizes[ids])]
-            outcome = self._evaluators["personal"](self._personal(self._state_for(ids), ids), table, pool)[1]
+        for first in range(0, len(own), self._together):
+            ids, table = self._chunk(own, first)
+            outcome = evaluator(self._personal(self._state_for(ids), ids), table, pool)[1]
             under_way.append((first, outcome[metric.name]))
             if len(under_way) > (0 if self._store.shares_host else _UNDER_WAY):
                 fetch()
@@ -142,6 +157,24 @@ class Scores:
             return evaluation.by_list(metric, np.concatenate(fetched), own)
 
         return figures
+
+    @functools.cached_property
+    def _client_evaluator(self) -> evaluation.ClientEvaluator:
+        setup = self._setup
+        batch = placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh)
+        return evaluation.ClientEvaluator(setup.model, setup.task, self._mesh, batch)
+
+    @property
+    def _together(self) -> int:
+        return together(self._setup)
+
+    def _chunk(self, own: Ragged, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Clients from `first` on, i32[m], and their test samples, i32[m, t], with zeros behind them."""
+        ids = np.arange(first, first + self._together, dtype=np.int32) % len(own)
+        columns = np.arange(own.sizes.max())
+        table = np.zeros((len(ids), len(columns)), np.int32)
+        table[columns < own.sizes[ids, None]] = own.flat[runs(own.offsets[ids], own.sizes[ids])]
+        return ids, table
 
     def _rows(self, number: int, outcome: evaluation.Outcome) -> list[Row]:
         """The records of an evaluation on the global test set after round `number`."""
@@ -158,6 +191,11 @@ class Scores:
                 if np.isfinite(value)
             ]
         return rows
+
+
+def together(setup: Setup) -> int:
+    """How many clients' own models are evaluated at once; the devices divide it."""
+    return setup.devices * math.ceil(min(setup.num_clients, 64) / setup.devices)
 
 
 def client_rows(number: int, figures: np.ndarray, name: str) -> list[Row]:

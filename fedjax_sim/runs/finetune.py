@@ -23,7 +23,7 @@ from fedjax_sim.config import CohortConfig, RunConfig, nested
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.held import filled_shape
-from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import Round, ServerState
 from fedjax_sim.engine.scores import client_rows
 from fedjax_sim.engine.setup import Setup
@@ -51,13 +51,11 @@ def rows(
     Raises:
       NonFiniteUpdate: a client's model is no longer finite.
     """
-    config, mesh = setup.config, function.mesh
-    given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
-    alone = Simulation(prepare(apart(config, number), **given, algorithm=Local()), store)
-    (held,) = filled_shape((setup.num_clients,), mesh.size)
-    ids = np.arange(held, dtype=np.int32) % setup.num_clients
-    with jax.set_mesh(mesh):
-        personal = cached_jit(function.personal, mesh, out_shardings=placement.cut(mesh))
+    config, alone = setup.config, phase(setup, store, number)
+    # All clients' fresh models make room for those that they start from.
+    alone.state = dataclasses.replace(alone.state, algorithm=None)
+    personal, ids = start(setup, function)
+    with jax.set_mesh(function.mesh):
         models = personal(state_for(ids), ids)
     alone.state = dataclasses.replace(alone.state, algorithm=LocalState(models))
     alone.round = number
@@ -67,6 +65,25 @@ def rows(
         accuracies = alone.client_figures()()
         out.append(Row(number, f"finetuned_mean_{epoch}", float(np.nanmean(accuracies))))
     return [*client_rows(number, accuracies, "finetuned"), *out]
+
+
+def phase(setup: Setup, store: DataStore, number: int | None = None) -> Simulation:
+    """The run of the phase, before its start; arguments as of `rows` and `apart`.
+
+    As many clients train side by side as in a round: with all of a device's, a round of all N would need more
+    than any before it.
+    """
+    given = {"dataset": setup.dataset, "partition": setup.partition, "model": setup.model}
+    config = apart(setup.config, number)
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, wave=setup.wave))
+    return Simulation(prepare(config, mesh=setup.mesh, **given, algorithm=Local()), store)
+
+
+def start(setup: Setup, function: Round) -> tuple[CachedJit, np.ndarray]:
+    """(The program that makes what clients begin with, its clients i32[m]), see `Round.personal`."""
+    (held,) = filled_shape((setup.num_clients,), function.mesh.size)
+    ids = np.arange(held, dtype=np.int32) % setup.num_clients
+    return cached_jit(function.personal, function.mesh, out_shardings=placement.cut(function.mesh)), ids
 
 
 def apart(config: RunConfig, number: int | None = None) -> RunConfig:

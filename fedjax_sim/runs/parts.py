@@ -20,6 +20,7 @@ from fedjax_sim.engine.feed import AHEAD, CutData, RoundData
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
 from fedjax_sim.engine.observing import AllObservers, observer_request
 from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, SAMPLES, WAVES, RoundInputs
+from fedjax_sim.engine.scores import together
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs.provenance import total_memory
@@ -318,6 +319,10 @@ def _evaluation_parts(simulation: Simulation) -> list[Part]:
         remedy = "a smaller evaluation.batch_size"
         parts.append(Part("evaluation's activations", peak, peak * setup.devices, "evaluation", remedy))
         parts.append(Part("the deployed model", one, one * setup.devices, "evaluation", "a smaller model"))
+        if setup.config.evaluation.per_client and setup.personalised:
+            size, remedy = together(setup) * one, "evaluation.per_client = false"
+            text = f"clients' own models, {together(setup)} at a time"
+            parts.append(Part(text, size // setup.devices, size, "evaluation", remedy))
     if setup.config.evaluation.finetune:
         optimizer = clients.make_optimizer(setup.config.local)
         size = setup.num_clients * (one + bytes_of(jax.eval_shape(optimizer.init, model.abstract["params"])))

@@ -125,7 +125,7 @@ class Collective:
     """An exchange between devices.
 
     Attributes:
-      op: such as all-to-all.
+      op: such as all-to-all, or all-to-all between slices.
       bytes: of its result on one device.
       times: how often it runs.
       stack: the calls that asked for it, the innermost first.
@@ -223,9 +223,19 @@ class Module:
         return sum(self.length(one, lengths) is None for one in loops)
 
     def collectives(self, lengths: Mapping[str, float]) -> list[Collective]:
-        """Every exchange, those inside of fusions too, the largest first."""
+        """Every exchange, those inside of fusions too, the largest first.
+
+        Between slices of TPUs the hosts make it, and XLA writes what a chip hands to its own.
+        """
         found = []
-        for one, times in self.executed(lengths):
+        for one, body, times in self._walk(self.entry, 1.0, lengths):
+            between = (
+                re.search(r'_xla_megascale_transfer_type="(\w+)"', one.rest) if one.op == "send" else None
+            )
+            if between:
+                op = f"{between[1].lower().replace('_', '-')} between slices"
+                given = next((body[name] for name in one.operands if name in body), one)
+                found.append(Collective(op, one.arrays[0].size, times, self.stack(given)))
             for part in (one, *self._fused(one)):
                 kind = part.op.removesuffix(_START)
                 if kind in _COLLECTIVES and part.arrays:

@@ -216,7 +216,7 @@ def _described(name: str, topology: str, platform: str, options: dict[str, Any])
     # Else libtpu asks the cloud who it is, for a minute, and JAX wants all of CUDA's libraries.
     alone = {
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": name,
+        "TPU_ACCELERATOR_TYPE": re.sub(r"^\d+x", "", name),  # of one slice
         "TPU_WORKER_HOSTNAMES": "localhost",
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     }

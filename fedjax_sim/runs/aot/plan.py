@@ -1,38 +1,27 @@
 """What a configuration takes on a machine that is not here: its programs compiled for it, none of them run.
 
 The programs are those of a run (`Simulation`), on shapes: the round, the round that is measured, its
-observers, and the evaluation of the deployed model. Sizes are XLA's; times are not to be had. Cycles are the
-estimate of XLA's cost model for TPUs, without the exchanges between chips.
+observers, the evaluations of the deployed model and of what clients use themselves, and fine-tuning. Sizes
+are XLA's; times are not to be had. Cycles are the estimate of XLA's cost model for TPUs, without the
+exchanges between chips.
 """
 
 import dataclasses
 import json
-import re
 import sys
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from fedjax_sim.config import RunConfig
-from fedjax_sim.engine import clients, evaluation, placement
-from fedjax_sim.engine.feed import AHEAD, STREAMED
-from fedjax_sim.engine.jaxpr_flops import flops
-from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes
-from fedjax_sim.engine.observing import observer_request
-from fedjax_sim.engine.simulation import Simulation
-from fedjax_sim.runs.aot import hlo
+from fedjax_sim.engine import placement
 from fedjax_sim.runs.aot.machines import Machine, machine
+from fedjax_sim.runs.aot.programs import MEASURED, ROUND, TUNING, Compiler, Program
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.parts import (
     OF_WAVE,
     ON_HOST,
     Part,
     available,
-    cut_rows,
     human,
     on_paper,
     parts_of,
@@ -40,69 +29,7 @@ from fedjax_sim.runs.parts import (
 )
 from fedjax_sim.runs.start import with_start
 
-ROUND, MEASURED, OBSERVERS, EVALUATION = "round", "measured round", "observers", "evaluation"
 _MIB = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """A kind of exchange between devices.
-
-    Attributes:
-      op: such as all-to-all.
-      bytes: of its result on one device.
-      times: how often a run of the program makes it.
-      where: the line that asks for it, and the line of `core/stacked.py` that makes it, if there is one.
-    """
-
-    op: str
-    bytes: int
-    times: float
-    where: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One compiled program. Bytes and operations are those of one device.
-
-    Attributes:
-      name: round, measured round, observers or evaluation.
-      arguments: bytes of what it reads, in whole tiles.
-      outputs: bytes of what it returns.
-      in_place: of these, bytes that lie where an argument lay.
-      temporaries: bytes in between.
-      besides: bytes that the run holds meanwhile and that are none of its arguments.
-      collectives: exchanges, the largest first.
-      flops: floating-point operations.
-      traffic: bytes read from main memory and written to it.
-      cycles: XLA's estimate, without exchanges; None where it has none.
-      padding: share of its results' bytes that only fills up tiles.
-      unknown_loops: loops that count once, as their length is decided in the program.
-      seconds: that it took to trace and compile it.
-      refused: bytes that XLA would have needed where it refused, for lack of memory; the other figures are 0.
-    """
-
-    name: str
-    arguments: int = 0
-    outputs: int = 0
-    in_place: int = 0
-    temporaries: int = 0
-    besides: int = 0
-    collectives: tuple[Exchange, ...] = ()
-    flops: float = 0.0
-    traffic: float = 0.0
-    cycles: float | None = None
-    padding: float = 0.0
-    unknown_loops: int = 0
-    seconds: float = 0.0
-    refused: int | None = None
-
-    @property
-    def total(self) -> int:
-        """Bytes of one device while it runs."""
-        if self.refused is not None:
-            return self.refused + self.besides
-        return self.arguments + self.outputs - self.in_place + self.temporaries + self.besides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +97,8 @@ class MachinePlan:
         lines = []
         waves = sum(map(self.size, self.waves))
         over = self.total - (self.available or 0)
-        if self.wave > 1 and over < waves:
+        most = max(self.programs, key=lambda program: program.total)
+        if self.wave > 1 and over < waves and most.name in (ROUND, MEASURED, TUNING):
             wave = max(1, int(self.wave * (1 - over / waves)))
             if wave < self.wave:
                 lines.append(
@@ -335,7 +263,7 @@ def plan_on(
     simulation = on_paper(setup)
     platform = placement.platform_of(target.mesh)
     parts = parts_of(simulation)
-    compiler = _Compiler(simulation, target, say or (lambda text: None))
+    compiler = Compiler(simulation, target, say or (lambda text: None))
     programs = tuple(compiler.programs())
     there = available(platform) if target.memory is None else target.memory
     conv = setup.model.conv if setup.model.convolves else "none"
@@ -345,168 +273,3 @@ def plan_on(
     return MachinePlan(
         target, tuple(parts), programs, there, setup.wave, conv, versions, shared, tuple(waves)
     )
-
-
-class _Compiler:
-    """Compiles the programs of a run on paper, one after another."""
-
-    def __init__(self, simulation: Simulation, target: Machine, say: Callable[[str], None]):
-        self.simulation, self.target, self.say = simulation, target, say
-        setup = simulation.setup
-        self.ids = setup.draw(0)
-        self.inputs = simulation.inputs_of(0, self.ids)[0]
-        self.state = simulation.abstract_state()
-        steps = np.asarray(self.inputs.plan.wave_steps, np.int64).reshape(setup.devices, -1)
-        self.steps = float(steps.sum(1).max() / steps.shape[1])
-        self.data = simulation.data_of(0, self.inputs)
-        self.rows = cut_rows(simulation, self.inputs, self.data)
-        self.held = {"state": self.state, "data": self.data}
-        # Samples of the rounds to come lie there too, beside whatever runs.
-        ahead = AHEAD if simulation.feed.kind == STREAMED else 0
-        self.ahead = ahead * sum(_share(leaf) for leaf in _leaves(self.data))
-
-    def programs(self) -> list[Program]:
-        """All of them."""
-        simulation, setup = self.simulation, self.simulation.setup
-        evaluator = None
-        if setup.config.evaluation.every:
-            batch = placement.forward_batch(setup.config.evaluation, setup.model, setup.mesh)
-            evaluator = evaluation.Evaluator(
-                setup.model, setup.task, simulation.store, setup.dataset.test, batch
-            )
-            self.held["tests"] = evaluator.data
-        request = observer_request(simulation.instruments, self.ids)
-        if request is not None:
-            self.held["observers"] = request.inputs
-        arguments = (self.state, self.inputs, self.data)
-        found = [self._compiled(ROUND, simulation.program, simulation.function, arguments, ("state", "data"))]
-        if request is not None:
-            watched = (*arguments, request.slots)
-            found.append(
-                self._compiled(MEASURED, simulation.program, simulation.function, watched, ("state", "data"))
-            )
-            same = placement.replicated(self.target.mesh)
-            with jax.set_mesh(self.target.mesh):
-                view = jax.eval_shape(simulation.function, *watched)[1].view
-            view = _on(view, same)
-            observe = (view, request.inputs, self.data)
-            function = simulation.observe.function
-            found.append(
-                self._compiled(OBSERVERS, simulation.observe, function, observe, ("data", "observers"))
-            )
-        if evaluator is not None:
-            model = _on(setup.model.abstract, placement.replicated(self.target.mesh))
-            function = evaluator.function
-            program = evaluator.program
-            found.append(self._compiled(EVALUATION, program, function, (model, *evaluator.data), ("tests",)))
-        return found
-
-    def shared(self) -> int:
-        """Bytes of samples that CPU devices hold once for all of them."""
-        held = [tree for key, tree in self.held.items() if key != "state"]
-        whole = {id(leaf): leaf for leaf in _leaves(held) if leaf.sharding.is_fully_replicated}
-        return bytes_of(list(whole.values()))
-
-    def _compiled(
-        self, name: str, program: Any, function: Any, arguments: tuple, reads: tuple[str, ...]
-    ) -> Program:
-        """One program. `reads`: which of what is held are among its arguments."""
-        self.say(f"compiling the {name} for {self.target.chips} × {self.target.kind} …")
-        read = {id(leaf) for key in reads if key in self.held for leaf in _leaves(self.held[key])}
-        others = {id(leaf): leaf for key in self.held for leaf in _leaves(self.held[key])}
-        besides = self.ahead + sum(_share(leaf) for key, leaf in others.items() if key not in read)
-        start = time.monotonic()
-        with jax.set_mesh(self.target.mesh), hlo.with_lines():
-            operations = flops(jax.make_jaxpr(function)(*arguments), self._length, self._part)
-            lowered = program.lower(*arguments)
-            options = {"compiler_options": dict(self.target.options)} if self.target.options else {}
-            try:
-                compiled = lowered.compile(**options)
-            except Exception as error:
-                refused = _wanted(str(error))
-                if refused is None:
-                    raise
-                seconds = time.monotonic() - start
-                return Program(name, besides=besides, refused=refused, seconds=seconds)
-        seconds = time.monotonic() - start
-        sizes: Any = compiled.memory_analysis()
-        module = hlo.read(compiled.as_text())
-        lengths = {f"/{clients.WAVE}/while": self.steps}
-        return Program(
-            name=name,
-            arguments=int(sizes.argument_size_in_bytes),
-            outputs=int(sizes.output_size_in_bytes),
-            in_place=int(sizes.alias_size_in_bytes),
-            temporaries=int(sizes.temp_size_in_bytes),
-            besides=besides,
-            collectives=_exchanges(module.collectives(lengths)),
-            flops=operations,
-            traffic=module.traffic(lengths),
-            cycles=module.cycles(lengths),
-            padding=module.padding(lengths),
-            unknown_loops=module.unknown_loops(lengths),
-            seconds=seconds,
-        )
-
-    def _length(self, body: Any) -> float | None:
-        """Of the loop over a client's steps, how many the wave has."""
-        scopes = (str(eqn.source_info.name_stack).split("/") for eqn in body.eqns)
-        return self.steps if any(clients.STEP in names for names in scopes) else None
-
-    def _part(self, array: Any) -> float:
-        """Of an array outside of `shard_map`: what a device has of it."""
-        is_cut = bool(getattr(array, "shape", ())) and array.shape[0] in self.rows
-        return 1 / self.target.chips if is_cut else 1.0
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-
-def _share(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on one device."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-    return leaf_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
-
-
-def _on(tree: Any, sharding: Any) -> Any:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def _wanted(message: str) -> int | None:
-    """Bytes that a program would have needed, of XLA's message that memory does not suffice; else None."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of [\d.]+[KMGT]?i?B? hbm", message)
-    return int(float(found[1]) * _UNITS[found[2]]) if found else None
-
-
-def _exchanges(found: list[hlo.Collective]) -> tuple[Exchange, ...]:
-    """Equal ones as one, the largest first."""
-    times: dict[tuple[str, int, str], float] = {}
-    for one in found:
-        key = one.op, one.bytes, _where(one.stack)
-        times[key] = times.get(key, 0.0) + one.times
-    return tuple(Exchange(op, size, count, where) for (op, size, where), count in times.items())
-
-
-_PACKAGE = Path(__file__).parents[2]
-
-
-def _where(stack: tuple[hlo.Frame, ...]) -> str:
-    """The innermost line outside of `core/stacked.py`, and the line there through which it asks."""
-    shared = f"{_PACKAGE.name}/core/stacked.py"
-    places = [(_short(frame.file), frame) for frame in stack]
-    own = next((pair for pair in places if pair[0] != shared), None)
-    if own is None:
-        return "XLA itself" if not places else f"{places[0][0]}:{places[0][1].line}"
-    text = f"{own[0]}:{own[1].line} ({own[1].function.rpartition('.')[2]})"
-    if places[0][0] == shared:
-        text += f", through core/stacked.py:{places[0][1].line}"
-    return text
-
-
-def _short(file: str) -> str:
-    path = Path(file)
-    return str(path.relative_to(_PACKAGE.parent)) if path.is_relative_to(_PACKAGE.parent) else file

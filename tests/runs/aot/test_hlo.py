@@ -105,6 +105,20 @@ def test_an_exchange_has_its_size_and_the_calls_that_asked_for_it(module):
     ]
 
 
+def test_what_a_host_passes_on_to_other_slices_is_an_exchange():
+    """As XLA writes it: the shape that is sent, a context and a token; the line is that of what is sent."""
+    name = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_TO_ALL"'
+    sent = (
+        '  %ready = f32[5,32]{1,0:T(8,128)} copy(%first), metadata={op_name="a" stack_frame_id=2}\n'
+        "  %given = (f32[5,32]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%ready, %zero), channel_id=3, "
+        f"is_host_transfer=true, frontend_attributes={{{name}}}\n"
+        "  %gone = token[] send-done(%given), channel_id=3, is_host_transfer=true\n"
+    )
+    largest, other = hlo.read(TEXT.replace("  ROOT %r =", f"{sent}  ROOT %r =")).collectives({})
+    assert (largest.op, largest.bytes, largest.times) == ("all-to-all between slices", 5 * 32 * 4, 1)
+    assert largest.stack[0].file == "/a/stacked.py" and other.op == "all-to-all"
+
+
 def test_tiles_are_filled_up(module):
     (array,) = next(one for one, _ in module.executed({}) if one.name == "first").arrays
     assert (array.size, array.padded) == (72, 8 * 128 * 4)

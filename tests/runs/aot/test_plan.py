@@ -20,7 +20,11 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.runs.aot import plan as aot
+from fedjax_sim.engine import placement
+from fedjax_sim.engine.device_data import DataStore, abstract
+from fedjax_sim.engine.programs import CachedJit
+from fedjax_sim.runs import finetune
+from fedjax_sim.runs.aot import programs
 from fedjax_sim.runs.aot.machines import machine
 from fedjax_sim.runs.plan import plan
 
@@ -43,7 +47,7 @@ def found():
 
 
 def test_it_compiles_the_programs_of_a_run(found):
-    assert [one.name for one in found.programs] == [aot.ROUND, aot.MEASURED, aot.OBSERVERS, aot.EVALUATION]
+    assert [one.name for one in found.programs] == ["round", "measured round", "observers", "evaluation"]
     first, measured = found.programs[:2]
     assert first.seconds > 0 and first.flops > 0 and first.traffic > 0 and first.arguments > 0
     assert measured.outputs > first.outputs  # the models that are looked at
@@ -110,6 +114,22 @@ def test_the_first_remedy_is_a_narrower_wave_where_that_does():
     assert tight.advice()[0].startswith("execution.wave = 1 instead of 2")
 
 
+def test_a_narrower_wave_is_no_remedy_for_what_an_evaluation_needs(found):
+    """Of the round it was one: `found` has waves of two."""
+    worst = dataclasses.replace(found.programs[3], temporaries=2**30)
+    tight = dataclasses.replace(
+        found,
+        programs=(*found.programs[:3], worst),
+        machine=dataclasses.replace(machine("cpu-4"), memory=1),
+        available=worst.total - 1,
+    )
+    assert found.wave > 1 and tight.fits is False
+    assert not any("execution.wave =" in line for line in tight.advice())
+    of_round = dataclasses.replace(found.programs[0], temporaries=2**30)
+    other = dataclasses.replace(tight, programs=(of_round,), available=of_round.total - 1)
+    assert "execution.wave =" in other.advice()[0]
+
+
 def test_what_a_wave_needs_counts_where_a_merge_holds_more():
     """67 clients over four devices are 68 rows, of which each has 17."""
     made = plan(
@@ -137,9 +157,9 @@ def test_exact_is_no_question_to_a_machine_that_is_not_here():
 def test_what_xla_refuses_for_lack_of_memory_is_read():
     message = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     message += "Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    assert aot._wanted(message) == int(20.5 * 2**30)
-    assert aot._wanted("INTERNAL: something else") is None
-    refused = aot.Program("round", refused=2**30, besides=5, seconds=1.0)
+    assert programs._wanted(message) == int(20.5 * 2**30)
+    assert programs._wanted("INTERNAL: something else") is None
+    refused = programs.Program("round", refused=2**30, besides=5, seconds=1.0)
     assert refused.total == 2**30 + 5
 
 
@@ -161,7 +181,11 @@ def test_on_the_command_line(tmp_path, capsys):
 
 
 def test_samples_of_rounds_to_come_count_where_they_are_streamed():
-    streamed = config(execution=ExecutionConfig(data="streamed"), evaluation=EvaluationConfig(every=0))
+    streamed = config(
+        algorithm=CONFIGS["fedavg"](),
+        execution=ExecutionConfig(data="streamed"),
+        evaluation=EvaluationConfig(every=0),
+    )
     found = plan(streamed, on="cpu-4")
     three = next(part for part in found.parts if "rounds' clients" in part.name)
     assert found.programs[0].besides == pytest.approx(2 / 3 * three.device, rel=0.01)
@@ -183,6 +207,93 @@ def test_errors_of_a_configuration_are_those_of_a_run():
 
 def test_cut_arrays_count_by_their_share():
     mesh = machine("cpu-4").mesh
-    leaf = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=aot.placement.cut(mesh))
-    whole = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=aot.placement.replicated(mesh))
-    assert (aot._share(leaf), aot._share(whole)) == (2 * 3 * 4, 8 * 3 * 4)
+    leaf = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.cut(mesh))
+    whole = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.replicated(mesh))
+    assert (programs._share(leaf), programs._share(whole)) == (2 * 3 * 4, 8 * 3 * 4)
+
+
+# --- what clients use themselves --------------------------------------------------------------------------
+
+
+def personal(algorithm, *, local_test="holdout", client_state="auto", **changes):
+    return config(
+        rounds=1,
+        algorithm=CONFIGS[algorithm](),
+        partition=data.PartitionConfig(kind="iid", clients=18, local_test=local_test),
+        evaluation=EvaluationConfig(every=1, per_client=True, **changes),
+        execution=ExecutionConfig(client_state=client_state),
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "local_test", "own"),
+    [
+        ("fedavg", "matching", []),  # of the test set, which the deployed model's evaluation goes through
+        ("fedavg", "holdout", ["clients' evaluation"]),
+        ("local", "matching", ["clients' models", "clients' evaluation"]),
+        ("ditto", "holdout", ["clients' models", "clients' evaluation"]),
+    ],
+)
+def test_evaluations_of_clients_are_compiled_where_they_are_asked_for(algorithm, local_test, own):
+    made = plan(personal(algorithm, local_test=local_test), on="cpu-4")
+    assert [one.name for one in made.programs] == ["round", "evaluation", *own]
+    there = made.to_dict()
+    assert [one["name"] for one in there["programs"]] == [one.name for one in made.programs]
+    assert all(f"\n{name} " in str(made) for name in own)
+    if len(own) == 2:
+        models, figures = made.programs[-2:]
+        one = sum(part.device for part in made.parts if part.name == "the deployed model")
+        assert models.outputs >= 5 * one  # of 18 clients over four devices
+        assert figures.arguments >= 5 * one and figures.flops > 0
+        held = next(part for part in made.parts if part.name == "clients' own models, 20 at a time")
+        assert (held.device, held.total, held.when) == (5 * one, 20 * one, "evaluation")
+    unasked = dataclasses.replace(
+        personal(algorithm, local_test=local_test), evaluation=EvaluationConfig(every=1)
+    )
+    assert [one.name for one in plan(unasked, on="cpu-4").programs] == ["round", "evaluation"]
+
+
+def test_fine_tuning_counts_into_the_verdict():
+    """It holds a model for each of all clients, which a round of FedAvg does not."""
+    without, made = (plan(personal("fedavg", finetune=epochs), on="cpu-4") for epochs in (0, 2))
+    names = [
+        "models to fine-tune",
+        "fine-tuning",
+        "clients' models, fine-tuned",
+        "clients' evaluation, fine-tuned",
+    ]
+    assert [one.name for one in made.programs[-4:]] == names
+    one = sum(part.device for part in made.parts if part.name == "the deployed model")
+    setup = runs.api.prepare(personal("fedavg", finetune=2), mesh=machine("cpu-4").mesh)
+    # 18 clients over four devices, and of a round of eight two on each.
+    assert finetune.phase(setup, DataStore(setup.mesh, abstract)).setup.wave == setup.wave == 2
+    phase = made.programs[-3]
+    assert phase.arguments >= 5 * one
+    assert made.total > without.total
+    assert made.total - made.shared == 4 * (max(p.total for p in made.programs) - made.shared) + next(
+        part.total for part in made.parts if part.name == "data set in host memory"
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "client_state"), [("ditto", "device"), ("ditto", "host"), ("fedavg", "device")]
+)
+def test_what_is_compiled_for_clients_is_what_a_run_calls(algorithm, client_state, monkeypatch):
+    """By the functions, and the shapes of all arguments."""
+    asked = personal(algorithm, client_state=client_state, finetune=1)
+    calls, lowered = [], []
+
+    def seen(program, args):
+        name = getattr(program.function, "__qualname__", type(program.function).__qualname__)
+        return name, tuple((leaf.shape, str(leaf.dtype)) for leaf in jax.tree.leaves(args))
+
+    call, lower = CachedJit.__call__, CachedJit.lower
+    monkeypatch.setattr(CachedJit, "__call__", lambda p, *args: calls.append(seen(p, args)) or call(p, *args))
+    monkeypatch.setattr(CachedJit, "lower", lambda p, *args: lowered.append(seen(p, args)) or lower(p, *args))
+    made = plan(asked, on="cpu-4")
+    assert len(lowered) == len(made.programs) and not calls
+    compiled, lowered[:] = list(lowered), []
+    execution = dataclasses.replace(asked.execution, devices=4)
+    runs.run(dataclasses.replace(asked, execution=execution))
+    missing = [one for one in compiled if one not in calls]
+    assert not missing
