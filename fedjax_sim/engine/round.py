@@ -39,6 +39,8 @@ _DISPATCH, _MERGE = 0, 1  # below the server's key of a round
 DISPATCH, OF_CLIENTS, ORDER, WAVES, MERGE = "dispatch", "clients_state", "order", "waves", "merge"
 SAMPLES = "samples"
 """Parts of a round, as profiles and a plan of memory name them; those of `engine.clients` lie in `WAVES`."""
+ROUNDS = "rounds"
+"""Likewise: the loop over several."""
 
 
 @struct.dataclass
@@ -626,4 +628,5 @@ class Rounds:
         limit = inputs.lr.shape[0]
         shapes = jax.eval_shape(lambda: self.round(state, of(jnp.int32(0)), data, None)[1])
         empty = jax.tree.map(lambda leaf: jnp.zeros((limit, *leaf.shape), leaf.dtype), shapes)
-        return jax.lax.fori_loop(0, count, one, (state, empty))
+        with jax.named_scope(ROUNDS):
+            return jax.lax.fori_loop(0, count, one, (state, empty))

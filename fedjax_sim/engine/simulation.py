@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore, DeviceData
 from fedjax_sim.engine.feed import Feed, RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
+from fedjax_sim.engine.jaxpr_memory import bytes_of
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, Rounds, ServerState
@@ -111,6 +112,7 @@ class Simulation:
       program: the compiled round, `(state, inputs(r)[0], data, watched slots or None) -> (state, outputs)`.
       fused: several rounds as one compiled program, `fedjax_sim.engine.round.Rounds`; None: they run one by
         one.
+      rounds_per_call: R, how many it has room for.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
       client_state: what clients keep, where it lies on the host; else None.
@@ -170,8 +172,14 @@ class Simulation:
             out_shardings=(self._shardings, placement.replicated(self.mesh)),
         )
         reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)
-        self._limit = fusing.limit(setup, reason)
-        self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self._limit)
+        held_here = [
+            jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+            for leaf in jax.tree.leaves(self.abstract_state())
+        ]
+        limit = fusing.limit(setup, reason, bytes_of(held_here))
+        several = any(self._followed(number) for number in range(1, min(setup.config.rounds, 1000)))
+        self.rounds_per_call = limit if several else 1
+        self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self.rounds_per_call)
         self.fused = (
             cached_jit(
                 Rounds(self.function, self._shardings),
@@ -179,7 +187,7 @@ class Simulation:
                 donate_argnums=(0,) if setup.config.execution.donate else (),
                 out_shardings=(self._shardings, placement.replicated(self.mesh)),
             )
-            if self._limit > 1
+            if self.rounds_per_call > 1
             else None
         )
         self.observe = cached_jit(
@@ -401,8 +409,7 @@ class Simulation:
         first = self.round + 1
         with jax.set_mesh(self.mesh), self.setup.watch.during(first):
             each = [self.inputs(self.round + number) for number in range(count)]
-            inputs = fusing.stacked_inputs([one for one, _ in each], self._limit)
-            self.state, outputs = self.fused(self.state, inputs, np.int32(count), self.data)
+            self.state, outputs = self.fused(self.state, *self.call([one for one, _ in each]), self.data)
         self.round += count
         evaluated = self.evaluate() if self.due() else None
 
@@ -415,17 +422,25 @@ class Simulation:
 
         return rows
 
+    def call(self, rounds: Sequence[RoundInputs]) -> tuple[RoundInputs, np.ndarray]:
+        """What `fused` takes of some rounds, between state and data: their inputs, and how many they are."""
+        return fusing.stacked_inputs(rounds, self.rounds_per_call), np.asarray(len(rounds), np.int32)
+
     def _until_due(self, most: int | None) -> int:
         """How many rounds may be started before the host has to look, at least 1."""
         if self._due(self.round + 1):
             return 1
-        end = min(self.round + self._limit, self.setup.config.rounds)
+        end = min(self.round + self.rounds_per_call, self.setup.config.rounds)
         if most is not None:
             end = min(end, self.round + most)
         number = self.round + 1
-        while number < end and not self._evaluates(number) and not self._due(number + 1):
+        while number < end and self._followed(number):
             number += 1
         return number - self.round
+
+    def _followed(self, number: int) -> bool:
+        """Whether round `number` can be one of several: nobody looks before the next, nor at either."""
+        return not (self._evaluates(number) or self._due(number) or self._due(number + 1))
 
     def _rows(
         self,

@@ -121,6 +121,15 @@ def test_a_wrong_number_is_refused(call):
         fs.ExecutionConfig(rounds_per_call=call)
 
 
+def test_a_large_state_is_not_held_twice_unless_asked_for():
+    large = dataclasses.replace(
+        PLAIN, algorithm=A.FedMR(), model=fs.ModelConfig("mlp", options={"hidden": [9000]})
+    )
+    assert Simulation(_placed(large, "auto")).fused is None
+    assert Simulation(_placed(large, "auto", 2)).fused is not None  # on each of them it is small
+    assert Simulation(_placed(large, 2)).rounds_per_call == 2
+
+
 # --- how many -------------------------------------------------------------------------------------------
 
 

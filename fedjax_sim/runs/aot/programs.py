@@ -17,7 +17,7 @@ from fedjax_sim.engine.jaxpr_flops import flops
 from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes
 from fedjax_sim.engine.observing import observer_request
 from fedjax_sim.engine.programs import CachedJit
-from fedjax_sim.engine.round import RoundInputs, ServerState
+from fedjax_sim.engine.round import ROUNDS, RoundInputs, ServerState
 from fedjax_sim.engine.scores import Scores
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.runs import finetune
@@ -122,7 +122,10 @@ class Compiler:
         if request is not None:
             self.held["observers"] = request.inputs
         arguments, loops = (self.state, self.inputs, self.data), _Loops.of(simulation, self.inputs, self.data)
-        found = [self._compiled(ROUND, simulation.program, arguments, loops)]
+        program, given = simulation.program, arguments
+        if simulation.fused is not None:  # whose loop over rounds counts once
+            program, given = simulation.fused, (self.state, *simulation.call([self.inputs]), self.data)
+        found = [self._compiled(ROUND, program, given, loops)]
         if request is not None:
             watched = (*arguments, request.slots)
             found.append(self._compiled(MEASURED, simulation.program, watched, loops))
@@ -197,7 +200,7 @@ class Compiler:
         seconds = time.monotonic() - start
         sizes: Any = compiled.memory_analysis()
         module = hlo.read(compiled.as_text())
-        lengths = {f"/{clients.WAVE}/while": loops.steps}
+        lengths = {f"/{clients.WAVE}/while": loops.steps, f"/{ROUNDS}/while": 1.0}
         return Program(
             name=name,
             arguments=int(sizes.argument_size_in_bytes),

@@ -55,7 +55,7 @@ def test_it_compiles_the_programs_of_a_run(found):
 
 
 def test_its_figures_are_xlas_of_the_very_round(found):
-    setup = runs.api.prepare(config(execution=ExecutionConfig(devices=4)))
+    setup = runs.api.prepare(config(execution=ExecutionConfig(devices=4, rounds_per_call=1)))
     simulation = runs.Simulation(setup)
     inputs, _ = simulation.inputs(0)
     with jax.set_mesh(simulation.mesh):
@@ -64,6 +64,16 @@ def test_its_figures_are_xlas_of_the_very_round(found):
     assert first.arguments == sizes.argument_size_in_bytes
     assert first.temporaries == sizes.temp_size_in_bytes
     assert first.in_place == sizes.alias_size_in_bytes
+
+
+def test_of_rounds_that_run_together_it_is_their_program_and_counts_one():
+    together, alone = (
+        plan(config(execution=ExecutionConfig(rounds_per_call=call)), on="cpu-4") for call in (8, 1)
+    )
+    several, one = together.programs[0], alone.programs[0]
+    assert several.arguments > one.arguments  # what the host decides of eight rounds
+    assert several.flops == pytest.approx(one.flops, rel=0.01) and several.unknown_loops == 0
+    assert several.traffic == pytest.approx(one.traffic, rel=0.3)
 
 
 def test_operations_are_those_of_the_steps(found):
@@ -164,6 +174,7 @@ def test_what_xla_refuses_for_lack_of_memory_is_read():
 
 
 def test_on_the_command_line(tmp_path, capsys):
+    jax.devices()  # of all tests; started by the command it would have but what that needs
     text = (
         "rounds: 2\nmodel: {name: mlp, options: {hidden: []}}\npartition: {clients: 4}\ncohort: {size: 4}\n"
     )
