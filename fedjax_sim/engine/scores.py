@@ -13,13 +13,15 @@ from fedjax_sim.core.model import Variables
 from fedjax_sim.data.ragged import Ragged, runs
 from fedjax_sim.engine import evaluation, placement
 from fedjax_sim.engine.device_data import DataStore
+from fedjax_sim.engine.jaxpr_memory import bytes_of
 from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import ServerState
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
 
-_UNDER_WAY = 32
-"""Chunks of clients whose own models an accelerator may be behind by, so that few of them lie about.
+_UNDER_WAY, _BYTES = 32, 2**28
+"""Chunks of clients whose own models an accelerator may be behind by, and bytes of these on one device: memory
+is taken when a program is started, not when it runs.
 
 CPU devices are waited for after each chunk: of hundreds of programs in a row that exchange rows, XLA's CPU
 backend came to a deadlock.
@@ -136,6 +138,8 @@ class Scores:
         metric, evaluator = self._setup.task.headline, self._client_evaluator
         sizes, pool = own.sizes, self._store.whole(self._clients_pool)
         columns = np.arange(sizes.max())
+        share = bytes_of(self._setup.model.abstract) * -(-self._together // self._mesh.size)
+        behind = 0 if self._store.shares_host else min(_UNDER_WAY, _BYTES // share)
         under_way: deque[tuple[int, jax.Array]] = deque()
         fetched: list[np.ndarray] = []
 
@@ -148,7 +152,7 @@ class Scores:
             ids, table = self._chunk(own, first)
             outcome = evaluator(self._personal(self._state_for(ids), ids), table, pool)[1]
             under_way.append((first, outcome[metric.name]))
-            if len(under_way) > (0 if self._store.shares_host else _UNDER_WAY):
+            if len(under_way) > behind:
                 fetch()
 
         def figures() -> np.ndarray:

@@ -15,7 +15,7 @@ cut and resumed are bit for bit those of one that was not. Its columns:
                    accelerator does; empty in files of older versions
     clients        trained in the round
 
-The first round of each start includes compilation.
+The first round of each start includes compilation. Rounds that ran as one program have each its share of it.
 
 No NaN and no infinity gets into the metrics. A value that is not finite is written under the name
 `nonfinite/<metric>` instead, as -1 for minus infinity, 1 for infinity and 0 for NaN, with a warning.
