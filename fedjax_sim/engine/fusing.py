@@ -29,7 +29,6 @@ _SLOTS = 2**17
 _SECONDS = 0.25
 """That a call takes: progress is seen, and an interrupt answered, after one more."""
 
-
 _STATE = 2**23
 """Bytes of state on a device beyond which rounds run one by one unless asked otherwise. XLA may hold twice
 what a loop over rounds hands on, and where that is much a round takes long by itself. Compiled for 16 TPU v5e
@@ -105,15 +104,14 @@ class Pace:
     def rounds(self, most: int) -> int:
         """How many the next call has, from 1 to `most`."""
         self._calls += 1
-        several = jax.process_count() > 1
         if self._wanted != "auto" or self._limit == 1:
             return min(most, self._limit)
         # Several have to agree, which takes a while: at the second call, the fourth, the eighth, ….
-        if not several or self._calls & (self._calls - 1) == 0:
+        if jax.process_count() == 1 or self._calls & (self._calls - 1) == 0:
             seconds = hosts.on_first(lambda: self._seconds)
             if seconds is not None:
                 fitting = int(_SECONDS / max(seconds, 1e-9))
-                self._count = max(1, min(self._limit, fitting, self._limit if several else 2 * self._count))
+                self._count = max(1, min(self._limit, fitting, 2 * self._count))
         return min(most, self._count)
 
     def timed(self, count: int, fetch: Callable[[], T]) -> T:

@@ -20,8 +20,8 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.records import Row
 
 _UNDER_WAY, _BYTES = 32, 2**28
-"""Chunks of clients whose own models an accelerator may be behind by, and bytes of these on one device: memory
-is taken when a program is started, not when it runs.
+"""Chunks of clients whose own models an accelerator may be behind by, and bytes of these on one device, where
+memory is taken when a program is started, not when it runs.
 
 CPU devices are waited for after each chunk: of hundreds of programs in a row that exchange rows, XLA's CPU
 backend came to a deadlock.
