@@ -239,7 +239,7 @@ def peers(dry: bool) -> Iterator[Case]:
 
 def install(cases: Iterable[Case]) -> None:
     """Makes the environments of the peers in these cases; says which cannot be had, and goes on."""
-    for peer in dict.fromkeys(ENVIRONMENTS.get(case["peer"], case["peer"]) for case in cases):
+    for peer in dict.fromkeys(ENVIRONMENTS.get(case["peer"]) or str(case["peer"]) for case in cases):
         if peer == plan.OURS:
             continue
         print(f"environment of {peer}", flush=True)
@@ -254,7 +254,7 @@ def measure_peer(case: Case, dry: bool, until: float) -> Case:
     name, peer = str(case["workload"]), str(case["peer"])
     if why := LEFT_OUT.get((name, peer)):
         return {"why": why}
-    python = envs.interpreter(ENVIRONMENTS.get(peer, peer), ENVS)
+    python = envs.interpreter(ENVIRONMENTS.get(peer) or peer, ENVS)
     python = str(python) if python.exists() else sys.executable
     if run.call([python, "-c", f"import {PEERS[peer]}"], 120)[1] is not None:
         return {"why": f"{PEERS[peer]} is not installed"}
