@@ -1,6 +1,7 @@
 """What a machine with one accelerator is wanted for, in parts of ten minutes; needs no network.
 
     scripts/benchmark/accelerator.sh PART [--dry] [--minutes 9] [--out DIR] [--only model=lenet wave=1]
+    scripts/benchmark/accelerator.sh peers --install [--dry]    # makes the environments first, with pip
 
 grid   seconds of a round by wave, convolution, precision, trip count and XLA's command buffers; accuracy
        after a few rounds shows whether precisions agree
@@ -31,7 +32,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,15 +214,39 @@ PEERS = {plan.OURS: "jax", "torch": "torch", "vmap": "torch", "pfl": "pfl", "flw
 ENVIRONMENTS = {"vmap": "torch"}
 """Where that is not the runner's own."""
 
+ENVS = ROOT / "build" / "benchmark-envs"
+"""Those of `run.py` too."""
+
 _TOO_LONG = "left out: it sends each model between processes, and 1,000 clients would take minutes a round"
 LEFT_OUT = {("mlp-of-1000", "flwr"): _TOO_LONG, ("mlp-of-10000", "flwr"): _TOO_LONG}
 
 
 def peers(dry: bool) -> Iterator[Case]:
-    """Each peer on each workload, at the precision that PyTorch's users and JAX's mostly choose first."""
-    names = ("dry-pfl-cifar10", "dry-mlp-of-10") if dry else common.ACCELERATOR
-    for precision, name, peer in itertools.product(("tf32",) if dry else ("tf32", "float32"), names, PEERS):
-        yield {"workload": name, "peer": peer, "precision": precision}
+    """Each peer on each workload, at the precision that PyTorch's users and JAX's mostly choose first.
+
+    Those that are named `check` are not for timing: at float32 all must end at the same loss.
+    """
+    names: dict[str, Iterable[str]] = {
+        "tf32": common.ACCELERATOR,
+        "float32": ("check-mcmahan", "check-mlp", *common.ACCELERATOR),
+    }
+    if dry:
+        names = {"tf32": ["dry-pfl-cifar10"], "float32": ["check-mlp"]}
+    for precision, several in names.items():
+        for name, peer in itertools.product(several, PEERS):
+            yield {"workload": name, "peer": peer, "precision": precision}
+
+
+def install(cases: Iterable[Case]) -> None:
+    """Makes the environments of the peers in these cases; says which cannot be had, and goes on."""
+    for peer in dict.fromkeys(ENVIRONMENTS.get(case["peer"]) or str(case["peer"]) for case in cases):
+        if peer == plan.OURS:
+            continue
+        print(f"environment of {peer}", flush=True)
+        try:
+            envs.ensure(peer, ENVS)
+        except envs.EnvironmentFailed as error:
+            print(error, flush=True)
 
 
 def measure_peer(case: Case, dry: bool, until: float) -> Case:
@@ -229,7 +254,7 @@ def measure_peer(case: Case, dry: bool, until: float) -> Case:
     name, peer = str(case["workload"]), str(case["peer"])
     if why := LEFT_OUT.get((name, peer)):
         return {"why": why}
-    python = envs.interpreter(ENVIRONMENTS.get(peer) or peer, ROOT / "build" / "benchmark-envs")
+    python = envs.interpreter(ENVIRONMENTS.get(peer) or peer, ENVS)
     python = str(python) if python.exists() else sys.executable
     if run.call([python, "-c", f"import {PEERS[peer]}"], 120)[1] is not None:
         return {"why": f"{PEERS[peer]} is not installed"}
@@ -441,7 +466,9 @@ class Part(NamedTuple):
 _CLOCK = ("round_s", "images_per_s")
 PARTS = {
     "grid": Part(grid, measure_grid, (*GRID, "data"), (*_CLOCK, "compile_s", "accuracy")),
-    "peers": Part(peers, measure_peer, ("workload", "peer", "precision"), (*_CLOCK, "first_s")),
+    "peers": Part(
+        peers, measure_peer, ("workload", "peer", "precision"), (*_CLOCK, "first_s", "loss_at_end")
+    ),
     "seeds": Part(
         seeds, measure_seeds, ("model", "seeds", "data"), ("first_s", "later_s", "total_s", "accuracy")
     ),
@@ -541,7 +568,7 @@ def conduct(part: str, args: argparse.Namespace) -> Table:
     about = _machine(args.dry)
     keys = (*PARTS[part].keys, "card", "jax")
     name = f"accelerator-{part}.csv"
-    table = Table(args.out / name, keys, args.again, None if args.dry else RESULTS / name)
+    table = Table(args.out / name, keys, args.again or args.dry, None if args.dry else RESULTS / name)
     print(", ".join(f"{name} {value}" for name, value in about.items() if value), flush=True)
     if part == "seeds":
         print(f"runs go {ONE_BY_ONE}", flush=True)
@@ -626,11 +653,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, help="folder of the runs of `full`; default build/accelerator")
     parser.add_argument("--only", nargs="+", default=[], help="cases with these values: model=lenet wave=1")
     parser.add_argument("--again", action="store_true", help="measure what has a row as well")
+    parser.add_argument("--install", action="store_true", help="make the environments of `peers` first")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.out is None:
         usual = ROOT / "build" / "accelerator" if args.dry else Path(os.environ.get("OUT") or RESULTS)
         args.out = usual
+    if args.install and args.part != "peers":
+        parser.error(f"argument --install: {args.part} has no environments of its own, peers has")
     known = {field for part in PARTS.values() for field in part.keys}
     for text in args.only:
         if text.partition("=")[0] not in known:
@@ -649,6 +679,8 @@ def main() -> None:
     if args.worker:
         work(args.part, args.dry)
     else:
+        if args.install:
+            install(case for case in peers(args.dry) if _asked_for(case, args.only))
         conduct(args.part, args)
 
 

@@ -1,5 +1,7 @@
 """One virtual environment for each peer, with the versions that work together.
 
+    python scripts/benchmark/envs.py flwr    # prints what goes into the environment of a peer
+
 The pins are direct requirements only; every result records what was really installed. PyTorch goes in by
 itself, first and with an exact version, through pip: so it is the build that pip's own configuration
 offers for that version (set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to where the CPU build lies, or the
@@ -19,6 +21,7 @@ _TORCH = ("torch==2.13.0", "numpy==2.4.6")
 
 ENVIRONMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     "torch": (_TORCH,),
+    # pfl 0.6.0 is for Python 3.10 to 3.12.
     "pfl": (_TORCH, (*_TORCH, "pfl==0.6.0")),
     "flwr": (_TORCH, (*_TORCH, "flwr[simulation]==1.41.0", "ray==2.55.1")),
     # A newer jax has no jax.tree_map and the like, and fedjax 0.0.17 fails on it.
@@ -90,3 +93,8 @@ def _call(peer: str, command: list[str]) -> None:
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-15:])
         raise EnvironmentFailed(f"environment {peer!r}: `{' '.join(command)}` failed:\n{tail}")
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ENVIRONMENTS:
+        print(*dict.fromkeys(pin for several in ENVIRONMENTS[name] for pin in several))

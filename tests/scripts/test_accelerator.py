@@ -76,6 +76,24 @@ def test_rows_of_an_earlier_call_count(script, tmp_path):
     assert [(row["case"], row["seconds"]) for row in told] == [("1", "2.0"), ("2", "1.0")]
 
 
+def test_environments_are_made_for_the_peers_that_were_asked_for(script, monkeypatch, capsys):
+    accelerator, made = script("accelerator"), []
+
+    def ensure(peer, directory):
+        made.append(peer)
+        if peer == "pfl":
+            raise accelerator.envs.EnvironmentFailed("no such wheel")
+
+    monkeypatch.setattr(accelerator.envs, "ensure", ensure)
+    monkeypatch.setattr(accelerator, "conduct", lambda part, args: made.append(part))
+    words = ["peers", "--install", "--only", "peer=ours", "peer=vmap", "peer=pfl"]
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", *words])
+    accelerator.main()
+    assert made == ["torch", "pfl", "peers"] and "no such wheel" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        accelerator.parse(["grid", "--install"])
+
+
 @pytest.mark.slow
 def test_all_parts_run_dry(tmp_path):
     command = [str(FOLDER / "accelerator.sh")]
@@ -89,3 +107,6 @@ def test_all_parts_run_dry(tmp_path):
         assert rows and all(row["card"] == "cpu" and row["jax"] == jax.__version__ for row in rows)
         missing = ("is not installed", "is not in this project")
         assert not [row for row in rows if row.get("why") and not row["why"].endswith(missing)]
+        checks = [row for row in rows if "check" in row.get("workload", "") and not row.get("why")]
+        losses = [float(row["loss_at_end"]) for row in checks]
+        assert part != "peers" or losses == pytest.approx([losses[0]] * len(losses), abs=1e-3)

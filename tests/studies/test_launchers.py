@@ -13,7 +13,6 @@ import yaml
 from fedjax_sim import runs
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.engine.placement import cores
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.studies import launchers, sweep
 
@@ -409,14 +408,47 @@ def test_a_sweep_as_an_array(cluster, local, tmp_path, monkeypatch):
 # --- Ray ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray, which does not report its use, and of which no cluster is named."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return ray
+
+
 @pytest.mark.filterwarnings("ignore")  # of Ray: sockets and files that it leaves to Python to close
-def test_a_sweep_on_ray(local, tmp_path, monkeypatch, study, capsys):
-    pytest.importorskip("ray")
+def test_tasks_of_ray(ray, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+
+    def tell(line):
+        told.append(line)
+        monkeypatch.chdir(tmp_path)  # once the cluster runs, which is in another folder
+
+    def call(batch):
+        with (tmp_path / batch[0]["name"]).open("a") as starts:
+            starts.write("x")
+        if batch[0]["name"] == "lost":
+            os._exit(1)
+        return {run["name"]: (os.getcwd(), os.environ["JAX_NUM_CPU_DEVICES"]) for run in batch}
+
+    batches, told = [[{"name": "a"}, {"name": "b"}], [{"name": "lost"}]], []
+    launched = launchers.Ray(retries=1).launch(call, batches, tmp_path, tell)
+    first = next(launched)
+    with pytest.raises(UserError, match=r"launcher\.cpus = .*no machine of Ray's cluster has"):
+        next(launchers.Ray(cpus=10_000).launch(call, batches, tmp_path, told.append))
+    found = dict([first, *launched])
+    assert found[0] == {"a": (str(tmp_path), "1"), "b": (str(tmp_path), "1")}
+    assert found[1].startswith("WorkerCrashedError: ") and (tmp_path / "lost").read_text() == "xx"
+    assert len(told) == 1 and told[0].startswith("2 tasks for Ray, which has ")
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_sweep_on_ray(ray, local, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", os.environ.get("JAX_NUM_CPU_DEVICES", "4"))
     made, told = sweep.from_mapping(asked(tmp_path / "ray")), []
     outcome = sweep.run(made, told.append, launcher=launchers.Ray(runs=2))
     assert not outcome.failures, told
     same(made, local)
-    with pytest.raises(UserError, match=r"launcher\.cpus = .*no machine of Ray's cluster has"):
-        sweep.run(sweep.from_mapping(asked(tmp_path / "no")), launcher=launchers.Ray(cpus=1 + cores()))
