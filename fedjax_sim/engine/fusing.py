@@ -52,7 +52,7 @@ def limit(setup: Setup, reason: str | None, state: int) -> int:
             warnings.warn(told, stacklevel=2)
         return 1
     if wanted != "auto":
-        return wanted
+        return min(wanted, setup.config.rounds)
     return 1 if state > _STATE else min(MOST, max(1, _SLOTS // setup.cohort_size))
 
 

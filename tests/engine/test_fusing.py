@@ -115,6 +115,10 @@ def test_what_needs_the_host_in_every_round_says_so_once(changes, why):
     assert Simulation(_placed(dataclasses.replace(PLAIN, **changes), "auto", **execution)).fused is None
 
 
+def test_a_call_has_room_for_the_rounds_of_the_run_at_most():
+    assert Simulation(_placed(PLAIN, 10**9)).rounds_per_call == PLAIN.rounds
+
+
 @pytest.mark.parametrize("call", [0, -1, 2.5, "all"])
 def test_a_wrong_number_is_refused(call):
     with pytest.raises(fs.UserError, match=r"execution.rounds_per_call"):
