@@ -5,7 +5,8 @@ a round, in the order of `RunConfig.callbacks`, when the round's rows are known 
 starts. What it decides therefore holds exactly: a run that is stopped ends after that very round, and the
 model that it asks for is the one that the rows speak of. So while a run has callbacks, no round is computed
 ahead. One that acts on evaluated rounds alone says so with `every_round = False`: rounds up to the next
-evaluation then run as one program (`execution.rounds_per_call`), and it is told of all of them after it.
+evaluation then run as one program (`execution.rounds_per_call`), and it is told of all of them after it. Of
+others than the evaluated it can only read the rows.
 
 A run that is stopped evaluates its last model, and fine-tunes clients if it was to (`evaluation.finetune`),
 as any run does after its last round; callbacks are called once more, with the rows of that. Diagnostics of

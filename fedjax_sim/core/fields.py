@@ -61,8 +61,14 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
             try:
                 return coerce(value, arg, path, text=text)
             except UserError:
-                if arg is rest[-1]:
-                    raise
+                if arg is not rest[-1]:
+                    continue
+                if int in rest and typing.get_origin(arg) is Literal:
+                    fix = f"Choose a whole number, or {', '.join(map(str, typing.get_args(arg)))}."
+                    raise UserError(
+                        path, value, "neither a whole number nor one of the choices", fix
+                    ) from None
+                raise
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value

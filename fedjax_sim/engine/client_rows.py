@@ -194,7 +194,12 @@ class ClientRows:
         if per_chunk != self._per_chunk:
             self._chunks, self._own, self._per_chunk = {}, 0, per_chunk
         highest = max(int(one["places"].max(initial=NOWHERE)) for one in snapshots.values())
+        used = {
+            place // per_chunk for one in snapshots.values() for place in np.unique(one["places"]).tolist()
+        }
         while self._next * per_chunk <= highest:
+            if self._next in used:  # then it is there, and not to be made
+                self._make(self._next, (per_chunk, self.row_bytes), False)
             self._open()
         self._places, self._sums = wanted["places"].copy(), wanted["sums"].copy()
         mine = self.keeper(np.arange(self.count)) == self._part[0]

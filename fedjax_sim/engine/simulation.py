@@ -440,7 +440,7 @@ class Simulation:
 
     def _followed(self, number: int) -> bool:
         """Whether round `number` can be one of several: nobody looks before the next, nor at either."""
-        return not (self._evaluates(number) or self._due(number) or self._due(number + 1))
+        return not (self.evaluates(number) or self._due(number) or self._due(number + 1))
 
     def _rows(
         self,
@@ -526,9 +526,9 @@ class Simulation:
 
     def due(self) -> bool:
         """Whether the model as it now is should be evaluated."""
-        return self._evaluates(self.round)
+        return self.evaluates(self.round)
 
-    def _evaluates(self, number: int) -> bool:
+    def evaluates(self, number: int) -> bool:
         """Whether an evaluation follows round `number`, from 1."""
         every = self.setup.config.evaluation.every
         return every > 0 and (number % every == 0 or number == self.setup.config.rounds)

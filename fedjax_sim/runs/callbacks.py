@@ -53,11 +53,13 @@ class UnderWay:
         self.config, self.folder, self.metrics = config, folder, metrics
         self._variables, self._made = variables, None
         self._number = 0
-        self._by = ""
+        self._by, self._may_act = "", True
         self._wishes = Wishes()
 
     def model(self) -> Any:
         """The deployed model, nested dicts of NumPy arrays."""
+        if self._number:
+            self._in_a_round("model")
         return jax.device_get(self._variables() if self._made is None else self._made)
 
     def stop(self, reason: str = "") -> None:
@@ -78,6 +80,10 @@ class UnderWay:
     def _in_a_round(self, what: str) -> None:
         if not self._number:
             raise UserError(f"run.{what}", self._by, "no round is to be looked at", "Call it in on_round.")
+        if not self._may_act:
+            why = f"round {self._number} was not evaluated, and it has every_round = False"
+            fix = "Call it after evaluated rounds alone, or leave every_round out."
+            raise UserError(f"run.{what}", self._by, why, fix)
 
 
 class Callbacks:
@@ -107,13 +113,6 @@ class Callbacks:
         if hosts.first():
             warnings.warn(f"{told}; {fix}, execution.rounds_per_call = 1 that this is meant", stacklevel=3)
 
-    def refuse(self, wishes: Wishes, number: int) -> None:
-        """Raises UserError if anything is asked for of a round that others have followed already."""
-        if wishes != Wishes():
-            names = ", ".join(_name(callback) for callback in self._entries)
-            why = f"one of them acts on round {number}, which was not evaluated, and has every_round = False"
-            raise UserError("callbacks", names, why, "Set every_round = True there.")
-
     def on_start(self) -> None:
         """Tells those who want to know that the run starts, in the first process.
 
@@ -122,26 +121,36 @@ class Callbacks:
         """
         self._all("on_start", 0)
 
-    def on_round(self, number: int, rows: Sequence[Row]) -> Wishes:
-        """Tells all of a round, in the first process, and all processes what they ask for."""
-        return self._all("on_round", number, number, rows)
+    def on_round(self, number: int, rows: Sequence[Row], *, evaluated: bool) -> Wishes:
+        """Tells all of a round, in the first process, and all processes what they ask for.
+
+        Args:
+          number: of the round, from 1.
+          rows: its records.
+          evaluated: whether it was.
+
+        Raises:
+          UserError: one fails, or acts on a round that it said it would not.
+        """
+        return self._all("on_round", number, number, rows, evaluated=evaluated)
 
     def on_end(self) -> None:
         """Tells those who want to know that the run has ended."""
         self._all("on_end", 0)
 
-    def _all(self, name: str, number: int, *args: Any) -> Wishes:
+    def _all(self, name: str, number: int, *args: Any, evaluated: bool = True) -> Wishes:
         if not self._entries:
             return Wishes()
         if jax.process_count() > 1:  # here, where all take part: only the first will ask for it
             self._run._made = self._run._variables()
-        return hosts.on_first(lambda: self._call(name, number, *args))
+        return hosts.on_first(lambda: self._call(name, number, *args, evaluated=evaluated))
 
-    def _call(self, name: str, number: int, *args: Any) -> Wishes:
+    def _call(self, name: str, number: int, *args: Any, evaluated: bool) -> Wishes:
         run = self._run
         run._number, run._wishes = number, Wishes()
         for place, callback in enumerate(self._entries):
             run._by = _name(callback)
+            run._may_act = evaluated or getattr(callback, "every_round", True)
             function = getattr(callback, name, None)
             if function is None:
                 continue

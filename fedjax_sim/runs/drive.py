@@ -6,6 +6,7 @@ import functools
 import json
 import shlex
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -79,15 +80,13 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
         nonlocal stopped, kept
         rows = records.encode_nonfinite(rows)
         table.extend(rows)
-        wishes = callbacks.on_round(number, rows)
-        if number < simulation.round:
-            callbacks.refuse(wishes, number)
+        wishes = callbacks.on_round(number, rows, evaluated=simulation.evaluates(number))
         if wishes.stopped is not None and number < config.rounds:
             stopped = wishes.stopped
             last = records.encode_nonfinite(_last_rows(simulation, rows))
             table.extend(last)
             rows = rows + last
-            wishes.keep |= bool(last) and callbacks.on_round(number, last).keep
+            wishes.keep |= bool(last) and callbacks.on_round(number, last, evaluated=True).keep
         lap = Lap(number, seconds, cpu, setup.cohort_size)
         if journal is None:
             laps.append(lap)
@@ -206,11 +205,14 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
             pass
         return last
 
-    also = row_files.of_run(simulation, checkpoints, folder)
+    also, there = row_files.of_run(simulation, checkpoints, folder), hosts.on_first(checkpoints.rounds)
     found = checkpoints.restore(
         simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached), also=also
     )
     if found is None:
+        if there:
+            told = "no checkpoint is left to go on from: the run begins again at its first round"
+            warnings.warn(told, stacklevel=2)
         row_files.begin(simulation, folder)
     else:
         simulation.restore(*found)

@@ -145,7 +145,7 @@ class _Processes:
         self._calls, self._barrier = {}, threading.Barrier(count)
 
     def _chunk(self, process, number, shape, own):
-        assert own == (number % self.count == process)
+        assert not own or number % self.count == process
         chunk = self.files.setdefault(number, np.full(shape, 255, np.uint8)) if own else self.files[number]
         view = chunk.view()
         view.flags.writeable = own

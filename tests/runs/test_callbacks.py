@@ -153,7 +153,7 @@ def test_a_decision_from_after_the_newest_checkpoint_is_taken_again(whole, tmp_p
         if part.is_file():
             part.write_bytes(b"")
     (run.folder / "metrics.parquet").unlink()
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="damaged|no checkpoint is left"):
         again = fs.resume(run.folder)
     assert again.stopped == whole.stopped and list(again.metrics) == list(whole.metrics)
     assert same(again.variables, whole.variables)
@@ -321,11 +321,42 @@ def test_one_that_acts_on_evaluated_rounds_leaves_the_others_together(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, together.variables, alone.variables)
     seconds = np.loadtxt(tmp_path / "run" / "timing.csv", delimiter=",", skiprows=1)[:, 1]
     assert len(seconds) == 8 and seconds[1] == seconds[2]  # those of a call cost the same
-    with pytest.raises(UserError, match=r"AtEvaluations.*acts on round 5, which was not evaluated"):
+    with pytest.raises(
+        UserError,
+        match=r"run.stop = .*AtEvaluations.*round 5 was not evaluated, and it has every_round = False",
+    ):
         fs.run(
             placed(tmp_path / "wrong", execution=_fused(), evaluation=evaluation),
             callbacks=[AtEvaluations(5)],
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Adds up the model after evaluated rounds, and tries it after another."""
+
+    also: int = 0
+    found: list = dataclasses.field(default_factory=list, repr=False, compare=False)
+    every_round = False
+
+    def on_round(self, number, rows, run):
+        """See `Callback`."""
+        if number == self.also or any(row.metric == "accuracy" for row in rows):
+            self.found.append(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(run.model())))
+
+
+def test_the_model_is_that_of_the_round_or_refused(tmp_path):
+    evaluation, found = fs.EvaluationConfig(every=4), []
+    for call in (1, 5):
+        config = placed(tmp_path / f"run{call}", execution=_fused(call), evaluation=evaluation)
+        fs.run(config, callbacks=[seen := Sums()])
+        found.append(seen.found)
+        with pytest.raises(UserError, match=r"run.model = .*Sums.*round 6 was not evaluated"):
+            fs.run(
+                placed(tmp_path / f"wrong{call}", execution=_fused(call), evaluation=evaluation),
+                callbacks=[Sums(6)],
+            )
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_the_shipped_ones_say_whether_they_act_on_other_rounds():

@@ -95,8 +95,11 @@ def test_a_damaged_row_has_the_checkpoint_passed_over(cut, whole):
 
 def test_with_the_files_lost_it_starts_over(cut, whole):
     shutil.rmtree(cut / "clients")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning) as told:
         _check(fs.resume(cut), whole)
+    said = [str(one.message) for one in told]
+    assert len(said) == 3 and all("damaged" in one and "rows-00000" in one for one in said[:2])
+    assert "begins again at its first round" in said[2]
 
 
 def test_a_setting_of_auto_stays_where_the_run_began(cut, whole, monkeypatch):
