@@ -9,6 +9,7 @@ The glossary. A letter is an axis, the same in all docstrings of `core/` and `en
     W   waves of a device
     S   places of a device, those of all its waves: S = W * L
     L   lanes of a wave, clients that train side by side
+    R   rounds of a call
     T   rows of the table that says who holds which sample
     n   samples of a set
     B   samples of a batch, padding included

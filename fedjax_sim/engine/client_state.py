@@ -121,11 +121,12 @@ class _Seats:
     """Where the rows of some clients lie, on the devices of the processes that keep them.
 
     Attributes:
-      each: r, rows a device has room for.
+      each: rows that a device has room for.
       own: i32[m], clients whose rows this process keeps, in the order in which they lie on its devices.
       others: those of the other processes.
-      row: i32[S], where each slot's row is, of all D·r; None: slots are in this order already.
-      slot: i32[D·r], the slot that has what a row will be; of spare rows any.
+      row: i32[K or more], where each slot's row is, of those of all devices; None: slots are in this order
+        already.
+      slot: i32[m], of each of these rows the slot that has what it will be; of spare rows any.
     """
 
     each: int
@@ -260,7 +261,7 @@ class ClientState:
         return _Seats.of(ids, slots, self.rows, self._mesh)
 
     def _filled(self, rows: np.ndarray) -> np.ndarray:
-        """With what the devices have beside them. [m, …] -> [S, …]."""
+        """With what the devices have beside them. [m, …] -> [m or more, …]."""
         (slots,) = filled_shape((len(rows),), self._mesh.size)
         spare = np.zeros((slots - len(rows), *rows.shape[1:]), rows.dtype)
         return np.concatenate([rows, spare]) if len(spare) else rows

@@ -227,7 +227,7 @@ def check_same(told: Mapping[str, Any], fix: str) -> None:
 
 
 def gathered(array: np.ndarray) -> np.ndarray:
-    """Each process's array, of one shape and dtype of at most 32 bits. [m, …] -> [P, m, …]."""
+    """Each process's array, of one shape and dtype of at most 32 bits. [m, …] -> [processes, m, …]."""
     return array[None] if jax.process_count() == 1 else np.asarray(multihost_utils.process_allgather(array))
 
 
