@@ -176,7 +176,8 @@ class Simulation:
             jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
             for leaf in jax.tree.leaves(self.abstract_state())
         ]
-        limit = fusing.limit(setup, reason, bytes_of(held_here))
+        cut = not all(where.is_fully_replicated for where in jax.tree.leaves(self._shardings))
+        limit = fusing.limit(setup, reason, bytes_of(held_here), cut=cut)
         several = any(self._followed(number) for number in range(1, min(setup.config.rounds, 1000)))
         self.rounds_per_call = limit if several else 1
         self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self.rounds_per_call)

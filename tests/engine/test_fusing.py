@@ -125,13 +125,15 @@ def test_a_wrong_number_is_refused(call):
         fs.ExecutionConfig(rounds_per_call=call)
 
 
-def test_a_large_state_is_not_held_twice_unless_asked_for():
-    large = dataclasses.replace(
-        PLAIN, algorithm=A.FedMR(), model=fs.ModelConfig("mlp", options={"hidden": [9000]})
-    )
-    assert Simulation(_placed(large, "auto")).fused is None
-    assert Simulation(_placed(large, "auto", 2)).fused is not None  # on each of them it is small
-    assert Simulation(_placed(large, 2)).rounds_per_call == 2
+def test_by_itself_it_does_so_where_it_helps():
+    large = dataclasses.replace(PLAIN, model=fs.ModelConfig("mlp", options={"hidden": [30_000]}))
+    recombined = dataclasses.replace(PLAIN, algorithm=A.FedMR())
+    # One model of 8.5 MiB, which a loop might hold twice; slots of two CPU devices that exchange rows.
+    for config, devices in ((large, 1), (recombined, 2)):
+        assert Simulation(_placed(config, "auto", devices)).fused is None
+        assert Simulation(_placed(config, 2, devices)).rounds_per_call == 2
+    for config, devices in ((recombined, 1), (PLAIN, 2)):
+        assert Simulation(_placed(config, "auto", devices)).rounds_per_call == 32
 
 
 # --- how many -------------------------------------------------------------------------------------------
