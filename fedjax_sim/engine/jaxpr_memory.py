@@ -35,6 +35,13 @@ def leaf_bytes(leaf: Any) -> int:
     return int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
 
 
+def share_bytes(leaf: Any) -> int:
+    """Bytes of one array on each device, if it says how they hold it; else of all of it."""
+    if leaf.sharding is None:
+        return leaf_bytes(leaf)
+    return leaf_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+
+
 def peak_bytes(
     program: core.ClosedJaxpr,
     labels: Sequence[str] = (),

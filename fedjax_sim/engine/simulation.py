@@ -22,7 +22,7 @@ from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore, DeviceData
 from fedjax_sim.engine.feed import Feed, RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
-from fedjax_sim.engine.jaxpr_memory import bytes_of
+from fedjax_sim.engine.jaxpr_memory import share_bytes
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
 from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, Rounds, ServerState
@@ -165,29 +165,20 @@ class Simulation:
         )
         self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters, held)
         self._shardings = self._state_shardings()
-        self.program = cached_jit(
-            self.function,
-            self.mesh,
-            donate_argnums=(0,) if setup.config.execution.donate else (),
-            out_shardings=(self._shardings, placement.replicated(self.mesh)),
-        )
+        options: dict[str, Any] = {
+            "donate_argnums": (0,) if setup.config.execution.donate else (),
+            "out_shardings": (self._shardings, placement.replicated(self.mesh)),
+        }
+        self.program = cached_jit(self.function, self.mesh, **options)
         reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)
-        held_here = [
-            jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
-            for leaf in jax.tree.leaves(self.abstract_state())
-        ]
+        size = sum(map(share_bytes, jax.tree.leaves(self.abstract_state())))
         cut = not all(where.is_fully_replicated for where in jax.tree.leaves(self._shardings))
-        limit = fusing.limit(setup, reason, bytes_of(held_here), cut=cut)
+        limit = fusing.limit(setup, reason, size, cut=cut)
         several = any(self._followed(number) for number in range(1, min(setup.config.rounds, 1000)))
         self.rounds_per_call = limit if several else 1
         self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self.rounds_per_call)
         self.fused = (
-            cached_jit(
-                Rounds(self.function, self._shardings),
-                self.mesh,
-                donate_argnums=(0,) if setup.config.execution.donate else (),
-                out_shardings=(self._shardings, placement.replicated(self.mesh)),
-            )
+            cached_jit(Rounds(self.function, self._shardings), self.mesh, **options)
             if self.rounds_per_call > 1
             else None
         )

@@ -17,7 +17,7 @@ import numpy as np
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.device_data import DataStore, DeviceData, abstract
 from fedjax_sim.engine.feed import AHEAD, CutData, RoundData
-from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes
+from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes, peak_bytes, share_bytes
 from fedjax_sim.engine.observing import AllObservers, observer_request
 from fedjax_sim.engine.round import DISPATCH, MERGE, OF_CLIENTS, ORDER, SAMPLES, WAVES, RoundInputs
 from fedjax_sim.engine.scores import together
@@ -214,7 +214,7 @@ def _held(name: str, tree: Any, setup: Setup, remedy: str) -> Part:
     """Arrays that are held all the time; leaves know how they are cut."""
     device = total = 0
     for leaf in jax.tree.leaves(tree):
-        share = leaf_bytes(jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype))
+        share = share_bytes(leaf)
         device, total = device + share, total + share * setup.devices
     return Part(name, device, total, "always", remedy)
 

@@ -68,7 +68,7 @@ def images(clients: int, each: int, shape: tuple[int, ...]) -> fs.Dataset:
 def settings(
     model: str, algorithm: dict[str, Any], clients: int, cohort: int, batch: int, **execution: Any
 ) -> fs.RunConfig:
-    """A run of one local step a client, without evaluation."""
+    """A run of one local step a client, without evaluation, each round a program of its own."""
     dtype = execution.pop("dtype", "float32")
     return from_dict(
         {
@@ -79,7 +79,7 @@ def settings(
             "local": {"epochs": 1, "batch_size": batch},
             "cohort": {"size": cohort},
             "evaluation": {"every": 0},
-            "execution": execution,
+            "execution": {"rounds_per_call": 1, **execution},
         }
     )
 

@@ -14,7 +14,7 @@ from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.feed import AHEAD, STREAMED, RoundData
 from fedjax_sim.engine.held import filled_shape
 from fedjax_sim.engine.jaxpr_flops import flops
-from fedjax_sim.engine.jaxpr_memory import bytes_of, leaf_bytes
+from fedjax_sim.engine.jaxpr_memory import bytes_of, share_bytes
 from fedjax_sim.engine.observing import observer_request
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import ROUNDS, RoundInputs, ServerState
@@ -101,7 +101,7 @@ class Compiler:
         self.held = {"state": self.state, "data": self.data}
         # Samples of the rounds to come lie there too, beside whatever runs.
         ahead = AHEAD if simulation.feed.kind == STREAMED else 0
-        self.ahead = ahead * sum(_share(leaf) for leaf in _leaves(self.data))
+        self.ahead = ahead * sum(share_bytes(leaf) for leaf in _leaves(self.data))
 
     def programs(self) -> list[Program]:
         """All of them."""
@@ -220,7 +220,7 @@ class Compiler:
     def _besides(self, read: set[int], beside: Any) -> int:
         """Bytes that are held while a program runs and that it does not read. `read`: ids of what it does."""
         held = {id(leaf): leaf for leaf in _leaves((list(self.held.values()), beside))}
-        return self.ahead + sum(_share(leaf) for key, leaf in held.items() if key not in read)
+        return self.ahead + sum(share_bytes(leaf) for key, leaf in held.items() if key not in read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,12 +283,6 @@ def _read(compiled: jax.stages.Compiled, arguments: Any) -> set[int]:
 
 def _leaves(tree: Any) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-
-def _share(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array on one device."""
-    shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else leaf.shape
-    return leaf_bytes(jax.ShapeDtypeStruct(shape, leaf.dtype))
 
 
 def _on(tree: Any, sharding: Any) -> Any:
