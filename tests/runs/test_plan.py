@@ -17,7 +17,7 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.engine import jaxpr_memory
+from fedjax_sim.engine import jaxpr_memory, placement
 from fedjax_sim.runs import parts
 from fedjax_sim.runs import plan as planning
 from fedjax_sim.runs.assemble import prepare
@@ -192,6 +192,18 @@ def test_bytes_are_written_as_people_do():
     ]
     assert parts.available("cpu") > 2**20
     assert jaxpr_memory.bytes_of({"a": np.zeros((3, 4), np.float32), "b": jax.random.key(0)}) == 56
+
+
+def test_cut_arrays_count_by_their_share():
+    mesh = placement.make_mesh(4)
+    leaf = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.cut(mesh))
+    whole = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.replicated(mesh))
+    unsaid = jax.ShapeDtypeStruct((8, 3), np.float32)
+    assert [jaxpr_memory.share_bytes(one) for one in (leaf, whole, unsaid)] == [
+        2 * 3 * 4,
+        8 * 3 * 4,
+        8 * 3 * 4,
+    ]
 
 
 def test_measured_rounds_are_counted_and_grow_by_pooled_features_alone():

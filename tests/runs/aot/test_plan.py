@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from fedjax_sim import data, runs
@@ -20,7 +19,6 @@ from fedjax_sim.config import (
     RunConfig,
 )
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.engine import placement
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.runs import finetune
@@ -214,13 +212,6 @@ def test_what_a_cpus_devices_share_is_what_lies_there():
 def test_errors_of_a_configuration_are_those_of_a_run():
     with pytest.raises(UserError, match=r"cohort\.size"):
         plan(config(cohort=CohortConfig(size=99)), on="cpu-2")
-
-
-def test_cut_arrays_count_by_their_share():
-    mesh = machine("cpu-4").mesh
-    leaf = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.cut(mesh))
-    whole = jax.ShapeDtypeStruct((8, 3), np.float32, sharding=placement.replicated(mesh))
-    assert (programs._share(leaf), programs._share(whole)) == (2 * 3 * 4, 8 * 3 * 4)
 
 
 # --- what clients use themselves --------------------------------------------------------------------------
