@@ -31,151 +31,221 @@ from fedjax_sim.runs.loading import best_of
 from fedjax_sim.runs.progress import Bar, Clock, signals
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, known
 
+Fetch = Callable[[], Iterator[list[records.Row]]]
+"""Gives the rows of some rounds that are under way, one round after another; see `Simulation.steps`."""
+
 
 def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None = None) -> Run:
-    """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`."""
-    setup = simulation.setup
-    config = setup.config
-    checkpoints = journal = events = best = stopped = None
-    table, laps = Table(), []
-    kept: tuple[int | None, Callable[[], Any] | None] = (None, None)
-    if folder is not None:
-        checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
-        best, kept = Checkpoints(folder.best, keep=1), hosts.on_first(lambda: best_of(folder))
-        start = _restored(simulation, checkpoints, folder)
-        if began is not None:
-            _prolong(folder, simulation, began)
-        stopped = hosts.on_first(lambda: _still_stopped(folder, start))
-        if hosts.first():
-            journal = Journal(folder.path, start, config.rounds if stopped is None else stopped.round)
-            table, laps = journal.table, journal.laps
-            if config.output.tensorboard:
-                events = Events(folder.path / "tensorboard", start)
-        table, laps = hosts.on_first(lambda: (table, laps))
-    clock = Clock()
-    saved = simulation.round
-    run = UnderWay(config, None if folder is None else folder.path, table, lambda: simulation.variables)
-    callbacks = Callbacks(config, run)
+    """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`.
 
-    def outcome() -> Run:
-        partition = functools.partial(known, setup.partition)
-        model = functools.partial(known, jax.device_get(simulation.variables))
-        path = None if folder is None else folder.path
-        recipe = provenance.describe_partition(setup.partition)
-        done = simulation.round
-        seconds, cpu = records.total(laps, done)
-        of = (path, table, recipe, seconds, cpu, done, partition, model)
-        return Run(config, *of, stopped, *kept, setup.task.headline.name)
-
-    def write_all(numbers: range, fetch: Callable[[], Iterator[list[records.Row]]]) -> bool:
-        """Writes some rounds down. -> whether a callback wants a checkpoint, which is of the last of them."""
-        cost, wish = None, False
-        for number, rows in zip(numbers, fetch(), strict=True):
-            cost = cost or clock.lap(len(numbers))
-            wish |= write(number, rows, *cost)
-        return wish
-
-    def write(number: int, rows: list[records.Row], seconds: float, cpu: float) -> bool:
-        """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
-        nonlocal stopped, kept
-        rows = records.encode_nonfinite(rows)
-        table.extend(rows)
-        wishes = callbacks.on_round(number, rows, evaluated=simulation.evaluates(number))
-        if wishes.stopped is not None and number < config.rounds:
-            stopped = wishes.stopped
-            last = records.encode_nonfinite(_last_rows(simulation, rows))
-            table.extend(last)
-            rows = rows + last
-            wishes.keep |= bool(last) and callbacks.on_round(number, last, evaluated=True).keep
-        lap = Lap(number, seconds, cpu, setup.cohort_size)
-        if journal is None:
-            laps.append(lap)
-        else:
-            journal.write(rows, lap, simulation.ending)
-        if events is not None:
-            events.write(rows)
-        bar.advance(rows, lap.seconds)
-        if wishes.keep:
-            kept = _keep(best, number, simulation.variables)
-        return wishes.checkpoint
-
-    def save() -> None:
-        nonlocal saved
-        if folder is None or checkpoints is None or best is None:
-            return
-        # Rows first: a checkpoint must never be ahead of the journal, nor of what callbacks have decided.
-        if journal is not None:
-            journal.sync()
-        if events is not None:
-            events.flush()
-        best.wait()
-        if stopped is not None and hosts.first():
-            folder.write_stopped(stopped)
-        if saved < simulation.round:
-            held, clients = simulation.client_state, None
-            if held is not None:  # one more than are kept: the oldest goes once the new one is whole
-                clients = held.snapshot(simulation.round, config.output.keep + 1)
-            of = (simulation.state, simulation.variables, simulation.shapes, clients)
-            checkpoints.save(simulation.round, *of)
-            saved = simulation.round
-        # The whole table comes last.
-        if journal is not None and stopped is None and simulation.round < config.rounds:
-            journal.tabulate()
-
-    if callbacks.every_round and simulation.fused is not None:
-        callbacks.tell_one_by_one()
-    bar = Bar(config, simulation.round, setup.cohort_size, table, setup.task.headline.name)
-    waiting: list[tuple[range, Callable[[], Iterator[list[records.Row]]]]] = []
-    ended = False
-    try:
-        callbacks.on_start()
+    Raises:
+      NonFiniteUpdate, NonFiniteServer: with how to find where it began.
+      OtherProcessLost: another process of the run ended.
+      Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
+    """
+    drive = Drive(simulation, folder, began)
+    with drive:
+        drive.begin()
         with signals() as asked:
             stopping = hosts.StopVote(lambda: bool(asked))
-            while simulation.round < config.rounds and stopped is None and not stopping():
-                first, every = simulation.round + 1, config.output.checkpoint_every
-                left = every - simulation.round % every if every > 0 else None
-                under_way = simulation.steps(1 if callbacks.every_round else left)
-                # Those before are written down while these are under way.
-                for part in waiting:
-                    write_all(*part)
-                waiting = [(range(first, simulation.round + 1), under_way)]
-                due = every > 0 and simulation.round % every == 0
-                if due or callbacks.every_round or (callbacks and simulation.due()):
-                    # Callbacks decide before the next round starts.
-                    due |= write_all(*waiting.pop())
-                if due:
-                    save()
-            while waiting:
-                write_all(*waiting.pop())
-            save()
-            if checkpoints is not None:
-                checkpoints.wait()
-        result = outcome()
-        if result.finished:
-            callbacks.on_end()
-        if journal is not None and result.finished:
-            _figures(result, setup)
-            journal.tabulate()
-        hosts.on_first(lambda: None)  # nobody looks into the folder before all is in it
-        ended = True
-    except (NonFiniteUpdate, NonFiniteServer) as error:
-        raise type(error)(
-            error.field, error.value, error.why, f"{error.fix} {_look(folder, saved)}"
-        ) from None
-    except (RuntimeError, ValueError) as error:  # JAX's of a round are of the first kind, others of both
-        lost = hosts.as_loss(error, _again(folder, saved))
-        if lost is error:
-            raise
-        raise lost from error
-    finally:
-        for thing in (bar, events, journal, best, checkpoints):
-            # After an error closing may fail as well: the first error is the one to tell.
-            with contextlib.nullcontext() if ended else contextlib.suppress(Exception):
-                if thing is not None:
-                    thing.close()
+            while drive.open and not stopping():
+                first = simulation.round + 1
+                drive.take(first, simulation.steps(drive.most))
+            drive.catch_up()
+        result = drive.end()
     if not result.finished:
         raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
     return result
+
+
+class Drive:
+    """A run on its way: its simulation, its folder, and what acts between its rounds.
+
+    As a context it closes what it has opened, and an error that leaves it says how the run goes on.
+
+    Attributes:
+      simulation: of the run.
+      stopped: why a callback ended it; None: none did.
+    """
+
+    def __init__(self, simulation: Simulation, folder: Folder | None, began: int | None = None):
+        """Puts the run where its folder says that it is; `began`: see `_prolong`."""
+        self.simulation, self._folder = simulation, folder
+        config = self._config = simulation.setup.config
+        self._checkpoints = self._journal = self._events = self._best = None
+        self.stopped: Stopped | None = None
+        self._table, self._laps = Table(), []
+        self._kept: tuple[int | None, Callable[[], Any] | None] = (None, None)
+        if folder is not None:
+            self._checkpoints = Checkpoints(folder.checkpoints, config.output.keep)
+            self._best, self._kept = (
+                Checkpoints(folder.best, keep=1),
+                hosts.on_first(lambda: best_of(folder)),
+            )
+            start = _restored(simulation, self._checkpoints, folder)
+            if began is not None:
+                _prolong(folder, simulation, began)
+            self.stopped = hosts.on_first(lambda: _still_stopped(folder, start))
+            if hosts.first():
+                last = config.rounds if self.stopped is None else self.stopped.round
+                self._journal = Journal(folder.path, start, last)
+                self._table, self._laps = self._journal.table, self._journal.laps
+                if config.output.tensorboard:
+                    self._events = Events(folder.path / "tensorboard", start)
+            self._table, self._laps = hosts.on_first(lambda: (self._table, self._laps))
+        self._clock = Clock()
+        self._saved = simulation.round
+        path = None if folder is None else folder.path
+        run = UnderWay(config, path, self._table, lambda: simulation.variables)
+        self._callbacks = Callbacks(config, run)
+        if self._callbacks.every_round and simulation.fused is not None:
+            self._callbacks.tell_one_by_one()
+        setup = simulation.setup
+        self._bar = Bar(config, simulation.round, setup.cohort_size, self._table, setup.task.headline.name)
+        self._waiting: list[tuple[range, Fetch]] = []
+
+    def begin(self) -> None:
+        """Tells callbacks that the run starts."""
+        self._callbacks.on_start()
+
+    @property
+    def open(self) -> bool:
+        """Whether there is another round to start."""
+        return self.simulation.round < self._config.rounds and self.stopped is None
+
+    @property
+    def most(self) -> int | None:
+        """How many rounds may be started at once; None: however many."""
+        every = self._config.output.checkpoint_every
+        if self._callbacks.every_round:
+            return 1
+        return every - self.simulation.round % every if every > 0 else None
+
+    def take(self, first: int, under_way: Fetch, clock: Clock | None = None) -> None:
+        """Takes over the rounds that were just started, and writes down those before.
+
+        Args:
+          first: their first, from 1; the last is the simulation's.
+          under_way: gives their rows.
+          clock: tells their cost; None: the run's own.
+        """
+        simulation, every = self.simulation, self._config.output.checkpoint_every
+        if clock is not None:
+            self._clock = clock
+        # Those before are written down while these are under way.
+        for part in self._waiting:
+            self._write_all(*part)
+        self._waiting = [(range(first, simulation.round + 1), under_way)]
+        due = every > 0 and simulation.round % every == 0
+        if due or self._callbacks.every_round or (self._callbacks and simulation.due()):
+            # Callbacks decide before the next round starts.
+            due |= self._write_all(*self._waiting.pop())
+        if due:
+            self._save()
+
+    def catch_up(self) -> None:
+        """Writes down what is under way, and keeps a checkpoint of it."""
+        while self._waiting:
+            self._write_all(*self._waiting.pop())
+        self._save()
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
+    def end(self) -> Run:
+        """What the run gave, after `catch_up`; a finished one is whole in its folder then."""
+        result = self._outcome()
+        if result.finished:
+            self._callbacks.on_end()
+        if self._journal is not None and result.finished:
+            _figures(result, self.simulation.setup)
+            self._journal.tabulate()
+        hosts.on_first(lambda: None)  # nobody looks into the folder before all is in it
+        return result
+
+    def __enter__(self) -> "Drive":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        for thing in (self._bar, self._events, self._journal, self._best, self._checkpoints):
+            # After an error closing may fail as well: the first error is the one to tell.
+            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+                if thing is not None:
+                    thing.close()
+        if isinstance(error, NonFiniteUpdate | NonFiniteServer):
+            fix = f"{error.fix} {_look(self._folder, self._saved)}"
+            raise type(error)(error.field, error.value, error.why, fix) from None
+        if isinstance(
+            error, RuntimeError | ValueError
+        ):  # JAX's of a round are of the first kind, others of both
+            lost = hosts.as_loss(error, _again(self._folder, self._saved))
+            if lost is not error:
+                raise lost from error
+
+    def _outcome(self) -> Run:
+        setup, simulation = self.simulation.setup, self.simulation
+        partition = functools.partial(known, setup.partition)
+        model = functools.partial(known, jax.device_get(simulation.variables))
+        path = None if self._folder is None else self._folder.path
+        recipe = provenance.describe_partition(setup.partition)
+        done = simulation.round
+        seconds, cpu = records.total(self._laps, done)
+        of = (path, self._table, recipe, seconds, cpu, done, partition, model)
+        return Run(self._config, *of, self.stopped, *self._kept, setup.task.headline.name)
+
+    def _write_all(self, numbers: range, fetch: Fetch) -> bool:
+        """Writes some rounds down. -> whether a callback wants a checkpoint, which is of the last of them."""
+        cost, wish = None, False
+        for number, rows in zip(numbers, fetch(), strict=True):
+            cost = cost or self._clock.lap(len(numbers))
+            wish |= self._write(number, rows, *cost)
+        return wish
+
+    def _write(self, number: int, rows: list[records.Row], seconds: float, cpu: float) -> bool:
+        """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
+        simulation = self.simulation
+        rows = records.encode_nonfinite(rows)
+        self._table.extend(rows)
+        wishes = self._callbacks.on_round(number, rows, evaluated=simulation.evaluates(number))
+        if wishes.stopped is not None and number < self._config.rounds:
+            self.stopped = wishes.stopped
+            last = records.encode_nonfinite(_last_rows(simulation, rows))
+            self._table.extend(last)
+            rows = rows + last
+            wishes.keep |= bool(last) and self._callbacks.on_round(number, last, evaluated=True).keep
+        lap = Lap(number, seconds, cpu, simulation.setup.cohort_size)
+        if self._journal is None:
+            self._laps.append(lap)
+        else:
+            self._journal.write(rows, lap, simulation.ending)
+        if self._events is not None:
+            self._events.write(rows)
+        self._bar.advance(rows, lap.seconds)
+        if wishes.keep:
+            self._kept = _keep(self._best, number, simulation.variables)
+        return wishes.checkpoint
+
+    def _save(self) -> None:
+        simulation, folder = self.simulation, self._folder
+        if folder is None or self._checkpoints is None or self._best is None:
+            return
+        # Rows first: a checkpoint must never be ahead of the journal, nor of what callbacks have decided.
+        if self._journal is not None:
+            self._journal.sync()
+        if self._events is not None:
+            self._events.flush()
+        self._best.wait()
+        if self.stopped is not None and hosts.first():
+            folder.write_stopped(self.stopped)
+        if self._saved < simulation.round:
+            held, clients = simulation.client_state, None
+            if held is not None:  # one more than are kept: the oldest goes once the new one is whole
+                clients = held.snapshot(simulation.round, self._config.output.keep + 1)
+            of = (simulation.state, simulation.variables, simulation.shapes, clients)
+            self._checkpoints.save(simulation.round, *of)
+            self._saved = simulation.round
+        # The whole table comes last.
+        if self._journal is not None and self.stopped is None and simulation.round < self._config.rounds:
+            self._journal.tabulate()
 
 
 def _look(folder: Folder | None, saved: int) -> str:
