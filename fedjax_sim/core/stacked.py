@@ -28,6 +28,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, PyTree, Shaped
 AXIS = "clients"
 """Name of the mesh axis over which slots are sharded."""
 
+RUNS = "runs"
+"""Name of the mesh axis over which runs are sharded that are one program (`fedjax_sim.engine.together`)."""
+
+SIDE = "side"
+"""Name of the axis of `jax.vmap` along which such runs lie side by side on a device."""
+
 _FULL = jax.lax.Precision.HIGHEST
 """Of products; accelerators may otherwise round factors, to 8 bits (TPUs) or 11 (GPUs) of a float32's 24."""
 
@@ -265,6 +271,13 @@ def cut_to(leaf: Shaped[Array, " m *rest"], count: int) -> Shaped[Array, " n *re
     return jax.lax.with_sharding_constraint(leaf[:count], P(AXIS))
 
 
+def whole(tree: PyTree) -> PyTree:
+    """Arrays of any shape, whole on every device."""
+    if _on_many():  # already, on this one
+        return tree
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
+
+
 def _on_own_slots(run: Callable[..., PyTree], devices: int) -> Callable[..., PyTree]:
     """`run` on every device's own slots of its first argument; the others are whole everywhere."""
     if devices == 1:
@@ -446,14 +459,43 @@ def on_devices(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_spec
     """`jax.shard_map` without its check of replication; without jit, on one device, the function itself.
 
     Args:
-      function: of the shares that one device has.
+      function: of the shares that one device has; the function itself also inside of another such, where a
+        device has a whole run.
       mesh: the devices, its axis is `AXIS`.
       in_specs: of each argument, whether it is cut along the axis or whole on each device.
       out_specs: likewise of the results.
     """
-    if _eager() and mesh.size == 1:
+    if (_eager() and mesh.size == 1) or _on_many():
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def most_of_runs(number: Int32[Array, ""]) -> Int32[Array, ""]:
+    """The largest number that runs side by side have here, one for all of them; of a run alone its own.
+
+    A loop of so many steps, or a branch by it, stays one, where by each run's own number `jax.vmap` would
+    compute both sides and select. For work that does no harm where it is done once more than needed.
+    """
+    return jax.lax.pmax(number, SIDE) if side_by_side() else number
+
+
+def any_of_runs(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether a flag is set in any of the runs side by side; see `most_of_runs`."""
+    return jax.lax.pmax(flag.astype(jnp.int32), SIDE) > 0 if side_by_side() else flag
+
+
+def all_of_runs(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether a flag is set in all of the runs side by side; see `most_of_runs`."""
+    return jax.lax.pmin(flag.astype(jnp.int32), SIDE) > 0 if side_by_side() else flag
+
+
+def side_by_side() -> bool:
+    """Whether this is traced for several runs side by side."""
+    try:
+        jax.lax.axis_size(SIDE)
+    except NameError:
+        return False
+    return True
 
 
 def per_slot(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., Any]:

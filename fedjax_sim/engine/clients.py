@@ -152,7 +152,7 @@ def _orders(lanes: Lanes, epochs: jax.Array, lengths: tuple[int, ...]) -> jax.Ar
     if len(lengths) == 1:
         return of_length(lengths[0])
     wanted = (jnp.asarray(lengths, jnp.int32) < lanes.counts.max()).sum()
-    return jax.lax.switch(wanted, [partial(of_length, length) for length in lengths])
+    return jax.lax.switch(stacked.most_of_runs(wanted), [partial(of_length, length) for length in lengths])
 
 
 # --- one wave -----------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class Trainer:
             epoch, within = t // per_epoch, t % per_epoch
             if not single:
                 orders = jax.lax.cond(
-                    jnp.any(within == 0),
+                    stacked.any_of_runs(jnp.any(within == 0)),
                     lambda: jnp.where((within == 0)[:, None], ordered(epoch), orders),
                     lambda: orders,
                 )
@@ -318,7 +318,7 @@ class Trainer:
                 here = wanted & (t == total - 1)
                 last_gradient = _written(here, gradient, last_gradient)
             size = mask.sum(1).astype(jnp.float32)
-            if self.ragged and self.width > 1:
+            if self._uneven():
                 active = t < total
                 new = stacked.where_slot(active, new, variables)
                 new_opt_state = stacked.where_slot(active, new_opt_state, opt_state)
@@ -428,13 +428,17 @@ class Trainer:
         return jax.vmap(lambda key: key_for(key, _STEP, t))(keys)
 
     def _masked(self) -> bool:
-        return self.partial or (self.ragged and self.width > 1)
+        return self.partial or self._uneven()
+
+    def _uneven(self) -> bool:
+        """Whether some client that trains beside others takes more steps than another of them."""
+        return self.ragged and (self.width > 1 or stacked.side_by_side())
 
 
 def _written(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """Lane by lane new or old, [L, …]; at no cost where no flag of bool[L] is set."""
     branches = (lambda new, old: stacked.where_slot(flags, new, old)), (lambda new, old: old)
-    return jax.lax.cond(flags.any(), *branches, new, old)
+    return jax.lax.cond(stacked.any_of_runs(flags.any()), *branches, new, old)
 
 
 def _changed(flags: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -58,7 +58,12 @@ def limit(setup: Setup, reason: str | None, state: int, *, cut: bool) -> int:
     if wanted != "auto":
         return min(wanted, setup.config.rounds)
     slower = cut and setup.devices > 1 and platform_of(setup.mesh) == "cpu"
-    return 1 if slower or state > _STATE else min(MOST, max(1, _SLOTS // setup.cohort_size))
+    return 1 if slower or state > _STATE else room(setup.cohort_size)
+
+
+def room(slots: int) -> int:
+    """R, for rounds of so many slots."""
+    return min(MOST, max(1, _SLOTS // slots))
 
 
 def wants_the_host(setup: Setup, data: str, *, on_host: bool) -> str | None:

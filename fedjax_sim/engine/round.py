@@ -325,9 +325,7 @@ class Round:
         # Whole on every device. Left to XLA these few numbers would be cut and gathered again, and a program
         # from the compile cache may run such a gather and the ring of `take_rows` in different orders on
         # different CPU devices, which then wait for each other for ever.
-        weights, cohort, plan = jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, same), (weights, cohort, plan)
-        )
+        weights, cohort, plan = stacked.whole((weights, cohort, plan))
         place = lambda tree: self._move(tree, plan.slot_of_place)  # noqa: E731
         back = lambda tree: self._move(tree, plan.place_of_slot)  # noqa: E731
 
@@ -427,14 +425,14 @@ class Round:
             received = trainer.receive(begin, broadcast, own.client_state, own.keys)
             trainer.watch.look("parameters", received)
             trained, client_state, uploads, loss, finite, gradient = trainer.train_wave(
-                received, broadcast, own, wave_steps[w], lr, data
+                received, broadcast, own, stacked.most_of_runs(wave_steps[w]), lr, data
             )
             received, trained = trainer.send(received), trainer.send(trained)
             metered, each = self._read(metered, received, trained, gradient, finite & (own.counts > 0))
             # A branch, and no selection where nothing is amiss: selection would fuse with the write below,
             # for which XLA then copies all slots, as it also reads them. Who is at fault is asked there too.
             trained, client_state, faults = jax.lax.cond(
-                finite.all(),
+                stacked.all_of_runs(finite.all()),
                 lambda new, old: (*new, jnp.full(width, _NONE)),
                 lambda new, old: (*stacked.where_slot(finite, new, old), _faults(finite, old[0], broadcast)),
                 (trained, client_state),
@@ -589,11 +587,11 @@ class Rounds:
 
     Attributes:
       round: one of them.
-      shardings: of the state; they follow from the round.
+      shardings: of the state; they follow from the round. None: a device has all of it.
     """
 
     round: Round
-    shardings: ServerState = dataclasses.field(compare=False)
+    shardings: ServerState | None = dataclasses.field(compare=False)
 
     def __call__(
         self, state: ServerState, inputs: RoundInputs, count: jax.Array, data: RoundData
@@ -617,7 +615,8 @@ class Rounds:
         def one(number: jax.Array, carry: tuple[ServerState, RoundOutputs]) -> Any:
             before, all_outputs = carry
             after, outputs = self.round(before, of(number), data, None)
-            after = jax.lax.with_sharding_constraint(after, self.shardings)
+            if self.shardings is not None:
+                after = jax.lax.with_sharding_constraint(after, self.shardings)
             kept = jax.tree.map(
                 lambda rows, new: jax.lax.dynamic_update_index_in_dim(rows, new, number, 0),
                 all_outputs,

@@ -57,11 +57,11 @@ class Scores:
         dataset = self._setup.dataset
         return dataset.test if self._setup.partition.test_from == "test" else dataset.train
 
-    def deployed(self, number: int, variables: Variables) -> Callable[[], list[Row]]:
-        """Starts an evaluation of the deployed model after round `number`; call the result for its rows."""
+    def outcome(self, variables: Variables) -> Callable[[], evaluation.Outcome]:
+        """Starts an evaluation of a model on the test set. Gives what `rows` makes records of."""
         with jax.set_mesh(self._mesh):
-            outcome = self._evaluator("test")(variables)
-        return lambda: self._rows(number, outcome)
+            found = self.evaluator("test")(variables)
+        return lambda: found
 
     def of_clients(self, variables: Variables) -> Callable[[], np.ndarray]:
         """Starts evaluating what clients would use on their own test samples; call the result for f64[N].
@@ -95,11 +95,11 @@ class Scores:
             return [(self._personal, given), (self._client_evaluator.program, (*read, pool))]
         if setup.partition.test_from == "test":
             return []
-        evaluator = self._evaluator("clients")
+        evaluator = self.evaluator("clients")
         return [(evaluator.program, (variables, *evaluator.data))]
 
-    def _evaluator(self, name: str) -> evaluation.Evaluator:
-        """Over the global test set, or over the pool that clients' own test samples come from."""
+    def evaluator(self, name: str) -> evaluation.Evaluator:
+        """Over the global test set ("test"), or the pool of clients' own test samples ("clients")."""
         if name not in self._evaluators:
             setup = self._setup
             example, rows = setup.dataset.test, None
@@ -122,10 +122,10 @@ class Scores:
         """Of clients that all use one model. own: each client's test samples."""
         metric = self._setup.task.headline
         if self._setup.partition.test_from == "test":
-            outcome, positions = self._evaluator("test")(variables), own
+            outcome, positions = self.evaluator("test")(variables), own
         else:
             positions = self._local_tests[1]
-            outcome = self._evaluator("clients")(variables)
+            outcome = self.evaluator("clients")(variables)
 
         def figures() -> np.ndarray:
             statistics = np.asarray(outcome[1][metric.name])
@@ -180,7 +180,7 @@ class Scores:
         table[columns < own.sizes[ids, None]] = own.flat[runs(own.offsets[ids], own.sizes[ids])]
         return ids, table
 
-    def _rows(self, number: int, outcome: evaluation.Outcome) -> list[Row]:
+    def rows(self, number: int, outcome: evaluation.Outcome) -> list[Row]:
         """The records of an evaluation on the global test set after round `number`."""
         setup, task = self._setup, self._setup.task
         losses, statistics = np.asarray(outcome[0]), {k: np.asarray(leaf) for k, leaf in outcome[1].items()}

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from fedjax_sim.engine.client_state import ClientState
 from fedjax_sim.engine.clients import Trainer
 from fedjax_sim.engine.debugging import shapes_of
 from fedjax_sim.engine.device_data import DataStore, DeviceData
+from fedjax_sim.engine.evaluation import Outcome
 from fedjax_sim.engine.feed import Feed, RoundData
 from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
 from fedjax_sim.engine.jaxpr_memory import share_bytes
@@ -96,6 +97,22 @@ class _Start:
         return ServerState(self.held.filled(state), clients, jax.tree.map(jnp.copy, meters), initial)
 
 
+class Keeper(Protocol):
+    """Who has a simulation's state while its rounds are part of a larger program."""
+
+    def state(self) -> ServerState:
+        """A copy of the state, on the simulation's own devices."""
+        ...
+
+    def variables(self) -> Any:
+        """The deployed model, likewise."""
+        ...
+
+    def outcome(self) -> Callable[[], Outcome]:
+        """Gives what the evaluation of that model on the test set says of each sample."""
+        ...
+
+
 class Simulation:
     """A federated run: `for rows in simulation.advance(): …`, or `simulation.run()`.
 
@@ -104,7 +121,9 @@ class Simulation:
       round: the next round, from 0; also the number of rounds done.
       state: the server's state, on the devices and as they hold it. The initial one is made when it is first
         asked for: of a run that goes on, a checkpoint mostly takes its place.
+      keeper: who has that state at the moment; None: the simulation itself.
       shapes: of that state, with the rows alone that count.
+      shardings: of it.
       mesh: the devices.
       function: the round, as it is traced.
       instruments: diagnostics of measured rounds.
@@ -115,6 +134,7 @@ class Simulation:
       rounds_per_call: R, how many it has room for.
       observe: the compiled observers, `(outputs.view, their inputs by name, data) -> by name`.
       store: holds the samples on the devices.
+      scores: what evaluations say.
       client_state: what clients keep, where it lies on the host; else None.
       feed: gives each round the samples that it reads.
       ending: metrics that the last round has only because it is the last.
@@ -127,6 +147,8 @@ class Simulation:
         self.round = 0
         self.ending: set[str] = set()
         self.store = DataStore(self.mesh) if store is None else store
+        self.keeper: Keeper | None = None
+        self._state: ServerState | None = None
         self._key = self.store.key(run_key(setup.config.seed))
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
@@ -164,21 +186,21 @@ class Simulation:
             else None
         )
         self.function = Round(setup.algorithm, self._trainer, self.mesh, in_order, setup.meters, held)
-        self._shardings = self._state_shardings()
+        self.shardings = self._state_shardings()
         options: dict[str, Any] = {
             "donate_argnums": (0,) if setup.config.execution.donate else (),
-            "out_shardings": (self._shardings, placement.replicated(self.mesh)),
+            "out_shardings": (self.shardings, placement.replicated(self.mesh)),
         }
         self.program = cached_jit(self.function, self.mesh, **options)
         reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)
         size = sum(map(share_bytes, jax.tree.leaves(self.abstract_state())))
-        cut = not all(where.is_fully_replicated for where in jax.tree.leaves(self._shardings))
+        cut = not all(where.is_fully_replicated for where in jax.tree.leaves(self.shardings))
         limit = fusing.limit(setup, reason, size, cut=cut)
         several = any(self._followed(number) for number in range(1, min(setup.config.rounds, 1000)))
         self.rounds_per_call = limit if several else 1
         self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self.rounds_per_call)
         self.fused = (
-            cached_jit(Rounds(self.function, self._shardings), self.mesh, **options)
+            cached_jit(Rounds(self.function, self.shardings), self.mesh, **options)
             if self.rounds_per_call > 1
             else None
         )
@@ -188,7 +210,7 @@ class Simulation:
             many_kernels=True,
             out_shardings=placement.replicated(self.mesh),
         )
-        self._scores = Scores(setup, self.store, self.function.personal, self.state_for)
+        self.scores = Scores(setup, self.store, self.function.personal, self.state_for)
         chooser = setup.algorithm.cohort_chooser
         self._measure = chooser and cached_jit(
             held.of(chooser.measure), self.mesh, **placement.readable(self.mesh)
@@ -208,10 +230,21 @@ class Simulation:
         """What a round reads of the training set, of what `inputs` gave for it."""
         return self.feed.of(round_index, np.asarray(inputs.cohort.ids), inputs.plan)
 
-    @functools.cached_property
+    @property
     def state(self) -> ServerState:
         """See the class."""
-        return self._initial_state()
+        if self._state is None:
+            self._state = self._initial_state() if self.keeper is None else self.keeper.state()
+        return self._state
+
+    @state.setter
+    def state(self, state: ServerState) -> None:
+        self._state, self.keeper = state, None
+
+    def kept_by(self, keeper: Keeper, rounds: int) -> None:
+        """So many rounds more were done elsewhere, where the state is from now on."""
+        self._state, self.keeper = None, keeper
+        self.round += rounds
 
     def _state_shardings(self) -> ServerState:
         same, cut = placement.replicated(self.mesh), placement.cut(self.mesh)
@@ -239,7 +272,7 @@ class Simulation:
                 # their copies by other instructions than the model's, which would differ in the last bit.
                 same = placement.replicated(self.mesh)
                 variables = cached_jit(_Drawn(self.setup.model), self.mesh, out_shardings=same)(key)
-            made = cached_jit(self._start, self.mesh, out_shardings=self._shardings)
+            made = cached_jit(self._start, self.mesh, out_shardings=self.shardings)
             return made(key, self.setup.label_counts[: self._start.rows], variables)
 
     def abstract_state(self) -> ServerState:
@@ -251,7 +284,7 @@ class Simulation:
                 sharding=where,
             ),
             self.shapes,
-            self._shardings,
+            self.shardings,
         )
 
     def state_for(self, ids: np.ndarray) -> ServerState:
@@ -277,7 +310,7 @@ class Simulation:
 
         held = jax.tree.map(filled, state, self.abstract_state())
         # A copy, because device_put may alias what it is given, and the next round overwrites its state.
-        self.state = jax.tree.map(jnp.copy, jax.device_put(held, self._shardings))
+        self.state = jax.tree.map(jnp.copy, jax.device_put(held, self.shardings))
         self.round = round_index
 
     # --- rounds -------------------------------------------------------------------------------------
@@ -360,7 +393,7 @@ class Simulation:
         with jax.set_mesh(self.mesh), self.setup.watch.during(self.round + 1):
             inputs, waste = self.inputs(self.round)
             ids = np.asarray(inputs.cohort.ids)
-            request = observer_request(self._due(self.round + 1), ids)
+            request = observer_request(self.measuring(self.round + 1), ids)
             observed = {}
             watched = None if request is None else request.slots
             data = self.data_of(self.round, inputs)
@@ -374,7 +407,7 @@ class Simulation:
         outputs = dataclasses.replace(outputs, view=None)  # its models are dropped once they are observed
         self.round += 1
         parts: list[Callable[[], list[Row]]] = [
-            partial(self._rows, self.round, inputs, outputs, observed, waste, request)
+            partial(self.rows_of, self.round, inputs, outputs, observed, waste, request)
         ]
         if self.due():
             parts.append(self.evaluate())
@@ -393,8 +426,8 @@ class Simulation:
           Gives the rows of each round, one after another, and raises what `step` raises in the round that it
           speaks of.
         """
-        count = self._pace.rounds(self._until_due(most))
-        if count == 1 and (self.fused is None or self._due(self.round + 1)):
+        count = self._pace.rounds(self.until_due(most))
+        if count == 1 and (self.fused is None or self.measuring(self.round + 1)):
             one = self.step()
             return lambda: iter([self._pace.timed(1, one)])
         assert self.fused is not None
@@ -409,7 +442,7 @@ class Simulation:
             fetched = self._pace.timed(count, partial(jax.device_get, outputs))
             for number, (of_round, waste) in enumerate(each):
                 own = jax.tree.map(lambda leaf: leaf[number], fetched)  # noqa: B023
-                made = self._rows(first + number, of_round, own, {}, waste, None)
+                made = self.rows_of(first + number, of_round, own, {}, waste, None)
                 yield made + evaluated() if evaluated is not None and number == count - 1 else made
 
         return rows
@@ -418,9 +451,9 @@ class Simulation:
         """What `fused` takes of some rounds, between state and data: their inputs, and how many they are."""
         return fusing.stacked_inputs(rounds, self.rounds_per_call), np.asarray(len(rounds), np.int32)
 
-    def _until_due(self, most: int | None) -> int:
-        """How many rounds may be started before the host has to look, at least 1."""
-        if self._due(self.round + 1):
+    def until_due(self, most: int | None) -> int:
+        """How many rounds may be started before the host has to look, `most` or fewer, at least 1."""
+        if self.measuring(self.round + 1):
             return 1
         end = min(self.round + self.rounds_per_call, self.setup.config.rounds)
         if most is not None:
@@ -432,9 +465,9 @@ class Simulation:
 
     def _followed(self, number: int) -> bool:
         """Whether round `number` can be one of several: nobody looks before the next, nor at either."""
-        return not (self.evaluates(number) or self._due(number) or self._due(number + 1))
+        return not (self.evaluates(number) or self.measuring(number) or self.measuring(number + 1))
 
-    def _rows(
+    def rows_of(
         self,
         number: int,
         inputs: RoundInputs,
@@ -443,6 +476,19 @@ class Simulation:
         waste: float,
         request: ObserverRequest | None,
     ) -> list[Row]:
+        """The records of a round, evaluations apart.
+
+        Args:
+          number: of the round, from 1.
+          inputs: what the host decided.
+          outputs: what the round said of itself, without `view`.
+          observed: what observers said, by their names.
+          waste: of the plan, see `fedjax_sim.engine.waves.padding_waste`.
+          request: what was asked of observers; None: nothing.
+
+        Raises:
+          NonFiniteUpdate, NonFiniteServer: see `step`.
+        """
         fetched: RoundOutputs = jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
         bad = np.unique(ids[~included]).tolist()
@@ -468,7 +514,7 @@ class Simulation:
             rows += meter.rows(number, fetched.metered[name])
         if request is not None:
             them, observed = ids[np.asarray(request.slots)], jax.device_get(observed)
-            for instrument in self._due(number):
+            for instrument in self.measuring(number):
                 made = instrument.rows(number, them, request.inputs, observed)
                 if not instrument.due(number, number + 1):
                     self.ending.update(row.metric for row in made)
@@ -511,7 +557,7 @@ class Simulation:
             and not np.isfinite(np.asarray(leaf, np.complex64)).all()
         ]
 
-    def _due(self, number: int) -> list[Instrument]:
+    def measuring(self, number: int) -> list[Instrument]:
         """The instruments that measure round `number`, from 1."""
         rounds = self.setup.config.rounds
         return [instrument for instrument in self.instruments if instrument.due(number, rounds)]
@@ -545,6 +591,8 @@ class Simulation:
     @property
     def variables(self) -> Any:
         """The deployed model."""
+        if self.keeper is not None:
+            return self.keeper.variables()
         with jax.set_mesh(self.mesh), self.setup.watch.during(self.round):
             return self._deploy(self.state.algorithm)
 
@@ -557,12 +605,12 @@ class Simulation:
         del last  # for those who do more after the last round
         number, config = self.round, self.setup.config.evaluation
         with self.setup.watch.during(number):
-            variables = self.variables
-            deployed = self._scores.deployed(number, variables)
-            own = self._scores.of_clients(variables) if config.per_client else None
+            keeper = self.keeper
+            outcome = self.scores.outcome(self.variables) if keeper is None else keeper.outcome()
+            own = self.scores.of_clients(self.variables) if config.per_client else None
 
         def rows() -> list[Row]:
-            out = deployed()
+            out = self.scores.rows(number, outcome())
             if own is not None:
                 out += client_rows(number, own(), f"client_{self.setup.task.headline.name}")
             if config.every and number % config.every:
@@ -577,7 +625,7 @@ class Simulation:
         The figure is the task's headline metric, accuracy for classes.
         """
         with self.setup.watch.during(self.round):
-            return self._scores.of_clients(self.variables)
+            return self.scores.of_clients(self.variables)
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:
