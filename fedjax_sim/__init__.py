@@ -45,7 +45,7 @@ from fedjax_sim.models import Model, PeelPoint, from_flax  # noqa: E402
 from fedjax_sim.probes import landscape  # noqa: E402
 from fedjax_sim.records import Row  # noqa: E402
 from fedjax_sim.reports import inertia, peel  # noqa: E402
-from fedjax_sim.runs import Run, Simulation, load, resume, run  # noqa: E402
+from fedjax_sim.runs import Run, Simulation, load, resume, run, run_many  # noqa: E402
 from fedjax_sim.runs.plan import plan  # noqa: E402
 from fedjax_sim.studies import sweep  # noqa: E402
 from fedjax_sim.studies.tables import compare  # noqa: E402
@@ -96,6 +96,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "plan",
     "resume",
     "run",
+    "run_many",
     "stacked",
     "sweep",
     *_methods,

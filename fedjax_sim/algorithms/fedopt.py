@@ -131,7 +131,8 @@ class FedAvgM:
 
     def build(self, context: Context) -> Algorithm:
         """The record of pure functions. Raises UserError if the server inside does more than to average."""
-        momentum = self.momentum or None  # optax would keep one for 0 as well
+        # optax would keep one for 0 as well
+        momentum = self.momentum if optimizers.is_on(self.momentum) else None
         return with_server_optimizer(
             self.inner, optax.sgd(self.lr, momentum=momentum, nesterov=self.nesterov), context
         )

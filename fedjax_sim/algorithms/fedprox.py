@@ -55,7 +55,7 @@ class FedProx:
           UserError: around a method that counts gradients (FedNova), or as `with_addition`.
         """
         counting = next(shared.nested_with(self, "counts_gradients"), None)
-        if self.mu and counting is not None:
+        if counting is not None and self.mu:
             raise UserError(
                 "algorithm.inner",
                 shared.named(counting),

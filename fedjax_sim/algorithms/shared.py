@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core import stacked
 from fedjax_sim.core.algorithm import Algorithm, AlgorithmConfig, Cohort, Context, Results
@@ -73,7 +72,8 @@ def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables)
       weights: f32[K], unnormalised.
       otherwise: the mean if all were left out, or had no weight.
     """
-    included, weights = _everywhere(results.included), _everywhere(weights)
+    # Left to itself XLA cuts such vectors, and gathers them wherever they are read.
+    included, weights = stacked.whole((results.included, weights))
 
     def again():
         share = jnp.where(included, weights, 0)
@@ -81,8 +81,3 @@ def mean_of_included(results: Results, weights: jax.Array, otherwise: Variables)
         return jax.tree.map(lambda new, old: jnp.where(share.sum() > 0, new, old), mean, otherwise)
 
     return jax.lax.cond(included.all() & (weights.sum() > 0), lambda: results.mean, again)
-
-
-def _everywhere(leaf: jax.Array) -> jax.Array:
-    """Whole on every device. Left to itself XLA cuts such a vector, and gathers it wherever it is read."""
-    return leaf if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(leaf, P())

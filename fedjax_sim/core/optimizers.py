@@ -33,6 +33,11 @@ def proportional(name: str, options: Mapping[str, Any]) -> bool:
     return name in PROPORTIONAL and not spoilt
 
 
+def is_on(number: float | jax.Array) -> bool:
+    """Whether a setting that 0 turns off is on; one that is an argument of a program, f32[], is never 0."""
+    return isinstance(number, jax.Array) or bool(number)
+
+
 _VALUE = "it chooses its step by the value of the loss, and a step hands it a gradient and the weights alone"
 
 _UNUSABLE = {

@@ -273,7 +273,7 @@ def cut_to(leaf: Shaped[Array, " m *rest"], count: int) -> Shaped[Array, " n *re
 
 def whole(tree: PyTree) -> PyTree:
     """Arrays of any shape, whole on every device."""
-    if _on_many():  # already, on this one
+    if _on_many() or jax.sharding.get_abstract_mesh().empty:  # as they are
         return tree
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), tree)
 

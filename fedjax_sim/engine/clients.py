@@ -99,9 +99,10 @@ def make_optimizer(local: LocalConfig, lr: float | jax.Array | None = None) -> o
         lr = 1.0 if is_scaled(local) else local.lr
     parts = [] if local.clip_norm is None else [optax.clip_by_global_norm(local.clip_norm)]
     if local.optimizer == "sgd":
-        if local.weight_decay:
+        if optimizers.is_on(local.weight_decay):
             parts.append(optax.add_decayed_weights(local.weight_decay))
-        parts.append(optax.sgd(lr, momentum=local.momentum or None, nesterov=local.nesterov))
+        momentum = local.momentum if optimizers.is_on(local.momentum) else None
+        parts.append(optax.sgd(lr, momentum=momentum, nesterov=local.nesterov))
         return optax.chain(*parts)
     return optax.chain(*parts, optimizers.make(local.optimizer, lr, local.options, "local"))
 

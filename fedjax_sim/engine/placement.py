@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +76,12 @@ def make_mesh(devices: int | None = None) -> Mesh:
             f"{jax.process_count()} processes have {len(present)} devices, and none can be left out",
             "Leave it null, or start fewer processes.",
         )
-    return Mesh(np.asarray(present[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+    return mesh_of(present[:count])
+
+
+def mesh_of(devices: Sequence[Any]) -> Mesh:
+    """The mesh of some devices, one axis, `clients`."""
+    return Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def platform_of(mesh: Mesh) -> str:

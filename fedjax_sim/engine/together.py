@@ -28,6 +28,7 @@ from fedjax_sim.core.stacked import AXIS, RUNS, SIDE
 from fedjax_sim.engine import fusing
 from fedjax_sim.engine.device_data import DataStore, DeviceData, sample_table
 from fedjax_sim.engine.evaluation import Evaluation, Outcome
+from fedjax_sim.engine.feed import COPIED
 from fedjax_sim.engine.observing import ObserverRequest, observer_request
 from fedjax_sim.engine.placement import platform_of, replicated
 from fedjax_sim.engine.programs import CachedJit, cached_jit
@@ -221,6 +222,54 @@ class _Evaluated:
 def make_mesh(devices: Sequence[Any]) -> Mesh:
     """The mesh of `Runs`."""
     return Mesh(np.asarray(devices).reshape(-1, 1), (RUNS, AXIS), axis_types=(AxisType.Auto,) * 2)
+
+
+def obstacle(simulation: Simulation) -> str | None:
+    """What has a run go by itself, if anything has."""
+    if jax.process_count() > 1:
+        return "several processes share each run"
+    kind, on_host = simulation.feed.kind, simulation.client_state is not None
+    if simulation.setup.algorithm.cohort_chooser is not None and not simulation.setup.config.execution.debug:
+        return None if kind == COPIED and not on_host else "samples or clients' state lie on the host"
+    return fusing.wants_the_host(simulation.setup, kind, on_host=on_host)
+
+
+def shape_of(simulation: Simulation) -> dict[str, Any]:
+    """What runs of one family must have in common besides their settings, by name."""
+    setup, shapes = simulation.setup, simulation.shapes
+    of_state = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), shapes)
+    table = sample_table(setup.partition, setup.dataset.train_size)[0].shape
+    return {
+        "clients of the partition": setup.num_clients,
+        "clients of a round": setup.cohort_size,
+        "clients side by side": setup.wave,
+        "the data set": id(setup.dataset),
+        "the network": setup.model,
+        "samples that clients hold": table,
+        "numbers of clients in random draws": setup.partition.rng_ids is None,
+        "the state": (jax.tree.structure(of_state), tuple(jax.tree.leaves(of_state))),
+    }
+
+
+def can_take(simulation: Simulation, family: Family, names: Sequence[str]) -> bool:
+    """Whether the round can be traced with these numbers as arguments, and gives the same types."""
+    inputs, state = simulation.inputs(simulation.round)[0], simulation.abstract_state()
+
+    def traced(values: Mapping[str, jax.Array], state: ServerState, inputs: RoundInputs) -> Any:
+        algorithm, local = family(values)
+        after, _ = _with(simulation.function, algorithm, local)(state, inputs, simulation.data)
+        return after, algorithm.deploy(after.algorithm)
+
+    def types(tree: Any) -> list[Any]:
+        return [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+
+    try:
+        with jax.set_mesh(simulation.mesh):
+            number = jax.ShapeDtypeStruct((), jnp.float32)
+            after, _ = jax.eval_shape(traced, dict.fromkeys(names, number), state, inputs)
+    except Exception:  # whatever a method does with a number that is not known yet
+        return False
+    return types(after) == types(state)
 
 
 class Group:

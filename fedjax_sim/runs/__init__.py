@@ -6,6 +6,7 @@ from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.loading import load_run as load
 from fedjax_sim.runs.loading import restored
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, title_of
+from fedjax_sim.runs.together import run_many
 
 __all__ = [
     "Interrupted",
@@ -18,6 +19,7 @@ __all__ = [
     "restored",
     "resume",
     "run",
+    "run_many",
     "run_prepared",
     "title_of",
     "validate",

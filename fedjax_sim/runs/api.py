@@ -19,36 +19,24 @@ need no more, in any place. They may lie in the pack of a study (`fedjax_sim.run
 folder. Without checkpoints a run has no model; its partition is drawn again when asked for.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from fedjax_sim import config as config_lib
 from fedjax_sim import data
 from fedjax_sim.config import RunConfig
-from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples
-from fedjax_sim.engine import hosts
-from fedjax_sim.engine.setup import Setup
-from fedjax_sim.runs import plan, provenance
+from fedjax_sim.runs import opening
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.describe import (
-    check_unchanged,
-    describe,
-    read_run,
     with_given,
-    yaml_safe,
 )
-from fedjax_sim.runs.drive import rounds_before, run_rounds
-from fedjax_sim.runs.federation import Simulation
-from fedjax_sim.runs.folder import Folder
-from fedjax_sim.runs.loading import load_run, setup_of
+from fedjax_sim.runs.drive import run_rounds
+from fedjax_sim.runs.loading import load_run
 from fedjax_sim.runs.result import Run
 from fedjax_sim.runs.start import with_start
 
@@ -100,29 +88,14 @@ def run_prepared(config: RunConfig, dataset: Samples, partition: Partition) -> R
 
 def validate(config: RunConfig, dataset: Samples, partition: Partition) -> None:
     """Raises UserError for a run that `run_prepared` would refuse, whatever its folder holds."""
-    _checked_setup(
+    opening.checked_setup(
         config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, partition=partition))
     )
 
 
 def _started(config: RunConfig, dataset: Samples | None, **given: Any) -> Run:
-    folder = None if config.output.dir is None else Folder(config.output.dir)
-    if folder is not None:
-        hosts.on_first(folder.check_new)
-        hosts.all_or_none(folder.check_seen)
-    setup = _checked_setup(
-        config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, **given))
-    )
-    if folder is None:
-        return run_rounds(Simulation(setup), None)
-    with hosts.locked_by_first(folder.claimed):
-        # Again: another start may have come and gone while this one prepared.
-        hosts.on_first(folder.check_new)
-        simulation = Simulation(setup)
-        _ = simulation.state  # made first: a mistake that shows only here leaves no half-begun run behind
-        with folder.writing():
-            hosts.on_first(lambda: describe(folder, setup))
-            return run_rounds(simulation, folder)
+    with opening.new(config, dataset, **given) as opened:
+        return run_rounds(*opened)
 
 
 def resume(
@@ -159,100 +132,9 @@ def resume(
       UserError: no run is there, its configuration is of another version or not the one that it was started
         with, or the data are not the same; or it cannot get that number of rounds.
     """
-    place = Folder(folder)
-    lists = {"observers": observers, "meters": meters, "callbacks": callbacks}
-    own = {"model": model, "algorithm": algorithm, **lists}
-    given = {"dataset": dataset, **own}
-    config, _ = _resumable(place, given, rounds)
-    if not hosts.on_first(lambda: place.done(config.rounds)):
-        with hosts.locked_by_first(place.claimed):
-            # Read again: another process may have had the folder in the meantime.
-            config, about = _resumable(place, given, rounds)
-            if not hosts.on_first(lambda: place.done(config.rounds)):
-                if debug is not None:
-                    execution = dataclasses.replace(config.execution, debug=debug)
-                    config = dataclasses.replace(config, execution=execution)
-                provenance.check_jax_settings(about.get("jax", {}))
-                provenance.check_dtype(config.model.dtype, about.get("devices", {}))
-                began, kept = hosts.on_first(lambda: rounds_before(place, config, about))
-                make = functools.partial(setup_of, place, config, about, **own)
-                if kept:
-                    make = functools.partial(make, began=began)
-                setup = _checked_setup(
-                    config, dataset, lambda dataset: with_start(make(dataset=dataset), lazily=True)
-                )
-                simulation = Simulation(setup)
-                with place.writing():
-                    return run_rounds(simulation, place, began)
+    own: dict[str, Any] = {"model": model, "algorithm": algorithm}
+    own |= {"observers": observers, "meters": meters, "callbacks": callbacks}
+    with opening.again(folder, rounds=rounds, debug=debug, dataset=dataset, **own) as opened:
+        if opened is not None:
+            return run_rounds(*opened)
     return load_run(folder, dataset=dataset, model=model, algorithm=algorithm, meters=meters)
-
-
-def _resumable(
-    place: Folder, given: Mapping[str, Any], rounds: int | None
-) -> tuple[RunConfig, dict[str, Any]]:
-    """What a run says of itself, with that many rounds. Raises UserError if it cannot be resumed so."""
-
-    def read() -> tuple[RunConfig, dict[str, Any]]:
-        config, about = read_run(place)
-        asked = config if rounds is None else dataclasses.replace(config, rounds=rounds)
-        check_unchanged(place, asked, about)
-        began = about.get("config", {}).get("rounds", config.rounds)
-        stopped = place.stopped
-        if stopped is not None and not asked.rounds == config.rounds == began:
-            why = f"the run was {stopped}, and would have been so with any number of rounds"
-            fix = "Start another run from its model, in a folder of its own (initial.run)."
-            raise UserError("rounds", asked.rounds, why, fix)
-        if asked.rounds != config.rounds or asked.rounds < began:
-            done = place.records.read(config.rounds)[1]
-            if done >= asked.rounds:
-                raise UserError("rounds", asked.rounds, f"the run has done {done}", "Ask for more.")
-            if packed := place.packed:
-                why = f"the run is finished, and its records are in {packed.pack.about}"
-                fix = "Unpack its study first (fedjax-sim sweep FILE.yaml --unpack)."
-                raise UserError("rounds", asked.rounds, why, fix)
-        return asked, about
-
-    config, about = hosts.all_or_none(read)
-    for name, value in given.items():
-        if name in config.given and value is None:
-            raise UserError(
-                name,
-                config.given[name],
-                f"the run in {place.path} was given this {name} from Python",
-                f"Give it again: resume(…, {name}=…).",
-            )
-    return config, about
-
-
-def _checked_setup(
-    config: RunConfig, dataset: Samples | None, make: Callable[[Samples | None], Setup]
-) -> Setup:
-    """What `make` gives; raises UserError unless all processes are about to run the same.
-
-    Args:
-      config: that this process was asked to run.
-      dataset: that it was given; None: `config` names it.
-      make: gives the setup with that data set.
-    """
-    hosts.check_backend()
-    together = jax.process_count() > 1
-    same_settings = "Start all processes with the same settings."
-    if together:  # before anything is made of the data: what does not fit them would be named instead
-        hosts.check_same(config_lib.flat(yaml_safe(config)), same_settings)
-        dataset = samples = hosts.all_or_none(lambda: data.as_dataset(dataset) or config.data.load())
-        fix = "Copy the first host's data to all, or put them where all can read them, and start all again."
-        hosts.check_same(hosts.all_or_none(lambda: provenance.digests(samples)), fix)
-
-    def made() -> Setup:
-        setup = make(dataset)
-        if not setup.config.execution.debug:  # which traces functions
-            plan.check_memory(setup)
-        return setup
-
-    setup = hosts.all_or_none(made)
-    if together:
-        hosts.check_same(config_lib.flat(yaml_safe(setup.config)), same_settings)
-        crc = provenance.describe_partition(setup.partition)
-        told = f"{crc['clients']:,} clients, CRC-32 {crc['crc32']:08x}"
-        hosts.check_same({"partition": told}, "Give all processes the same partition, and start all again.")
-    return setup

@@ -35,6 +35,15 @@ Fetch = Callable[[], Iterator[list[records.Row]]]
 """Gives the rows of some rounds that are under way, one round after another; see `Simulation.steps`."""
 
 
+Lapping = Callable[[int], tuple[float, float]]
+"""Gives (seconds, CPU seconds) of each of so many rounds that were just fetched; see `Clock.lap`."""
+
+
+def bar_of(setup: Setup, done: int, table: Table) -> Bar:
+    """What shows the progress of a run of which so many rounds are done, with these rows."""
+    return Bar(setup.config, done, setup.cohort_size, table, setup.task.headline.name)
+
+
 def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None = None) -> Run:
     """Brings a run to its end, from wherever its folder says that it is; `began`: see `_prolong`.
 
@@ -68,8 +77,22 @@ class Drive:
       stopped: why a callback ended it; None: none did.
     """
 
-    def __init__(self, simulation: Simulation, folder: Folder | None, began: int | None = None):
-        """Puts the run where its folder says that it is; `began`: see `_prolong`."""
+    def __init__(
+        self,
+        simulation: Simulation,
+        folder: Folder | None,
+        began: int | None = None,
+        bar: Callable[[int, Table], Any] | None = None,
+    ):
+        """Puts the run where its folder says that it is.
+
+        Args:
+          simulation: of the run.
+          folder: its; None: everything stays in memory.
+          began: see `_prolong`.
+          bar: makes what shows progress, of the rounds that are done and their rows; see `Bar`, which does it
+            by default.
+        """
         self.simulation, self._folder = simulation, folder
         config = self._config = simulation.setup.config
         self._checkpoints = self._journal = self._events = self._best = None
@@ -101,8 +124,9 @@ class Drive:
         if self._callbacks.every_round and simulation.fused is not None:
             self._callbacks.tell_one_by_one()
         setup = simulation.setup
-        self._bar = Bar(config, simulation.round, setup.cohort_size, self._table, setup.task.headline.name)
-        self._waiting: list[tuple[range, Fetch]] = []
+        made = bar or functools.partial(bar_of, setup)
+        self._bar = made(simulation.round, self._table)
+        self._waiting: list[tuple[range, Fetch, Lapping]] = []
 
     def begin(self) -> None:
         """Tells callbacks that the run starts."""
@@ -121,21 +145,19 @@ class Drive:
             return 1
         return every - self.simulation.round % every if every > 0 else None
 
-    def take(self, first: int, under_way: Fetch, clock: Clock | None = None) -> None:
+    def take(self, first: int, under_way: Fetch, lap: Lapping | None = None) -> None:
         """Takes over the rounds that were just started, and writes down those before.
 
         Args:
           first: their first, from 1; the last is the simulation's.
           under_way: gives their rows.
-          clock: tells their cost; None: the run's own.
+          lap: tells their cost; None: all that passes between them.
         """
         simulation, every = self.simulation, self._config.output.checkpoint_every
-        if clock is not None:
-            self._clock = clock
         # Those before are written down while these are under way.
         for part in self._waiting:
             self._write_all(*part)
-        self._waiting = [(range(first, simulation.round + 1), under_way)]
+        self._waiting = [(range(first, simulation.round + 1), under_way, lap or self._clock.lap)]
         due = every > 0 and simulation.round % every == 0
         if due or self._callbacks.every_round or (self._callbacks and simulation.due()):
             # Callbacks decide before the next round starts.
@@ -192,11 +214,11 @@ class Drive:
         of = (path, self._table, recipe, seconds, cpu, done, partition, model)
         return Run(self._config, *of, self.stopped, *self._kept, setup.task.headline.name)
 
-    def _write_all(self, numbers: range, fetch: Fetch) -> bool:
+    def _write_all(self, numbers: range, fetch: Fetch, lap: Lapping) -> bool:
         """Writes some rounds down. -> whether a callback wants a checkpoint, which is of the last of them."""
         cost, wish = None, False
         for number, rows in zip(numbers, fetch(), strict=True):
-            cost = cost or self._clock.lap(len(numbers))
+            cost = cost or lap(len(numbers))
             wish |= self._write(number, rows, *cost)
         return wish
 

@@ -19,7 +19,7 @@ class Simulation(simulation.Simulation):
     """
 
     def __init__(self, config: RunConfig | Setup, **replacements: Any):
-        """Takes a RunConfig and the keywords of `prepare`, or a Setup.
+        """Takes a RunConfig and the keywords of `prepare`, or a Setup and the engine's keywords.
 
         Of a RunConfig, the state that the first round starts from is made at once.
 
@@ -27,7 +27,7 @@ class Simulation(simulation.Simulation):
           UserError: a setting that cannot work, before anything is compiled.
         """
         if isinstance(config, Setup):
-            super().__init__(config)
+            super().__init__(config, **replacements)
         else:
             super().__init__(with_start(prepare(config, **replacements)))
             _ = self.state

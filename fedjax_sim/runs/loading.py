@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from fedjax_sim import records
 from fedjax_sim.config import RunConfig
@@ -145,6 +146,7 @@ def setup_of(
     model: Any,
     algorithm: Any,
     began: int | None = None,
+    mesh: Mesh | None = None,
     **lists: Any,
 ) -> Setup:
     """The setup of a run on disk.
@@ -156,7 +158,8 @@ def setup_of(
       dataset: what the run was given, as the next two.
       model: likewise.
       algorithm: likewise.
-      began: see `fedjax_sim.runs.assemble.prepare`.
+      began: see `fedjax_sim.runs.assemble.prepare`, as `mesh`.
+      mesh: likewise.
       **lists: what the run was given as observers, meters and callbacks.
 
     Raises:
@@ -176,6 +179,7 @@ def setup_of(
         model=model,
         algorithm=algorithm,
         began=began,
+        mesh=mesh,
         **lists,
     )
     own = about.get("own", {})

@@ -82,7 +82,7 @@ def other_data(folder: Path) -> dict[str, fs.Dataset]:
 def failing_alone(config: fs.RunConfig, process: int) -> None:
     """Starts a run that the second process, and no other, cannot prepare."""
     error = fs.UserError("alone", process, "it cannot", "Nothing.")
-    failing = mock.patch("fedjax_sim.runs.api.prepare", side_effect=error)
+    failing = mock.patch("fedjax_sim.runs.opening.prepare", side_effect=error)
     with failing if process else contextlib.nullcontext():
         fs.run(config)
 
