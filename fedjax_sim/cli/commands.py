@@ -186,10 +186,11 @@ def _sweep(words: list[str]) -> int:
     from fedjax_sim.engine import hosts
     from fedjax_sim.studies import sweep
 
-    usage = "fedjax-sim sweep FILE.yaml [--part I/N | --launcher NAME | --pack | --unpack]"
+    usage = "fedjax-sim sweep FILE.yaml [--together] [--part I/N | --launcher NAME | --pack | --unpack]"
     moves = {"--pack": sweep.pack, "--unpack": sweep.unpack}
     chosen = [word for word in words if word in moves]
-    others, of_launcher = _of_launcher([word for word in words if word not in moves])
+    together = "--together" in words
+    others, of_launcher = _of_launcher([word for word in words if word not in (*moves, "--together")])
     given, flags = _given(others, usage, _SWEEP, "--part", "--launcher")
     if not isinstance(given, str):
         raise UserError("sweep", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
@@ -218,6 +219,7 @@ def _sweep(words: list[str]) -> int:
                 tell=lambda line: print(line, flush=True) if first() else None,
                 part=(int(part[1]), int(part[2])),
                 launcher=launcher,
+                together=together,
             )
     except (runs.Interrupted, runs.Terminated) as stop:
         stop.advice = again
@@ -274,6 +276,9 @@ def _launcher(name: str, given: dict[str, str]) -> typing.Any:
 _SWEEP = """Runs every method in every setting with every seed, and writes tables, curves and sweep.json in
 the sweep's folder. What is finished is not run again, what was cut goes on; a failure does not end the rest.
 
+  --together       runs that differ in numbers alone (seeds, rates, a method's own) go side by side, as one
+                   program, several times as fast where each is small; numbers are those of a run alone on one
+                   device, up to rounding
   --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
                    machine, with one folder for all on a file system that they share, or each with its own,
                    and copy the runs together. Another start, without --part, writes the whole table

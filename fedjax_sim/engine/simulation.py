@@ -315,20 +315,27 @@ class Simulation:
 
     # --- rounds -------------------------------------------------------------------------------------
 
-    def inputs(self, round_index: int) -> tuple[RoundInputs, float]:
+    def inputs(self, round_index: int, wave: int | None = None) -> tuple[RoundInputs, float]:
         """What the host decides of a round, and the plan's padding waste.
 
         Of an algorithm that chooses its clients itself, only of the next round.
+
+        Args:
+          round_index: from 0.
+          wave: clients of this run side by side where those of others train beside them; None: as alone.
         """
         ids = self.setup.draw(round_index) if self._measure is None else self._selected(round_index)
-        return self.inputs_of(round_index, ids)
+        return self.inputs_of(round_index, ids, wave)
 
-    def inputs_of(self, round_index: int, ids: np.ndarray) -> tuple[RoundInputs, float]:
+    def inputs_of(
+        self, round_index: int, ids: np.ndarray, wave: int | None = None
+    ) -> tuple[RoundInputs, float]:
         """As `inputs`, with the cohort given: i32[K], client ids."""
         setup = self.setup
         counts = setup.counts[ids]
-        plan = waves.make_plan(self._steps[ids], setup.devices, setup.wave)
-        waste = waves.padding_waste(counts, plan, setup.config.local, setup.wave)
+        width = wave or setup.wave
+        plan = waves.make_plan(self._steps[ids], setup.devices, width, beside=wave is not None)
+        waste = waves.padding_waste(counts, plan, setup.config.local, width)
         lr = setup.config.local.lr_at(round_index, setup.config.rounds)
         # Host values still; the compiled round, whose view the types give, takes them as device arrays.
         cohort = Cohort(
@@ -489,9 +496,10 @@ class Simulation:
         Raises:
           NonFiniteUpdate, NonFiniteServer: see `step`.
         """
-        fetched: RoundOutputs = jax.device_get(outputs)
+        there = isinstance(outputs.loss, np.ndarray)
+        fetched: RoundOutputs = outputs if there else jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
-        bad = np.unique(ids[~included]).tolist()
+        bad = _those(ids, ~included)
         stops = bad and self.setup.config.local.non_finite == "stop"
         if not stops or not fetched.handed.all():
             self._check_server(number, ids, fetched)
@@ -523,7 +531,7 @@ class Simulation:
 
     def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
         """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
-        server, misled = fetched.server, np.unique(ids[~fetched.handed]).tolist()
+        server, misled = fetched.server, _those(ids, ~fetched.handed)
         of_state, of_model = np.asarray(server.state), np.asarray(server.deployed)
         if misled:
             found = self._not_finite()
@@ -626,6 +634,11 @@ class Simulation:
         """
         with self.setup.watch.during(self.round):
             return self.scores.of_clients(self.variables)
+
+
+def _those(ids: np.ndarray, flags: np.ndarray) -> list[int]:
+    """The clients i32[K] of which a flag bool[K] is set, each once."""
+    return np.unique(ids[flags]).tolist() if flags.any() else []
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:

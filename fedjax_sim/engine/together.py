@@ -33,6 +33,7 @@ from fedjax_sim.engine.observing import ObserverRequest, observer_request
 from fedjax_sim.engine.placement import platform_of, replicated
 from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import Round, RoundInputs, RoundOutputs, Rounds, ServerState
+from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import Simulation
 from fedjax_sim.records import Row
 
@@ -298,15 +299,14 @@ class Group:
           family: of their algorithms.
           values: of each, what the family takes.
           devices: D.
-          side: runs side by side on a device; None: all of a device's, or one by one where clients are
-            trained so for the convolution's sake.
+          side: runs side by side on a device at most; None: by the model and the kind of device.
         """
         self.members, self._family, self._values = list(members), family, list(values)
         first = self.members[0]
         self.mesh = make_mesh(devices[: len(self.members)])
-        alone = platform_of(self.mesh) == "cpu" and first.setup.model.convolves
-        self._side = (1 if alone else None) if side is None else side
-        self._round, self._shape = _round_of(self.members)
+        each = -(-len(self.members) // self.mesh.size)
+        self._most_side, self._wave = _layout(first.setup, self.mesh, each) if side is None else (side, None)
+        self._round, self._shape = _round_of(self.members, self._wave)
         self._store = DataStore(self.mesh)
         self._train = self._store.whole(first.setup.dataset.train)
         self._tables = [
@@ -349,7 +349,10 @@ class Group:
         if not watched:
             count = self._pace.rounds(min(member.until_due(most) for member in members))
         self._seat(active)
-        each = [[member.inputs(member.round + number) for number in range(count)] for member in members]
+        each = [
+            [member.inputs(member.round + number, self._wave) for number in range(count)]
+            for member in members
+        ]
         places = {number: place for place, number in reversed(list(enumerate(self._seats)))}
         of_seat = {number: [one for one, _ in rounds] for number, rounds in zip(active, each, strict=True)}
         slots = {number: one.slots for number, one in zip(active, requests, strict=True) if one is not None}
@@ -390,7 +393,8 @@ class Group:
 
     def _program(self) -> CachedJit:
         """The compiled rounds of as many runs as there are places."""
-        side = self._side or len(self._seats) // self.mesh.size
+        each = len(self._seats) // self.mesh.size
+        side = max(number for number in range(1, self._most_side + 1) if each % number == 0)
         if side not in self._programs:
             function = Runs(self._family, self._round, self._shape, self.mesh, side)
             donate = self.members[0].setup.config.execution.donate
@@ -605,8 +609,31 @@ def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:
     return jax.tree.map(one, *states)
 
 
-def _round_of(members: Sequence[Simulation]) -> tuple[Round, _Shape]:
-    """The round of all members, and what of it counts."""
+_LANES = 10
+"""Clients side by side on a CPU device, of all its runs, where some take more steps than others: the more
+there are, the longer the shorter ones wait."""
+
+
+def _layout(setup: Setup, mesh: Mesh, each: int) -> tuple[int, int | None]:
+    """(runs side by side at most, clients of each side by side; None: as many as alone).
+
+    Args:
+      setup: of one of the runs.
+      mesh: the devices.
+      each: runs of a device.
+    """
+    if platform_of(mesh) != "cpu":
+        return each, None
+    if setup.model.convolves:  # convolutions of several clients are slower there
+        return 1, None
+    if setup.config.execution.wave is not None or not setup.trainer.ragged:
+        return each, None
+    side = min(each, _LANES)
+    return side, min(setup.wave, max(1, _LANES // side))
+
+
+def _round_of(members: Sequence[Simulation], wave: int | None) -> tuple[Round, _Shape]:
+    """The round of all members, of so many clients each side by side, and what of it counts."""
     first = members[0].function
     trainers = [member.function.trainer for member in members]
     trainer = dataclasses.replace(
@@ -616,8 +643,9 @@ def _round_of(members: Sequence[Simulation]) -> tuple[Round, _Shape]:
         ragged=any(one.ragged for one in trainers) or len({one.order_lengths for one in trainers}) > 1,
         partial=any(one.partial for one in trainers),
         gradients=any(one.gradients for one in trainers),
+        width=wave or first.trainer.width,
     )
-    in_order = all(member.function.in_order for member in members)
+    in_order = wave is None and all(member.function.in_order for member in members)
     of_trainer = tuple(
         getattr(trainer, field.name)
         for field in dataclasses.fields(trainer)

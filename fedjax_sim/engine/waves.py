@@ -42,16 +42,22 @@ def steps_of(counts: Integer[np.ndarray, " K"], local: LocalConfig) -> Integer[n
     return np.where(per_epoch > 0, local.steps, 0)
 
 
-def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> Plan:
+def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int, *, beside: bool = False) -> Plan:
     """Balances slots over devices and cuts them into waves of like length.
 
     Slots are sorted by steps and dealt, largest first, to the device with the least work that still has a
-    place (longest processing time first). i64[K] -> Plan; shapes depend on K, `devices` and `width` only.
+    place (longest processing time first). Shapes depend on K, `devices` and `width` only.
+
+    Args:
+      steps: i64[K], of each slot.
+      devices: D.
+      width: L, lanes of a wave.
+      beside: other runs' waves run beside these, the longest beside the longest.
     """
     count = len(steps)
     waves = -(-count // (devices * width))
     places_each = waves * width
-    if in_order(steps, devices, width):
+    if in_order(steps, devices, width, beside=beside):
         padded = np.concatenate([steps, np.zeros(devices * places_each - count, steps.dtype)])
         places = np.arange(devices * places_each, dtype=np.int32)
         wave_steps = padded.reshape(devices * waves, width).max(1).astype(np.int32)
@@ -95,15 +101,17 @@ def _places_of_waves(longest: np.ndarray, devices: int, waves: int) -> np.ndarra
     return places
 
 
-def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int) -> bool:
+def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int, *, beside: bool = False) -> bool:
     """Whether slots may simply stay where they are: all alike, or one after another on one device.
 
     Args:
       steps: i64[K], of each slot.
       devices: D.
       width: L, lanes of a wave.
+      beside: see `make_plan`.
     """
-    return (devices == 1 and width == 1) or len(steps) == 0 or bool(steps.min() == steps.max())
+    one_by_one = devices == 1 and width == 1 and not beside
+    return one_by_one or len(steps) == 0 or bool(steps.min() == steps.max())
 
 
 def padding_waste(counts: Integer[np.ndarray, " K"], plan: Plan, local: LocalConfig, width: int) -> float:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fedjax_sim import config as config_lib
 from fedjax_sim import data
-from fedjax_sim.config import RunConfig
+from fedjax_sim.config import RunConfig, plugins
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.data import Samples
 from fedjax_sim.engine import hosts
@@ -102,6 +102,7 @@ def again(
     Raises:
       UserError: it cannot go on.
     """
+    own = dict.fromkeys(("model", "algorithm", *plugins.LISTS)) | own
     place, given = Folder(folder), {"dataset": dataset, **own}
     config, _ = _resumable(place, given, rounds)
     with contextlib.ExitStack() as stack:

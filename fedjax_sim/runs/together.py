@@ -102,13 +102,10 @@ def run_many(
             loads[key] = config.data.load()
         return loads[key]
 
-    given = {"dataset": samples} if samples is not None else {}
-
     def open_one(number: int, mesh: Mesh, store: DataStore | None) -> Any:
         config = made[number]
-        if _held(config):
-            return opening.again(str(config.output.dir), mesh=mesh, store=store, **given)
-        return opening.new(config, samples_of(config), mesh=mesh, store=store)
+        here: Any = {"dataset": samples_of(config), "mesh": mesh, "store": store}
+        return opening.again(str(config.output.dir), **here) if _held(config) else opening.new(config, **here)
 
     found = run_groups(made, open_one, tell)
     if errors == "raise":

@@ -36,7 +36,8 @@ from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping
 from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts
-from fedjax_sim.runs import progress, provenance
+from fedjax_sim.runs import opening, progress, provenance
+from fedjax_sim.runs import together as side_by_side
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
@@ -114,6 +115,7 @@ def run(
     *,
     part: tuple[int, int] = (1, 1),
     launcher: str | Launcher = LOCAL,
+    together: bool = False,
 ) -> Outcome:
     """Runs what is not finished, and writes tables, curves and `sweep.json`.
 
@@ -125,6 +127,8 @@ def run(
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
       launcher: where runs are started: "local", in this process; "slurm" or "ray", or a `Slurm` or `Ray` that
         says what each task asks for.
+      together: runs that differ in numbers alone go side by side, as one program; see
+        `fedjax_sim.runs.together`. Only in this process.
 
     Raises:
       UserError: there is no such part or launcher; the folder cannot be written; a run cannot work as it is
@@ -141,8 +145,11 @@ def run(
     began = time.perf_counter()
     if elsewhere is None:
         hosts.on_first(lambda: _check_writable(place))
-        found = _run_here(sweep, tell, part)
+        found = (_run_together if together else _run_here)(sweep, tell, part)
     else:
+        if together:
+            why = "a launcher's tasks do their runs one after another"
+            raise UserError("together", together, why, "Leave out one of them.")
         _check_alone(launcher, part)
         _check_writable(place)
         found = _run_elsewhere(sweep, tell, elsewhere)
@@ -186,6 +193,60 @@ def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) 
                 continue
             found.done[job.name] = result
             tell(f"{head}: {how}{_told(sweep, result)}")
+    return found
+
+
+def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) -> _Found:
+    """Runs side by side, in this process, of those that are not finished."""
+    found, shared = _Found(), _Shared()
+    heads = {job.name: f"[{n}/{len(sweep.jobs)}] {job.name}" for n, job in enumerate(sweep.jobs, 1)}
+    todo: list[Job] = []
+
+    def end(job: Job, how: str, outcome: runs.Run | Exception) -> None:
+        if isinstance(outcome, Exception):
+            found.failures[job.name] = _in_one_line(outcome)
+            tell(f"{heads[job.name]}: FAILED: {found.failures[job.name]}")
+        else:
+            found.done[job.name] = outcome
+            tell(f"{heads[job.name]}: {how}{_told(sweep, outcome)}")
+
+    with compile_cache(sweep.out / "compiled"):
+        _check(sweep, shared)
+        for number, job in enumerate(sweep.jobs, 1):
+            folder = Folder(str(job.config.output.dir))
+            try:
+                _check_same_settings(job, folder)
+            except UserError as error:
+                end(job, "", error)
+                continue
+            if folder.started and folder.finished:
+                end(job, "finished before", runs.load(folder.path))
+            elif number % part[1] == part[0] % part[1]:
+                todo.append(job)
+            else:
+                found.left.append(job.name)
+                tell(f"{heads[job.name]}: another part's")
+
+        def open_one(number: int, mesh: Any, store: Any) -> Any:
+            config = todo[number].config
+            folder = Folder(str(config.output.dir))
+            here: Any = {"dataset": shared.dataset(config), "mesh": mesh, "store": store}
+            if folder.started:
+                return opening.again(folder.path, **here)
+            return opening.new(config, partition=shared.partition(config), **here)
+
+        try:
+            side_by_side.run_groups(
+                [job.config for job in todo],
+                open_one,
+                tell,
+                lambda number, outcome: end(todo[number], "run", outcome),
+            )
+        except (runs.Interrupted, runs.Terminated) as stop:
+            stop.advice = "start the sweep again to go on"
+            raise
+        except NotWritten as error:
+            raise NotWritten(error.field, error.value, error.why, AGAIN) from error
     return found
 
 
@@ -335,16 +396,7 @@ def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None
     folder = Folder(str(job.config.output.dir))
     started = hosts.on_first(lambda: folder.started)
     if started:
-        if differing := runs.differing(folder.path, job.config):
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            packed = folder.packed
-            way = "Remove it" if packed is None else "Unpack the study (--unpack) and remove the run's folder"
-            raise UserError(
-                "sweep.out",
-                str(folder.path if packed is None else packed.pack.about),
-                f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
-                f"{way}, or choose another out.",
-            )
+        _check_same_settings(job, folder)
         if hosts.on_first(lambda: folder.finished):
             return "finished before", runs.load(folder.path)
     if not mine:
@@ -353,6 +405,21 @@ def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None
         return "resumed", runs.resume(folder.path)
     # Not as `dataset=`: the run can load it again by itself, and resume must not ask for it.
     return "run", runs.run_prepared(job.config, shared.dataset(job.config), shared.partition(job.config))
+
+
+def _check_same_settings(job: Job, folder: Folder) -> None:
+    """Raises UserError where the folder holds a run of other settings."""
+    if not folder.started or not (differing := runs.differing(folder.path, job.config)):
+        return
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    packed = folder.packed
+    way = "Remove it" if packed is None else "Unpack the study (--unpack) and remove the run's folder"
+    raise UserError(
+        "sweep.out",
+        str(folder.path if packed is None else packed.pack.about),
+        f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
+        f"{way}, or choose another out.",
+    )
 
 
 _CACHE = "jax_compilation_cache_dir"
