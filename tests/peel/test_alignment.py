@@ -9,7 +9,7 @@ from tests.peel import reference
 
 
 def cosines(kernel, means, r):
-    weights = alignment.kernel_basis(jnp.asarray(kernel, jnp.float32))
+    weights = alignment.kernel_basis(jnp.asarray(kernel, jnp.float32), len(means))
     features = alignment.basis(alignment.means_matrix(jnp.asarray(means, jnp.float32)))
     values, rank = alignment.cosines(*alignment.overlap(weights, features, len(means)), jnp.int32(r))
     return np.asarray(values), int(rank)
