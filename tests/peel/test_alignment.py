@@ -65,6 +65,18 @@ def test_a_wide_kernel_has_the_rank_of_what_it_is_made_of():
         np.testing.assert_allclose(got[:r], reference.principal_cosines(kernel, means, r), atol=1e-4)
 
 
+def test_a_tall_kernel_has_the_leading_vectors_of_its_decomposition():
+    """More columns than are wanted: from products of columns, at whatever scale, and with its rank."""
+    draw = np.random.default_rng(7)
+    means = draw.normal(size=(5, 60))
+    kernel = draw.normal(size=(60, 40)) * np.linspace(2, 0.2, 40)
+    flat = draw.normal(size=(60, 3)) @ draw.normal(size=(3, 40))
+    for matrix, rank in ((kernel, 5), (1e-5 * kernel, 5), (flat, 3)):
+        got, r = cosines(matrix, means, 5)
+        assert r == rank
+        np.testing.assert_allclose(got[:r], reference.principal_cosines(matrix, means, r), atol=1e-4)
+
+
 def test_chance_is_what_the_method_sheet_simulated():
     for (d, r), wanted in {(32, 7): 0.40, (64, 10): 0.34, (512, 10): 0.12}.items():
         assert alignment.chance(d, r) == pytest.approx(wanted, abs=0.015)

@@ -169,6 +169,8 @@ class Probe:
 
             def classed(flat, means, measured):
                 """Right guesses of the nearest mean, and moments; of the first part the means alone."""
+                if not flat:
+                    return jnp.zeros(0), moments.empty(classes, ())
                 if not measured:
                     return jnp.zeros(len(flat)), moments.means_of_batch(flat, labels, mask, classes)
                 found = moments.of_batch(flat, labels, mask, classes)

@@ -158,9 +158,11 @@ class Forward:
 
     @functools.cached_property
     def given(self):
-        """How many peel points, from the first on, see what does not depend on the model, as images are."""
-        depends = [*self._traced[1], True]
-        return depends.index(True)
+        """How many peel points, from the first on, see what does not depend on the model, as images are.
+
+        The last is never among them.
+        """
+        return [*self._traced[1][:-1], True].index(True)
 
     @functools.cached_property
     def _traced(self):

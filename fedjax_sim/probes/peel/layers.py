@@ -60,7 +60,7 @@ class Layers:
 
     def sums(self, vector: jax.Array) -> jax.Array:
         """Within each layer. f32[…, D] -> f32[…, L]."""
-        pieces = vector.reshape(*vector.shape[:-1], -1, PIECE).sum(-1)
+        pieces = vector.reshape(*vector.shape[:-1], sum(self._pieces), PIECE).sum(-1)
         of_layer = np.repeat(np.arange(len(self.widths)), self._pieces)
         # A choice and not a product with 0 and 1: what is infinite in one layer leaves the others alone.
         own = of_layer == np.arange(len(self.widths))[:, None]

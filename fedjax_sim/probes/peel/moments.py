@@ -84,10 +84,10 @@ def means_of_batch(
 
 
 def side_by_side(a: Moments, b: Moments) -> Moments:
-    """Moments of the layers of both, for the same samples; leaves with or without axes in front."""
+    """Moments of the layers of both, of the same samples; `a` may have none. Leaves may have axes in front."""
     layers = Layers((*a.layers.widths, *b.layers.widths))
     mean = layers.join([*a.means(), *b.means()])
-    return Moments(a.count, mean, jnp.concatenate([a.scatter, b.scatter], -1), layers)
+    return Moments(b.count, mean, jnp.concatenate([a.scatter, b.scatter], -1), layers)
 
 
 def merge(a: Moments, b: Moments) -> Moments:
