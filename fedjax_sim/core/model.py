@@ -137,7 +137,7 @@ class Model:
           (outputs f32[B, outputs], name of each peel point -> [B, …]).
         """
         # Of any number at all, NaN too, this is 1.
-        token = _ONE.set(jnp.where(inputs[0].ravel()[0] > jnp.inf, 2.0, 1.0))
+        token = _ONE.set(jnp.where(inputs[0].ravel()[0].astype(jnp.float32) > jnp.inf, 2.0, 1.0))
         try:
             logits, sown = self._call(variables, *inputs, mutable=["peel"])
         finally:

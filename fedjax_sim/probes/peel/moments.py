@@ -84,7 +84,7 @@ def means_of_batch(
 
 
 def side_by_side(a: Moments, b: Moments) -> Moments:
-    """Moments of the layers of both, of the same samples; `a` may have none. Leaves may have axes in front."""
+    """Of the layers of both, for the same samples; `a` may have no layers. Leaves may have axes in front."""
     layers = Layers((*a.layers.widths, *b.layers.widths))
     mean = layers.join([*a.means(), *b.means()])
     return Moments(b.count, mean, jnp.concatenate([a.scatter, b.scatter], -1), layers)
