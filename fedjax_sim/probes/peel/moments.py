@@ -74,7 +74,14 @@ def of_batch(features: Sequence[jax.Array], labels: jax.Array, mask: jax.Array, 
 def means_of_batch(
     features: Sequence[jax.Array], labels: jax.Array, mask: jax.Array, num_classes: int
 ) -> Moments:
-    """As `of_batch`, with a scatter of 0: where it is the means that are wanted, it costs a third."""
+    """As `of_batch`, with a scatter of 0: where it is the means that are wanted, it costs half.
+
+    Args:
+      features: f32[B, d_l] of every layer.
+      labels: i32[B].
+      mask: bool[B], False for padding.
+      num_classes: C.
+    """
     layers = Layers(tuple(z.shape[1] for z in features))
     member = _members(labels, mask, num_classes)
     count = member.sum(0)
@@ -84,7 +91,7 @@ def means_of_batch(
 
 
 def side_by_side(a: Moments, b: Moments) -> Moments:
-    """Of the layers of both, for the same samples; `a` may have no layers. Leaves may have axes in front."""
+    """Of the layers of both, mean f32[…, C, D_a + D_b], for the same samples; `a` may have no layers."""
     layers = Layers((*a.layers.widths, *b.layers.widths))
     mean = layers.join([*a.means(), *b.means()])
     return Moments(b.count, mean, jnp.concatenate([a.scatter, b.scatter], -1), layers)
