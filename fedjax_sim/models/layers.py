@@ -43,7 +43,7 @@ def conv(
     Returns:
       f[B, H', W', features] in the module's dtype.
     """
-    peel(module, name, x)
+    x = peel(module, name, x)
     return Conv(
         features,
         (kernel, kernel),
@@ -73,7 +73,7 @@ def conv_relu_pool(
     Returns:
       f[B, H'//2, W'//2, features], where H' and W' are the convolution's.
     """
-    peel(module, name, x)
+    x = peel(module, name, x)
     return ConvReluPool(
         features,
         (kernel, kernel),
@@ -107,7 +107,7 @@ def dense(
     Returns:
       f[..., features].
     """
-    peel(module, name, x)
+    x = peel(module, name, x)
     return Dense(
         features,
         dtype=module.dtype,

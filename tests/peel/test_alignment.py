@@ -9,7 +9,7 @@ from tests.peel import reference
 
 
 def cosines(kernel, means, r):
-    weights = alignment.kernel_basis(jnp.asarray(kernel, jnp.float32))
+    weights = alignment.kernel_basis(jnp.asarray(kernel, jnp.float32), len(means))
     features = alignment.basis(alignment.means_matrix(jnp.asarray(means, jnp.float32)))
     values, rank = alignment.cosines(*alignment.overlap(weights, features, len(means)), jnp.int32(r))
     return np.asarray(values), int(rank)
@@ -63,6 +63,18 @@ def test_a_wide_kernel_has_the_rank_of_what_it_is_made_of():
         got, r = cosines(kernel, means, 5)
         assert r == rank
         np.testing.assert_allclose(got[:r], reference.principal_cosines(kernel, means, r), atol=1e-4)
+
+
+def test_a_tall_kernel_has_the_leading_vectors_of_its_decomposition():
+    """More columns than are wanted: from products of columns, at whatever scale, and with its rank."""
+    draw = np.random.default_rng(7)
+    means = draw.normal(size=(5, 60))
+    kernel = draw.normal(size=(60, 40)) * np.linspace(2, 0.2, 40)
+    flat = draw.normal(size=(60, 3)) @ draw.normal(size=(3, 40))
+    for matrix, rank in ((kernel, 5), (1e-5 * kernel, 5), (flat, 3)):
+        got, r = cosines(matrix, means, 5)
+        assert r == rank
+        np.testing.assert_allclose(got[:r], reference.principal_cosines(matrix, means, r), atol=1e-4)
 
 
 def test_chance_is_what_the_method_sheet_simulated():

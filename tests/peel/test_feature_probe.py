@@ -62,13 +62,16 @@ def table(rows):
 
 
 class Small(nn.Module):
-    """A convolution and two dense layers."""
+    """A convolution and two dense layers; the images first scaled by a weight of the model, if asked for."""
 
     num_classes: int
+    scaled: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, *, train=False, mask=None):
+        if self.scaled:
+            x = x * self.param("scale", nn.initializers.uniform(2.0), (1, 1, 1, 3))
         x = layers.conv_relu_pool(self, x, "conv1", 4, 5)
         x = nn.relu(layers.dense(self, layers.flatten(x), "fc1", 12))
         return layers.classifier(self, x, "fc2")
@@ -92,8 +95,8 @@ def view_of(*stacks):
 def nine(name):
     """A model, and variables of nine."""
     shape = (32, 32, 3)
-    if name == "small":
-        model = models.from_flax(Small(CLASSES), shape, CLASSES, name=name)
+    if name in ("small", "scaled"):
+        model = models.from_flax(Small(CLASSES, name == "scaled"), shape, CLASSES, name=name)
     else:
         model = models.create(name, shape, CLASSES, **MODELS[name])
     return model, jax.jit(jax.vmap(model.init))(jax.random.split(jax.random.key(0), 9))
@@ -127,7 +130,7 @@ def observed(name, devices=1, batch_size=32):
 
 
 @pytest.mark.parametrize(
-    "name", ["small", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS)]
+    "name", ["small", "scaled", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS)]
 )  # test_finetuning.py has features of resnet6 by hand
 def test_figures_agree_with_float64_numpy_on_real_features(name):
     model, stacks, x, y, index, counts, out = observed(name)
@@ -321,3 +324,10 @@ def test_own_test_samples_are_measured_where_clients_have_them():
         assert set(fit) <= set(simulation.setup.partition.train[client])
         assert set(measured) <= set(simulation.setup.partition.test[client])
     assert any(row.metric == "ridge" for row in rows_of(simulation))
+
+
+@pytest.mark.parametrize(("name", "given"), [("small", 1), ("scaled", 0)])
+def test_what_images_alone_decide_is_told_from_what_the_model_does(name, given):
+    assert observed(name)[-1]["shift_cka"][:, 0, 0].any() == (given == 0)
+    model = nine(name)[0]
+    assert Forward(model, oracles.task_of(model), PeelConfig(), 10).given == given

@@ -134,3 +134,19 @@ def test_layers_side_by_side_are_each_what_they_are_alone():
             np.testing.assert_allclose(got[layer], getattr(moments, name)(own)[0], rtol=1e-5)
         np.testing.assert_array_equal(nearest[:, layer], moments.nearest_mean(own, [z])[:, 0])
         np.testing.assert_array_equal(both.means()[layer], own.means()[0])
+
+
+def test_means_alone_and_layers_side_by_side_are_those_of_all():
+    z, y = made(6, d=40)
+    mask = np.arange(len(z)) < 50
+    parts = [jnp.asarray(z[:, :33]), jnp.asarray(z[:, 33:])]
+    whole = of_batch(parts, jnp.asarray(y), mask, 5)
+    alone = moments.means_of_batch(parts, jnp.asarray(y), mask, 5)
+    np.testing.assert_allclose(alone.mean, whole.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(alone.count, whole.count)
+    assert not np.asarray(alone.scatter).any()
+    one, other = (of_batch([part], jnp.asarray(y), mask, 5) for part in parts)
+    joined = moments.side_by_side(one, other)
+    assert joined.layers == whole.layers
+    np.testing.assert_allclose(joined.mean, whole.mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(joined.scatter, whole.scatter, rtol=1e-5)

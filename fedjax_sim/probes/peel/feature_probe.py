@@ -34,6 +34,7 @@ over places for probes, ranks and CKA. A transformer's is averaged over its toke
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,7 @@ from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import alignment, controls, linear_probes, moments
 from fedjax_sim.probes.peel.clients import each_client
-from fedjax_sim.probes.peel.forward import Forward, loop, side_by_side
-from fedjax_sim.probes.peel.layers import Layers
+from fedjax_sim.probes.peel.forward import Forward, loop, pooled, zeros_like
 from fedjax_sim.records import Row, make_row
 
 STATES = ("before", "after")
@@ -125,14 +125,15 @@ class Probe:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
         models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models, start)
         parts = [(fit, pools["fit"]), (measured, pools["measured"])]
-        sums, found, (fitted, seen) = self._seen(models, parts)
-        answers = self._linear(fitted, self.forward.labels(*parts[0]), seen, self.forward.labels(*parts[1]))
+        sums, found, rows = self._seen(models, parts)
+        answers = self._linear(rows, self.forward.labels(*parts[0]), self.forward.labels(*parts[1]))
         total = measured["count"].astype(jnp.float32)
         out = answers | {name: value / total for name, value in (sums | {"ridge": answers["ridge"]}).items()}
+        out["cka"] = out["cka"].at[:, : self.forward.given].set(1)  # the same features, and not to rounding
         out["shift_cosine"], out["shift_cka"] = 1 - out["shift_cosine"][1:], 1 - out["cka"][1:]
         kernels = [leaf_at(models["params"], point.kernel) for point in self.forward.model.peel_points]
         angles = partial(self.angles, shapes=self.forward.shapes())
-        out |= jax.vmap(_class_figures)(found) | self._of_models(angles, (found, kernels))
+        out |= self._of_models(_class_figures, (found,)) | self._of_models(angles, (found, kernels))
         stacks = {stack: jnp.stack([out[name] for name in own], -1) for stack, own in self._stacks.items()}
         return stacks | {"pabs_cosines": out["pabs_cosines"]}
 
@@ -144,64 +145,111 @@ class Probe:
     def _seen(self, models, parts):
         """The pass over the samples that probes are fitted to, and then over the measured ones.
 
+        A model does there what is asked of it and no more: class means of the first part, answers alone of
+        `start`. Features that are the samples' own (`Forward.given`) are looked at once for all models.
+
         Args:
           models: the S models and `start`, which sees the measured samples alone; leaves [S + 1, …].
           parts: (chosen, pool) of the one and of the other, see `Forward.collected`.
 
         Returns:
           Sums over the measured samples, f32[S + 1] with `start` first, and f32[S, L]; their class moments,
-          leaves [S, …]; pooled features of both parts, f32[2, S, s, L, p].
+          leaves [S, …]; pooled features, f32[2, S, s, p_l] of both parts for every layer.
         """
-        count, layers = len(self.states), self.forward.layers
+        count, classes = len(self.states), self.forward.num_classes
+        outer, inner = self.forward.layers.cut(self.forward.given)
 
         def measure(part, total, images, labels, mask):
-            known = jax.tree.map(lambda leaf: leaf[0], total[1])  # of the first part
+            means_outer, means_inner = jax.tree.map(lambda leaf: leaf[0], total[2:])  # of the first part
 
             def right(guess):
                 valid = mask.reshape(-1, *[1] * (guess.ndim - 1))
                 here = labels.reshape(valid.shape)
                 return ((guess == here) & valid).sum(0).astype(jnp.float32)
 
-            def one(first, number):
-                model, means = jax.tree.map(lambda leaf: leaf[number], (models, known))
-                logits, features = self.forward.features(model, images)
-                flat = [self.forward.flat(z) for z in features]
-                z = layers.join(flat)
-                first = jnp.where(number == 0, z, first)
-                loss = jnp.where(mask, _losses(logits, labels), 0).sum()
-                sums = [
-                    jnp.stack([loss, right(jnp.argmax(logits, -1))]),
-                    right(moments.nearest_mean(means, flat)),
-                    jnp.where(mask[:, None], _cosines(layers, first, z), 0).sum(0),
-                ]
-                found = self.forward.moments(features, labels, mask)
-                return first, ((jnp.concatenate(sums), found), side_by_side(features))
+            def classed(flat, means, measured):
+                """Right guesses of the nearest mean, and moments; of the first part the means alone."""
+                if not flat:
+                    return jnp.zeros(0), moments.empty(classes, ())
+                if not measured:
+                    return jnp.zeros(len(flat)), moments.means_of_batch(flat, labels, mask, classes)
+                found = moments.of_batch(flat, labels, mask, classes)
+                return right(moments.nearest_mean(means, flat)), found
 
-            nothing = jnp.zeros((len(images), layers.size), jnp.float32)
-            return loop(one, nothing, count + part, count + 1)
+            def one(first, number):
+                model = jax.tree.map(lambda leaf: leaf[number], models)
+                means = jax.tree.map(lambda leaf: leaf[jnp.minimum(number, count - 1)], means_inner)
+                logits, features = self.forward.features(model, images)
+                flat = [self.forward.flat(z) for z in features[self.forward.given :]]
+
+                def of_fit(first):
+                    hits, found = classed(flat, means, measured=False)
+                    return first, jnp.stack([hits, hits]), found
+
+                def of_measured(first):
+                    hits, found = classed(flat, means, measured=True)
+                    z = inner.join(flat)
+                    new = z, inner.sums(z * z)
+                    first = jax.lax.cond(number == 0, lambda: new, lambda: first)
+                    cosines = _cosines(inner.sums(first[0] * z), first[1], new[1])
+                    return first, jnp.stack([hits, jnp.where(mask[:, None], cosines, 0).sum(0)]), found
+
+                def of_start(first):
+                    return first, *zeros_like(jax.eval_shape(of_fit, first)[1:])
+
+                kind = jnp.where(number == count, 2, part)
+                first, sums, found = jax.lax.switch(kind, [of_fit, of_measured, of_start], first)
+                loss = jnp.where(mask, _losses(logits, labels), 0).sum()
+                answers = jnp.stack([loss, right(jnp.argmax(logits, -1))])
+                return first, (answers, sums, found, [pooled(z) for z in features[self.forward.given :]])
+
+            nothing = jnp.zeros((len(images), inner.size)), jnp.zeros((len(images), len(inner.widths)))
+            answers, sums, found, rows = loop(one, nothing, count + part, count + 1)
+            sums, found, rows = jax.tree.map(lambda leaf: leaf[:count], (sums, found, rows))
+            features = self.forward.features(jax.tree.map(lambda leaf: leaf[0], models), images)[1]
+            features = features[: self.forward.given]
+            flat = [self.forward.flat(z) for z in features]
+            hits, given = jax.lax.cond(
+                part == 0,
+                lambda: classed(flat, means_outer, measured=False),
+                lambda: classed(flat, means_outer, measured=True),
+            )
+            same = jnp.stack([hits, jnp.full_like(hits, mask.sum().astype(jnp.float32))])
+            same = jnp.broadcast_to(same, (count, *same.shape))
+            rows = [jnp.broadcast_to(pooled(z), (count, *pooled(z).shape)) for z in features] + rows
+            return (answers, jnp.concatenate([same, sums], 2), given, found), rows
 
         def merge(old, new):
-            return old[0] + new[0], jax.vmap(moments.merge)(old[1], new[1])
+            merged = moments.merge(old[2], new[2]), jax.vmap(moments.merge)(old[3], new[3])
+            return old[0] + new[0], old[1] + new[1], *merged
 
-        empty = moments.empty(self.forward.num_classes, layers.widths)
-        nothing = jnp.zeros(2 + 2 * len(layers.widths), jnp.float32), empty
-        nothing = jax.tree.map(lambda leaf: jnp.zeros((count + 1, *leaf.shape), leaf.dtype), nothing)
+        inside = moments.empty(classes, inner.widths)
+        nothing = (
+            jnp.zeros((count + 1, 2)),
+            jnp.zeros((count, 2, len(self.forward.layers.widths))),
+            moments.empty(classes, outer.widths),
+            jax.tree.map(lambda leaf: jnp.zeros((count, *leaf.shape), leaf.dtype), inside),
+        )
         total, rows = self.forward.collected(parts, measure, merge, nothing)
-        sums, found = jax.tree.map(lambda leaf: leaf[1], total)
-        loss, hits, (ncm, cosines) = sums[:, 0], sums[:, 1], jnp.split(sums[:count, 2:], 2, 1)
-        sums = {"peel_loss": jnp.roll(loss, 1), "peel_accuracy": jnp.roll(hits, 1)}
-        sums |= {"ncm": ncm, "shift_cosine": cosines}
-        rows = jax.lax.collapse(rows[:, :, :count].swapaxes(1, 2), 2, 4)  # batches one after another
-        return sums, jax.tree.map(lambda leaf: leaf[:count], found), rows
+        answers, sums, given, found = jax.tree.map(lambda leaf: leaf[1], total)
+        given = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), given)
+        named = {"peel_loss": jnp.roll(answers[:, 0], 1), "peel_accuracy": jnp.roll(answers[:, 1], 1)}
+        named |= {"ncm": sums[:, 0], "shift_cosine": sums[:, 1]}
+        # Batches one after another.
+        rows = [jax.lax.collapse(leaf.swapaxes(1, 2), 2, 4) for leaf in rows]
+        return named, moments.side_by_side(given, found), rows
 
-    def _linear(self, fitted, fit, seen, measured):
+    def _linear(self, rows, fit, measured):
         """What linear probes and covariances of pooled features say of each layer of each model.
 
+        Layers of similar width go together, filled up with zeros to the widest of them: a feature that is 0
+        for every sample changes nothing of what `fedjax_sim.probes.peel.linear_probes` says.
+
         Args:
-          fitted: pooled features of the samples that probes are fitted to, f32[S, s, L, p].
-          fit: labels i32[s] of these, and bool[s], False for padding.
-          seen: pooled features of the measured samples, f32[S, s, L, p].
-          measured: labels and mask of these.
+          rows: pooled features of the samples that probes are fitted to, and of the measured ones,
+            f32[2, S, s, p_l] of every layer.
+          fit: labels i32[s] of the first, and bool[s], False for padding.
+          measured: labels and mask of the second.
 
         Returns:
           f32[S, L]: `ridge`, samples that the probe gets right; `cka` with the first model; the ranks.
@@ -227,10 +275,15 @@ class Probe:
             similar = linear_probes.linear_cka(seen, mask)
             return jnp.concatenate([similar[:, None], jax.lax.map(one, (fitted, seen))], 1)
 
-        layers = [jnp.moveaxis(stack, 2, 0) for stack in (fitted, seen)]
-        figures = jax.lax.map(of_layer, layers)  # [L, S, …]
+        figures = [jnp.zeros(())] * len(rows)
+        for places in alike([leaf.shape[-1] for leaf in rows]):
+            widest = max(rows[place].shape[-1] for place in places)
+            fill = lambda leaf, wide=widest: jnp.pad(leaf, [(0, 0)] * 3 + [(0, wide - leaf.shape[-1])])  # noqa: E731
+            found = jax.lax.map(of_layer, jnp.stack([fill(rows[place]) for place in places]))
+            for place, own in zip(places, found, strict=True):
+                figures[place] = own  # [S, …]
         names = ("cka", "ridge", *(RANKS if self.forward.config.ranks else ()))
-        return dict(zip(names, figures.transpose(2, 1, 0), strict=True))
+        return dict(zip(names, jnp.stack(figures, 1).transpose(2, 0, 1), strict=True))
 
     def angles(self, m: moments.Moments, kernels: Any, shapes: Any) -> dict[str, jax.Array]:
         """The `pabs` family of some layers: their kernels against the class means of their inputs.
@@ -244,7 +297,7 @@ class Probe:
           f32[L] each; `pabs_cosines` f32[L, C].
         """
         most, share = self.forward.num_classes, m.count / jnp.maximum(m.count.sum(), 1)
-        weights = [alignment.kernel_basis(kernel) for kernel in kernels]
+        weights = [alignment.kernel_basis(kernel, most) for kernel in kernels]
 
         def against(means):
             parts = zip(weights, m.layers.split(means), shapes, strict=True)
@@ -367,12 +420,19 @@ def _losses(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
 
-def _cosines(layers: Layers, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Layer by layer; 1 where both are zero, 0 where one is. f32[B, D] twice -> f32[B, L]."""
-    product, *square = layers.sums(jnp.stack([a * b, a * a, b * b]))
-    scale = jnp.sqrt(square[0] * square[1])
+def _cosines(product: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Of ⟨a, b⟩, ‖a‖² and ‖b‖²; 1 where both are zero, 0 where one is. f32[B, L] each, and so returned."""
+    scale = jnp.sqrt(a * b)
     cosine = product / jnp.where(scale > 0, scale, 1)
-    return jnp.where(scale > 0, cosine, ((square[0] == 0) & (square[1] == 0)).astype(jnp.float32))
+    return jnp.where(scale > 0, cosine, ((a == 0) & (b == 0)).astype(jnp.float32))
+
+
+def alike(widths: Sequence[int]) -> list[list[int]]:
+    """Places of widths that are within a factor of four of each other, by powers of four."""
+    groups: dict[int, list[int]] = {}
+    for place, width in enumerate(widths):
+        groups.setdefault(-(-(max(width, 16) - 1).bit_length() // 2), []).append(place)
+    return list(groups.values())
 
 
 def _product(a, b):

@@ -11,16 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-ROWS = 32
-"""A layer's features fill so many rows, with zeros at their end; the rows of all layers lie side by side."""
+PIECE = 32
+"""A layer fills so many numbers or a multiple of them, with zeros at its end; layers follow one another."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """Where the features of L layers lie in a vector of D numbers.
-
-    The vector is a matrix of `ROWS` rows, of which every layer has some columns: sums within layers go down
-    the rows first, which processors do for many columns at once.
 
     Attributes:
       widths: how many numbers each layer has of its own, d_1 … d_L.
@@ -31,33 +28,40 @@ class Layers:
     @property
     def size(self) -> int:
         """D."""
-        return ROWS * sum(self._columns)
+        return PIECE * sum(self._pieces)
 
     @property
-    def _columns(self) -> list[int]:
-        return [-(-width // ROWS) for width in self.widths]
+    def _pieces(self) -> list[int]:
+        return [-(-width // PIECE) for width in self.widths]
+
+    @property
+    def _starts(self) -> list[int]:
+        return [PIECE * int(end) for end in np.cumsum([0, *self._pieces])[:-1]]
+
+    def cut(self, place: int) -> tuple["Layers", "Layers"]:
+        """The layers before a place, and those from it on."""
+        return Layers(self.widths[:place]), Layers(self.widths[place:])
 
     def join(self, features: Sequence[jax.Array]) -> jax.Array:
-        """f32[…, d_l] of every layer -> f32[…, D]."""
+        """f32[…, d_l] of every layer -> f32[…, D].
 
-        def rows(z, columns):
-            spare = [(0, 0)] * (z.ndim - 1) + [(0, ROWS * columns - z.shape[-1])]
-            return jnp.pad(z.astype(jnp.float32), spare).reshape(*z.shape[:-1], ROWS, columns)
-
-        parts = [rows(z, columns) for z, columns in zip(features, self._columns, strict=True)]
-        return jax.lax.collapse(jnp.concatenate(parts, -1), parts[0].ndim - 2)
+        Written layer by layer into one array: into a concatenation XLA's CPU backend puts the sums that are
+        taken of it, and then asks for every number which layer it comes from.
+        """
+        lead = features[0].shape[:-1] if features else ()
+        out = jnp.zeros((*lead, self.size), jnp.float32)
+        for z, start in zip(features, self._starts, strict=True):
+            out = jax.lax.dynamic_update_slice(out, z.astype(jnp.float32), (0,) * len(lead) + (start,))
+        return out
 
     def split(self, vector: jax.Array) -> list[jax.Array]:
         """f32[…, D] -> f32[…, d_l] of every layer."""
-        rows = vector.reshape(*vector.shape[:-1], ROWS, -1)
-        ends = np.cumsum(self._columns)
-        parts = zip(ends - self._columns, ends, self.widths, strict=True)
-        return [jax.lax.collapse(rows[..., a:b], vector.ndim - 1)[..., :width] for a, b, width in parts]
+        return [vector[..., a : a + width] for a, width in zip(self._starts, self.widths, strict=True)]
 
     def sums(self, vector: jax.Array) -> jax.Array:
         """Within each layer. f32[…, D] -> f32[…, L]."""
-        columns = vector.reshape(*vector.shape[:-1], ROWS, -1).sum(-2)
-        of_layer = np.repeat(np.arange(len(self.widths)), self._columns)
+        pieces = vector.reshape(*vector.shape[:-1], sum(self._pieces), PIECE).sum(-1)
+        of_layer = np.repeat(np.arange(len(self.widths)), self._pieces)
         # A choice and not a product with 0 and 1: what is infinite in one layer leaves the others alone.
         own = of_layer == np.arange(len(self.widths))[:, None]
-        return jnp.where(own, columns[..., None, :], 0).sum(-1)
+        return jnp.where(own, pieces[..., None, :], 0).sum(-1)

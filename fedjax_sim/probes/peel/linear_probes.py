@@ -57,7 +57,9 @@ def linear_cka(stack: jax.Array, mask: jax.Array) -> jax.Array:
     else:
         turned = x.swapaxes(1, 2)
         first = jnp.broadcast_to(turned[:1], turned.shape)
-        own, cross = ((m * m).sum((1, 2)) for m in (_product(turned, x), _product(first, x)))
+        # One product for both, so that models whose features are the same have the same bits twice.
+        both = _product(jnp.concatenate([turned, first]), jnp.concatenate([x, x]))
+        own, cross = jnp.split((both * both).sum((1, 2)), 2)
     size, xy = jnp.sqrt(own), jnp.sqrt(jnp.maximum(cross, 0))
     scale = size[0] * size
     ratio = jnp.clip(xy * xy / jnp.where(scale > 0, scale, 1), 0, 1)  # 1 exactly where they are the same
