@@ -111,7 +111,9 @@ def _started(config: RunConfig, dataset: Samples | None, **given: Any) -> Run:
         hosts.on_first(folder.check_new)
         hosts.all_or_none(folder.check_seen)
     setup = _checked_setup(
-        config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, **given))
+        config,
+        dataset,
+        lambda dataset: with_start(prepare(config, dataset=dataset, calibrated=True, **given)),
     )
     if folder is None:
         return run_rounds(Simulation(setup), None)
