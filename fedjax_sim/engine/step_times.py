@@ -27,6 +27,7 @@ from fedjax_sim.core.task import Task
 from fedjax_sim.engine import placement
 from fedjax_sim.engine.clients import Lanes, Trainer
 from fedjax_sim.engine.device_data import DataStore, DeviceData
+from fedjax_sim.engine.jaxpr_memory import peak_bytes
 from fedjax_sim.engine.programs import cached_jit
 
 WIDTHS = (1, 2, 4, 8, 16)
@@ -42,7 +43,8 @@ TURN = 0.04
 """Seconds that the default layout's steps take in a turn, or one step if that takes longer."""
 
 SLOW = 2.0
-"""A layout that takes so many times as long as the fastest at first gets no turns."""
+"""A layout that takes so many times as long as the fastest at first gets no turns, nor do wider waves of its
+kind."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def layouts(execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Me
 
 def timings(
     layouts: Sequence[Layout],
-    make: Callable[[Layout], Callable[[int], Any]],
+    make: Callable[[Layout], Callable[[int], Any] | None],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[Timing, ...]:
@@ -112,30 +114,42 @@ def timings(
     Args:
       layouts: the first is the default, which the others are compared with.
       make: gives what runs a number of steps of a whole wave, and waits for them; its first run compiles.
+        None: the layout is not to be tried.
       seconds: of all, roughly. Once two thirds of them are gone no other layout is compiled.
       clock: gives seconds.
 
     Returns:
-      Of those that there was time for, in their order.
+      Of those that were run, in their order; none if the default was not.
     """
-    began, runs, first = clock(), {}, {}
+    began, default = clock(), layouts[0]
+    runs: dict[Layout, Callable[[int], Any]] = {}
+    first: dict[Layout, float] = {}
 
     def timed(layout: Layout, steps: int) -> float:
         start = clock()
         runs[layout](steps)
         return (clock() - start) / (steps * layout.wave)
 
+    def hopeless(layout: Layout) -> bool:
+        narrower = [one for one in runs if one.conv == layout.conv and default.wave < one.wave < layout.wave]
+        return any(first[one] >= SLOW * min(first.values()) for one in narrower)
+
     for layout in layouts:
         if runs and clock() - began > seconds * 2 / 3:
             break
-        runs[layout] = make(layout)
-        runs[layout](1)
+        run = None if hopeless(layout) else make(layout)
+        if run is None and not runs:
+            return ()
+        if run is None:
+            continue
+        runs[layout] = run
+        run(1)
         steps = 1
         # By itself the start of a program takes as long as many steps of a small model.
         while (each := timed(layout, steps)) * steps * layout.wave < TURN / 2:
             steps *= 4
-        first[layout] = each
-    default, fastest = layouts[0], min(first.values())
+        first[layout] = min(each, timed(layout, steps))
+    fastest = min(first.values())
     kept = [layout for layout in runs if layout == default or first[layout] < SLOW * fastest]
     total = max(round(TURN / first[default]), 1)  # steps of one client after another, in a turn
     turns: list[dict[Layout, float]] = []
@@ -191,8 +205,8 @@ class _Wave:
 
 
 def step_of(
-    model: Model, task: Task, local: LocalConfig, mesh: Mesh, *, uneven: bool
-) -> Callable[[Layout], Callable[[int], Any]]:
+    model: Model, task: Task, local: LocalConfig, mesh: Mesh, *, uneven: bool, room: int | None = None
+) -> Callable[[Layout], Callable[[int], Any] | None]:
     """What `timings` takes as `make`: real steps of FedAvg's clients on made-up samples.
 
     What runs them gives (models [D·L, …], losses f32[D·L]).
@@ -203,13 +217,15 @@ def step_of(
       local: hyper-parameters.
       mesh: the devices.
       uneven: clients differ in size, so that batches are masked.
+      room: bytes; a layout of several clients side by side that would hold more on a device is not tried.
+        None: all are.
     """
     local = dataclasses.replace(local, keep_optimizer=False)
     each, store = BATCHES * local.batch_size, DataStore(mesh)
     key = jax.random.key(0)
     variables = jax.device_get(jax.jit(model.init)(key))
 
-    def make(layout: Layout) -> Callable[[int], Any]:
+    def make(layout: Layout) -> Callable[[int], Any] | None:
         trainer = Trainer(
             model=dataclasses.replace(model, conv=layout.conv),
             rule=LocalRule(),
@@ -228,8 +244,14 @@ def step_of(
             counts=np.full(clients, each, np.int32),  # type: ignore[arg-type]
             weights=np.ones(clients, np.float32),  # type: ignore[arg-type]
         )
-        program = cached_jit(_Wave(trainer, mesh), mesh)
+        wave = _Wave(trainer, mesh)
         start, round_key = jax.tree.map(store.same, variables), store.key(key)
+        if room is not None and layout.wave > 1:
+            with jax.set_mesh(mesh):
+                traced = jax.make_jaxpr(wave)(start, lanes, round_key, np.int32(1), data)
+            if sum(peak_bytes(traced).values()) > room:
+                return None
+        program = cached_jit(wave, mesh)
 
         def run(steps: int) -> Any:
             with jax.set_mesh(mesh):

@@ -40,6 +40,7 @@ from fedjax_sim.core.versions import installed
 from fedjax_sim.engine import cohorts, hosts, placement, step_times, waves
 from fedjax_sim.engine.step_times import Layout, Timing
 from fedjax_sim.runs import provenance
+from fedjax_sim.runs.parts import available
 
 CLEAR, MOST_TURNS = 0.92, 0.75
 """See above."""
@@ -213,7 +214,7 @@ def _is_sound(entry: Any) -> bool:
 def measured(
     case: Case,
     seconds: float = SECONDS,
-    make: Callable[[Layout], Callable[[int], Any]] | None = None,
+    make: Callable[[Layout], Callable[[int], Any] | None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Times a case's layouts here and now: an entry for `keep`, JSON as it stands.
@@ -225,8 +226,11 @@ def measured(
       clock: likewise.
     """
     if make is None:
+        room = available(placement.platform_of(case.mesh))
+        if room is not None:  # half of it: what a round holds besides is not known here
+            room //= 2 * (case.mesh.size if placement.platform_of(case.mesh) == "cpu" else 1)
         local = case.config.local
-        make = step_times.step_of(case.model, case.task, local, case.mesh, uneven=case.uneven)
+        make = step_times.step_of(case.model, case.task, local, case.mesh, uneven=case.uneven, room=room)
     found = step_times.timings(case.layouts, make, seconds, clock)
     date = datetime.date.today().isoformat()
     timings = [{**dataclasses.asdict(timing), "ratios": list(timing.ratios)} for timing in found]

@@ -44,7 +44,7 @@ class Tuning:
       chosen: the layout of runs that begin from now on.
       milliseconds: layout -> a step of one client, on a device among all that work.
       ratios: layout -> its time over the default's, turn by turn, of a round's local training.
-      left_out: layouts for which there was no time.
+      left_out: layouts that were not measured: no time was left, or they would be too large or far slower.
       devices: number of CPU devices -> its time over that of the number that is here, turn by turn.
       file: where it is kept; None: nowhere.
     """
@@ -77,7 +77,7 @@ class Tuning:
                 "",
                 "wave  conv       ms a step of a client   of the default's time   turns",
                 *map(self._line, self.ratios),
-                *(f"{one.wave:4}  {one.conv:10} not measured: no time left" for one in self.left_out),
+                *(f"{one.wave:4}  {one.conv:10} not measured" for one in self.left_out),
                 "",
                 f"The default stays: nothing else takes at most {CLEAR} of its time."
                 if self.chosen == self.default
@@ -197,6 +197,7 @@ def _timer(case: Case) -> Callable[[], float]:
     """Gives the seconds of a round's local training in the default layout, of fewer steps that are timed."""
     layout = case.layouts[0]
     run = step_times.step_of(case.model, case.task, case.config.local, case.mesh, uneven=case.uneven)(layout)
+    assert run is not None
 
     def seconds(steps: int) -> float:
         start = time.perf_counter()

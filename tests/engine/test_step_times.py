@@ -89,6 +89,42 @@ def test_what_is_far_slower_gets_no_turns_and_what_there_is_no_time_for_is_left_
     assert len(by_layout[default].ratios) >= step_times.LEAST
 
 
+def test_wider_waves_of_a_kind_that_is_far_slower_are_not_tried():
+    default, two, four, other = (
+        Layout(1, "auto"),
+        Layout(2, "patches"),
+        Layout(4, "patches"),
+        Layout(4, "xla"),
+    )
+    machine = Machine({default: 0.01, two: 0.03, four: 0.01, other: 0.009})
+    found = timings((default, two, four, other), machine.make, 100.0, machine.clock)
+    assert machine.made == [default, two, other]
+    assert [timing.layout for timing in found] == [default, two, other]
+
+
+def test_what_is_too_large_is_not_tried():
+    default, large = Layout(1, "auto"), Layout(8, "patches")
+    machine = Machine({default: 0.01, large: 0.001})
+
+    def make(layout):
+        return None if layout == large else machine.make(layout)
+
+    assert [timing.layout for timing in timings((default, large), make, 5.0, machine.clock)] == [default]
+    assert timings((large, default), make, 5.0, machine.clock) == ()
+
+    digits, mesh = load_digits(), placement.make_mesh(2)
+    model = models.create("mlp", digits.task.abstract_inputs(1)[0].shape[1:], 10, hidden=(64,))
+    local = LocalConfig(batch_size=4)
+
+    def fits(wave, room):
+        make = step_times.step_of(model, digits.task, local, mesh, uneven=False, room=room)
+        return make(Layout(wave, "patches")) is not None
+
+    one = 4 * model.num_params()
+    assert not fits(8, 8 * one) and fits(8, 80 * one) and not fits(80, 80 * one)
+    assert fits(1, 0)  # that is what a run takes at least
+
+
 def test_few_turns_are_had_however_short_the_time_and_not_too_many_however_long():
     default, other = Layout(1, "auto"), Layout(1, "patches")
     for seconds, turns in ((0.0, step_times.LEAST), (1e6, step_times.MOST)):
