@@ -1,6 +1,8 @@
 """What is kept of a machine, and which runs take it. Times are made up; nothing is measured here."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedjax_sim as fs
+from fedjax_sim import config as config_lib
 from fedjax_sim import runs
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
@@ -439,3 +442,46 @@ def test_several_processes_measure_nothing(path, made_up, monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(UserError, match="tune-machine"):
         tuning.tune(CONFIG)
+
+
+def test_other_numbers_of_devices_take_turns_with_this_one(monkeypatch, tmp_path):
+    open_now, asked = [], []
+
+    @contextlib.contextmanager
+    def process(config, devices):
+        assert config.is_file()
+        open_now.append(devices)
+        yield lambda: asked.append(devices) or 3.0 / devices
+        open_now.remove(devices)
+
+    monkeypatch.setattr(tuning, "_process", process)
+    monkeypatch.setattr(tuning, "_timer", lambda case: lambda: asked.append(4) or 1.0)
+    monkeypatch.setattr(placement, "cores", lambda: 12)
+    monkeypatch.delenv("XLA_FLAGS")
+    free = of(devices=None)
+    case = case_of(free)
+    found = tuning._devices(free, case)
+    assert found == {1: (3.0,) * 6, 6: (0.5,) * 6, 12: (0.25,) * 6} and not open_now
+    assert asked[:4] == asked[7:3:-1] and sorted(asked[:4]) == [1, 4, 6, 12]
+    assert tuning._devices(CONFIG, case) == {}  # it says how many
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    assert tuning._devices(free, case) == {}
+
+
+def test_a_process_of_another_number_answers_each_line(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "config.yaml"
+    file.write_text(config_lib.dump(CONFIG))
+    monkeypatch.setattr(tuning, "_timer", lambda case: lambda: float(case.cohort_size))
+    monkeypatch.setattr("sys.argv", ["-c", str(file)])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    tuning.serve()
+    assert capsys.readouterr().out == "8.0\n8.0\n"
+
+
+def test_a_process_that_ends_without_an_answer_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.executable", "false")
+    with (
+        pytest.raises(UserError, match="ended without an answer"),
+        tuning._process(tmp_path / "none.yaml", 3),
+    ):
+        pass
