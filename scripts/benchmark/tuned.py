@@ -3,7 +3,8 @@
     python scripts/benchmark/tuned.py [--seconds 30] [--turns 11] [mlp-100 lenet default …]
 
 A name is a workload of `common.py`, or `default`: the package's default configuration, whose clients are
-unequal. Nothing is kept. Where the default stays, the best of the others is run beside it.
+unequal; `default:mcmahan` is that with another network. Nothing is kept. Where the default stays, the best of
+the others is run beside it.
 """
 
 import argparse
@@ -30,8 +31,8 @@ _TURN = 0.1
 def described(name: str) -> tuple[fs.RunConfig, dict[str, Any]]:
     """(Configuration, data and partition that take the place of what it names)."""
     forever = {"rounds": 10**4, "evaluation": fs.EvaluationConfig(every=0)}
-    if name == "default":
-        return fs.RunConfig(**forever), {}
+    if name.startswith("default"):
+        return fs.RunConfig(**forever, model=fs.ModelConfig(name.partition(":")[2] or "mlp")), {}
     load = common.ALL[name]
     images, labels = common.population(load)
     dataset = fs.Dataset(
