@@ -15,6 +15,8 @@ from typing import Any
 # Tests are written for the CPU, and run there even where an accelerator is: JAX_PLATFORMS says otherwise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Nothing is measured in tests, and no layout goes by what was measured on the machine that they run on.
+os.environ["FEDJAX_SIM_CALIBRATION"] = ""
 # Most of the time goes into compiling, and the programs are small: what LLVM's levels above 0 and XLA's newer
 # emitter of fusions would gain is less than they cost. At level 0 two programs of one sum may differ in the
 # sixth digit; a test that holds them to the seventh asks for the fixture `optimised`.

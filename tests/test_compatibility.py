@@ -85,7 +85,7 @@ def test_a_configuration_of_version_2_keeps_every_field():
     path = FIXTURES / "config_v2.yaml"
     wanted = yaml.safe_load(path.read_text())
     wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
-    wanted["execution"] |= {"rounds_per_call": "auto"}
+    wanted["execution"] |= {"rounds_per_call": "auto", "calibration": "use"}
     wanted["model"] |= {"products": "auto"}
     assert config.to_dict(config.read_config(path)) == wanted
 
@@ -98,7 +98,7 @@ def test_a_configuration_of_version_1_means_what_it_meant():
     wanted["version"] = config.VERSION
     wanted["data"]["options"] = wanted["given"] = {}
     wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
-    wanted["execution"] |= {"rounds_per_call": "auto"}
+    wanted["execution"] |= {"rounds_per_call": "auto", "calibration": "use"}
     wanted["model"] |= {"products": "auto"}
     wanted["algorithm"]["inner"] = {
         **{"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {}},

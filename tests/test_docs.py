@@ -52,7 +52,7 @@ def test_commands_exist(capsys):
 
     assert cli.main(["--help"]) == 0
     told = capsys.readouterr().out
-    commands = set(re.findall(r"^fedjax-sim (\w+)", TEXT, flags=re.MULTILINE))
+    commands = set(re.findall(r"^fedjax-sim ([\w-]+)", TEXT, flags=re.MULTILINE))
     assert {"run", "resume", "sweep", "peel", "inertia", "landscape", "compare"} <= commands
     for command in commands:
         assert f"\n  {command} " in told

@@ -25,6 +25,9 @@ USAGE = """usage: fedjax-sim COMMAND …
   export FOLDER FILE           a run's weights as .npz or .safetensors (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it; --on v5e-256
                                compiles it for a machine that is not here)
+  tune-machine [FILE.yaml] [--flags]
+                               measures which layout of such runs is fastest on this machine, and keeps it for
+                               those that begin later (--json; --forget drops what was kept)
   list                         algorithms, models, data sets, partitions
 
 On several hosts start the same command on each, with --join: --join auto on a TPU pod or under Slurm, or
@@ -84,6 +87,7 @@ def _dispatch(words: list[str]) -> int:
         "compare": _compare,
         "export": _export,
         "plan": _plan,
+        "tune-machine": _tune_machine,
         "list": _list,
     }
     words = _joined(words)
@@ -511,6 +515,36 @@ def _plan(words: list[str]) -> int:
             return 1 if found.fits is False else 0
     print(found)
     return 1 if found.fits is False else 0
+
+
+def _tune_machine(words: list[str]) -> int:
+    from fedjax_sim.cli import flags
+    from fedjax_sim.runs import calibration
+
+    switches = {
+        "seconds=S": f"how long comparing layouts takes, roughly; default: {calibration.SECONDS:.0f}",
+        "no-devices": "do not try other numbers of CPU devices, which takes about as long again",
+        "json": "print one object for programs",
+        "forget": "measure nothing, and remove the file of all that was measured on this machine",
+    }
+    about = (
+        "Measures which width of waves and implementation of the convolution is fastest on this machine for "
+        "runs like this one, and keeps it for those that begin later (execution.calibration)."
+    )
+    config, chosen = flags.parse(words, "tune-machine", about, switches)
+    if "forget" in chosen:
+        gone = calibration.forget()
+        print(f"removed {gone}" if gone else "nothing is kept")
+        return 0
+    given = chosen.get("seconds", f"{calibration.SECONDS}")
+    seconds = float(given) if re.fullmatch(r"\d+(\.\d*)?", given) else 0.0
+    if not seconds:
+        raise UserError("--seconds", given, "it must be a number above 0", "Give one, such as 30.")
+    from fedjax_sim.runs import tuning
+
+    found = tuning.tune(config, seconds=seconds, devices="no-devices" not in chosen)
+    print(found.to_json() if "json" in chosen else found)
+    return 0
 
 
 def _list(words: list[str]) -> int:

@@ -400,6 +400,10 @@ class ExecutionConfig:
         by its size, see `fedjax_sim.engine.client_state.where`.
       rounds_per_call: how many rounds at most run as one program, where neither an evaluation nor anything
         else has the host look in between. `auto`: as many as take a quarter of a second. 1: one by one.
+      calibration: whether `wave` and `conv`, where they are left open, go by what was measured on this
+        machine (`fedjax-sim tune-machine`). `use`: on CPUs, if that was done for such a run; `make`: on any
+        device, and where it was not done the start of the run does it, in about half a minute; `ignore`:
+        they do not. A run that is resumed keeps what it began with. See `fedjax_sim.runs.calibration`.
     """
 
     devices: int | None = None
@@ -410,6 +414,7 @@ class ExecutionConfig:
     data: Literal["auto", "copied", "cut", "streamed"] = "auto"
     client_state: Literal["auto", "device", "host"] = "auto"
     rounds_per_call: int | Literal["auto"] = "auto"
+    calibration: Literal["use", "make", "ignore"] = "use"
 
     def __post_init__(self):
         check(self, "execution.")

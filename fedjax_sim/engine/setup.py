@@ -73,6 +73,8 @@ class Setup:
         `fedjax_sim.engine.observing.Instrument`.
       watch: is told what the round computes.
       initial: gives the model that the first round starts from, NumPy leaves; None: a fresh one.
+      calibration: for the record, what was measured on this machine that `config.execution` goes by; None: it
+        goes by no measurement.
     """
 
     config: RunConfig
@@ -88,6 +90,7 @@ class Setup:
     observers: Sequence[ObserverConfig] = ()
     watch: Watch = UNWATCHED
     initial: Callable[[], Any] | None = None
+    calibration: Mapping[str, Any] | None = None
 
     @property
     def devices(self) -> int:

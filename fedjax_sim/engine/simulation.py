@@ -499,7 +499,7 @@ class Simulation:
         there = isinstance(outputs.loss, np.ndarray)
         fetched: RoundOutputs = outputs if there else jax.device_get(outputs)
         ids, included = np.asarray(inputs.cohort.ids), fetched.included
-        bad = _those(ids, ~included)
+        bad = _those(ids, ~np.asarray(included))
         stops = bad and self.setup.config.local.non_finite == "stop"
         if not stops or not fetched.handed.all():
             self._check_server(number, ids, fetched)
@@ -531,7 +531,7 @@ class Simulation:
 
     def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
         """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
-        server, misled = fetched.server, _those(ids, ~fetched.handed)
+        server, misled = fetched.server, _those(ids, ~np.asarray(fetched.handed))
         of_state, of_model = np.asarray(server.state), np.asarray(server.deployed)
         if misled:
             found = self._not_finite()

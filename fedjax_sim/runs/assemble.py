@@ -19,7 +19,7 @@ from fedjax_sim.data.partition_files import check_partition
 from fedjax_sim.engine import debugging, hosts, placement
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
-from fedjax_sim.runs import contract, diagnostics
+from fedjax_sim.runs import calibration, contract, diagnostics
 
 
 def prepare(
@@ -34,6 +34,7 @@ def prepare(
     callbacks: Sequence[Any] | None = None,
     began: int | None = None,
     mesh: Mesh | None = None,
+    calibrated: bool = False,
 ) -> Setup:
     """Resolves a RunConfig; the keywords take the place of what it would load or build.
 
@@ -49,6 +50,8 @@ def prepare(
       began: rounds that the run was to have when its first ones were done, if it has others now.
       mesh: devices to lay it out for, also of a machine that is not here; None: `execution.devices` of those
         that are present.
+      calibrated: what `execution` leaves open goes by what was measured on this machine, and `Setup.config`
+        says it from then on. For runs that begin: one that goes on has it in its configuration.
 
     Raises:
       UserError: anything that cannot work, before anything is compiled; with `began`, perhaps later, see
@@ -81,8 +84,14 @@ def prepare(
             "Set partition.local_test to holdout or matching.",
         )
     make_optimizer(config.local)
+    model, measured = replace(model, products=products), None
+    if calibrated and not execution.debug:
+        execution, measured = calibration.applied(
+            calibration.Case(model, task, config, partition.sizes(), mesh)
+        )
+        config = replace(config, execution=execution)
     wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh)
-    model = replace(model, conv=conv, products=products)
+    model = replace(model, conv=conv)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(
         model=model,
@@ -105,6 +114,7 @@ def prepare(
         cohort_size=cohort_size,
         wave=wave,
         mesh=mesh,
+        calibration=measured,
     )
     if execution.debug:
         setup = debugging.watched(setup)

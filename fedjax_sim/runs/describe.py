@@ -36,6 +36,10 @@ def describe(folder: Folder, setup: Setup) -> None:
     config = portable(yaml_safe(setup.config))
     about = provenance.describe(setup.dataset, setup.partition)
     about["headline"] = setup.task.headline.name
+    about["layout"] = {
+        **{"devices": setup.devices, "wave": setup.wave, "conv": setup.model.conv},
+        "calibration": setup.calibration,
+    }
     about["config"] = config_lib.to_dict(config)
     own = imports.checksums(config_lib.flat(config).values())
     if own:

@@ -61,9 +61,12 @@ def new(
     if folder is not None:
         hosts.on_first(folder.check_new)
         hosts.all_or_none(folder.check_seen)
-    setup = checked_setup(
-        config, dataset, lambda dataset: with_start(prepare(config, dataset=dataset, mesh=mesh, **given))
-    )
+    calibrated = mesh is None  # measured is a run that has the machine for itself
+
+    def made(dataset: Samples | None) -> Setup:
+        return with_start(prepare(config, dataset=dataset, mesh=mesh, calibrated=calibrated, **given))
+
+    setup = checked_setup(config, dataset, made)
     if folder is None:
         yield Opened(Simulation(setup, store=store), None)
         return

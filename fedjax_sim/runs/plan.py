@@ -122,7 +122,8 @@ def plan(
     if not isinstance(config, Setup):  # of a run that is debugged, what it takes otherwise
         config = as_config(config)
         execution = dataclasses.replace(config.execution, debug=False)
-        config = with_start(prepare(dataclasses.replace(config, execution=execution), **replacements))
+        config = dataclasses.replace(config, execution=execution)
+        config = with_start(prepare(config, calibrated=True, **replacements))
     setup = config
     platform, simulation = placement.platform_of(setup.mesh), on_paper(setup)
     parts = parts_of(simulation)
