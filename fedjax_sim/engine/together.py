@@ -30,7 +30,7 @@ from fedjax_sim.engine.device_data import DataStore, DeviceData, sample_table
 from fedjax_sim.engine.evaluation import Evaluation, Outcome
 from fedjax_sim.engine.feed import COPIED
 from fedjax_sim.engine.observing import ObserverRequest, observer_request
-from fedjax_sim.engine.placement import platform_of, replicated
+from fedjax_sim.engine.placement import mesh_of, platform_of, replicated
 from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import Round, RoundInputs, RoundOutputs, Rounds, ServerState
 from fedjax_sim.engine.setup import Setup
@@ -553,7 +553,9 @@ def _taken(tree: Any, number: int) -> Any:
 def _row(parts: Sequence[Any], place: int) -> Any:
     """One place of what the devices have, on its device."""
     each = len(jax.tree.leaves(parts[0])[0])
-    return _taken(parts[place // each], place % each)
+    own = parts[place // each]
+    with jax.set_mesh(mesh_of(list(jax.tree.leaves(own)[0].devices()))):
+        return _taken(own, place % each)
 
 
 def _rows(
