@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim.config import InertiaConfig, RunConfig
+from fedjax_sim.core import stacked
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.core.task import Task
@@ -67,10 +68,7 @@ class Accuracies:
         }
         if inputs["own"] is not None:
             chosen["own"] = inputs["own"]
-        spare = -count % self.mesh.size
-        fill = partial(
-            jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
-        )
+        fill = partial(jax.tree.map, lambda leaf: stacked.filled_up(leaf, self.mesh.size))
         out = {}
         for name, part in chosen.items():
             found = [

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fedjax_sim.core import stacked
 from fedjax_sim.core.stacked import AXIS
 
 
@@ -18,9 +19,10 @@ def each_client(
 
     Args:
       mesh: the devices.
-      measure: (what is a client's own, what all share) -> any pytree of arrays.
-      own: leaves [m, …], whole on every device.
-      shared: likewise whole.
+      measure: (what is a client's own, what all share) -> any pytree of arrays. Where the devices do not
+        divide m it is asked of clients that are zero all over as well, and what it says of them is dropped.
+      own: leaves [m, …]; a device reads its share.
+      shared: whole on every device.
       width: clients side by side on a device.
 
     Returns:
@@ -28,14 +30,17 @@ def each_client(
     """
     count = len(jax.tree.leaves(own)[0])
 
-    def share(numbers, own, shared):
-        def one(number):
-            return measure(jax.tree.map(lambda leaf: leaf[number], own), shared)
+    def filled(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = filled(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return stacked.filled_up(leaf, mesh.size)
 
-        return jax.lax.map(one, numbers, batch_size=None if width == 1 else width)
+    def share(own: Any, shared: Any) -> Any:
+        return jax.lax.map(lambda each: measure(each, shared), own, batch_size=None if width == 1 else width)
 
-    run = jax.shard_map(share, mesh=mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False)
-    return jax.tree.map(lambda leaf: leaf[:count], run(shares(count, mesh.size), own, shared))
+    run = jax.shard_map(share, mesh=mesh, in_specs=(P(AXIS), P()), out_specs=P(AXIS), check_vma=False)
+    return jax.tree.map(lambda leaf: leaf[:count], run(jax.tree.map(filled, own), shared))
 
 
 def shares(count: int, parts: int) -> jax.Array:
