@@ -293,13 +293,18 @@ class Round:
         if watched is not None:
             done = (watched_models, stacked.only_rows(clients)), outputs
             after = self._merged_models(merged, clients, inputs, data, stacked.once_there(watched, *done))
-            view = self._view(watched_models, after, inputs, watched)
+            view = self._view((*watched_models, after), inputs, watched)
         clients = self.held.clients_filled(clients)
         state = ServerState(self.held.filled(merged), clients, meters, state.initial)
         return state, dataclasses.replace(outputs, view=view)
 
     def _merged_models(
-        self, merged: Any, clients: Any, inputs: RoundInputs, data: RoundData, slots: jax.Array
+        self,
+        merged: Any,
+        clients: Any,
+        inputs: RoundInputs,
+        data: DeviceData | CohortData,
+        slots: jax.Array,
     ) -> Any:
         """What the clients in some slots i32[m] hold once merged. -> [m, …]."""
         cohort = inputs.cohort
@@ -314,17 +319,15 @@ class Round:
         client_state = stacked.take_rows(clients, stacked.once_there(ids, models))
         return self.trainer.send(self.trainer.receive(models, broadcast, client_state, keys))
 
-    def _view(
-        self, models: tuple[Any, Any], after: Any, inputs: RoundInputs, watched: jax.Array
-    ) -> MergeView:
-        """What observers are shown, of (start, trained) and what is held once merged, [m, …] each."""
+    def _view(self, models: tuple[Any, Any, Any], inputs: RoundInputs, watched: jax.Array) -> MergeView:
+        """What observers are shown; `models`: start, before and after, [m, …] each."""
         ids, counts = (_take(leaf, watched) for leaf in (inputs.cohort.ids, inputs.cohort.counts))
         if self.mesh.size > 1:
             ids, counts = jax.lax.with_sharding_constraint((ids, counts), P())
-            filled = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.mesh.size), (*models, after))
-            *models, after = jax.lax.with_sharding_constraint(filled, P(AXIS))
+            models = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.mesh.size), models)
+            models = jax.lax.with_sharding_constraint(models, P(AXIS))
         them = Cohort(ids, counts, inputs.cohort.round)
-        return MergeView(them, *models, after, inputs.lr, inputs.key)
+        return MergeView(them, *models, inputs.lr, inputs.key)
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
         """What clients would use themselves. i32[m] -> [m, …] models.
@@ -418,18 +421,21 @@ class Round:
         """
         places = _take(plan.place_of_slot, watched)
         each = plan.slot_of_place.shape[0] // self.mesh.size
-        most = min(len(watched), each)
-        flags = jnp.zeros(plan.slot_of_place.shape, jnp.int32).at[places].set(1).reshape(-1, each)
-        rank = jnp.where(flags > 0, jnp.cumsum(flags, 1) - 1, most).reshape(-1)
-        row = places // each * most + rank[places]
-        return most, *jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), (rank, row))
+        most, device = min(len(watched), each), places // each
+        so_far = jnp.cumsum(jax.nn.one_hot(device, self.mesh.size, dtype=jnp.int32), 0)
+        own = jnp.take_along_axis(so_far, device[:, None], 1)[:, 0] - 1
+        rank = jnp.full(plan.slot_of_place.shape, most, jnp.int32).at[places].set(own)
+        rank, row = jax.lax.with_sharding_constraint((rank, device * most + own), P())
+        return most, rank, row
 
     @jax.named_scope(ORDER)
     def _in_watched_order(self, models: PyTree, row: jax.Array) -> PyTree:
         """The watched slots' models, of the devices' rows for them. [D * w, …], i32[m] -> [m, …]."""
         leaves, structure = jax.tree.flatten(models)
-        # Not by the ring of `take_rows`: two exchanges of a leaf where that has D, and none in a loop, after
-        # which CPU devices would go on in different orders, see `stacked.once_there`.
+        if self.mesh.size == 1:  # where they are in order
+            return models
+        # Not by the ring of `take_rows`: two exchanges where that has D, and none of them in a loop, which is
+        # harder to put in order, see `stacked.once_there`.
         return structure.unflatten(stacked.permute_each(leaves, [row] * len(leaves)))
 
     def _on_device(

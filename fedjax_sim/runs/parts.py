@@ -279,7 +279,8 @@ def _round_parts(simulation: Simulation, most: tuple[str, ...] = ()) -> list[Par
             sizes = {
                 f"models of {len(request.slots)} measured clients": bytes_of(
                     (view.start, view.before, view.after)
-                ),
+                )
+                // setup.devices,
                 "the probe's features and moments": sum(peak_bytes(observed).values()),
             }
             parts = [Part(name, size, size * setup.devices, "probe", remedy) for name, size in sizes.items()]

@@ -93,9 +93,9 @@ class Probe:
         """
         key = key_for(view.key, PEEL, view.cohort.round)
         keys = jax.vmap(partial(jax.random.fold_in, key))(view.cohort.ids)
-        own = (view.start, view.before, view.after, inputs["fit"], inputs["measured"], keys)
+        models, own = (view.start, view.before, view.after), (inputs["fit"], inputs["measured"], keys)
         pools = {"fit": data.train, "measured": inputs["test"] or data.train}
-        out = each_client(self.mesh, self._client, own, pools, width=self.width)
+        out = each_client(self.mesh, self._client, models, own, pools, width=self.width)
         return out | self._kernels(view)
 
     @property
@@ -119,7 +119,7 @@ class Probe:
         models. What follows is computed of all layers at once as far as their shapes allow it: written out,
         a deep network takes minutes to compile.
         """
-        start, before, after, fit, measured, key = own
+        (start, before, after), (fit, measured, key) = own
         models = [before, after]
         for name in self.forward.config.controls:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))

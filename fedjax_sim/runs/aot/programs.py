@@ -131,7 +131,9 @@ class Compiler:
             found.append(self._compiled(MEASURED, simulation.program, watched, loops))
             with jax.set_mesh(self.target.mesh):
                 view = jax.eval_shape(simulation.function, *watched)[1].view
-            observe = _on(view, same), request.inputs, self.data
+            cut = _on(view, placement.cut(self.target.mesh))
+            view = dataclasses.replace(_on(view, same), start=cut.start, before=cut.before, after=cut.after)
+            observe = view, request.inputs, self.data
             found.append(self._compiled(OBSERVERS, simulation.observe, observe, loops))
         if evaluator is not None:
             found.append(self._compiled(EVALUATION, evaluator.program, (model, *evaluator.data), loops))
