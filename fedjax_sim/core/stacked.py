@@ -417,7 +417,7 @@ def once_there(index: Int32[Array, " m"], stacks: PyTree, whole: PyTree = ()) ->
     def run(stacks: PyTree, index: jax.Array, whole: PyTree) -> jax.Array:
         for leaf in jax.tree.leaves((stacks, whole)):
             if leaf.size:  # 0 or -1, which XLA does not know
-                index = jnp.maximum(index, -(leaf[(0,) * leaf.ndim] != 0).astype(jnp.int32))
+                index = jnp.maximum(index, -leaf[(0,) * leaf.ndim].astype(bool).astype(jnp.int32))
         return index
 
     filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), _raw(stacks))

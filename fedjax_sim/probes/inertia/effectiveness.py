@@ -68,11 +68,15 @@ class Accuracies:
         }
         if inputs["own"] is not None:
             chosen["own"] = inputs["own"]
-        fill = partial(jax.tree.map, lambda leaf: stacked.filled_up(leaf, self.mesh.size))
+        filled = partial(jax.tree.map, lambda leaf: stacked.filled_up(leaf, self.mesh.size))
+        spare = -count % self.mesh.size
+        fill = partial(
+            jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
+        )
         out = {}
         for name, part in chosen.items():
             found = [
-                self._figures(fill(models), fill(part), pools[name]) for models in (view.before, view.after)
+                self._figures(filled(models), fill(part), pools[name]) for models in (view.before, view.after)
             ]
             for metric in found[0]:
                 out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)

@@ -42,6 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.engine.device_data import DeviceData
@@ -280,9 +281,10 @@ class Probe:
             flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
             gaps.append((flat(before - after) ** 2).sum(1))
             sizes.append((flat(after) ** 2).sum(1))
-            update = flat(before - start)
+            # Whole on every device: of one layer after another, and of no other figure.
+            update = jax.lax.with_sharding_constraint(flat(before - start), P())
             products.append(_product(update, update.T))
-        products = jnp.stack(products)
+        products = jax.lax.with_sharding_constraint(jnp.stack(products), P())
         size = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
         cosines = products / (size[:, None] * size[:, :, None])
         others = cosines.sum(2) - jnp.diagonal(cosines, axis1=1, axis2=2)
