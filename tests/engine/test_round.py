@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import LIPS, FedAvg, FedMR, Local, Scaffold
-from fedjax_sim.core import gradients
+from fedjax_sim.core import gradients, stacked
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.task import task_loss
+from fedjax_sim.engine import placement
 from fedjax_sim.models.norms import BatchNorm
 from fedjax_sim.runs.aot import hlo
 from tests import oracles
@@ -393,7 +395,7 @@ def test_watched_models_are_cut_over_the_devices_and_the_same_bits(algorithm, sl
 
 
 def out_of_order(text):
-    """(loop of exchanges, exchange or another such loop that comes later and does not wait for it).
+    """Each (loop of exchanges, exchange or such loop that comes later without waiting for it); loops in all.
 
     CPU devices may take such two in different orders, and then wait for each other for ever.
     """
@@ -432,6 +434,32 @@ def test_exchanges_of_a_measured_round_have_one_order(algorithm):
     found, loops = out_of_order(text)
     assert loops
     assert not found
+
+
+def test_what_reads_numbers_of_once_there_follows_the_exchanges_that_they_wait_for():
+    """Two rings, and a sum over devices of a whole array; without it none waits for another."""
+    mesh = placement.make_mesh(4)
+    rng = np.random.default_rng(0)
+    stack = {"w": rng.normal(size=(8, 40)).astype(np.float32), "flag": rng.random(8) < 0.5}
+    other = {"b": rng.integers(0, 9, (8, 30)).astype(np.int32)}
+    ids = np.asarray([6, 1, 3], np.int32)
+
+    def run(ordered, stack, other, ids):
+        first = stacked.take_rows(stack, ids)
+        if ordered:
+            ids = stacked.once_there(ids, first, stack["w"].sum())
+        return first, stacked.take_rows(other, ids), stack["w"].sum(), ids
+
+    with jax.set_mesh(mesh):
+        given = (*jax.device_put((stack, other), placement.cut(mesh)), ids)
+        free, ordered = (jax.jit(partial(run, way)).lower(*given).compile() for way in (False, True))
+        first, second, _, numbers = ordered(*given)
+    assert out_of_order(free.as_text()) != ([], 2)
+    assert out_of_order(ordered.as_text()) == ([], 2)
+    np.testing.assert_array_equal(numbers, ids)
+    for got, wanted in ((first, stack), (second, other)):
+        for name, leaf in got.items():
+            np.testing.assert_array_equal(leaf, wanted[name][ids])
 
 
 # --- updates that are not finite ------------------------------------------------------------------------
