@@ -131,8 +131,9 @@ class Compiler:
             found.append(self._compiled(MEASURED, simulation.program, watched, loops))
             with jax.set_mesh(self.target.mesh):
                 view = jax.eval_shape(simulation.function, *watched)[1].view
-            cut = _on(view, placement.cut(self.target.mesh))
-            view = dataclasses.replace(_on(view, same), start=cut.start, before=cut.before, after=cut.after)
+            cut, models = placement.cut(self.target.mesh), (view.start, view.before, view.after)
+            start, before, after = (_on(tree, cut) for tree in models)
+            view = dataclasses.replace(_on(view, same), start=start, before=before, after=after)
             observe = view, request.inputs, self.data
             found.append(self._compiled(OBSERVERS, simulation.observe, observe, loops))
         if evaluator is not None:
