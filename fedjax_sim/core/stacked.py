@@ -410,6 +410,35 @@ def put_rows(
     return _like(tree, jax.tree.map(lambda leaf: cut_to(leaf, count), written))
 
 
+def once_there(index: Int32[Array, " m"], stacks: PyTree, whole: PyTree = ()) -> Int32[Array, " m"]:
+    """The same numbers, from 0 up, which a device has only once it has all the rest. i32[m] -> i32[m].
+
+    An exchange that reads them follows those that the rest was made by, on every device. XLA's CPU backend
+    starts exchanges in one order on all devices, but goes on while a loop of them is still under way, such as
+    the ring of `take_rows`: what does not depend on that loop then meets it in different orders on different
+    devices, and these wait for each other for ever. It also drops `jax.lax.optimization_barrier` before that.
+
+    Args:
+      index: whole on every device.
+      stacks: leaves [n, …], of which each device has its share.
+      whole: leaves that are whole on every device.
+    """
+    devices = _devices()
+    if devices == 1:
+        return index
+
+    def run(stacks: PyTree, index: jax.Array, whole: PyTree) -> jax.Array:
+        for leaf in jax.tree.leaves((stacks, whole)):
+            if leaf.size:  # 0 or -1, which XLA does not know
+                index = jnp.maximum(index, -leaf[(0,) * leaf.ndim].astype(bool).astype(jnp.int32))
+        return index
+
+    filled = jax.tree.map(lambda leaf: filled_up(leaf, devices), _raw(stacks))
+    return jax.shard_map(run, in_specs=(P(AXIS), P(), P()), out_specs=P(), check_vma=False)(
+        filled, index, _raw(whole)
+    )
+
+
 def of_pairs(
     function: Callable[[jax.Array, jax.Array], jax.Array],
     stack: Shaped[Array, " N *rest"],
@@ -520,17 +549,6 @@ def per_slot(function: Callable[..., Any], in_axes: Any = 0) -> Callable[..., An
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(one, range(count)))
 
     return call
-
-
-def collected(tree: PyTree) -> PyTree:
-    """What one device has, and all others have zeros for, on all of them; inside `shard_map`."""
-
-    def one(leaf: jax.Array) -> jax.Array:
-        flags = leaf.dtype == bool  # of which a sum would be an integer
-        found = summed(leaf.astype(jnp.uint8) if flags else leaf)
-        return found.astype(bool) if flags else found
-
-    return jax.tree.map(one, tree)
 
 
 def squared_norms(tree: PyTree[Shaped[Array, "K ..."]]) -> Float32[Array, " K"]:

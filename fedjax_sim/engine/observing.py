@@ -112,10 +112,11 @@ class AllObservers:
         """What the observers that `inputs` names say, by name. Traced.
 
         Args:
-          view: the models of m clients, before the merge and after it.
+          view: as a round returns it.
           inputs: name of each observer to ask -> what `Instrument.observer_inputs` gave for it.
           data: the training set.
         """
+        view = view.counted()
         return {name: self.observers[name].observe(view, own, data) for name, own in inputs.items()}
 
 

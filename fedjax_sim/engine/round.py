@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -84,6 +84,9 @@ class RoundInputs:
 class MergeView:
     """What observers see of a round: m clients, and the models of each before and after the merge.
 
+    As a round returns it, stacks are cut over the devices, with further rows where these do not divide m
+    (`counted` leaves them out).
+
     Attributes:
       cohort: the clients, ids and counts i32[m].
       start: [m, …], what each started from.
@@ -99,6 +102,14 @@ class MergeView:
     after: Any
     lr: jax.Array
     key: jax.Array
+
+    def counted(self) -> "MergeView":
+        """With the rows of the m clients alone. Traced."""
+        count = self.cohort.ids.shape[0]
+        cut = lambda tree: jax.tree.map(lambda leaf: stacked.cut_to(leaf, count), tree)  # noqa: E731
+        return dataclasses.replace(
+            self, start=cut(self.start), before=cut(self.before), after=cut(self.after)
+        )
 
 
 class Meter(Protocol):
@@ -190,6 +201,14 @@ class RoundOutputs:
     view: MergeView | None = None
 
 
+def outputs_on(mesh: Mesh) -> RoundOutputs:
+    """Shardings of a round's outputs, for `jax.jit`: whole on every device, but for the view, which is as the
+    round leaves it.
+    """
+    same: Any = NamedSharding(mesh, P())
+    return RoundOutputs(same, same, same, same, same, same)
+
+
 @dataclasses.dataclass(frozen=True)
 class Round:
     """The round as a function, specialised to an algorithm, a trainer and a mesh.
@@ -257,22 +276,7 @@ class Round:
         with jax.named_scope(MERGE):
             merged, metrics = self.algorithm.merge(state.algorithm, cohort, starts, results, key)
         look("merged state", merged, state.algorithm, infinite=True)
-        with jax.named_scope(OF_CLIENTS):
-            clients = stacked.put_rows(state.clients, cohort.ids, client_state)
-        view, metered, meters = None, {}, {}
-        if watched is not None:
-            ids, counts = (_take(leaf, watched) for leaf in (cohort.ids, cohort.counts))
-            start, before = watched_models
-            after = self.algorithm.client_models(merged, watched, ids)
-            if self.trainer.rule.receive is not None:
-                upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
-                broadcast = self._dispatched(merged, upcoming, inputs).broadcast
-                next_key = key_for(inputs.key, CLIENTS, upcoming.round)
-                keys = self.trainer.keys(next_key, data.numbers_of(ids))
-                client_state = stacked.take_rows(clients, ids)
-                after = self.trainer.send(self.trainer.receive(after, broadcast, client_state, keys))
-            them = Cohort(ids, counts, cohort.round)
-            view = MergeView(them, start, before, after, inputs.lr, inputs.key)
+        metered, meters = {}, {}
         if self.meters:
             old, new = self.algorithm.deploy(state.algorithm), self.algorithm.deploy(merged)
             for name, (each, mean) in readings.items():
@@ -280,9 +284,50 @@ class Round:
                     state.meters[name], cohort, old, new, each, mean
                 )
         server = self._soundness(merged)
-        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, metered, view)
+        outputs = RoundOutputs(results.loss, results.included, handed, server, metrics, metered)
+        ids, view = cohort.ids, None
+        if watched is not None and not self.held.clients_on_host:  # where no row of theirs moves
+            ids = stacked.once_there(ids, watched_models, outputs)
+        with jax.named_scope(OF_CLIENTS):
+            clients = stacked.put_rows(state.clients, ids, client_state)
+        if watched is not None:
+            done = (watched_models, stacked.only_rows(clients)), outputs
+            after = self._merged_models(merged, clients, inputs, data, stacked.once_there(watched, *done))
+            view = self._view((*watched_models, after), inputs, watched)
         clients = self.held.clients_filled(clients)
-        return ServerState(self.held.filled(merged), clients, meters, state.initial), outputs
+        state = ServerState(self.held.filled(merged), clients, meters, state.initial)
+        return state, dataclasses.replace(outputs, view=view)
+
+    def _merged_models(
+        self,
+        merged: Any,
+        clients: Any,
+        inputs: RoundInputs,
+        data: DeviceData | CohortData,
+        slots: jax.Array,
+    ) -> Any:
+        """What the clients in some slots i32[m] hold once merged. -> [m, …]."""
+        cohort = inputs.cohort
+        ids = _take(cohort.ids, slots)
+        models = self.algorithm.client_models(merged, slots, ids)
+        if self.trainer.rule.receive is None:
+            return models
+        upcoming = dataclasses.replace(cohort, round=cohort.round + 1)
+        broadcast = self._dispatched(merged, upcoming, inputs).broadcast
+        next_key = key_for(inputs.key, CLIENTS, upcoming.round)
+        keys = self.trainer.keys(next_key, data.numbers_of(ids))
+        client_state = stacked.take_rows(clients, stacked.once_there(ids, models))
+        return self.trainer.send(self.trainer.receive(models, broadcast, client_state, keys))
+
+    def _view(self, models: tuple[Any, Any, Any], inputs: RoundInputs, watched: jax.Array) -> MergeView:
+        """What observers are shown; `models`: start, before and after, [m, …] each."""
+        ids, counts = (_take(leaf, watched) for leaf in (inputs.cohort.ids, inputs.cohort.counts))
+        if self.mesh.size > 1:
+            ids, counts = stacked.whole((ids, counts))
+            models = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.mesh.size), models)
+            models = jax.lax.with_sharding_constraint(models, P(AXIS))
+        them = Cohort(ids, counts, inputs.cohort.round)
+        return MergeView(them, *models, inputs.lr, inputs.key)
 
     def personal(self, state: ServerState, ids: jax.Array) -> Any:
         """What clients would use themselves. i32[m] -> [m, …] models.
@@ -336,16 +381,14 @@ class Round:
             counts=jnp.where(occupied, _take(cohort.counts, plan.slot_of_place), 0),
             weights=jnp.where(occupied, _take(weights, plan.slot_of_place), 0),
         )
-        rank = None
-        if watched is not None:  # of each place among those watched; one past the last for the others
-            count = watched.shape[0]
-            rank = jnp.full(plan.slot_of_place.shape, count, jnp.int32)
-            rank = rank.at[_take(plan.place_of_slot, watched)].set(jnp.arange(count, dtype=jnp.int32))
+        most, rank, row = 0, None, None
+        if watched is not None:
+            most, rank, row = self._watched_rows(plan, watched)
         run = stacked.on_devices(
-            lambda *args: self._on_device(starts.shared, 0 if watched is None else count, *args),
+            lambda *args: self._on_device(starts.shared, most, *args),
             mesh=self.mesh,
             in_specs=(same if starts.shared else own, same, own, own, same, same, data.spec, own),
-            out_specs=(own, same, own, same, same),
+            out_specs=(own, same, own, own, same),
         )
         models, mean, rest, watched_models, means = jax.named_scope(WAVES)(run)(
             starts.models if starts.shared else place(starts.models),
@@ -357,14 +400,40 @@ class Round:
             data,
             rank,
         )
-        if watched is not None and watched_models[0] is None:
-            watched_models = (stacked.broadcast(starts.models, count), watched_models[1])
+        if row is not None:
+            start, trained = self._in_watched_order(watched_models, row)
+            watched_models = stacked.broadcast(starts.models, len(row)) if start is None else start, trained
         client_state, uploads, loss, faults, each = rest
         loss, faults = _take(loss, plan.place_of_slot), _take(faults, plan.place_of_slot)
         each = jax.tree.map(lambda leaf: _take(leaf, plan.place_of_slot), each)
         readings = {name: (each[name], means[name]) for name in self.meters}
         results = Results(back(models), mean, back(uploads), faults == _NONE, loss)
         return results, faults != _SERVERS, back(client_state), watched_models, readings
+
+    def _watched_rows(self, plan: Plan, watched: jax.Array) -> tuple[int, jax.Array, jax.Array]:
+        """Where devices keep the models of the watched slots i32[m], each those that it trains.
+
+        Returns:
+          (w, rows that each device has for them; i32[D * S], of each place its row on its device, w for those
+          that nobody watches; i32[m], of each watched slot its row among those of all devices, D * w).
+        """
+        places = _take(plan.place_of_slot, watched)
+        each = plan.slot_of_place.shape[0] // self.mesh.size
+        most, device = min(len(watched), each), places // each
+        so_far = jnp.cumsum(jax.nn.one_hot(device, self.mesh.size, dtype=jnp.int32), 0)
+        own = jnp.take_along_axis(so_far, device[:, None], 1)[:, 0] - 1
+        rank = jnp.full(plan.slot_of_place.shape, most, jnp.int32).at[places].set(own)
+        return most, *stacked.whole((rank, device * most + own))
+
+    @jax.named_scope(ORDER)
+    def _in_watched_order(self, models: PyTree, row: jax.Array) -> PyTree:
+        """The watched slots' models, of the devices' rows for them. [D * w, …], i32[m] -> [m, …]."""
+        leaves, structure = jax.tree.flatten(models)
+        if self.mesh.size == 1:  # where they are in order
+            return models
+        # Not by the ring of `take_rows`: two exchanges where that has D, and none of them in a loop, which is
+        # harder to put in order, see `stacked.once_there`.
+        return structure.unflatten(stacked.permute_each(leaves, [row] * len(leaves)))
 
     def _on_device(
         self,
@@ -383,7 +452,7 @@ class Round:
 
         Args:
           shared: whether all clients start from one model.
-          watched: m, how many clients' models are shown to observers.
+          watched: w, how many clients of a device at most are shown to observers.
           start: that model, or [S, …], one a place.
           broadcast: extra of the algorithm.
           lanes: [S, …], the clients in this device's places; keys and first are filled in here.
@@ -391,11 +460,11 @@ class Round:
           lr: f32[], the clients' learning rate.
           key: of the run and round.
           data: the training set.
-          rank: i32[S], of each place among the watched, m for the others; None if nobody is watched.
+          rank: i32[S], of each place among the device's watched, w for the others; None if nobody is.
 
         Returns:
           (trained [S, …] or None, mean over all devices or None, (client_state, uploads, loss, faults, what
-          meters say of each client), all [S, …], (start, trained) of the watched [m, …], meters' means).
+          meters say of each client), all [S, …], (start, trained) of the watched [w, …], meters' means).
         """
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
@@ -409,7 +478,7 @@ class Round:
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = stacked.nothing(one) if wants_mean else None
         lanes = trainer.ready(lanes, key, data)
-        # Of those watched: (start, trained), [m + 1, …]; the last row takes what nobody watches.
+        # Of those watched: (start, trained), [w + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
         same = shared and trainer.rule.receive is None
         watched_models = (None if same else rows, rows) if watched else None
@@ -476,7 +545,7 @@ class Round:
             mean = stacked.divided(total, weight, one)
             if shared:  # all left out: nothing has been learnt
                 mean = jax.tree.map(lambda new, old: jnp.where(weight > 0, new, old), mean, start)
-        watched_models = stacked.collected(jax.tree.map(lambda leaf: leaf[:watched], watched_models))
+        watched_models = jax.tree.map(lambda leaf: leaf[:watched], watched_models)
         read, sums = stacked.summed(metered)
         means = jax.tree.map(lambda leaf: leaf / jnp.maximum(read, 1), sums)
         return models if self.algorithm.needs_models else None, mean, rest, watched_models, means

@@ -26,7 +26,17 @@ from fedjax_sim.engine.held import AS_IT_IS, Held, filled_shape, how
 from fedjax_sim.engine.jaxpr_memory import share_bytes
 from fedjax_sim.engine.observing import AllObservers, Instrument, ObserverRequest, observer_request
 from fedjax_sim.engine.programs import cached_jit
-from fedjax_sim.engine.round import FINE, NAN, Meter, Round, RoundInputs, RoundOutputs, Rounds, ServerState
+from fedjax_sim.engine.round import (
+    FINE,
+    NAN,
+    Meter,
+    Round,
+    RoundInputs,
+    RoundOutputs,
+    Rounds,
+    ServerState,
+    outputs_on,
+)
 from fedjax_sim.engine.scores import Scores, client_rows
 from fedjax_sim.engine.setup import DiagnosticContext, Setup
 from fedjax_sim.records import Row
@@ -189,7 +199,7 @@ class Simulation:
         self.shardings = self._state_shardings()
         options: dict[str, Any] = {
             "donate_argnums": (0,) if setup.config.execution.donate else (),
-            "out_shardings": (self.shardings, placement.replicated(self.mesh)),
+            "out_shardings": (self.shardings, outputs_on(self.mesh)),
         }
         self.program = cached_jit(self.function, self.mesh, **options)
         reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)

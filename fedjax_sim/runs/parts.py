@@ -276,26 +276,38 @@ def _round_parts(simulation: Simulation, most: tuple[str, ...] = ()) -> list[Par
             observe, view = AllObservers(simulation.observers), outputs.view
             observed = jax.make_jaxpr(observe)(view, request.inputs, data)
             remedy = "a smaller peel.clients or inertia.clients"
+            models = view.start, view.before, view.after
+            cut = {
+                (rows, *leaf.shape[1:])
+                for leaf in jax.tree.leaves(models)
+                for rows in (len(request.slots), leaf.shape[0])
+            }
+
+            def size_in_view(array: Any) -> int:
+                return _share(array, setup.devices) if array.shape in cut else leaf_bytes(array)
+
             sizes = {
-                f"models of {len(request.slots)} measured clients": bytes_of(
-                    (view.start, view.before, view.after)
-                ),
-                "the probe's features and moments": sum(peak_bytes(observed).values()),
+                f"models of {len(request.slots)} measured clients": bytes_of(models) // setup.devices,
+                "the probe's features and moments": sum(peak_bytes(observed, size=size_in_view).values()),
             }
             parts = [Part(name, size, size * setup.devices, "probe", remedy) for name, size in sizes.items()]
     donated = len(jax.tree.leaves(state)) if setup.config.execution.donate else 0
     rows = cut_rows(simulation, inputs, data)
 
     def size_of(array: Any) -> int:
-        if not array.shape or array.shape[0] not in rows:
-            return leaf_bytes(array)
-        return leaf_bytes(array) // array.shape[0] * -(-array.shape[0] // setup.devices)
+        cut = array.shape and array.shape[0] in rows
+        return _share(array, setup.devices) if cut else leaf_bytes(array)
 
     alive = peak_bytes(traced, tuple(IN_ROUND), most=most, donated=donated, size=size_of)
     return parts + [
         Part(IN_ROUND[label][0], size, size * setup.devices, "round", IN_ROUND[label][1])
         for label, size in alive.items()
     ]
+
+
+def _share(array: Any, devices: int) -> int:
+    """Bytes of the rows that a device has of an array that is cut over them."""
+    return leaf_bytes(array) // array.shape[0] * -(-array.shape[0] // devices)
 
 
 def cut_rows(simulation: Simulation, inputs: RoundInputs, data: RoundData) -> set[int]:

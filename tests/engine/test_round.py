@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,13 @@ import pytest
 from flax import linen as nn
 
 from fedjax_sim import models
-from fedjax_sim.algorithms import FedAvg, FedMR, Local
-from fedjax_sim.core import gradients
+from fedjax_sim.algorithms import LIPS, FedAvg, FedMR, Local, Scaffold
+from fedjax_sim.core import gradients, stacked
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.task import task_loss
+from fedjax_sim.engine import placement
 from fedjax_sim.models.norms import BatchNorm
+from fedjax_sim.runs.aot import hlo
 from tests import oracles
 
 RAGGED = (1, 37, 10, 23, 20, 4, 31)
@@ -325,19 +328,138 @@ def test_batch_statistics_are_averaged_and_do_not_see_padding():
     ],
     ids=["recombination", "similarity", "personal-models", "kept-optimisers"],
 )
-def test_no_stack_of_models_is_gathered_on_one_device(algorithm, keep):
+@pytest.mark.parametrize("measured", [False, True])
+def test_no_stack_of_models_is_gathered_on_one_device(algorithm, keep, measured):
     """Memory a device stays its share; a handful of numbers (keys, losses, a bias of 3) may travel to all."""
     model = models.create("mlp", (3, 3, 1), 3, hidden=(64,))
     simulation = oracles.simulate(
         (5,) * 8, algorithm=algorithm, devices=4, model=model, rounds=1, momentum=0.9, keep_optimizer=keep
     )
-    inputs = simulation.inputs(0)[0]
+    given = simulation.state, simulation.inputs(0)[0], simulation.data
+    given += (np.arange(8, dtype=np.int32),) if measured else ()
     with jax.set_mesh(simulation.mesh):
-        text = simulation.program.lower(simulation.state, inputs, simulation.data).compile().as_text()
+        text = simulation.program.lower(*given).compile().as_text()
     gathered = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? all-gather(?:-start)?\(", text)
     sizes = [math.prod(int(n) for n in shape.split(",") if n) for shape in gathered]
     # Even the smallest leaf that can be cut over 4 devices has 8 slots of 64 numbers.
     assert max(sizes, default=0) < 8 * 64, gathered
+
+
+# --- measured rounds ------------------------------------------------------------------------------------
+
+
+MEASURED = {
+    "mean": FedAvg(),
+    "recombination": FedMR(similarity=False),
+    "kept-by-clients": Scaffold(),
+    "masks": LIPS(FedMR(similarity=False), leaves=("params/fc2/kernel",)),
+}
+
+
+def measured_round(algorithm, devices, slots, wave=1, **settings):
+    """The simulation, and the arguments of its first round, in which some slots are watched."""
+    sizes = (12, 7, 20, 3, 31, 9, 1, 25)
+    simulation = oracles.simulate(
+        sizes, algorithm=algorithm, devices=devices, wave=wave, epochs=1, **settings
+    )
+    given = simulation.state, simulation.inputs(0)[0], simulation.data, np.asarray(slots, np.int32)
+    return simulation, given
+
+
+def view_of(*args, **settings):
+    simulation, given = measured_round(*args, **settings)
+    with jax.set_mesh(simulation.mesh):
+        return simulation.program(*given)[1].view
+
+
+@pytest.mark.parametrize("slots", [(5, 2, 7), (6, 0, 3, 1, 7, 2, 4, 5)], ids=["some", "all"])
+@pytest.mark.parametrize("algorithm", MEASURED.values(), ids=MEASURED)
+def test_watched_models_are_cut_over_the_devices_and_the_same_bits(algorithm, slots):
+    """Clients of unequal sizes, which lie on their devices in another order than they are watched in."""
+    one = view_of(algorithm, 1, slots)
+    count = len(slots)
+    for devices, wave in ((2, 1), (3, 2), (4, 1)):
+        view = view_of(algorithm, devices, slots, wave)
+        np.testing.assert_array_equal(view.cohort.ids, one.cohort.ids)
+        np.testing.assert_array_equal(view.cohort.counts, one.cohort.counts)
+        for name in ("start", "before", "after"):
+            leaves = jax.tree.leaves(getattr(view, name))
+            for leaf, wanted in zip(leaves, jax.tree.leaves(getattr(one, name)), strict=True):
+                share = -(-count // devices)
+                assert [shard.data.shape[0] for shard in leaf.addressable_shards] == [share] * devices
+                assert len({shard.index[0].start for shard in leaf.addressable_shards}) == devices
+                if name == "after" and not isinstance(algorithm, FedMR):  # made of sums over devices
+                    np.testing.assert_allclose(leaf[:count], wanted, rtol=1e-4, atol=1e-5)
+                else:
+                    np.testing.assert_array_equal(leaf[:count], wanted)
+
+
+def out_of_order(text):
+    """Each (loop of exchanges, exchange or such loop that comes later without waiting for it); loops in all.
+
+    CPU devices may take such two in different orders, and then wait for each other for ever.
+    """
+    module = hlo.read(text)
+    roles = "body", "condition", "to_apply", "branch_computations", "true_computation", "false_computation"
+
+    def exchanges(one):
+        kinds = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+        inside = [module.computations.get(name, {}) for name in one.called(*roles)]
+        return one.op in kinds or any(exchanges(part) for body in inside for part in body.values())
+
+    found, loops = [], 0
+    for body in module.computations.values():
+        waiting = {}  # of each loop so far who waits for it
+        for one in body.values():
+            if one.op not in ("while", "conditional") and not exchanges(one):
+                for names in waiting.values():
+                    names |= {one.name} if names & set(one.operands) else set()
+                continue
+            for loop, names in waiting.items():
+                if names & set(one.operands):
+                    names.add(one.name)
+                elif exchanges(one):
+                    found.append((loop, one.op, one.op_name))
+            if one.op in ("while", "conditional") and exchanges(one):
+                waiting[f"{one.name} {one.op_name}"] = {one.name}
+                loops += one.op == "while"
+    return found, loops
+
+
+@pytest.mark.parametrize("algorithm", list(MEASURED.values())[1:], ids=list(MEASURED)[1:])
+def test_exchanges_of_a_measured_round_have_one_order(algorithm):
+    simulation, given = measured_round(algorithm, 4, (5, 2, 7))
+    with jax.set_mesh(simulation.mesh):
+        text = simulation.program.lower(*given).compile().as_text()
+    found, loops = out_of_order(text)
+    assert loops
+    assert not found
+
+
+def test_what_reads_numbers_of_once_there_follows_the_exchanges_that_they_wait_for():
+    """Two rings, and a sum over devices of a whole array; without it none waits for another."""
+    mesh = placement.make_mesh(4)
+    rng = np.random.default_rng(0)
+    stack = {"w": rng.normal(size=(8, 40)).astype(np.float32), "flag": rng.random(8) < 0.5}
+    other = {"b": rng.integers(0, 9, (8, 30)).astype(np.int32)}
+    ids = np.asarray([6, 1, 3], np.int32)
+
+    def run(ordered, stack, other, ids):
+        first = stacked.take_rows(stack, ids)
+        if ordered:
+            ids = stacked.once_there(ids, first, stack["w"].sum())
+        return first, stacked.take_rows(other, ids), stack["w"].sum(), ids
+
+    with jax.set_mesh(mesh):
+        given = (*jax.device_put((stack, other), placement.cut(mesh)), ids)
+        free, ordered = (jax.jit(partial(run, way)).lower(*given).compile() for way in (False, True))
+        first, second, _, numbers = ordered(*given)
+    assert out_of_order(free.as_text()) != ([], 2)
+    assert out_of_order(ordered.as_text()) == ([], 2)
+    np.testing.assert_array_equal(numbers, ids)
+    for got, wanted in ((first, stack), (second, other)):
+        for name, leaf in got.items():
+            np.testing.assert_array_equal(leaf, wanted[name][ids])
 
 
 # --- updates that are not finite ------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim.config import InertiaConfig, RunConfig
+from fedjax_sim.core import stacked
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INERTIA
 from fedjax_sim.core.task import Task
@@ -67,6 +68,7 @@ class Accuracies:
         }
         if inputs["own"] is not None:
             chosen["own"] = inputs["own"]
+        filled = partial(jax.tree.map, lambda leaf: stacked.filled_up(leaf, self.mesh.size))
         spare = -count % self.mesh.size
         fill = partial(
             jax.tree.map, lambda leaf: jnp.concatenate([leaf, leaf[-1:].repeat(spare, 0)]) if spare else leaf
@@ -74,7 +76,7 @@ class Accuracies:
         out = {}
         for name, part in chosen.items():
             found = [
-                self._figures(fill(models), fill(part), pools[name]) for models in (view.before, view.after)
+                self._figures(filled(models), fill(part), pools[name]) for models in (view.before, view.after)
             ]
             for metric in found[0]:
                 out[f"merge_{name}_{metric}"] = jnp.stack([state[metric][:count] for state in found], 1)

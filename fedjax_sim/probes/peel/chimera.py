@@ -57,11 +57,11 @@ class Chimeras:
 
     def observe(self, view: MergeView, inputs: Any, data: DeviceData) -> dict[str, jax.Array]:
         """log_c f32[m, 1 + 3 L, L] at each peel point, accuracy f32[m, 1 + 3 L]; in the order of `masks`."""
-        own = (view.before, view.after, inputs["measured"])
-        return each_client(self.mesh, self._client, own, inputs["test"] or data.train)
+        models, pool = (view.before, view.after), inputs["test"] or data.train
+        return each_client(self.mesh, self._client, models, inputs["measured"], pool)
 
     def _client(self, own, pool):
-        before, after, measured = own
+        (before, after), measured = own
         place = self.forward.model.blocks()
 
         def one(mask):

@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.engine.device_data import DeviceData
@@ -93,9 +94,9 @@ class Probe:
         """
         key = key_for(view.key, PEEL, view.cohort.round)
         keys = jax.vmap(partial(jax.random.fold_in, key))(view.cohort.ids)
-        own = (view.start, view.before, view.after, inputs["fit"], inputs["measured"], keys)
+        models, own = (view.start, view.before, view.after), (inputs["fit"], inputs["measured"], keys)
         pools = {"fit": data.train, "measured": inputs["test"] or data.train}
-        out = each_client(self.mesh, self._client, own, pools, width=self.width)
+        out = each_client(self.mesh, self._client, models, own, pools, width=self.width)
         return out | self._kernels(view)
 
     @property
@@ -119,7 +120,7 @@ class Probe:
         models. What follows is computed of all layers at once as far as their shapes allow it: written out,
         a deep network takes minutes to compile.
         """
-        start, before, after, fit, measured, key = own
+        (start, before, after), (fit, measured, key) = own
         models = [before, after]
         for name in self.forward.config.controls:
             models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
@@ -333,9 +334,10 @@ class Probe:
             flat = lambda a: a.reshape(len(a), -1)  # noqa: E731
             gaps.append((flat(before - after) ** 2).sum(1))
             sizes.append((flat(after) ** 2).sum(1))
-            update = flat(before - start)
+            # Whole on every device: of one layer after another, and of no other figure.
+            update = jax.lax.with_sharding_constraint(flat(before - start), P())
             products.append(_product(update, update.T))
-        products = jnp.stack(products)
+        products = jax.lax.with_sharding_constraint(jnp.stack(products), P())
         size = jnp.sqrt(jnp.diagonal(products, axis1=1, axis2=2))
         cosines = products / (size[:, None] * size[:, :, None])
         others = cosines.sum(2) - jnp.diagonal(cosines, axis1=1, axis2=2)

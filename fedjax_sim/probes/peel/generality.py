@@ -31,11 +31,11 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from fedjax_sim.core import stacked
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine.device_data import DeviceData
 from fedjax_sim.engine.round import MergeView
 from fedjax_sim.probes.peel import linear_probes
-from fedjax_sim.probes.peel.clients import shares
 from fedjax_sim.probes.peel.forward import Forward, side_by_side
 from fedjax_sim.records import Row, make_row
 
@@ -78,14 +78,14 @@ class Generality:
         pools = {"fit": train, "measured": inputs["test"] or train, "global": inputs["global"]}
 
         run = jax.shard_map(
-            self._each, mesh=self.mesh, in_specs=(P(AXIS), P(), P(), P()), out_specs=P(AXIS), check_vma=False
+            self._each, mesh=self.mesh, in_specs=(P(AXIS), P(), P()), out_specs=P(AXIS), check_vma=False
         )
-        own = shares(count, self.mesh.size)
-        return jax.tree.map(lambda leaf: leaf[:count], run(own, models, samples, pools))
+        models = jax.tree.map(lambda leaf: stacked.filled_up(leaf, self.mesh.size), models)
+        return jax.tree.map(lambda leaf: leaf[:count], run(models, samples, pools))
 
-    def _each(self, own, stacks, samples, pools):
-        """A device's clients: their numbers i32[S], leaves of `stacks` [m, …] -> figures [S, 3, …]."""
-        states, slots = len(stacks), len(own)
+    def _each(self, stacks, samples, pools):
+        """A device's clients, leaves of `stacks` [S, …] -> figures [S, 3, …]."""
+        states, slots = len(stacks), len(jax.tree.leaves(stacks)[0])
         measure = partial(self._model, samples=samples, pools=pools)
         pick = [
             partial(lambda stack, slot: jax.tree.map(lambda a: a[slot], stack), stack) for stack in stacks
@@ -93,13 +93,13 @@ class Generality:
 
         def step(last, number):
             old, found = last
-            new = jax.lax.switch(number // slots, pick, own[number % slots])
+            new = jax.lax.switch(number // slots, pick, number % slots)
             same = [(a == b).all() for a, b in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)]
             known = (number > 0) & jnp.stack(same).all()
             found = jax.lax.cond(known, lambda _: found, measure, new)
             return (new, found), found
 
-        first = pick[0](own[0])
+        first = pick[0](0)
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(measure, first))
         # One state after another, so that slots with the same model follow each other.
         numbers = jnp.arange(states * slots, dtype=jnp.int32)

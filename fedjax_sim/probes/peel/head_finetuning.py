@@ -27,7 +27,7 @@ import optax
 from flax import traverse_util
 from jax.sharding import PartitionSpec as P
 
-from fedjax_sim.core import gradients
+from fedjax_sim.core import gradients, stacked
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.rng import PEEL, key_for
 from fedjax_sim.core.stacked import AXIS
@@ -88,18 +88,17 @@ class Finetuning:
         """Accuracy, loss and `FIGURES` of each client's model with its new classifier, f32[m] each."""
         count, mesh = len(view.cohort.ids), self.probe.mesh
         trainer = self.classifier_trainer(min(self.trainer.width, -(-count // mesh.size)))
-        own = (view.after, inputs["measured"])
         key = key_for(view.key, PEEL, view.cohort.round)
 
-        def share(numbers, own, cohort, lr, key, data, pool):
+        def share(numbers, models, own, cohort, lr, key, data, pool):
             client_state, weights = trainer.init_client(None), jnp.ones(numbers.shape, jnp.float32)
             ids, counts = cohort.ids[numbers], cohort.counts[numbers]
             lanes = Lanes(client_state=client_state, ids=ids, counts=counts, weights=weights)
             lanes = trainer.ready(lanes, key, data)
 
             def wave(wave):
-                numbers, lanes = wave
-                models, measured = jax.tree.map(lambda leaf: leaf[numbers], own)
+                numbers, models, lanes = wave
+                measured = jax.tree.map(lambda leaf: leaf[numbers], own)
                 steps = -(-lanes.counts // trainer.local.batch_size) * trainer.local.epochs
                 trained = trainer.train_wave(models, None, lanes, steps.max(), lr, data)[0]
                 return jax.lax.map(
@@ -109,14 +108,16 @@ class Finetuning:
                 )
 
             waves = jax.tree.map(
-                lambda leaf: leaf.reshape(-1, trainer.width, *leaf.shape[1:]), (numbers, lanes)
+                lambda leaf: leaf.reshape(-1, trainer.width, *leaf.shape[1:]), (numbers, models, lanes)
             )
             return jax.tree.map(lambda leaf: leaf.reshape(-1), jax.lax.map(wave, waves))
 
-        specs = (P(AXIS), *[P()] * 6)
+        specs = (P(AXIS), P(AXIS), *[P()] * 6)
         run = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P(AXIS), check_vma=False)
-        numbers, pool = shares(count, mesh.size * trainer.width), inputs["test"] or data.train
-        out = run(numbers, own, view.cohort, view.lr, key, data, pool)
+        places = mesh.size * trainer.width
+        numbers, pool = shares(count, places), inputs["test"] or data.train
+        models = jax.tree.map(lambda leaf: stacked.filled_up(leaf, places), view.after)
+        out = run(numbers, models, inputs["measured"], view.cohort, view.lr, key, data, pool)
         return jax.tree.map(lambda leaf: leaf[:count], out)
 
     def _measured(self, own, pool) -> dict[str, jax.Array]:

@@ -197,7 +197,7 @@ class _Trained:
     def __call__(self, state: ServerState, inputs: RoundInputs, data: DeviceData, watched: jax.Array) -> Any:
         view = self.round(state, inputs, data, watched)[1].view
         assert view is not None
-        return view.before
+        return view.counted().before
 
 
 def measure(simulation: Simulation, settings: Settings | None = None, *, planes: bool = True) -> Measured:

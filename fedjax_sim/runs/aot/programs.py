@@ -131,7 +131,10 @@ class Compiler:
             found.append(self._compiled(MEASURED, simulation.program, watched, loops))
             with jax.set_mesh(self.target.mesh):
                 view = jax.eval_shape(simulation.function, *watched)[1].view
-            observe = _on(view, same), request.inputs, self.data
+            cut, models = placement.cut(self.target.mesh), (view.start, view.before, view.after)
+            start, before, after = (_on(tree, cut) for tree in models)
+            view = dataclasses.replace(_on(view, same), start=start, before=before, after=after)
+            observe = view, request.inputs, self.data
             found.append(self._compiled(OBSERVERS, simulation.observe, observe, loops))
         if evaluator is not None:
             found.append(self._compiled(EVALUATION, evaluator.program, (model, *evaluator.data), loops))
