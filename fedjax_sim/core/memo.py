@@ -83,9 +83,11 @@ def _settings() -> Hashable:
 
 def _forget_what_was_loaded_anew() -> None:
     package = __name__.partition(".")[0]
+    # Thousands of modules are there, and this is asked often.
+    own = [name for name in list(sys.modules) if name.startswith(package)]
     now = {
-        name: getattr(module, "__spec__", None)
-        for name, module in list(sys.modules.items())
+        name: getattr(sys.modules.get(name), "__spec__", None)
+        for name in own
         if name.partition(".")[0] == package
     }
     if any(_LOADED.get(name, spec) is not spec for name, spec in now.items()):

@@ -357,7 +357,7 @@ class Journal:
         self._times = (folder / TIMING).open("ab")
 
     def write(self, rows: Sequence[Row], lap: Lap, ending: Collection[str] = ()) -> None:
-        """Writes a round's rows, which are finite and in the table already, and what it cost.
+        """Writes a round's rows, which are finite and in the table already, and what it cost; see `flush`.
 
         Args:
           rows: of the round.
@@ -368,11 +368,14 @@ class Journal:
         if ending:
             entry["ending"] = sorted(ending)
         self._rows.write((json.dumps(entry, separators=(",", ":")) + "\n").encode())
-        self._rows.flush()
         self._times.write(_line(lap).encode())
-        self._times.flush()
         self.laps.append(lap)
         self.last = lap.round
+
+    def flush(self) -> None:
+        """Hands to the system what was written, so that it outlives this process."""
+        self._rows.flush()
+        self._times.flush()
 
     def sync(self) -> None:
         """Brings journal and times to the disk itself: a power cut spares them."""

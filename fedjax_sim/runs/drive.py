@@ -220,6 +220,8 @@ class Drive:
         for number, rows in zip(numbers, fetch(), strict=True):
             cost = cost or lap(len(numbers))
             wish |= self._write(number, rows, *cost)
+        if self._journal is not None:
+            self._journal.flush()
         return wish
 
     def _write(self, number: int, rows: list[records.Row], seconds: float, cpu: float) -> bool:

@@ -5,7 +5,7 @@
 
 Prints a Markdown table: seconds of all runs of a case without compiling, runs an hour, ratios within each
 repetition, median (lowest–highest), and by how many seconds the first time took longer, which is mostly the
-compiler's. Runs write their folders, without figures, and evaluate as they say. Run it on a machine that does
+compiler's. Runs write their folders, with one checkpoint and no figures, and evaluate as they say. Run it on a machine that does
 nothing else.
 """
 
@@ -77,7 +77,7 @@ CASES: dict[str, Callable[[int], list[fs.RunConfig]]] = {
 
 def _small() -> fs.RunConfig:
     return fs.RunConfig(
-        rounds=200,
+        rounds=600,
         partition=fs.PartitionConfig(kind="iid", clients=140),
         model=fs.ModelConfig("mlp", options={"hidden": [32]}),
         local=fs.LocalConfig(epochs=1, batch_size=10, lr=0.05),
@@ -105,7 +105,11 @@ def seconds(configs: Sequence[fs.RunConfig], together: bool, dataset: fs.Dataset
             dataclasses.replace(
                 config,
                 output=fs.OutputConfig(
-                    dir=f"{home}/{number}", progress=False, tensorboard=False, figures=False
+                    dir=f"{home}/{number}",
+                    progress=False,
+                    tensorboard=False,
+                    figures=False,
+                    checkpoint_every=0,
                 ),
             )
             for number, config in enumerate(configs)
