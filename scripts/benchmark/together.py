@@ -5,8 +5,8 @@
 
 Prints a Markdown table: seconds of all runs of a case without compiling, runs an hour, ratios within each
 repetition, median (lowest–highest), and by how many seconds the first time took longer, which is mostly the
-compiler's. Runs write their folders, with one checkpoint and no figures, and evaluate as they say. Run it on a machine that does
-nothing else.
+compiler's. Runs write their folders, with one checkpoint and no figures, and evaluate as they say. Run it on
+a machine that does nothing else.
 """
 
 import argparse
