@@ -106,7 +106,7 @@ MUTANTS: list[tuple] = [
     ("core/stacked", "widths = [-(-leaf[0].size // devices)", "widths = [leaf[0].size // devices + 1"),
     ("core/stacked", "_column(weights != 0, leaf)", "_column(weights >= 0, leaf)"),
     ("core/stacked", "else jnp.maximum(a, b), total, part", "else jnp.minimum(a, b), total, part"),
-    ("core/stacked", "jax.lax.pmax(", "jax.lax.pmin("),
+    ("core/stacked", "jax.lax.pmax(leaf, AXIS)", "jax.lax.pmin(leaf, AXIS)"),
     ("core/stacked", "leaf = jnp.where(weight > 0, leaf, _least(leaf.dtype))", "leaf = leaf"),
     ("core/stacked", "jnp.iinfo(dtype).min", "0"),
     ("core/stacked", "dtype=jnp.int32) >= number * strip", "dtype=jnp.int32) > number * strip"),

@@ -414,8 +414,8 @@ class Round:
         """Where devices keep the models of the watched slots i32[m], each those that it trains.
 
         Returns:
-          (w, rows that each device has for them; i32[D * S], of each place its row on its device, w for those
-          that nobody watches; i32[m], of each watched slot its row among those of all devices, D * w).
+          (most, rows that each device has for them; i32[D * S], of each place its row on its device, `most` for
+          those that nobody watches; i32[m], of each watched slot its row among all D * most).
         """
         places = _take(plan.place_of_slot, watched)
         each = plan.slot_of_place.shape[0] // self.mesh.size
@@ -427,7 +427,7 @@ class Round:
 
     @jax.named_scope(ORDER)
     def _in_watched_order(self, models: PyTree, row: jax.Array) -> PyTree:
-        """The watched slots' models, of the devices' rows for them. [D * w, …], i32[m] -> [m, …]."""
+        """The watched slots' models, of the devices' rows for them. [D * most, …], i32[m] -> [m, …]."""
         leaves, structure = jax.tree.flatten(models)
         if self.mesh.size == 1:  # where they are in order
             return models
@@ -452,7 +452,7 @@ class Round:
 
         Args:
           shared: whether all clients start from one model.
-          watched: w, how many clients of a device at most are shown to observers.
+          watched: `most`, how many clients of a device at most are shown to observers.
           start: that model, or [S, …], one a place.
           broadcast: extra of the algorithm.
           lanes: [S, …], the clients in this device's places; keys and first are filled in here.
@@ -460,11 +460,11 @@ class Round:
           lr: f32[], the clients' learning rate.
           key: of the run and round.
           data: the training set.
-          rank: i32[S], of each place among the device's watched, w for the others; None if nobody is.
+          rank: i32[S], of each place among the device's watched, `most` for the others; None if nobody is.
 
         Returns:
           (trained [S, …] or None, mean over all devices or None, (client_state, uploads, loss, faults, what
-          meters say of each client), all [S, …], (start, trained) of the watched [w, …], meters' means).
+          meters say of each client), all [S, …], (start, trained) of the watched [most, …], meters' means).
         """
         trainer, width = self.trainer, self.trainer.width
         wants_mean = self.algorithm.weights is not None
@@ -478,7 +478,7 @@ class Round:
             models = jax.tree.map(lambda leaf: jnp.zeros((places, *leaf.shape), leaf.dtype), one)
         total = stacked.nothing(one) if wants_mean else None
         lanes = trainer.ready(lanes, key, data)
-        # Of those watched: (start, trained), [w + 1, …]; the last row takes what nobody watches.
+        # Of those watched: (start, trained), [most + 1, …]; the last row takes what nobody watches.
         rows = jax.tree.map(lambda leaf: jnp.zeros((watched + 1, *leaf.shape), leaf.dtype), one)
         same = shared and trainer.rule.receive is None
         watched_models = (None if same else rows, rows) if watched else None

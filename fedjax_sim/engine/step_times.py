@@ -191,7 +191,9 @@ class _Wave:
           data: the training set.
         """
 
-        def on_device(variables: Variables, lanes: Lanes, key: jax.Array, bound: jax.Array, data: DeviceData):
+        def on_device(
+            variables: Variables, lanes: Lanes, key: jax.Array, bound: jax.Array, data: DeviceData
+        ) -> tuple[Variables, jax.Array]:
             trainer = self.trainer
             start, lanes = stacked.broadcast(variables, trainer.width), trainer.ready(lanes, key, data)
             # So low a rate that numbers stay what they are, normal ones, however many steps there are.
