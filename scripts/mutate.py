@@ -47,6 +47,7 @@ EVALUATED = ["tests/engine/test_evaluation.py"]
 REGRESSED = ["tests/tasks/test_regression.py"]
 MOVEMENT = ["tests/inertia/test_movement.py"]
 PEELED = ["tests/peel/test_feature_probe.py"]
+TOGETHER = ["tests/runs/test_together.py", "-k", "each_run or cut_goes or diverges or equal"]
 BY_HAND = ["tests/algorithms/test_server_rules.py", "-k", "fednova or scaffold"]
 
 # (module, what stands there once, what the mutant has instead, tests other than the nearest)
@@ -136,10 +137,27 @@ MUTANTS: list[tuple] = [
     ("engine/round", "round=cohort.round + 1)", "round=cohort.round)", ["tests/algorithms/test_lips.py"]),
     (
         "engine/round",
-        "jnp.full(plan.slot_of_place.shape, count, jnp.int32)",
-        "jnp.full(plan.slot_of_place.shape, count - 1, jnp.int32)",
+        "jnp.full(plan.slot_of_place.shape, most, jnp.int32)",
+        "jnp.full(plan.slot_of_place.shape, most - 1, jnp.int32)",
         PEELED,
     ),
+    ("core/stacked", "jax.lax.pmax(number, SIDE)", "jax.lax.pmin(number, SIDE)", TOGETHER),
+    ("core/stacked", "jax.lax.pmin(flag.astype", "jax.lax.pmax(flag.astype", TOGETHER),
+    ("engine/clients", "(self.width > 1 or stacked.side_by_side())", "self.width > 1", TOGETHER),
+    (
+        "engine/together",
+        "key=self._keys[self._seats]",
+        "key=self._keys[sorted(self._seats)[:1] * 4]",
+        TOGETHER,
+    ),
+    ("engine/together", "_taken(own, place % each)", "_taken(own, 0)", TOGETHER),
+    (
+        "engine/together",
+        "if there and self._states is not None and",
+        "if self._states is not None and",
+        TOGETHER,
+    ),
+    ("runs/together", "if name not in arguments)", "if name in arguments)", ["tests/runs/test_together.py"]),
     ("engine/waves", ".reshape(devices * waves, width).max(1)", ".reshape(devices * waves, width).min(1)"),
     ("engine/waves", "(work + steps, device, place + 1)", "(work + 1, device, place + 1)"),
     ("engine/waves", "(work + steps, device, place + 1)", "(device, work + steps, place + 1)"),

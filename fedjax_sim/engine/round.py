@@ -414,8 +414,8 @@ class Round:
         """Where devices keep the models of the watched slots i32[m], each those that it trains.
 
         Returns:
-          (most, rows that each device has for them; i32[D * S], of each place its row on its device, `most` for
-          those that nobody watches; i32[m], of each watched slot its row among all D * most).
+          (most, rows that each device has for them; i32[D * S], of each place its row on its device, `most`
+          for those that nobody watches; i32[m], of each watched slot its row among all D * most).
         """
         places = _take(plan.place_of_slot, watched)
         each = plan.slot_of_place.shape[0] // self.mesh.size
