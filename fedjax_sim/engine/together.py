@@ -12,7 +12,7 @@ are slower on a CPU, each block is one run.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -321,7 +321,8 @@ class Group:
         if wanted == "auto":
             self._limit = min(self._limit, fusing.room(first.setup.cohort_size * len(self.members)))
         self._pace = fusing.Pace(wanted, self._limit)
-        self._seats: list[int] = []  # the member in each place
+        self._seats: list[int] = []  # the member whose rounds each place does
+        self._places: dict[int, int] = {}  # of each member that is there, where its state is
         self._tables_here: Any = None
         self._programs: dict[int, CachedJit] = {}  # by the runs side by side
         self._states: ServerState | None = None  # [places, …]
@@ -353,7 +354,6 @@ class Group:
             [member.inputs(member.round + number, self._wave) for number in range(count)]
             for member in members
         ]
-        places = {number: place for place, number in reversed(list(enumerate(self._seats)))}
         of_seat = {number: [one for one, _ in rounds] for number, rounds in zip(active, each, strict=True)}
         slots = {number: one.slots for number, one in zip(active, requests, strict=True) if one is not None}
         inputs = _stacked([of_seat[number] for number in self._seats], 1 if watched else self._limit)
@@ -376,17 +376,17 @@ class Group:
         views = functools.cache(lambda: _by_device(outputs.view))
         fetches = []
         for number, member, rounds, request in zip(active, members, each, requests, strict=True):
-            member.kept_by(_Seat(held, places[number], member), count)
+            member.kept_by(_Seat(held, self._places[number], member), count)
             observed = {}
             if request is not None:
-                view = jax.tree.map(lambda leaf: leaf[0], _row(views(), places[number]))
+                view = jax.tree.map(lambda leaf: leaf[0], _row(views(), self._places[number]))
                 with jax.set_mesh(member.mesh):
                     view = jax.device_put(view, replicated(member.mesh))
                     observed = member.observe(view, request.inputs, member.data)
             evaluated = member.evaluate() if member.due() else None
             fetches.append(
                 functools.partial(
-                    _rows, fetched, places[number], member, first, rounds, request, observed, evaluated
+                    _rows, fetched, self._places[number], member, first, rounds, request, observed, evaluated
                 )
             )
         return fetches
@@ -425,22 +425,23 @@ class Group:
         devices = self.mesh.size
         wanted = -(-len(active) // devices) * devices
         if there and self._states is not None and 2 * wanted > len(self._seats):
-            spare = set(active)
-            if spare != set(self._seats):  # whoever has left is kept where he is looked for
-                self._leave([number for number in set(self._seats) - spare])
-                self._seats = [number if number in spare else active[0] for number in self._seats]
+            if set(active) != set(self._places):
+                self._leave(set(self._places) - set(active))
+                self._seats = [number if number in active else active[0] for number in self._seats]
                 self._place_tables()
             return
-        self._leave([number for number in set(self._seats) - set(active)])
+        self._leave(set(self._places) - set(active))
         states = [member.state for member in mine]
         self._seats = [*active, *[active[0]] * (wanted - len(active))]
+        self._places = {number: place for place, number in enumerate(active)}
         own = NamedSharding(self.mesh, P(RUNS))
         self._states = _stack([*states, *[states[0]] * (wanted - len(active))], own)
         self._place_tables()
 
-    def _leave(self, numbers: Sequence[int]) -> None:
+    def _leave(self, numbers: Collection[int]) -> None:
         """Has members keep their own states from now on."""
         for number in numbers:
+            del self._places[number]
             member = self.members[number]
             if isinstance(member.keeper, _Seat):
                 member.state = member.state

@@ -179,6 +179,17 @@ def test_what_keeps_runs_apart_is_told(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_the_others_go_on_wherever_one_leaves(broken):
+    lrs = [1e30 if seed == broken else 0.1 for seed in range(4)]
+    local = {"epochs": None, "steps": 1, "momentum": 0.0}
+    configs = [of(local=local | {"lr": lr}, seed=seed) for seed, lr in enumerate(lrs)]
+    found = fs.run_many(configs, errors="return")
+    assert isinstance(found.pop(broken), NonFiniteUpdate)
+    for run in found:
+        same(run, alone(run.config))
+
+
 def test_a_run_that_diverges_stops_alone(tmp_path):
     local = {"epochs": None, "steps": 1, "momentum": 0.0}
     configs = [
