@@ -102,7 +102,7 @@ def run_many(
             loads[key] = config.data.load()
         return loads[key]
 
-    def open_one(number: int, mesh: Mesh, store: DataStore | None) -> Any:
+    def open_one(number: int, mesh: Mesh | None, store: DataStore | None) -> Any:
         config = made[number]
         here: Any = {"dataset": samples_of(config), "mesh": mesh, "store": store}
         return opening.again(str(config.output.dir), **here) if _held(config) else opening.new(config, **here)
@@ -265,7 +265,9 @@ def _family_of(setup: Setup, names: Sequence[str]) -> Numbers:
 
 def run_groups(
     configs: Sequence[RunConfig],
-    open_one: Callable[[int, Mesh, DataStore | None], contextlib.AbstractContextManager[Opened | None]],
+    open_one: Callable[
+        [int, Mesh | None, DataStore | None], contextlib.AbstractContextManager[Opened | None]
+    ],
     tell: Callable[[str], None],
     ended: Callable[[int, Outcome], None] = lambda number, outcome: None,
 ) -> list[Outcome]:
@@ -274,7 +276,7 @@ def run_groups(
     Args:
       configs: of the runs.
       open_one: (number of a run, the devices that it is laid out for, who has samples there) -> the opened
-        run; see `fedjax_sim.runs.opening`.
+        run; see `fedjax_sim.runs.opening`. None: all devices, nobody.
       tell: is given a line of each group.
       ended: is told what became of each run, as soon as it is known.
 
@@ -302,13 +304,16 @@ def run_groups(
 def _some(
     configs: Sequence[RunConfig],
     waiting: Sequence[int],
-    open_one: Callable[[int, Mesh, DataStore | None], contextlib.AbstractContextManager[Opened | None]],
+    open_one: Callable[
+        [int, Mesh | None, DataStore | None], contextlib.AbstractContextManager[Opened | None]
+    ],
     tell: Callable[[str], None],
     end: Callable[[int, Outcome], None],
 ) -> list[int]:
     """Runs as many of one family as go together. -> the others."""
     devices = list(placement.make_mesh(configs[waiting[0]].execution.devices).devices.flat)
-    mesh, store = placement.mesh_of(devices[:1]), None
+    # A run by itself is laid out over all devices, as ever.
+    mesh, store = placement.mesh_of(devices[:1]) if len(waiting) > 1 else None, None
     ways: dict[int, _Way] = {}
     later, reasons, names, most = [], set(), [], len(waiting)
     with contextlib.ExitStack() as everything:
@@ -330,12 +335,14 @@ def _some(
                 continue
             if first is None:
                 store, reason = opened.simulation.store, obstacle(opened.simulation)
-                if reason is None:
-                    names = _arguments(configs, waiting, opened.simulation)
-                    most = _most(opened.simulation.setup, len(devices))
-                else:
-                    most = 1
+                names = [] if reason else _arguments(configs, waiting, opened.simulation)
+                most = 1 if reason else _most(opened.simulation.setup, len(devices))
+                if reason:
                     tell(f"runs go one by one: {reason}")
+                if most == 1 and mesh is not None:
+                    stack.close()
+                    opened = stack.enter_context(open_one(number, None, None))
+                    assert opened is not None
             elif apart := _unlike(shape_of(first.opened.simulation), shape_of(opened.simulation)):
                 stack.close()
                 later.append(number)
@@ -423,7 +430,7 @@ class _Driven:
         Raises:
           NotWritten, Interrupted, Terminated: see `run_many`.
         """
-        for way in self._ways:
+        for way in list(self._ways):
             self._try(way, lambda way=way: self._begin(way))
         with signals() as asked:
             while (active := self._behind()) and not asked:
