@@ -116,7 +116,13 @@ def test_each_run_has_the_records_that_it_has_alone(devices, monkeypatch):
             "inertia": fs.InertiaConfig(measure=True, every=5, samples=20),
             "peel": fs.PeelConfig(every=3, clients=2, samples=20, class_samples=1),
         },
-        {"model": fs.ModelConfig("mcmahan"), "local": {"epochs": 1}, "rounds": 3},  # one after another
+        # One run after another on a device.
+        {
+            "model": fs.ModelConfig("mcmahan"),
+            "local": {"epochs": None, "steps": 1},
+            "rounds": 2,
+            "execution": {"conv": "patches"},
+        },
         {"partition": {"kind": "iid"}, "local": {"epochs": None, "steps": 3}},  # equal clients
         {"algorithm": A.Ditto(), "evaluation": {"per_client": True, "finetune": 1}},
     ],
@@ -124,23 +130,29 @@ def test_each_run_has_the_records_that_it_has_alone(devices, monkeypatch):
 )
 def test_under_methods_and_diagnostics(changes, monkeypatch):
     made = groups_of(monkeypatch)
-    configs = seeds(3, execution={"devices": 2}, **changes)
+    configs = seeds(3, **(changes | {"execution": changes.get("execution", {}) | {"devices": 2}}))
     for run, config in zip(fs.run_many(configs), configs, strict=True):
         same(run, alone(config), rtol=2e-4)
     assert [count for count, _, _ in made] == [3]
 
 
-def test_every_method_goes_side_by_side():
+@pytest.mark.parametrize(
+    "names",
+    [("fedcac", "fedgen", "fedmut", "feddyn"), pytest.param(tuple(A.CONFIGS), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_methods_go_side_by_side(names):
     special = {
         "lips": A.LIPS(leaves=("params/fc1/kernel",)),
         "partial": A.CONFIGS["partial"](first=1),
         "fedrep": A.CONFIGS["fedrep"](head_epochs=1),
     }
     told = []
-    for name, method in A.CONFIGS.items():
+    for name in names:
         if name == "fedbn":  # of networks with batch normalisation
             continue
-        configs = seeds(2, algorithm=special.get(name) or method(), rounds=1, execution={"devices": 1})
+        method = special.get(name) or A.CONFIGS[name]()
+        configs = seeds(2, algorithm=method, rounds=1, execution={"devices": 1})
         fs.run_many(configs, tell=told.append)
     assert not told
 
