@@ -281,8 +281,8 @@ _SWEEP = """Runs every method in every setting with every seed, and writes table
 the sweep's folder. What is finished is not run again, what was cut goes on; a failure does not end the rest.
 
   --together       runs that differ in numbers alone (seeds, rates, a method's own) go side by side, as one
-                   program, several times as fast where each is small; numbers are those of a run alone on one
-                   device, up to rounding
+                   program, up to three times as fast where each is small; numbers are those of a run alone on
+                   one device, up to rounding
   --part I/N       run the I-th of N parts alone: every N-th run, from the I-th. Start one part on each
                    machine, with one folder for all on a file system that they share, or each with its own,
                    and copy the runs together. Another start, without --part, writes the whole table
