@@ -225,8 +225,9 @@ def _process(config: Path, devices: int) -> Iterator[Callable[[], float]]:
     asks, answers = child.stdin, child.stdout
 
     def seconds() -> float:
-        asks.write("\n")
-        asks.flush()
+        with contextlib.suppress(OSError):  # it has ended: nor does it answer
+            asks.write("\n")
+            asks.flush()
         line = answers.readline()
         if not line:
             why = f"a process with {devices} CPU device(s) ended without an answer"
