@@ -227,8 +227,6 @@ def make_mesh(devices: Sequence[Any]) -> Mesh:
 
 def obstacle(simulation: Simulation) -> str | None:
     """What has a run go by itself, if anything has."""
-    if jax.process_count() > 1:
-        return "several processes share each run"
     kind, on_host = simulation.feed.kind, simulation.client_state is not None
     if simulation.setup.algorithm.cohort_chooser is not None and not simulation.setup.config.execution.debug:
         return None if kind == COPIED and not on_host else "samples or clients' state lie on the host"
@@ -488,7 +486,7 @@ class _Moment:
     """What all places of a group hold between two calls; it ends with the next one."""
 
     def __init__(self, group: Group, states: ServerState):
-        self._group, self._parts = group, functools.cache(lambda: _by_device(states))
+        self._parts = functools.cache(lambda: _by_device(states))
         self._models = functools.cache(lambda: group.deployed(states))
         self._model_parts = functools.cache(lambda: _by_device(self._models()))
         self._evaluated = functools.cache(lambda: group.evaluated(self._models()))

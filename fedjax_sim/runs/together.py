@@ -85,10 +85,16 @@ def run_many(
       The runs, in the order of `configs`.
 
     Raises:
-      UserError: a setting that cannot work; or, of the first such run, an update that is not finite.
+      UserError: a setting that cannot work, or several processes; or, of the first such run, an update that
+        is not finite.
       NotWritten: the disk is full, or fails; all can be started again.
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint of each.
     """
+    if errors not in ("raise", "return"):
+        raise UserError("errors", errors, "it is neither raise nor return", "Write one of them.")
+    if jax.process_count() > 1:
+        why = "several processes share each run, and runs go side by side in one"
+        raise UserError("run_many", jax.process_count(), why, "Start them one after another, with run.")
     made = [as_config(config) for config in configs]
     _check_folders(made)
     samples = data.as_dataset(dataset)
@@ -254,10 +260,10 @@ def _family_of(setup: Setup, names: Sequence[str]) -> Numbers:
         rounds=setup.config.rounds,
         local=setup.config.local,
     )
-    family = Numbers(setup.config.algorithm, context)
     blank = dict.fromkeys(names, _OPEN)
     local: Any = _filled(context.local, blank, "local.")
-    return Numbers(_filled(family.config, blank, "algorithm."), dataclasses.replace(context, local=local))
+    algorithm = _filled(setup.config.algorithm, blank, "algorithm.")
+    return Numbers(algorithm, dataclasses.replace(context, local=local))
 
 
 # --- bringing them to their ends ----------------------------------------------------------------------
@@ -418,7 +424,7 @@ class _Driven:
     ):
         """`end` is told what became of each run; the others are as `Group` takes them."""
         self._ways, self._end = list(ways), end
-        self._all = list(ways)
+        self._places = {way.number: place for place, way in enumerate(ways)}  # in the group
         simulations = [way.opened.simulation for way in ways]
         self._group = Group(simulations, family, values, devices) if len(ways) > 1 else None
         self._bar = _Bar(simulations[0].setup, len(ways))
@@ -464,8 +470,7 @@ class _Driven:
         if self._group is None:
             fetches = [active[0].opened.simulation.steps(most)]
         else:
-            places = {way.number: place for place, way in enumerate(self._all)}
-            fetches = self._group.steps([places[way.number] for way in active], most)
+            fetches = self._group.steps([self._places[way.number] for way in active], most)
         lap = _Shared(self._clock, len(active))
         for way, fetch in zip(active, fetches, strict=True):
             self._try(way, lambda way=way, fetch=fetch: _drive(way).take(first, fetch, lap))
@@ -528,9 +533,8 @@ class _Bar:
     def part(self, done: int, table: Table) -> "_Bar._Part":
         """What a run takes for its own."""
         if self._bar is None:
-            with contextlib.ExitStack() as stack:
-                if self._runs > 1:
-                    stack.enter_context(progress.part_of(f"{self._runs} runs"))
+            several = self._runs > 1
+            with progress.part_of(f"{self._runs} runs") if several else contextlib.nullcontext():
                 self._bar, self._done = bar_of(self._setup, done, table), done
         return _Bar._Part(self, done)
 

@@ -145,6 +145,9 @@ def run(
     began = time.perf_counter()
     if elsewhere is None:
         hosts.on_first(lambda: _check_writable(place))
+        if together and jax.process_count() > 1:
+            tell("runs go one by one: several processes share each")
+            together = False
         found = (_run_together if together else _run_here)(sweep, tell, part)
     else:
         if together:
@@ -201,6 +204,7 @@ def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, in
     found, shared = _Found(), _Shared()
     heads = {job.name: f"[{n}/{len(sweep.jobs)}] {job.name}" for n, job in enumerate(sweep.jobs, 1)}
     todo: list[Job] = []
+    begun: set[str] = set()
 
     def end(job: Job, how: str, outcome: runs.Run | Exception) -> None:
         if isinstance(outcome, Exception):
@@ -223,6 +227,7 @@ def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, in
                 end(job, "finished before", runs.load(folder.path))
             elif number % part[1] == part[0] % part[1]:
                 todo.append(job)
+                begun |= {job.name} if folder.started else set()
             else:
                 found.left.append(job.name)
                 tell(f"{heads[job.name]}: another part's")
@@ -240,7 +245,7 @@ def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, in
                 [job.config for job in todo],
                 open_one,
                 tell,
-                lambda number, outcome: end(todo[number], "run", outcome),
+                lambda n, outcome: end(todo[n], "resumed" if todo[n].name in begun else "run", outcome),
             )
         except (runs.Interrupted, runs.Terminated) as stop:
             stop.advice = "start the sweep again to go on"

@@ -323,5 +323,13 @@ def test_a_data_set_is_held_once(monkeypatch):
     assert len({id(store) for store in placed}) == 2  # of the runs, and of the group
 
 
+def test_what_is_refused(monkeypatch):
+    with pytest.raises(UserError, match="neither raise nor return"):
+        fs.run_many([], errors="keep")  # type: ignore[call-overload]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="several processes share each run"):
+        fs.run_many(seeds(2))
+
+
 def test_no_runs():
     assert fs.run_many([]) == []

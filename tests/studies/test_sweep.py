@@ -208,6 +208,24 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
             assert float(row[unit]) == pytest.approx(mean(of_method), abs=1e-3)
 
 
+def test_side_by_side_a_sweep_says_the_same(done, tmp_path):
+    asked_for, lines = sweep.from_mapping(asked(tmp_path / "out")), []
+    found = sweep.run(asked_for, tell=lines.append, together=True)
+    assert not found.failures and not found.left and set(found.seconds) == set(done.seconds)
+    assert lines[0].startswith("4 runs in 2 groups, which differ in: algorithm")
+    for job in asked_for.jobs:
+        place = Path(str(job.config.output.dir))
+        one, other = (
+            runs.load(at).metrics for at in (place, done.sweep.out / place.relative_to(tmp_path / "out"))
+        )
+        np.testing.assert_allclose(one.series("loss")[1], other.series("loss")[1], rtol=1e-4)
+    again = []
+    sweep.run(asked_for, tell=again.append, together=True)
+    assert all("finished before" in line for line in again) and len(again) == 4
+    with pytest.raises(UserError, match="one after another"):
+        sweep.run(asked_for, launcher="ray", together=True)
+
+
 def test_a_second_start_runs_nothing_and_says_the_same(done, monkeypatch):
     def never(self, most=None):
         raise AssertionError("a finished run was run again")
