@@ -25,6 +25,7 @@ MAX_KEPT = 128
 
 _KEPT: OrderedDict[Hashable, Any] = OrderedDict()
 _LOADED: dict[str, Any] = {}  # name of a module of this package -> its specification when last seen
+_MODULES = 0  # how many there were then
 
 
 def once(kind: str, key: Hashable, make: Callable[[], _Made]) -> _Made:
@@ -82,14 +83,18 @@ def _settings() -> Hashable:
 
 
 def _forget_what_was_loaded_anew() -> None:
-    package = __name__.partition(".")[0]
-    # Thousands of modules are there, and this is asked often.
-    own = [name for name in list(sys.modules) if name.startswith(package)]
-    now = {
-        name: getattr(sys.modules.get(name), "__spec__", None)
-        for name in own
-        if name.partition(".")[0] == package
-    }
-    if any(_LOADED.get(name, spec) is not spec for name, spec in now.items()):
+    global _MODULES
+    # Thousands of modules are there, and this is asked often: names are looked through when there are others.
+    if len(sys.modules) != _MODULES:
+        package, _MODULES = __name__.partition(".")[0], len(sys.modules)
+        for name in list(sys.modules):
+            if name.startswith(package) and name.partition(".")[0] == package:
+                _LOADED.setdefault(name, None)
+    anew = False
+    for name, before in _LOADED.items():
+        now = getattr(sys.modules.get(name), "__spec__", None)
+        if now is not None and now is not before:
+            anew |= before is not None
+            _LOADED[name] = now
+    if anew:
         forget()
-    _LOADED.update(now)

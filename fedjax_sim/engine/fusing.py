@@ -7,7 +7,7 @@ host wants to see the model between two rounds, these run as one call (`fedjax_s
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
@@ -85,17 +85,23 @@ def wants_the_host(setup: Setup, data: str, *, on_host: bool) -> str | None:
     return None
 
 
-def stacked_inputs(rounds: Sequence[RoundInputs], limit: int) -> RoundInputs:
-    """Inputs of some rounds as one, leaves [R, …], of which those of further rounds are zeros."""
+def with_room(inputs: RoundInputs, limit: int) -> RoundInputs:
+    """Inputs of some rounds, leaves [R, …], with those of further ones, zeros, up to [limit, …]."""
 
-    def stack(*leaves: Any) -> np.ndarray:
-        first = np.asarray(leaves[0])
-        out = np.zeros((limit, *first.shape), first.dtype)
-        out[: len(leaves)] = leaves
+    def filled(leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        out = np.zeros((limit, *leaf.shape[1:]), leaf.dtype)
+        out[: len(leaf)] = leaf
         return out
 
-    without = [dataclasses.replace(one, key=cast(jax.Array, None)) for one in rounds]
-    return dataclasses.replace(jax.tree.map(stack, *without), key=rounds[0].key)
+    made = jax.tree.map(filled, dataclasses.replace(inputs, key=cast(jax.Array, None)))
+    return dataclasses.replace(made, key=inputs.key)
+
+
+def inputs_of_round(inputs: RoundInputs, number: int) -> RoundInputs:
+    """One of some rounds, of which `inputs` has leaves [R, …] and the key that they share."""
+    made = jax.tree.map(lambda leaf: leaf[number], dataclasses.replace(inputs, key=cast(jax.Array, None)))
+    return dataclasses.replace(made, key=inputs.key)
 
 
 class Pace:

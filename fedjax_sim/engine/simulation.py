@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -35,6 +35,7 @@ from fedjax_sim.engine.round import (
     RoundOutputs,
     Rounds,
     ServerState,
+    Soundness,
     outputs_on,
 )
 from fedjax_sim.engine.scores import Scores, client_rows
@@ -325,41 +326,52 @@ class Simulation:
 
     # --- rounds -------------------------------------------------------------------------------------
 
-    def inputs(self, round_index: int, wave: int | None = None) -> tuple[RoundInputs, float]:
+    def inputs(self, round_index: int) -> tuple[RoundInputs, float]:
         """What the host decides of a round, and the plan's padding waste.
 
         Of an algorithm that chooses its clients itself, only of the next round.
 
         Args:
           round_index: from 0.
+        """
+        return self.inputs_of(round_index, self._cohort(round_index))
+
+    def inputs_of(self, round_index: int, ids: np.ndarray) -> tuple[RoundInputs, float]:
+        """As `inputs`, with the cohort given: i32[K], client ids."""
+        inputs, waste = self._inputs(range(round_index, round_index + 1), ids[None], None)
+        return fusing.inputs_of_round(inputs, 0), float(waste[0])
+
+    def inputs_of_several(self, rounds: range, wave: int | None = None) -> tuple[RoundInputs, np.ndarray]:
+        """As `inputs`, of R rounds: (leaves [R, …], but for the key, which they share; f64[R]).
+
+        Args:
+          rounds: from 0.
           wave: clients of this run side by side where those of others train beside them; None: as alone.
         """
-        ids = self.setup.draw(round_index) if self._measure is None else self._selected(round_index)
-        return self.inputs_of(round_index, ids, wave)
+        return self._inputs(rounds, np.stack([self._cohort(number) for number in rounds]), wave)
 
-    def inputs_of(
-        self, round_index: int, ids: np.ndarray, wave: int | None = None
-    ) -> tuple[RoundInputs, float]:
-        """As `inputs`, with the cohort given: i32[K], client ids."""
+    def _inputs(self, rounds: range, ids: np.ndarray, wave: int | None) -> tuple[RoundInputs, np.ndarray]:
+        """As `inputs_of_several`, with the cohorts given, i32[R, K]."""
         setup = self.setup
-        counts = setup.counts[ids]
+        counts, steps = setup.counts[ids], self._steps[ids]
         width = wave or setup.wave
-        plan = waves.make_plan(self._steps[ids], setup.devices, width, beside=wave is not None)
-        waste = waves.padding_waste(counts, plan, setup.config.local, width)
-        lr = setup.config.local.lr_at(round_index, setup.config.rounds)
+        plans = waves.make_plans(steps, setup.devices, width, beside=wave is not None)
+        waste = waves.padding_waste(counts, plans, setup.config.local, width)
+        lr = [setup.config.local.lr_at(number, setup.config.rounds) for number in rounds]
         # Host values still; the compiled round, whose view the types give, takes them as device arrays.
         cohort = Cohort(
             cast(jax.Array, ids),
             cast(jax.Array, counts.astype(np.int32)),
-            cast(jax.Array, np.int32(round_index)),
-            cast(jax.Array, self._steps[ids].astype(np.int32)),
+            cast(jax.Array, np.asarray(rounds, np.int32)),
+            cast(jax.Array, steps.astype(np.int32)),
         )
         return RoundInputs(
-            cohort=cohort,
-            plan=plan,
-            lr=cast(jax.Array, np.float32(lr)),
-            key=self._key,
+            cohort=cohort, plan=plans, lr=cast(jax.Array, np.asarray(lr, np.float32)), key=self._key
         ), waste
+
+    def _cohort(self, round_index: int) -> np.ndarray:
+        """Who takes part in a round, i32[K]."""
+        return self.setup.draw(round_index) if self._measure is None else self._selected(round_index)
 
     def _places(self, round_index: int) -> tuple[np.ndarray, waves.Plan]:
         """The cohort of a round, and where its slots train."""
@@ -450,23 +462,20 @@ class Simulation:
         assert self.fused is not None
         first = self.round + 1
         with jax.set_mesh(self.mesh), self.setup.watch.during(first):
-            each = [self.inputs(self.round + number) for number in range(count)]
-            self.state, outputs = self.fused(self.state, *self.call([one for one, _ in each]), self.data)
+            inputs, waste = self.inputs_of_several(range(self.round, self.round + count))
+            self.state, outputs = self.fused(self.state, *self.call(inputs), self.data)
         self.round += count
         evaluated = self.evaluate() if self.due() else None
 
         def rows() -> Iterator[list[Row]]:
             fetched = self._pace.timed(count, partial(jax.device_get, outputs))
-            for number, (of_round, waste) in enumerate(each):
-                own = jax.tree.map(lambda leaf: leaf[number], fetched)  # noqa: B023
-                made = self.rows_of(first + number, of_round, own, {}, waste, None)
-                yield made + evaluated() if evaluated is not None and number == count - 1 else made
+            return self.rows_of_several(first, inputs, fetched, waste, evaluated)
 
         return rows
 
-    def call(self, rounds: Sequence[RoundInputs]) -> tuple[RoundInputs, np.ndarray]:
+    def call(self, inputs: RoundInputs) -> tuple[RoundInputs, np.ndarray]:
         """What `fused` takes of some rounds, between state and data: their inputs, and how many they are."""
-        return fusing.stacked_inputs(rounds, self.rounds_per_call), np.asarray(len(rounds), np.int32)
+        return fusing.with_room(inputs, self.rounds_per_call), np.asarray(len(inputs.lr), np.int32)
 
     def until_due(self, most: int | None) -> int:
         """How many rounds may be started before the host has to look, `most` or fewer, at least 1."""
@@ -483,6 +492,35 @@ class Simulation:
     def _followed(self, number: int) -> bool:
         """Whether round `number` can be one of several: nobody looks before the next, nor at either."""
         return not (self.evaluates(number) or self.measuring(number) or self.measuring(number + 1))
+
+    def rows_of_several(
+        self,
+        first: int,
+        inputs: RoundInputs,
+        outputs: RoundOutputs,
+        waste: np.ndarray,
+        evaluated: Callable[[], list[Row]] | None,
+    ) -> Iterator[list[Row]]:
+        """The records of R rounds that nobody measured, one round after another.
+
+        Args:
+          first: number of the first, from 1.
+          inputs: what the host decided, leaves [R, …].
+          outputs: what the rounds said, NumPy arrays [R or more, …], without `view`.
+          waste: f64[R], of the plans.
+          evaluated: gives the rows of the evaluation after the last; None: there is none.
+
+        Raises:
+          NonFiniteUpdate, NonFiniteServer: see `step`, in the round that it speaks of.
+        """
+        unsound = not (outputs.included.all() and outputs.handed.all() and _sound(outputs.server))
+        leaves, structure = jax.tree.flatten((inputs.cohort, inputs.lr, outputs))
+        for row, of_plan in enumerate(waste.tolist()):
+            cohort, lr, own = structure.unflatten([leaf[row] for leaf in leaves])
+            if unsound:
+                self._check(first + row, cohort, own)
+            made = self._told(first + row, cohort, lr, own, of_plan)
+            yield made + evaluated() if evaluated is not None and row == len(waste) - 1 else made
 
     def rows_of(
         self,
@@ -508,8 +546,38 @@ class Simulation:
         """
         there = isinstance(outputs.loss, np.ndarray)
         fetched: RoundOutputs = outputs if there else jax.device_get(outputs)
-        ids, included = np.asarray(inputs.cohort.ids), fetched.included
-        bad = _those(ids, ~np.asarray(included))
+        self._check(number, inputs.cohort, fetched)
+        rows = self._told(number, inputs.cohort, inputs.lr, fetched, waste)
+        if request is not None:
+            ids = np.asarray(inputs.cohort.ids)
+            them, observed = ids[np.asarray(request.slots)], jax.device_get(observed)
+            for instrument in self.measuring(number):
+                made = instrument.rows(number, them, request.inputs, observed)
+                if not instrument.due(number, number + 1):
+                    self.ending.update(row.metric for row in made)
+                rows += made
+        return rows
+
+    def _told(
+        self, number: int, cohort: Cohort, lr: jax.Array, fetched: RoundOutputs, waste: float
+    ) -> list[Row]:
+        """What a round said of itself, as `rows_of`; without what observers said."""
+        ids, included = np.asarray(cohort.ids), np.asarray(fetched.included)
+        weights = np.where(included, np.asarray(cohort.counts), 0).astype(np.float64)
+        rows = [Row(number, "padding_waste", waste), Row(number, "lr", float(lr))]
+        if (total := weights.sum()) > 0:
+            loss = np.where(included, fetched.loss, 0).astype(np.float64)
+            rows.append(Row(number, "train_loss", float(loss @ weights / total)))
+        rows += [Row(number, "left_out", 1.0, client=client) for client in _those(ids, ~included)]
+        rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
+        for name, meter in self.setup.meters.items():
+            rows += meter.rows(number, fetched.metered[name])
+        return rows
+
+    def _check(self, number: int, cohort: Cohort, fetched: RoundOutputs) -> None:
+        """Raises NonFiniteUpdate or NonFiniteServer, see `step`."""
+        ids, included = np.asarray(cohort.ids), np.asarray(fetched.included)
+        bad = _those(ids, ~included)
         stops = bad and self.setup.config.local.non_finite == "stop"
         if not stops or not fetched.handed.all():
             self._check_server(number, ids, fetched)
@@ -521,23 +589,6 @@ class Simulation:
                 "Lower local.lr, set local.clip_norm, or leave such clients out with "
                 "local.non_finite = skip." + (_ALL if not included.any() else ""),
             )
-        weights = np.where(included, np.asarray(inputs.cohort.counts), 0).astype(np.float64)
-        rows = [Row(number, "padding_waste", waste), Row(number, "lr", float(inputs.lr))]
-        if weights.sum() > 0:
-            loss = np.where(included, fetched.loss, 0).astype(np.float64)
-            rows.append(Row(number, "train_loss", float(loss @ weights / weights.sum())))
-        rows += [Row(number, "left_out", 1.0, client=client) for client in bad]
-        rows += [Row(number, name, float(value)) for name, value in fetched.metrics.items()]
-        for name, meter in self.setup.meters.items():
-            rows += meter.rows(number, fetched.metered[name])
-        if request is not None:
-            them, observed = ids[np.asarray(request.slots)], jax.device_get(observed)
-            for instrument in self.measuring(number):
-                made = instrument.rows(number, them, request.inputs, observed)
-                if not instrument.due(number, number + 1):
-                    self.ending.update(row.metric for row in made)
-                rows += made
-        return rows
 
     def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
         """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
@@ -547,7 +598,7 @@ class Simulation:
             found = self._not_finite()
             before = f", of what merge made in round {number - 1} or before" if number > 1 else ""
             why = f"in round {number} what its dispatch sent to client(s) {misled} was not finite{before}"
-        elif (of_state == NAN).any() or (of_model != FINE).any():
+        elif not _sound(server):
             kinds = np.concatenate([of_state, of_model])
             found = [name for name, kind in zip(server.names, kinds, strict=True) if kind != FINE]
             maker = "merge" if of_state.any() else "deploy"
@@ -649,6 +700,11 @@ class Simulation:
 def _those(ids: np.ndarray, flags: np.ndarray) -> list[int]:
     """The clients i32[K] of which a flag bool[K] is set, each once."""
     return np.unique(ids[flags]).tolist() if flags.any() else []
+
+
+def _sound(server: Soundness) -> bool:
+    """Whether what merges left can be gone on from."""
+    return not ((np.asarray(server.state) == NAN).any() or (np.asarray(server.deployed) != FINE).any())
 
 
 def _joined(parts: list[Callable[[], list[Row]]]) -> list[Row]:

@@ -348,13 +348,11 @@ class Group:
         if not watched:
             count = self._pace.rounds(min(member.until_due(most) for member in members))
         self._seat(active)
-        each = [
-            [member.inputs(member.round + number, self._wave) for number in range(count)]
-            for member in members
-        ]
-        of_seat = {number: [one for one, _ in rounds] for number, rounds in zip(active, each, strict=True)}
+        upcoming = range(members[0].round, members[0].round + count)
+        each = [member.inputs_of_several(upcoming, self._wave) for member in members]
         slots = {number: one.slots for number, one in zip(active, requests, strict=True) if one is not None}
-        inputs = _stacked([of_seat[number] for number in self._seats], 1 if watched else self._limit)
+        of_member = {number: inputs for number, (inputs, _) in zip(active, each, strict=True)}
+        inputs = _stacked([of_member[number] for number in self._seats], 1 if watched else self._limit)
         inputs = dataclasses.replace(inputs, key=self._keys[self._seats])
         with jax.set_mesh(self.mesh):
             states, outputs = self._program()(
@@ -384,7 +382,7 @@ class Group:
             evaluated = member.evaluate() if member.due() else None
             fetches.append(
                 functools.partial(
-                    _rows, fetched, self._places[number], member, first, rounds, request, observed, evaluated
+                    _rows, fetched, self._places[number], member, first, *rounds, request, observed, evaluated
                 )
             )
         return fetches
@@ -562,7 +560,8 @@ def _rows(
     place: int,
     member: Simulation,
     first: int,
-    rounds: Sequence[tuple[RoundInputs, float]],
+    inputs: RoundInputs,
+    waste: np.ndarray,
     request: ObserverRequest | None,
     observed: Mapping[str, Any],
     evaluated: Callable[[], list[Row]] | None,
@@ -574,27 +573,37 @@ def _rows(
       place: the member's.
       member: it.
       first: number of the first round, from 1.
-      rounds: inputs and padding waste of each.
-      request: what was asked of observers.
+      inputs: what the host decided, leaves [R, …].
+      waste: f64[R], of the plans.
+      request: what was asked of observers, of the one round that there is; None: nothing.
       observed: what these said.
       evaluated: gives the rows of the evaluation after the last round; None: there is none.
     """
-    outputs = fetched()
-    for number, (inputs, waste) in enumerate(rounds):
-        own = jax.tree.map(lambda leaf: leaf[place, number], outputs)  # noqa: B023
-        made = member.rows_of(first + number, inputs, own, dict(observed), waste, request)
-        yield made + evaluated() if evaluated is not None and number == len(rounds) - 1 else made
+    outputs = jax.tree.map(lambda leaf: leaf[place], fetched())
+    if request is None:
+        yield from member.rows_of_several(first, inputs, outputs, waste, evaluated)
+        return
+    own = jax.tree.map(lambda leaf: leaf[0], outputs)
+    of_round = fusing.inputs_of_round(inputs, 0)
+    made = member.rows_of(first, of_round, own, dict(observed), float(waste[0]), request)
+    yield made + evaluated() if evaluated is not None else made
 
 
-def _stacked(runs: Sequence[Sequence[RoundInputs]], limit: int) -> RoundInputs:
-    """Inputs of some rounds of each run as one, leaves [S, R, …]; see `Runs`."""
-    each = [fusing.stacked_inputs(rounds, limit) for rounds in runs]
-    numbers = each[0].cohort.round
+def _stacked(runs: Sequence[RoundInputs], limit: int) -> RoundInputs:
+    """Inputs of some rounds of each run, leaves [R, …], as one, [S, limit, …]; see `Runs`."""
+
+    def stack(*leaves: Any) -> np.ndarray:
+        out = np.zeros((len(leaves), limit, *leaves[0].shape[1:]), leaves[0].dtype)
+        for place, leaf in enumerate(leaves):
+            out[place, : len(leaf)] = leaf
+        return out
+
+    numbers = runs[0].cohort.round
     each = [
-        dataclasses.replace(one, key=None, cohort=dataclasses.replace(one.cohort, round=None)) for one in each
+        dataclasses.replace(one, key=None, cohort=dataclasses.replace(one.cohort, round=None)) for one in runs
     ]
-    all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-    return dataclasses.replace(all_, cohort=dataclasses.replace(all_.cohort, round=numbers))
+    all_ = jax.tree.map(stack, *each)
+    return dataclasses.replace(all_, cohort=dataclasses.replace(all_.cohort, round=stack(numbers)[0]))
 
 
 def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:

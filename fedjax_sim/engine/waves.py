@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from flax import struct
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 
 from fedjax_sim.config import LocalConfig
 
@@ -54,26 +54,41 @@ def make_plan(steps: Integer[np.ndarray, " K"], devices: int, width: int, *, bes
       width: L, lanes of a wave.
       beside: other runs' waves run beside these, the longest beside the longest.
     """
-    count = len(steps)
+    plans = make_plans(steps[None], devices, width, beside=beside)
+    return Plan(plans.slot_of_place[0], plans.place_of_slot[0], plans.wave_steps[0])
+
+
+def make_plans(steps: Integer[np.ndarray, "R K"], devices: int, width: int, *, beside: bool = False) -> Plan:
+    """The plans of R rounds, leaves [R, …], each as `make_plan` makes it.
+
+    Args:
+      steps: i64[R, K], of each slot.
+      devices: D.
+      width: L, lanes of a wave.
+      beside: see `make_plan`.
+    """
+    rounds, count = steps.shape
     waves = -(-count // (devices * width))
-    places_each = waves * width
-    if in_order(steps, devices, width, beside=beside):
-        padded = np.concatenate([steps, np.zeros(devices * places_each - count, steps.dtype)])
-        places = np.arange(devices * places_each, dtype=np.int32)
-        wave_steps = padded.reshape(devices * waves, width).max(1).astype(np.int32)
-        return Plan(np.minimum(places, count).astype(np.int32), places[:count], wave_steps)
-    ranked = np.argsort(-steps, kind="stable")
-    longest = steps[ranked[::width]]  # of each wave, the longest wave first
-    place = _places_of_waves(longest, devices, waves)
-    wave_steps = np.zeros(devices * waves, np.int32)
-    wave_steps[place] = longest
-    slot_of_place = np.full((devices * waves, width), count, np.int32)
-    padded = np.concatenate([ranked, np.full(len(longest) * width - count, count)])
-    slot_of_place[place] = padded.reshape(-1, width)
-    flat = slot_of_place.reshape(-1)
-    place_of_slot = np.zeros(count, np.int32)
-    place_of_slot[flat[flat < count]] = np.flatnonzero(flat < count)
-    return Plan(flat, place_of_slot, wave_steps)
+    used = -(-count // width)
+    # As `in_order`: these stay where they are.
+    stay = np.full(rounds, True) if _one_by_one(devices, width, beside=beside) else _alike(steps)
+    number = np.arange(rounds)[:, None]
+    ranked = np.full((rounds, used * width), count)
+    ranked[:, :count] = np.where(stay[:, None], np.arange(count), np.argsort(-steps, axis=1, kind="stable"))
+    longest = steps[number, ranked[:, ::width]]  # of each wave, the longest wave first
+    place = np.empty((rounds, used), np.int64)
+    place[:] = np.arange(used)
+    if devices > 1:
+        for unlike in np.flatnonzero(~stay):
+            place[unlike] = _places_of_waves(longest[unlike], devices, waves)
+    wave_steps = np.zeros((rounds, devices * waves), np.int32)
+    wave_steps[number, place] = longest
+    slot_of_place = np.full((rounds, devices * waves, width), count, np.int32)
+    slot_of_place[number, place] = ranked.reshape(rounds, used, width)
+    flat = slot_of_place.reshape(rounds, -1)
+    place_of_slot = np.zeros((rounds, count + 1), np.int32)  # the last is that of empty places
+    place_of_slot[number, flat] = np.arange(flat.shape[1])
+    return Plan(flat, place_of_slot[:, :count], wave_steps)
 
 
 def _places_of_waves(longest: np.ndarray, devices: int, waves: int) -> np.ndarray:
@@ -110,27 +125,37 @@ def in_order(steps: Integer[np.ndarray, " K"], devices: int, width: int, *, besi
       width: L, lanes of a wave.
       beside: see `make_plan`.
     """
-    one_by_one = devices == 1 and width == 1 and not beside
-    return one_by_one or len(steps) == 0 or bool(steps.min() == steps.max())
+    return _one_by_one(devices, width, beside=beside) or bool(_alike(steps))
 
 
-def padding_waste(counts: Integer[np.ndarray, " K"], plan: Plan, local: LocalConfig, width: int) -> float:
-    """Samples that go through the network over samples that should (1.0 is none wasted).
+def _one_by_one(devices: int, width: int, *, beside: bool) -> bool:
+    return devices == 1 and width == 1 and not beside
+
+
+def _alike(steps: Integer[np.ndarray, "*R K"]) -> np.ndarray:
+    """Whether all slots of a round have as many steps, bool[*R]."""
+    return (steps == steps[..., :1]).all(-1)
+
+
+def padding_waste(
+    counts: Integer[np.ndarray, "*R K"], plan: Plan, local: LocalConfig, width: int
+) -> Float[np.ndarray, "*R"]:
+    """Samples that go through the network over samples that should (1.0 is none wasted), f64[*R].
 
     Args:
-      counts: i64[K], training samples of each slot's client.
-      plan: of the round.
+      counts: i64[*R, K], training samples of each slot's client.
+      plan: of the round or rounds, leaves [*R, …].
       local: epochs or steps, and the size of a batch.
       width: L, lanes of a wave.
     """
     counts = np.asarray(counts)
-    done = int(np.asarray(plan.wave_steps, np.int64).sum()) * width * local.batch_size
+    done = np.asarray(plan.wave_steps, np.int64).sum(-1) * width * local.batch_size
     if local.epochs is not None:
-        wanted = int(counts.sum()) * local.epochs
+        wanted = counts.sum(-1) * local.epochs
     else:
         assert local.steps is not None
         full, batch = np.maximum(counts, 1), local.batch_size
         per_epoch = -(-full // batch)
         whole, rest = np.divmod(local.steps, per_epoch)
-        wanted = int(np.where(counts > 0, whole * counts + np.minimum(rest * batch, counts), 0).sum())
-    return done / max(wanted, 1)
+        wanted = np.where(counts > 0, whole * counts + np.minimum(rest * batch, counts), 0).sum(-1)
+    return done / np.maximum(wanted, 1)

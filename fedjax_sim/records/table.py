@@ -40,6 +40,7 @@ from fedjax_sim.core import paths
 from fedjax_sim.core.errors import UserError
 
 JOURNAL, METRICS, TIMING = "journal.jsonl", "metrics.parquet", "timing.csv"
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 class Row(NamedTuple):
@@ -107,9 +108,8 @@ class _Texts:
         self.codes, self.known = array("i"), {}
 
     def extend(self, texts: Sequence[str]) -> None:
-        for text in dict.fromkeys(texts):
-            self.known.setdefault(text, len(self.known))
-        self.codes.extend(map(self.known.__getitem__, texts))
+        known = self.known
+        self.codes.extend([known.setdefault(text, len(known)) for text in texts])
 
     def arrow(self) -> pa.DictionaryArray:
         texts = pa.array(list(self.known), pa.string())
@@ -133,11 +133,14 @@ class Table:
     def extend(self, rows: Iterable[Row]) -> None:
         """Adds rows at the end."""
         rows = list(rows)
-        self._rounds.extend([row.round for row in rows])
-        self._clients.extend([row.client for row in rows])
-        self._values.extend([row.value for row in rows])
+        if not rows:
+            return
+        columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
+        self._rounds.extend(columns["round"])
+        self._clients.extend(columns["client"])
+        self._values.extend(columns["value"])
         for name, column in self._texts.items():
-            column.extend([getattr(row, name) for row in rows])
+            column.extend(columns[name])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -367,7 +370,7 @@ class Journal:
         entry: dict[str, Any] = {"round": lap.round, "rows": rows}
         if ending:
             entry["ending"] = sorted(ending)
-        self._rows.write((json.dumps(entry, separators=(",", ":")) + "\n").encode())
+        self._rows.write((_JSON.encode(entry) + "\n").encode())
         self._times.write(_line(lap).encode())
         self.laps.append(lap)
         self.last = lap.round

@@ -166,15 +166,15 @@ class Drive:
             self._save()
 
     def catch_up(self) -> None:
-        """Writes down what is under way, and keeps a checkpoint of it."""
+        """Writes down what is under way, and starts a checkpoint of it, for which `end` waits."""
         while self._waiting:
             self._write_all(*self._waiting.pop())
         self._save()
-        if self._checkpoints is not None:
-            self._checkpoints.wait()
 
     def end(self) -> Run:
         """What the run gave, after `catch_up`; a finished one is whole in its folder then."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
         result = self._outcome()
         if result.finished:
             self._callbacks.on_end()

@@ -51,7 +51,8 @@ def new(
       config: what to run.
       dataset: see `fedjax_sim.runs.assemble.prepare`, as the next and all others.
       mesh: likewise.
-      store: has samples on these devices already; None: nothing has.
+      store: of runs that have samples on these devices already, and of whose memory this one's was planned;
+        None: there are none.
       **given: likewise.
 
     Raises:
@@ -66,7 +67,7 @@ def new(
     def made(dataset: Samples | None) -> Setup:
         return with_start(prepare(config, dataset=dataset, mesh=mesh, calibrated=calibrated, **given))
 
-    setup = checked_setup(config, dataset, made)
+    setup = checked_setup(config, dataset, made, planned=store is not None)
     if folder is None:
         yield Opened(Simulation(setup, store=store), None)
         return
@@ -125,7 +126,10 @@ def again(
                 if kept:
                     make = functools.partial(make, began=began)
                 setup = checked_setup(
-                    config, dataset, lambda dataset: with_start(make(dataset=dataset), lazily=True)
+                    config,
+                    dataset,
+                    lambda dataset: with_start(make(dataset=dataset), lazily=True),
+                    planned=store is not None,
                 )
                 simulation = Simulation(setup, store=store)
                 stack.enter_context(place.writing())
@@ -171,7 +175,11 @@ def _resumable(
 
 
 def checked_setup(
-    config: RunConfig, dataset: Samples | None, make: Callable[[Samples | None], Setup]
+    config: RunConfig,
+    dataset: Samples | None,
+    make: Callable[[Samples | None], Setup],
+    *,
+    planned: bool = False,
 ) -> Setup:
     """What `make` gives; raises UserError unless all processes are about to run the same.
 
@@ -179,6 +187,7 @@ def checked_setup(
       config: that this process was asked to run.
       dataset: that it was given; None: `config` names it.
       make: gives the setup with that data set.
+      planned: whether its memory was looked at by who starts it, beside others.
     """
     hosts.check_backend()
     together = jax.process_count() > 1
@@ -191,7 +200,7 @@ def checked_setup(
 
     def made() -> Setup:
         setup = make(dataset)
-        if not setup.config.execution.debug:  # which traces functions
+        if not (planned or setup.config.execution.debug):  # which traces functions
             plan.check_memory(setup)
         return setup
 

@@ -3,10 +3,12 @@
 No path is among them, so that the record may be published and is true on another machine.
 """
 
+import functools
 import hashlib
 import os
 import platform
 import subprocess
+import time
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -60,7 +62,10 @@ def _crc(lists: Sequence[np.ndarray], crc: int) -> int:
 
 def describe_versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: installed(name) or None for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _installed(name) or None for name in PACKAGES}}
+
+
+_installed = functools.cache(installed)  # what a process has loaded stays
 
 
 SETTINGS = (
@@ -207,8 +212,22 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
+_COMMITS: dict[
+    Path, tuple[float, dict[str, Any] | None]
+] = {}  # what a folder was at, and when it was looked at
+_FRESH = 5.0
+"""Seconds in which runs that begin one after another share it."""
+
+
 def _commit(folder: Path) -> dict[str, Any] | None:
     """The commit that a folder is at and whether files differ from it; None outside of a repository."""
+    now = time.monotonic()
+    if folder not in _COMMITS or now - _COMMITS[folder][0] > _FRESH:
+        _COMMITS[folder] = now, _asked_of_git(folder)
+    return _COMMITS[folder][1]
+
+
+def _asked_of_git(folder: Path) -> dict[str, Any] | None:
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain", "-uno"))}

@@ -443,13 +443,10 @@ class _Driven:
                 self._step(active)
             for way in list(self._ways):
                 self._try(way, _drive(way).catch_up)
-        left = None
         for way in list(self._ways):
             self._try(way, lambda way=way: self._finish(way))
-        for way in self._ways:
-            left = left or _drive(way).end()
-        if left is not None:
-            raise Interrupted(left) if signal.SIGINT in asked[:1] else Terminated(left)
+        if cut := [_drive(way).end() for way in self._ways]:
+            raise Interrupted(cut[0]) if signal.SIGINT in asked[:1] else Terminated(cut[0])
 
     def _begin(self, way: _Way) -> None:
         way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part))

@@ -124,7 +124,8 @@ class Compiler:
         arguments, loops = (self.state, self.inputs, self.data), _Loops.of(simulation, self.inputs, self.data)
         program, given = simulation.program, arguments
         if simulation.fused is not None:  # whose loop over rounds counts once
-            program, given = simulation.fused, (self.state, *simulation.call([self.inputs]), self.data)
+            several = simulation.call(simulation.inputs_of_several(range(1))[0])
+            program, given = simulation.fused, (self.state, *several, self.data)
         found = [self._compiled(ROUND, program, given, loops)]
         if request is not None:
             watched = (*arguments, request.slots)
