@@ -99,9 +99,10 @@ class _Loader(yaml.SafeLoader):
         return int(word, {"0o": 8, "0x": 16}.get(word[:2], 10))
 
 
-class _Dumper(
-    getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-):  # libyaml's, where PyYAML has it: ten times as fast
+_Emitter: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml is ten times as fast, and may be missing
+
+
+class _Dumper(_Emitter):
     """Puts in quotes what either version takes for something else than text."""
 
 

@@ -513,6 +513,7 @@ class Simulation:
         Raises:
           NonFiniteUpdate, NonFiniteServer: see `step`, in the round that it speaks of.
         """
+        outputs = jax.tree.map(lambda leaf: leaf[: len(waste)], outputs)
         unsound = not (outputs.included.all() and outputs.handed.all() and _sound(outputs.server))
         leaves, structure = jax.tree.flatten((inputs.cohort, inputs.lr, outputs))
         for row, of_plan in enumerate(waste.tolist()):
