@@ -158,8 +158,18 @@ def test_winograd_of_few_features_is_one_dimensional():
 
 
 @pytest.mark.parametrize(
+    ("image", "kernel", "padding", "patches"),
+    [(8, 5, 0, True), (9, 5, 0, False), (4, 5, 2, True), (5, 5, 2, False), (2, 3, 1, True), (3, 3, 1, False)],
+)
+def test_auto_takes_patches_where_outputs_are_smaller_than_the_kernel(image, kernel, padding, patches):
+    geometry = tiles.Geometry((1, 1), ((padding, padding),) * 2, (1, 1), 1)
+    way = conv._way("auto", *arrays((2, image, image, 32), (kernel, kernel, 32, 64)), geometry)
+    assert isinstance(way, tiles.Patches) is patches
+
+
+@pytest.mark.parametrize(
     ("side", "inner", "outer", "kernel", "padding"),
-    [(32, 3, 6, 5, "VALID"), (16, 32, 64, 5, "SAME"), (8, 64, 64, 3, "SAME"), (4, 64, 64, 3, "SAME")],
+    [(32, 3, 6, 5, "VALID"), (16, 32, 64, 5, "SAME"), (8, 64, 64, 3, "SAME"), (4, 32, 64, 5, "SAME")],
 )
 def test_the_default_rounds_as_finely_as_xla(side, inner, outer, kernel, padding):
     """Against float64, in root mean squares: value and both gradients. Winograd has 2 to 10 times it."""
