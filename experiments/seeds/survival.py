@@ -10,6 +10,7 @@ in folders or packed), their accuracies go to `accuracy.csv`, and versions, hard
 import argparse
 import csv
 import io
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,7 +126,7 @@ def tables(
                     row[f"{rule}: {name}"] = getattr(one.claims[rule], name) if rule in one.claims else ""
             shares.append(row)
     pairs = []
-    for a, b in zip(*np.triu_indices(len(methods), 1), strict=True):
+    for a, b in itertools.combinations(range(len(methods)), 2):
         row = {"ahead": methods[a], "behind": methods[b], "gap": gaps.mean[a, b]}
         row |= {"low": gaps.low[a, b], "high": gaps.high[a, b], "apart": bool(gaps.apart[a, b])}
         for way, several in found.items():
@@ -141,7 +142,7 @@ def report(
     texts, files, drawn = [f"# {TITLES[name]}\n", _cost(made)], {}, None
     for kind, values in scores.items():
         order = orderings.order(values)
-        names, values = [methods[place] for place in order], values[order]
+        names, values = [methods[int(place)] for place in order], values[order]
         gaps = orderings.gaps(values)
         found = survivals(values, gaps.apart, draws)
         shares, pairs = tables(names, gaps, found)
@@ -205,7 +206,7 @@ def _scores(methods: Sequence[str], values: np.ndarray, gaps: Gaps) -> str:
 
 
 def _level(methods: Sequence[str], values: np.ndarray, gaps: Gaps) -> str:
-    upper = list(zip(*np.triu_indices(len(methods), 1), strict=True))
+    upper = list(itertools.combinations(range(len(methods)), 2))
     level = [f"{methods[a]} and {methods[b]}" for a, b in upper if not gaps.apart[a, b]]
     shared = np.mean([np.corrcoef(values)[pair] for pair in upper])
     return (

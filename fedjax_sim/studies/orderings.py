@@ -149,7 +149,7 @@ def survival(
     rng = np.random.default_rng(seed)
     best = whole = 0
     same = np.zeros((methods, methods))
-    claimed = {rule: np.zeros(3) for rule in RULES if k > 1}
+    claimed = {rule: [0, 0, 0] for rule in RULES if k > 1}
     for start in range(0, draws, _BLOCK):
         count = min(_BLOCK, draws - start)
         orders = np.tile(np.arange(total), (count, 1 if paired else methods, 1))
@@ -166,7 +166,8 @@ def survival(
         for rule, counts in claimed.items():
             claim = _claims(drawn, rule, paired)
             wrong = claim & ~above
-            counts += claim.sum(), wrong.sum(), (wrong & apart).sum()
+            for place, which in enumerate((claim, wrong, wrong & apart)):
+                counts[place] += int(which.sum())
     pairs = np.where(off, same / draws, np.nan)
     pair = float(pairs[off].mean())
     ways = draws * methods * (methods - 1) / 2
@@ -178,11 +179,12 @@ def survival(
         pair_apart=float(pairs[apart].mean()) if apart.any() else math.nan,
         tau=2 * pair - 1,
         pairs=pairs,
-        claims={rule: _shares(*counts, ways) for rule, counts in claimed.items()},
+        claims={rule: _shares(counts, ways) for rule, counts in claimed.items()},
     )
 
 
-def _shares(made: float, wrong: float, sure: float, ways: float) -> Claims:
+def _shares(counts: list[int], ways: float) -> Claims:
+    made, wrong, sure = counts
     return Claims(made / ways, wrong / made, sure / made) if made else Claims(0.0, math.nan, math.nan)
 
 
