@@ -197,9 +197,20 @@ class DataStore:
       mesh: the devices.
     """
 
-    def __init__(self, mesh: Mesh, place: Callable[[np.ndarray, NamedSharding], Any] = placement.put):
-        """`place`: puts an array on the devices; `abstract` puts nothing, for a plan of memory."""
-        self.mesh, self._place = mesh, place
+    def __init__(
+        self,
+        mesh: Mesh,
+        place: Callable[[np.ndarray, NamedSharding], Any] = placement.put,
+        near: "DataStore | None" = None,
+    ):
+        """Holds nothing yet.
+
+        Args:
+          mesh: the devices.
+          place: puts an array on the devices; `abstract` puts nothing, for a plan of memory.
+          near: has arrays on some of these devices; what lies there is not placed there again.
+        """
+        self.mesh, self._place, self._near = mesh, place, near
         self._placed: dict[int, tuple[np.ndarray, Any]] = {}  # by identity; held here, an array keeps its id
 
     @property
@@ -211,7 +222,13 @@ class DataStore:
         """The array, any shape [n, …], whole on every device; of more than two axes as `Rows`."""
         if id(array) not in self._placed:
             flat = array.reshape(len(array), -1) if array.ndim > 2 else array
-            placed = self._place(flat, placement.replicated(self.mesh))
+            there = None if self._near is None else self._near._placed.get(id(array))
+            where = placement.replicated(self.mesh)
+            if there is None or self._place is abstract:
+                placed = self._place(flat, where)
+            else:
+                found = there[1].flat if isinstance(there[1], Rows) else there[1]
+                placed = placement.put_beside(found, flat, where)
             self._placed[id(array)] = array, Rows(placed, array.shape[1:]) if array.ndim > 2 else placed
         return self._placed[id(array)][1]
 

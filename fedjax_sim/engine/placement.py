@@ -135,6 +135,25 @@ def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
 
+def put_beside(there: jax.Array, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """As `put`, of an array that lies whole on some of the devices already, and is to lie on all.
+
+    Args:
+      there: it, where it lies; these buffers are a part of the result.
+      array: the same on the host, any shape [n, …].
+      sharding: whole on every device.
+    """
+    if platform_of(cast(Mesh, sharding.mesh)) == "cpu":
+        array = np.asarray(there)  # the buffer itself, which further devices may share
+    held = {shard.device: shard.data for shard in there.addressable_shards}
+    others = [device for device in _own_devices(cast(Mesh, sharding.mesh)) if device not in held]
+    if others:
+        rest = put(array, NamedSharding(mesh_of(others), P()))
+        held |= {shard.device: shard.data for shard in rest.addressable_shards}
+    parts = [held[device] for device in _own_devices(cast(Mesh, sharding.mesh))]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
 def put_own(rows: np.ndarray, each: int, sharding: NamedSharding) -> jax.Array:
     """A stack of `each` rows a device, of which this process has those of its own devices alone.
 

@@ -305,7 +305,7 @@ class Group:
         each = -(-len(self.members) // self.mesh.size)
         self._most_side, self._wave = _layout(first.setup, self.mesh, each) if side is None else (side, None)
         self._round, self._shape = _round_of(self.members, self._wave)
-        self._store = DataStore(self.mesh)
+        self._store = DataStore(self.mesh, near=first.store)
         self._train = self._store.whole(first.setup.dataset.train)
         self._tables = [
             (*sample_table(one.setup.partition, one.setup.dataset.train_size), one.setup.partition.rng_ids)

@@ -142,3 +142,22 @@ def test_seeds_of_a_sweep_share_one_program():
         texts.add(lowered.as_text())
         largest.add(simulation.setup.counts.max())
     assert len(largest) > 1 and len(texts) == 1
+
+
+def test_a_store_near_another_takes_what_lies_there():
+    devices = jax.devices()
+    first = DataStore(placement.mesh_of(devices[:1]))
+    images, labels = np.arange(4 * 3 * 3, dtype=np.float32).reshape(4, 3, 3), np.arange(4, dtype=np.int32)
+    alone = {"image": first.put(images).flat, "label": first.put(labels)}
+    store = DataStore(placement.mesh_of(devices), near=first)
+    both = {"image": store.put(images), "label": store.put(labels)}
+    assert both["image"].one == (3, 3)
+    both["image"] = both["image"].flat
+    for name, array in both.items():
+        assert array.sharding.is_equivalent_to(placement.replicated(store.mesh), array.ndim)
+        np.testing.assert_array_equal(array, np.asarray(alone[name]))
+        places = [shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards]
+        assert set(places) == {alone[name].unsafe_buffer_pointer()}  # a CPU's devices share one
+    assert store.put(images).flat is both["image"]
+    other = np.ones(3, np.float32)
+    np.testing.assert_array_equal(store.put(other), other)
