@@ -499,6 +499,7 @@ def _plan(words: list[str]) -> int:
         "on=MACHINE": "compile the programs for a machine that need not be here, and say what they take on a "
         f"chip and what chips exchange: {', '.join(machines.names())}. v5e and v6e are counted in chips, v4 "
         "and v5p in TensorCores, of which a chip has two. Takes one to several minutes",
+        "together=S": "compile the rounds of S such runs side by side (sweep --together) instead; with --on",
         "json": "print one object for programs; with --on",
     }
     config, chosen = flags.parse(words, "plan", "Says what a configuration will need in memory.", switches)
@@ -506,10 +507,18 @@ def _plan(words: list[str]) -> int:
     if on is None:
         if "json" in chosen:
             raise UserError("command line", "--json", "it says what --on finds", "Name a machine with --on.")
+        if "together" in chosen:
+            raise UserError("command line", "--together", "it is of a machine", "Name one with --on.")
         found = plan(config, exact="exact" in chosen)
     else:
+        together = chosen.get("together")
+        if together is not None and not together.isdecimal():
+            raise UserError(
+                "--together", together, "it is no number", "Write how many runs, as in --together 64."
+            )
         machines.start_for(on)
-        found = plan(config, exact="exact" in chosen, on=on, say=_complain)
+        runs = None if together is None else int(together)
+        found = plan(config, exact="exact" in chosen, on=on, together=runs, say=_complain)
         if "json" in chosen:
             print(found.to_json())
             return 1 if found.fits is False else 0

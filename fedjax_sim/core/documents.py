@@ -99,7 +99,9 @@ class _Loader(yaml.SafeLoader):
         return int(word, {"0o": 8, "0x": 16}.get(word[:2], 10))
 
 
-_Emitter: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml is ten times as fast, and may be missing
+_Emitter: Any = getattr(
+    yaml, "CSafeDumper", yaml.SafeDumper
+)  # libyaml is ten times as fast, and may be missing
 
 
 class _Dumper(_Emitter):

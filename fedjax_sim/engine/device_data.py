@@ -213,6 +213,10 @@ class DataStore:
         self.mesh, self._place, self._near = mesh, place, near
         self._placed: dict[int, tuple[np.ndarray, Any]] = {}  # by identity; held here, an array keeps its id
 
+    def on(self, mesh: Mesh) -> "DataStore":
+        """One for other devices, which takes what lies here already."""
+        return DataStore(mesh, self._place, near=self)
+
     @property
     def shares_host(self) -> bool:
         """Whether the devices read one buffer in the host's memory, as those of a CPU do."""

@@ -26,7 +26,7 @@ from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.core.stacked import AXIS, RUNS, SIDE
 from fedjax_sim.engine import fusing
-from fedjax_sim.engine.device_data import DataStore, DeviceData, sample_table
+from fedjax_sim.engine.device_data import DeviceData, sample_table
 from fedjax_sim.engine.evaluation import Evaluation, Outcome
 from fedjax_sim.engine.feed import COPIED
 from fedjax_sim.engine.observing import ObserverRequest, observer_request
@@ -305,8 +305,7 @@ class Group:
         each = -(-len(self.members) // self.mesh.size)
         self._most_side, self._wave = _layout(first.setup, self.mesh, each) if side is None else (side, None)
         self._round, self._shape = _round_of(self.members, self._wave)
-        self._store = DataStore(self.mesh, near=first.store)
-        self._train = self._store.whole(first.setup.dataset.train)
+        self._train = first.store.on(self.mesh).whole(first.setup.dataset.train)
         self._tables = [
             (*sample_table(one.setup.partition, one.setup.dataset.train_size), one.setup.partition.rng_ids)
             for one in self.members
@@ -352,8 +351,7 @@ class Group:
         each = [member.inputs_of_several(upcoming, self._wave) for member in members]
         slots = {number: one.slots for number, one in zip(active, requests, strict=True) if one is not None}
         of_member = {number: inputs for number, (inputs, _) in zip(active, each, strict=True)}
-        inputs = _stacked([of_member[number] for number in self._seats], 1 if watched else self._limit)
-        inputs = dataclasses.replace(inputs, key=self._keys[self._seats])
+        inputs = self._inputs(of_member, 1 if watched else self._limit)
         with jax.set_mesh(self.mesh):
             states, outputs = self._program()(
                 self._states,
@@ -387,6 +385,35 @@ class Group:
             )
         return fetches
 
+    def on_paper(self) -> tuple[CachedJit, tuple[Any, ...]]:
+        """The program of all members' next rounds, and shapes of what it takes; of members on paper."""
+        self._seats = self._as_places(range(len(self.members)))
+        own = NamedSharding(self.mesh, P(RUNS))
+
+        def stacked(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((len(self._seats), *leaf.shape), leaf.dtype, sharding=own)
+
+        state = jax.tree.map(stacked, self.members[0].abstract_state())
+        tables = tuple(
+            None if part is None else stacked(np.asarray(part, np.int32)) for part in self._tables[0]
+        )
+        of_member = {
+            number: member.inputs_of_several(range(member.round, member.round + 1), self._wave)[0]
+            for number, member in enumerate(self.members)
+        }
+        inputs, values = self._inputs(of_member, self._limit), self._values_of(self._seats)
+        return self._program(), (state, values, inputs, tables, None, self._train, np.int32(1))
+
+    def _as_places(self, active: Sequence[int]) -> list[int]:
+        """These members, and copies of the first until the devices divide them."""
+        devices = self.mesh.size
+        return [*active, *[active[0]] * (-len(active) % devices)]
+
+    def _inputs(self, of_member: Mapping[int, RoundInputs], limit: int) -> RoundInputs:
+        """What all places are given, [places, limit, …], of leaves [R, …] of each member that has one."""
+        inputs = _stacked([of_member[number] for number in self._seats], limit)
+        return dataclasses.replace(inputs, key=self._keys[self._seats])
+
     def _program(self) -> CachedJit:
         """The compiled rounds of as many runs as there are places."""
         each = len(self._seats) // self.mesh.size
@@ -418,20 +445,18 @@ class Group:
         """Puts the states of these members into the stack, if they are not there."""
         mine = [self.members[number] for number in active]
         there = all(isinstance(one.keeper, _Seat) and one.keeper.held is self._held for one in mine)
-        devices = self.mesh.size
-        wanted = -(-len(active) // devices) * devices
-        if there and self._states is not None and 2 * wanted > len(self._seats):
+        seats = self._as_places(active)
+        if there and self._states is not None and 2 * len(seats) > len(self._seats):
             if set(active) != set(self._places):
                 self._leave(set(self._places) - set(active))
                 self._seats = [number if number in active else active[0] for number in self._seats]
                 self._place_tables()
             return
         self._leave(set(self._places) - set(active))
-        states = [member.state for member in mine]
-        self._seats = [*active, *[active[0]] * (wanted - len(active))]
-        self._places = {number: place for place, number in enumerate(active)}
+        self._seats, self._places = seats, {number: place for place, number in enumerate(active)}
         own = NamedSharding(self.mesh, P(RUNS))
-        self._states = _stack([*states, *[states[0]] * (wanted - len(active))], own)
+        states = dict(zip(active, [member.state for member in mine], strict=True))
+        self._states = _stack([states[number] for number in seats], own)
         self._place_tables()
 
     def _leave(self, numbers: Collection[int]) -> None:

@@ -128,6 +128,7 @@ def available(platform: str) -> int | None:
 
 
 ON_HOST = "data set in host memory"
+TABLES = "who holds which sample"
 
 # --- what is held all the time --------------------------------------------------------------------------
 
@@ -149,9 +150,7 @@ def data_parts(simulation: Simulation, platform: str) -> list[Part]:
         train, table = bytes_of(data.train), bytes_of((data.samples, data.offsets, data.rng_ids))
         samples = [
             Part("training samples", train, train * copies, "always", "smaller samples, or fewer"),
-            Part(
-                "who holds which sample", table, table * copies, "always", "fewer samples, or fewer clients"
-            ),
+            Part(TABLES, table, table * copies, "always", "fewer samples, or fewer clients"),
         ]
     elif isinstance(data, CutData):
         cut, table = _held("training samples, a share", data.train, setup, "more devices"), data.wanted

@@ -93,9 +93,16 @@ def plan(
     config: RunConfig | Setup, *, exact: bool = ..., on: None = ..., **replacements: Any
 ) -> MemoryPlan: ...
 @overload
-def plan(config: RunConfig, *, exact: bool = ..., on: str, **replacements: Any) -> MachinePlan: ...
 def plan(
-    config: RunConfig | Setup, *, exact: bool = False, on: str | None = None, **replacements: Any
+    config: RunConfig, *, exact: bool = ..., on: str, together: int | None = ..., **replacements: Any
+) -> MachinePlan: ...
+def plan(
+    config: RunConfig | Setup,
+    *,
+    exact: bool = False,
+    on: str | None = None,
+    together: int | None = None,
+    **replacements: Any,
 ) -> MemoryPlan | MachinePlan:
     """What a run will take. Loads the data, allocates nothing on a device unless `exact`.
 
@@ -104,12 +111,16 @@ def plan(
       exact: compile the round too, and add XLA's own figures.
       on: a machine that need not be here, such as v5e-256, 8xh100 or cpu-8: compiles the programs for it
         (`fedjax_sim.runs.aot`), and says what they take of it and what its devices exchange.
+      together: with `on`: compiles the rounds of so many such runs side by side, and nothing else.
       **replacements: as for `prepare`.
 
     Raises:
-      UserError: a configuration that cannot work, no such machine, its compiler is not installed, or `exact`
-        of a machine.
+      UserError: a configuration that cannot work, no such machine, its compiler is not installed, `exact` of
+        a machine, or `together` without one.
     """
+    if together is not None and on is None:
+        fix = "Name a machine, such as cpu-2: run_many itself looks at the memory that is here."
+        raise UserError("together", together, "runs side by side are planned for a machine", fix)
     if on is not None and exact:
         raise UserError(
             "plan",
@@ -118,7 +129,7 @@ def plan(
             "Leave exact out, or plan for the devices that are here, without a machine.",
         )
     if on is not None:
-        return plan_on(as_config(config), on, **replacements)
+        return plan_on(as_config(config), on, together=together, **replacements)
     if not isinstance(config, Setup):  # of a run that is debugged, what it takes otherwise
         config = as_config(config)
         execution = dataclasses.replace(config.execution, debug=False)

@@ -12,16 +12,24 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedjax_sim.config import RunConfig
+import jax
+
+from fedjax_sim.config import LocalConfig, RunConfig
+from fedjax_sim.core.algorithm import Algorithm
+from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.simulation import Simulation
+from fedjax_sim.engine.together import Group, obstacle
 from fedjax_sim.runs.aot.machines import Machine, machine
 from fedjax_sim.runs.aot.programs import MEASURED, ROUND, TUNING, Compiler, Program
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.parts import (
     OF_WAVE,
     ON_HOST,
+    TABLES,
     Part,
     available,
+    data_parts,
     human,
     on_paper,
     parts_of,
@@ -44,6 +52,7 @@ class MachinePlan:
       available: bytes of one device; of a CPU of the machine, as its devices share one memory.
       shared: bytes that a CPU's devices hold once for all of them; else 0.
       waves: what a wave needs, also where most is alive in another part of a round, which `parts` then show.
+      runs: so many go side by side; None: one, over all devices.
       wave: clients side by side on a device.
       conv: the convolution's implementation.
       versions: of jax and jaxlib.
@@ -58,6 +67,7 @@ class MachinePlan:
     versions: Mapping[str, str]
     shared: int = 0
     waves: tuple[Part, ...] = ()
+    runs: int | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -114,6 +124,7 @@ class MachinePlan:
         return {
             "machine": {"name": self.machine.name, "kind": self.machine.kind, "clock": self.machine.clock},
             "chips": self.machine.chips,
+            "runs": self.runs,
             "fits": self.fits,
             "memory": {
                 "needed": self.needed,
@@ -147,9 +158,10 @@ class MachinePlan:
 
     def _memory_lines(self) -> list[str]:
         chip = "all devices" if self.is_whole else "one chip"
+        several = "" if self.runs is None else f"{self.runs} runs side by side; "
         lines = [
-            f"{self.machine.name}: {self.machine.chips} × {self.machine.kind}; waves of {self.wave}, "
-            f"convolutions: {self.conv}. Compiled, not run.",
+            f"{self.machine.name}: {self.machine.chips} × {self.machine.kind}; {several}"
+            f"waves of {self.wave}, convolutions: {self.conv}. Compiled, not run.",
             "",
         ]
         shown = [part for part in self.parts if self.size(part)]
@@ -242,6 +254,7 @@ def plan_on(
     config: RunConfig,
     on: str | Machine,
     *,
+    together: int | None = None,
     say: Callable[[str], None] | None = None,
     **replacements: Any,
 ) -> MachinePlan:
@@ -250,6 +263,8 @@ def plan_on(
     Args:
       config: what is to be run; it takes all of the machine's devices, whatever `execution.devices` says.
       on: the machine, see `fedjax_sim.runs.aot.machines.machine`.
+      together: compiles the rounds of so many runs like this one side by side, as
+        `fedjax_sim.runs.together.run_many` has them, and nothing else; None: of one run.
       say: is told what is being compiled.
       **replacements: as for `prepare`.
 
@@ -259,17 +274,58 @@ def plan_on(
     target = machine(on) if isinstance(on, str) else on
     execution = dataclasses.replace(config.execution, debug=False, devices=None)
     config = dataclasses.replace(config, execution=execution)
-    setup = with_start(prepare(config, mesh=target.mesh, **replacements))
+    devices = list(target.mesh.devices.flat)
+    mesh = target.mesh if together is None else placement.mesh_of(devices[:1])
+    setup = with_start(prepare(config, mesh=mesh, **replacements))
     simulation = on_paper(setup)
     platform = placement.platform_of(target.mesh)
     parts = parts_of(simulation)
     compiler = Compiler(simulation, target, say or (lambda text: None))
-    programs = tuple(compiler.programs())
+    if together is None:
+        programs = tuple(compiler.programs())
+    else:
+        programs = (compiler.several(_group(simulation, together, devices)),)
+        once = {part.name for part in data_parts(simulation, platform)} - {TABLES}
+        each = -(-together // len(devices))
+        parts = [part if part.name in once else _times(part, each, together) for part in parts]
     there = available(platform) if target.memory is None else target.memory
     conv = setup.model.conv if setup.model.convolves else "none"
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib")}
     shared = compiler.shared() if platform == "cpu" else 0
     waves = [part for part in parts if part.name in OF_WAVE] or wave_parts(simulation)
     return MachinePlan(
-        target, tuple(parts), programs, there, setup.wave, conv, versions, shared, tuple(waves)
+        target, tuple(parts), programs, there, setup.wave, conv, versions, shared, tuple(waves), together
     )
+
+
+def _group(simulation: Simulation, runs: int, devices: list[Any]) -> Group:
+    """So many runs that differ in their seeds alone."""
+    if runs < 2:
+        raise UserError("together", runs, "it says how many runs go side by side", "Give 2 or more.")
+    if reason := obstacle(simulation):
+        raise UserError("together", runs, f"runs go one by one: {reason}", "Plan for one run.")
+    family = _Same(simulation.setup.algorithm, simulation.setup.config.local)
+    return Group([simulation] * runs, family, [{}] * runs, devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Same:
+    """Runs that differ in no number, see `fedjax_sim.engine.together.Family`.
+
+    Attributes:
+      algorithm: of all.
+      local: likewise.
+    """
+
+    algorithm: Algorithm
+    local: LocalConfig
+
+    def __call__(self, values: Mapping[str, jax.Array]) -> tuple[Algorithm, LocalConfig]:
+        """See `Family`."""
+        del values
+        return self.algorithm, self.local
+
+
+def _times(part: Part, each: int, runs: int) -> Part:
+    """A part of each of some runs, of which a device has `each`."""
+    return dataclasses.replace(part, device=part.device * each, total=part.total * runs)

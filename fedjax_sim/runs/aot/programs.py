@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from fedjax_sim.engine import clients, evaluation, placement
 from fedjax_sim.engine.feed import AHEAD, STREAMED, RoundData
@@ -20,6 +21,7 @@ from fedjax_sim.engine.programs import CachedJit
 from fedjax_sim.engine.round import ROUNDS, RoundInputs, ServerState
 from fedjax_sim.engine.scores import Scores
 from fedjax_sim.engine.simulation import Simulation
+from fedjax_sim.engine.together import Group
 from fedjax_sim.runs import finetune
 from fedjax_sim.runs.aot import hlo
 from fedjax_sim.runs.aot.machines import Machine
@@ -143,6 +145,14 @@ class Compiler:
             found.append(self._compiled(name, program, arguments, loops))
         return found + (self._fine_tuning(model) if asked.finetune else [])
 
+    def several(self, group: Group) -> Program:
+        """The rounds of several runs as one program; the machine's devices are those of the group."""
+        program, arguments = group.on_paper()
+        places = len(jax.tree.leaves(arguments[0])[0])
+        loops = _Loops(_Loops.of(self.simulation, self.inputs, self.data).steps, frozenset({places}))
+        self.held = {}  # each run's own state and data are among the arguments
+        return self._compiled(f"{ROUND} of {len(group.members)} runs", program, arguments, loops, group.mesh)
+
     def _of_clients(self, simulation: Simulation, model: Any, state: Any) -> list[tuple[CachedJit, Any]]:
         """The programs that evaluate what clients use, with their arguments."""
         scores = Scores(simulation.setup, simulation.store, simulation.function.personal, lambda ids: state)
@@ -174,7 +184,13 @@ class Compiler:
         return bytes_of(list(whole.values()))
 
     def _compiled(
-        self, name: str, program: CachedJit, arguments: tuple, loops: "_Loops", beside: Any = None
+        self,
+        name: str,
+        program: CachedJit,
+        arguments: tuple,
+        loops: "_Loops",
+        mesh: Mesh | None = None,
+        beside: Any = None,
     ) -> Program:
         """One program.
 
@@ -183,11 +199,12 @@ class Compiler:
           program: not compiled yet.
           arguments: shapes, and what is on the host.
           loops: what the program does not say of its own.
+          mesh: the devices; None: as the machine has them.
           beside: arrays that are held meanwhile, besides `held`.
         """
         self.say(f"compiling the {name} for {self.target.chips} × {self.target.kind} …")
         start = time.monotonic()
-        with jax.set_mesh(self.target.mesh), hlo.with_lines():
+        with jax.set_mesh(mesh or self.target.mesh), hlo.with_lines():
             traced = jax.make_jaxpr(program.function)(*arguments)
             operations = flops(traced, loops.length, lambda array: loops.part(array, self.target.chips))
             lowered: Any = program.lower(*arguments)
