@@ -60,7 +60,7 @@ def kernel_basis(kernel: jax.Array, most: int) -> tuple[jax.Array, jax.Array]:
     if not wide and matrix.shape[1] <= most:
         return basis(matrix)
     rows = matrix if wide else matrix.T
-    squares, vectors = jnp.linalg.eigh(_product(rows, rows.T))
+    vectors, squares = jax.lax.linalg.eigh(_product(rows, rows.T), symmetrize_input=False)
     told = squares > squares[-1] * len(squares) * jnp.finfo(jnp.float32).eps
     values, vectors = jnp.sqrt(jnp.where(told, squares, 0))[::-1][:most], vectors[:, ::-1][:, :most]
     if not wide:

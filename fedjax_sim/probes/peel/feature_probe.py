@@ -95,7 +95,7 @@ class Probe:
         key = key_for(view.key, PEEL, view.cohort.round)
         keys = jax.vmap(partial(jax.random.fold_in, key))(view.cohort.ids)
         models, own = (view.start, view.before, view.after), (inputs["fit"], inputs["measured"], keys)
-        pools = {"fit": data.train, "measured": inputs["test"] or data.train}
+        pools = {"train": data.train, "test": inputs["test"]}
         out = each_client(self.mesh, self._client, models, own, pools, width=self.width)
         return out | self._kernels(view)
 
@@ -123,9 +123,9 @@ class Probe:
         (start, before, after), (fit, measured, key) = own
         models = [before, after]
         for name in self.forward.config.controls:
-            models.append(controls.make(name, self.forward, before, after, (fit, pools["fit"]), key))
+            models.append(controls.make(name, self.forward, before, after, (fit, pools["train"]), key))
         models = jax.tree.map(lambda *leaves: jnp.stack(leaves), *models, start)
-        parts = [(fit, pools["fit"]), (measured, pools["measured"])]
+        parts = [(fit, pools["train"]), (measured, pools["test"] or pools["train"])]
         sums, found, rows = self._seen(models, parts)
         answers = self._linear(rows, self.forward.labels(*parts[0]), self.forward.labels(*parts[1]))
         total = measured["count"].astype(jnp.float32)
@@ -404,15 +404,17 @@ RANKS = ("rank", "stable_rank")
 
 def _class_figures(m: moments.Moments) -> dict[str, jax.Array]:
     """What class moments of a model say, f32[L] each."""
-    plain, even = moments.traces(m), moments.traces(m, balanced=True)
+    traces = moments.both_traces(m)
+    (within, _), (between, _), (total, _) = traces
+    log_c, balanced = jnp.log(traces.within / traces.between)
     return {
-        "trace_within": plain.within,
-        "trace_between": plain.between,
-        "trace_total": plain.total,
-        "sigma_within": plain.within / plain.total,
-        "sigma_between": plain.between / plain.total,
-        "log_c": jnp.log(plain.within / plain.between),
-        "log_c_balanced": jnp.log(even.within / even.between),
+        "trace_within": within,
+        "trace_between": between,
+        "trace_total": total,
+        "sigma_within": within / total,
+        "sigma_between": between / total,
+        "log_c": log_c,
+        "log_c_balanced": balanced,
         "cdnv": moments.cdnv(m),
         "discrimination": moments.discrimination(m),
     }

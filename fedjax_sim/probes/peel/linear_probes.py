@@ -4,6 +4,8 @@ All of them need products of features with each other, of the p features or of t
 fewer: what is wanted is the same.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -31,7 +33,10 @@ def ridge_scores(
 
     def solved(products, right):
         system = products + penalty * n * jnp.eye(len(products), dtype=products.dtype)
-        return jax.scipy.linalg.solve(system, right, assume_a="pos")
+        # As jax.scipy.linalg.solve does it, without making symmetric what is.
+        factor = jax.lax.linalg.cholesky(system, symmetrize_input=False)
+        half = partial(jax.lax.linalg.triangular_solve, factor, left_side=True, lower=True)
+        return half(half(right), transpose_a=True)
 
     if x.shape[0] < x.shape[1]:
         weights = _product(x.T, solved(_product(x, x.T), target))

@@ -123,10 +123,16 @@ class Traces(NamedTuple):
 
 def traces(m: Moments, *, balanced: bool = False) -> Traces:
     """Weighted by samples (the identity above, OUR CHOICE); or every present class alike, μ_G included."""
-    weight = m.present.astype(jnp.float32) if balanced else m.count
-    weight = weight / jnp.maximum(weight.sum(), 1)
-    away = m.mean - _product(weight[None], m.mean)
-    within, between = (_product(weight[None], own)[0] for own in (_variances(m), m.layers.sums(away * away)))
+    return jax.tree.map(lambda leaf: leaf[int(balanced)], both_traces(m))
+
+
+def both_traces(m: Moments) -> Traces:
+    """Of both weights of `traces`, by samples and balanced: f32[2, L] each."""
+    weight = jnp.stack([m.count, m.present.astype(jnp.float32)])
+    weight = weight / jnp.maximum(weight.sum(1), 1)[:, None]
+    away = m.mean[None] - _product(weight, m.mean)[:, None]
+    within = _product(weight, _variances(m))
+    between = _product(weight[:, None], m.layers.sums(away * away))[:, 0]
     return Traces(within, between, within + between)
 
 
