@@ -39,6 +39,7 @@ from fedjax_sim.engine import hosts
 from fedjax_sim.runs import opening, progress, provenance
 from fedjax_sim.runs import together as side_by_side
 from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
 from fedjax_sim.studies.launchers import LOCAL, Batch, Ended, Launcher, Ray, Slurm, launcher_of
@@ -432,9 +433,18 @@ _CACHE = "jax_compilation_cache_dir"
 
 @contextlib.contextmanager
 def compile_cache(folder: Path) -> Iterator[None]:
-    """Keeps compiled programs in `folder` meanwhile, unless the user keeps them somewhere already."""
+    """Keeps compiled programs meanwhile, unless the user has JAX keep them somewhere already.
+
+    Args:
+      folder: JAX's own cache on accelerators; programs of CPUs are kept for all sweeps and runs
+        (`fedjax_sim.runs.kept_programs`).
+    """
     if getattr(jax.config, _CACHE):
         yield
+        return
+    if jax.default_backend() == "cpu":
+        with kept():
+            yield
         return
     from jax.experimental.compilation_cache import compilation_cache
 
