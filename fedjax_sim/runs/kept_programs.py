@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between processes: one folder for all runs of a user on this kind of machine.
+"""Where compiled programs are kept between processes: a folder for all runs on this kind of machine.
 
 On CPUs; on accelerators JAX's own cache does it, for whoever sets `JAX_COMPILATION_CACHE_DIR`. Where that is
 set, nothing is kept here.

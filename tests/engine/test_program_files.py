@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from fedjax_sim.core.stacked import AXIS
 from fedjax_sim.engine import placement, program_files, programs
-from fedjax_sim.engine.program_files import ProgramFiles, keeps_its_order, name_of
+from fedjax_sim.engine.program_files import keeps_its_order, name_of
 from fedjax_sim.engine.programs import CachedJit
 
 
@@ -136,26 +136,28 @@ def test_a_name_is_of_all_that_a_program_is_made_of(monkeypatch):
 
 RING = "  %r.1 = f32[4]{0} collective-permute(%p.1), channel_id=1\n"
 BODY = "%body (p.1: f32[4]) -> f32[4] {\n" + RING + "}\n\n"
-LOOP = "  %w.{0} = f32[4]{{0}} while(%p), condition=%other, body=%body\n"
-ENTRY = "ENTRY %main (p: f32[4]) -> f32[4] {{\n{0}}}\n"
+CALL = "%body (p: f32[4]) -> f32[4] {\n  %c = f32[4]{0} call(%p), to_apply=%inner\n}\n"
+LOOP = "  %w.1 = f32[4]{0} while(%p), condition=%other, body=%body\n"
+BRANCHES = "  %c = f32[4]{0} conditional(%p), branch_computations={%body, %body}\n"
+SUM = "  %a = (f32[4]{0}, u32[]) all-reduce-start(%p), to_apply=%sum\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "kept"),
+    ("before", "main", "kept"),
     [
-        (ENTRY.format(""), True),
-        (ENTRY.format(RING * 3), True),
-        (BODY + ENTRY.format(LOOP.format(1)), True),
-        (BODY + ENTRY.format(LOOP.format(1) * 2), False),
-        (BODY + ENTRY.format(RING + LOOP.format(1)), False),
-        (BODY + ENTRY.format("  %c = f32[4]{0} conditional(%p), branch_computations={%body, %body}\n"), False),
-        (BODY.replace("%body", "%inner") + "%body (p: f32[4]) -> f32[4] {\n  %c = f32[4]{0} call(%p), to_apply=%inner\n}\n"
-         + ENTRY.format(LOOP.format(1) + "  %a = (f32[4]{0}, u32[]) all-reduce-start(%p), to_apply=%sum\n"), False),
+        ("", "", True),
+        ("", RING * 3, True),
+        (BODY, LOOP, True),
+        (BODY, LOOP * 2, False),
+        (BODY, RING + LOOP, False),
+        (BODY, BRANCHES, False),
+        (BODY.replace("%body", "%inner") + CALL, LOOP, True),
+        (BODY.replace("%body", "%inner") + CALL, LOOP + SUM, False),
     ],
-    ids=["none", "own", "a loop", "two loops", "a loop and own", "branches", "deeper"],
-)  # fmt: skip
-def test_which_programs_keep_their_order(text, kept):
-    assert keeps_its_order(text) == kept
+    ids=["none", "own", "a loop", "two loops", "a loop and own", "branches", "deep", "deep and own"],
+)
+def test_which_programs_keep_their_order(before, main, kept):
+    assert keeps_its_order(f"{before}ENTRY %main (p: f32[4]) -> f32[4] {{\n{main}}}\n") == kept
 
 
 def test_jaxlib_s_remark_is_left_out_and_nothing_else(capfd, monkeypatch):
@@ -167,8 +169,8 @@ def test_jaxlib_s_remark_is_left_out_and_nothing_else(capfd, monkeypatch):
     assert capfd.readouterr().err == "E1 something else\nafter\n"
 
 
-# Six branches, each of which has its exchanges when its own work is done; each device has more work than the
-# others in other branches. Arrays are large, since XLA takes programs of small ones in the order of their text.
+# Eight branches, each of which has its exchanges when its own work is done; each device has more work than
+# the others in other branches. Arrays are large: XLA takes programs of small ones in the order of their text.
 LATE = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
