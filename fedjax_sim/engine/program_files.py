@@ -132,6 +132,8 @@ def keeps_its_order(text: str) -> bool:
     Args:
       text: of `jax.stages.Compiled`.
     """
+    if not text:  # of which nothing is known
+        return False
     own: dict[str, int] = defaultdict(int)  # exchanges of each computation
     called: dict[str, list[str]] = defaultdict(list)
     here = ""

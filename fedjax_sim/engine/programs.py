@@ -218,7 +218,7 @@ def _from_folder_or_compiled(
             return found
     with _without_disk() if len(devices) > 1 else contextlib.nullcontext():
         made = lowered.compile()
-    if _FILES is not None and (len(devices) == 1 or keeps_its_order(made.as_text())):
+    if _FILES is not None and (len(devices) == 1 or keeps_its_order(made.as_text() or "")):
         _FILES.save(name, made)
     return made
 
@@ -276,11 +276,11 @@ def count() -> Count:
     return dataclasses.replace(_COUNT)
 
 
-def _on_duration(event: str, seconds: float, **keywords: Any) -> None:
+def _on_duration(event: str, duration_secs: float, **keywords: Any) -> None:
     del keywords
     if event.endswith("/backend_compile_duration"):  # of what JAX's own cache gives too
         _COUNT.compiled += 1
-        _COUNT.seconds += seconds
+        _COUNT.seconds += duration_secs
 
 
 def _on_event(event: str, **keywords: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from fedjax_sim.engine import programs
+from fedjax_sim.engine import hosts, programs
 from fedjax_sim.runs import provenance
 
 
@@ -29,7 +29,11 @@ def kept() -> Iterator[None]:
     """Programs that are compiled meanwhile are kept, and those that were kept are not compiled again."""
     place = folder()
     own = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] dynamic attribute
-    if place is None or own or jax.process_count() > 1:
+    if place is None or own:
+        yield
+        return
+    hosts.check_backend()
+    if jax.process_count() > 1:
         yield
         return
     with programs.kept_in(place / provenance.machine()):

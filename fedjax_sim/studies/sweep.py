@@ -448,6 +448,7 @@ def compile_cache(folder: Path) -> Iterator[None]:
     if getattr(jax.config, _CACHE):
         yield
         return
+    hosts.check_backend()
     if jax.default_backend() == "cpu":
         with kept():
             yield
