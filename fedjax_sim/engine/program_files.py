@@ -17,6 +17,7 @@ import pickle
 import re
 import sys
 import tempfile
+import threading
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -122,6 +123,9 @@ def name_of(text: str, lowered: jax.stages.Lowered, devices: Sequence[Any], opti
 _EXCHANGE = re.compile(
     r" (?:all-gather|all-reduce|(?:ragged-)?all-to-all|collective-\w+|reduce-scatter|send|recv)(?:-start)?\("
 )
+_ALONE = re.compile(r"replica_groups=\{\{\d+\}(?:,\{\d+\})*\}")
+"""Of a sum over an axis of one device."""
+
 _CALLED = re.compile(r"\w=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
 
@@ -141,10 +145,10 @@ def keeps_its_order(text: str) -> bool:
         if line.endswith("{") and line[:1] not in " }":
             here = line.removeprefix("ENTRY ").split(" ", 1)[0]
         elif _EXCHANGE.search(line):
-            own[here] += 1
+            own[here] += not _ALONE.search(line)
         elif "=%" in line or "={%" in line:
             called[here] += [name for names in _CALLED.findall(line) for name in names.split(", ")]
-    exchanging = set(own)
+    exchanging = {name for name, count in own.items() if count}
     while more := {name for name in called if exchanging & set(called[name])} - exchanging:
         exchanging |= more
     for name, inner in called.items():
@@ -154,6 +158,7 @@ def keeps_its_order(text: str) -> bool:
     return True
 
 
+_STDERR = threading.Lock()
 _REMARK = re.compile(rb"Target machine feature \+prefer-no-\w+ is not")
 
 
@@ -167,7 +172,7 @@ def _without_remarks() -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as told, contextlib.ExitStack() as after:
+    with _STDERR, tempfile.TemporaryFile() as told, contextlib.ExitStack() as after:
         kept = os.dup(2)
         after.callback(os.close, kept)
         os.dup2(told.fileno(), 2)

@@ -31,11 +31,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from fedjax_sim.core import memo
 from fedjax_sim.core.rng import settled
-from fedjax_sim.engine.placement import platform_of
+from fedjax_sim.engine.placement import platform_of, replicated
 from fedjax_sim.engine.program_files import ProgramFiles, keeps_its_order, name_of
 
 
@@ -75,8 +75,11 @@ class CachedJit:
         """
         self.function = function
 
+        # Else XLA cuts what is unpacked over the devices as the function goes on, and exchanges the parts.
+        whole = None if mesh.size == 1 else replicated(mesh)
+
         def joined(packing: _Packing, words: Any, *rest: Any) -> Any:
-            return function(*packing.join(words, rest))
+            return function(*packing.join(words, rest, whole))
 
         # What profiles and logs show.
         joined.__name__ = getattr(function, "__name__", type(function).__name__)
@@ -148,12 +151,13 @@ class _Packing:
     structure: Any
     leaves: tuple[tuple[int, tuple[int, ...], np.dtype], ...]
 
-    def join(self, words: jax.Array, rest: Any) -> Any:
-        """The arguments, of `_pack`'s other two results. Traced."""
+    def join(self, words: jax.Array, rest: Any, where: NamedSharding | None) -> Any:
+        """The arguments, of `_pack`'s other two results, those that were packed lying so. Traced."""
         leaves, start = self.structure.flatten_up_to(rest), 0
         for position, shape, dtype in self.leaves:
             end = start + math.prod(shape)
-            leaves[position] = jax.lax.bitcast_convert_type(words[start:end], dtype).reshape(shape)
+            leaf = jax.lax.bitcast_convert_type(words[start:end], dtype).reshape(shape)
+            leaves[position] = leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
             start = end
         return self.structure.unflatten(leaves)
 

@@ -140,6 +140,7 @@ CALL = "%body (p: f32[4]) -> f32[4] {\n  %c = f32[4]{0} call(%p), to_apply=%inne
 LOOP = "  %w.1 = f32[4]{0} while(%p), condition=%other, body=%body\n"
 BRANCHES = "  %c = f32[4]{0} conditional(%p), branch_computations={%body, %body}\n"
 SUM = "  %a = (f32[4]{0}, u32[]) all-reduce-start(%p), to_apply=%sum\n"
+ALONE = "  %a = f32[4]{0} all-reduce(%p), channel_id=1, replica_groups={{0},{1}}, to_apply=%sum\n"
 
 
 @pytest.mark.parametrize(
@@ -148,13 +149,24 @@ SUM = "  %a = (f32[4]{0}, u32[]) all-reduce-start(%p), to_apply=%sum\n"
         ("", "", True),
         ("", RING * 3, True),
         (BODY, LOOP, True),
+        (BODY, LOOP + ALONE, True),
         (BODY, LOOP * 2, False),
         (BODY, RING + LOOP, False),
         (BODY, BRANCHES, False),
         (BODY.replace("%body", "%inner") + CALL, LOOP, True),
         (BODY.replace("%body", "%inner") + CALL, LOOP + SUM, False),
     ],
-    ids=["none", "own", "a loop", "two loops", "a loop and own", "branches", "deep", "deep and own"],
+    ids=[
+        "none",
+        "own",
+        "a loop",
+        "a loop and none",
+        "two loops",
+        "a loop and own",
+        "branches",
+        "deep",
+        "deep and own",
+    ],
 )
 def test_which_programs_keep_their_order(before, main, kept):
     assert keeps_its_order(f"{before}ENTRY %main (p: f32[4]) -> f32[4] {{\n{main}}}\n") == kept
