@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["FEDJAX_SIM_CALIBRATION"] = ""  # bits must not go by what was measured on this machine
+os.environ["FEDJAX_SIM_PROGRAMS"] = ""  # nor by programs that another state of the source has left
 
 import jax
 import numpy as np

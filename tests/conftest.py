@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Nothing is measured in tests, and no layout goes by what was measured on the machine that they run on.
 os.environ["FEDJAX_SIM_CALIBRATION"] = ""
+# Nor are programs taken that other runs of this user have kept.
+os.environ["FEDJAX_SIM_PROGRAMS"] = ""
 # Most of the time goes into compiling, and the programs are small: what LLVM's levels above 0 and XLA's newer
 # emitter of fusions would gain is less than they cost. At level 0 two programs of one sum may differ in the
 # sixth digit; a test that holds them to the seventh asks for the fixture `optimised`.

@@ -647,11 +647,13 @@ def _without_loader_noise() -> Iterator[None]:
 
 
 def _told(run) -> None:
-    from fedjax_sim.engine import hosts
+    from fedjax_sim.engine import hosts, programs
 
     if not hosts.first():
         return
     print(run)
+    if (made := programs.count()).seconds:
+        print(made)
     if run.folder is not None:
         print(f"written to {run.folder}")
 

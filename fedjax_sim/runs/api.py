@@ -36,6 +36,7 @@ from fedjax_sim.runs.describe import (
     with_given,
 )
 from fedjax_sim.runs.drive import run_rounds
+from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.runs.loading import load_run
 from fedjax_sim.runs.result import Run
 from fedjax_sim.runs.start import with_start
@@ -94,7 +95,7 @@ def validate(config: RunConfig, dataset: Samples, partition: Partition) -> None:
 
 
 def _started(config: RunConfig, dataset: Samples | None, **given: Any) -> Run:
-    with opening.new(config, dataset, **given) as opened:
+    with kept(), opening.new(config, dataset, **given) as opened:
         return run_rounds(*opened)
 
 
@@ -134,7 +135,7 @@ def resume(
     """
     own: dict[str, Any] = {"model": model, "algorithm": algorithm}
     own |= {"observers": observers, "meters": meters, "callbacks": callbacks}
-    with opening.again(folder, rounds=rounds, debug=debug, dataset=dataset, **own) as opened:
+    with kept(), opening.again(folder, rounds=rounds, debug=debug, dataset=dataset, **own) as opened:
         if opened is not None:
             return run_rounds(*opened)
     return load_run(folder, dataset=dataset, model=model, algorithm=algorithm, meters=meters)

@@ -37,6 +37,7 @@ from fedjax_sim.runs.describe import differing
 from fedjax_sim.runs.drive import Drive, bar_of
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.runs.loading import load_run
 from fedjax_sim.runs.opening import Opened
 from fedjax_sim.runs.plan import plan
@@ -113,7 +114,8 @@ def run_many(
         here: Any = {"dataset": samples_of(config), "mesh": mesh, "store": store}
         return opening.again(str(config.output.dir), **here) if _held(config) else opening.new(config, **here)
 
-    found = run_groups(made, open_one, tell)
+    with kept():
+        found = run_groups(made, open_one, tell)
     if errors == "raise":
         for outcome in found:
             if isinstance(outcome, Exception):

@@ -7,7 +7,7 @@ The file that describes one is explained in `fedjax_sim.config.sweep_files`. In 
     sweep.json                        everything that was run, versions, hardware, cost
     runs/METHOD/SETTING/seedN/        each run's own folder
     runs.parquet, runs.json           in place of records in those folders, if the sweep was packed
-    compiled/                         compiled programs, shared by all starts (but see `programs`)
+    compiled/                         on accelerators, compiled programs, shared by all starts
 
 A sweep may be divided over several starts, on as many machines that share its folder or have one each, to be
 put together afterwards: each start runs its part, and tells of all that is finished by then. Or one start has
@@ -35,10 +35,12 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping
 from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
-from fedjax_sim.engine import hosts
+from fedjax_sim.engine import hosts, programs
+from fedjax_sim.engine.programs import Count
 from fedjax_sim.runs import opening, progress, provenance
 from fedjax_sim.runs import together as side_by_side
 from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
 from fedjax_sim.studies.launchers import LOCAL, Batch, Ended, Launcher, Ray, Slurm, launcher_of
@@ -76,6 +78,7 @@ class Outcome:
       seconds: job's name -> wall-clock seconds of its rounds.
       cpu_seconds: job's name -> CPU seconds of its rounds; None where they were not recorded.
       left: names of the jobs that are not finished because other parts, or tasks, have them.
+      programs: what this process compiled for it; None: tasks did.
     """
 
     sweep: Sweep
@@ -84,6 +87,7 @@ class Outcome:
     seconds: dict[str, float]
     cpu_seconds: dict[str, float | None]
     left: tuple[str, ...] = ()
+    programs: Count | None = None
 
     def report(self) -> str:
         """For the terminal: the table, the failures, and how much is missing."""
@@ -96,6 +100,8 @@ class Outcome:
                 f"{len(self.left)} of {len(self.sweep.jobs)} runs are not finished: other parts or tasks "
                 "have them. Once they are, another start writes the whole table"
             )
+        if self.programs is not None:
+            lines.append(str(self.programs))
         lines.append(f"written to {self.sweep.out}")
         return "\n".join(lines)
 
@@ -142,7 +148,7 @@ def run(
             "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
         )
     place, elsewhere = Folder(sweep.out), launcher_of(launcher)
-    began = time.perf_counter()
+    began, programs_before = time.perf_counter(), programs.count()
     if elsewhere is None:
         hosts.on_first(lambda: _check_writable(place))
         if together and jax.process_count() > 1:
@@ -161,7 +167,8 @@ def run(
     compared = comparison.compare(sweep, finished) if finished else None
     wall = {name: result.seconds for name, result in done.items()}
     cpu = {name: result.cpu_seconds for name, result in done.items()}
-    outcome = Outcome(sweep, compared, found.failures, wall, cpu, tuple(found.left))
+    compiled = programs.count().since(programs_before) if elsewhere is None else None
+    outcome = Outcome(sweep, compared, found.failures, wall, cpu, tuple(found.left), compiled)
     with place.writing("sweep.out", "start the sweep again: what is finished is not run again"):
         hosts.on_first(lambda: _write(place, outcome, time.perf_counter() - began))
     return outcome
@@ -432,9 +439,19 @@ _CACHE = "jax_compilation_cache_dir"
 
 @contextlib.contextmanager
 def compile_cache(folder: Path) -> Iterator[None]:
-    """Keeps compiled programs in `folder` meanwhile, unless the user keeps them somewhere already."""
+    """Keeps compiled programs meanwhile, unless the user has JAX keep them somewhere already.
+
+    Args:
+      folder: JAX's own cache on accelerators; programs of CPUs are kept for all sweeps and runs
+        (`fedjax_sim.runs.kept_programs`).
+    """
     if getattr(jax.config, _CACHE):
         yield
+        return
+    hosts.check_backend()
+    if jax.default_backend() == "cpu":
+        with kept():
+            yield
         return
     from jax.experimental.compilation_cache import compilation_cache
 
@@ -482,6 +499,7 @@ def _write(place: Folder, outcome: Outcome, seconds: float) -> None:
         "seconds_of_rounds": sum(outcome.seconds.values()),
         "cpu_seconds_of_rounds": sum(cpu) if len(cpu) == len(outcome.cpu_seconds) else None,
         "seconds_of_this_start": seconds,
+        "programs_of_this_start": outcome.programs and dataclasses.asdict(outcome.programs),
         "versions": provenance.describe_versions(),
         "hardware": provenance.hardware(),
     }

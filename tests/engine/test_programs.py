@@ -1,6 +1,7 @@
 """Programs: values of `jax.jit`, found again in memory, not on disk where CPU devices exchange data."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -353,3 +354,14 @@ def test_what_a_user_has_changed_counts_in_the_next_run(given, monkeypatch):
         globals()["SCALE"] = 1.0
     assert first[0] != second[0]
     assert_same(outcome({}, **given), first)
+
+
+def test_what_comes_from_the_host_is_not_cut_over_devices_and_exchanged():
+    """Each device takes its part of the arguments that all of them were given."""
+    mesh = placement.make_mesh(2)
+    run = jax.shard_map(lambda x: jnp.sin(x) * 2, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS))
+    program = CachedJit(lambda x, y: (run(x), run(y)), mesh)
+    given = np.arange(8, dtype=np.float32), np.arange(6, dtype=np.float32)
+    text = program.lower(*given).compile().as_text()
+    assert not re.search(r" (collective-permute|all-gather|all-to-all|all-reduce)", text)
+    np.testing.assert_allclose(program(*given)[1], np.sin(given[1]) * 2, rtol=1e-6)

@@ -1,6 +1,8 @@
+import collections
 import csv
 import io
 import json
+import re
 import shutil
 import signal
 import types
@@ -13,7 +15,9 @@ import yaml
 
 from fedjax_sim import runs
 from fedjax_sim.cli import commands
+from fedjax_sim.core import memo
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.engine import programs
 from fedjax_sim.records import Row, Table
 from fedjax_sim.runs import progress
 from fedjax_sim.runs.federation import Simulation
@@ -496,3 +500,31 @@ def test_inside_a_run_a_sweep_says_which_of_how_many_and_how_far_it_is(tmp_path,
     quiet = {**BASE, "output": {**BASE["output"], "progress": False}}
     sweep.run(sweep.from_mapping(asked(tmp_path / "quiet", base=quiet, seeds=[0])))
     assert capsys.readouterr().err == ""
+
+
+# --- what is compiled --------------------------------------------------------------------------------------
+
+
+def test_one_by_one_a_method_is_compiled_once_for_all_partitions_and_seeds(tmp_path, monkeypatch):
+    """Whose largest clients differ; and the sweep tells the count."""
+    compiled, whole = [], jax.stages.Lowered.compile
+
+    def counted(self, *args, **keywords):
+        compiled.append(re.match(r"module @(\w+)", self.as_text())[1])
+        return whole(self, *args, **keywords)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", counted)
+    monkeypatch.setattr(programs, "_RECENT", type(programs._RECENT)())
+    memo.forget()
+    methods = {**METHODS, "SCAFFOLD": {"algorithm": "scaffold"}}
+    made = sweep.from_mapping(asked(tmp_path, methods=methods, grid={"partition.alpha": [0.5, 5.0]}))
+    outcome = sweep.run(made)
+    assert len(made.jobs) == 12 and not outcome.failures
+    found = collections.Counter(compiled)
+    assert found["jit_Round"] == 3, found
+    assert found["jit__Drawn"] == found["jit_Evaluation"] == 1
+    assert found["jit__Start"] <= 3
+    assert outcome.programs.compiled + outcome.programs.from_disk >= len(compiled)
+    assert str(outcome.programs) in outcome.report()
+    told = json.loads((tmp_path / "sweep.json").read_text())["programs_of_this_start"]
+    assert told["compiled"] == outcome.programs.compiled
