@@ -224,7 +224,7 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
         wave = min(execution.wave, share)
     elif on_cpu:
         wave = 1 if model.convolves else min(10, share)
-    elif platform == "tpu" and _has_deep_convolutions(model):
+    elif platform == "tpu" and has_deep_convolutions(model):
         wave = 1
     else:
         wave = share
@@ -272,7 +272,7 @@ _DEEP = 16
 """Input channels from which a convolution fills a TPU's tiles well enough with one client."""
 
 
-def _has_deep_convolutions(model: Model) -> bool:
+def has_deep_convolutions(model: Model) -> bool:
     """Whether more than half of the convolutions have many input channels."""
     kernels = [leaf for leaf in jax.tree.leaves(model.abstract["params"]) if leaf.ndim == 4]
     return 2 * sum(kernel.shape[2] >= _DEEP for kernel in kernels) > len(kernels)

@@ -30,7 +30,7 @@ from fedjax_sim.engine.device_data import DeviceData, sample_table
 from fedjax_sim.engine.evaluation import Evaluation, Outcome
 from fedjax_sim.engine.feed import COPIED
 from fedjax_sim.engine.observing import ObserverRequest, observer_request
-from fedjax_sim.engine.placement import mesh_of, platform_of, replicated
+from fedjax_sim.engine.placement import has_deep_convolutions, mesh_of, platform_of, replicated
 from fedjax_sim.engine.programs import CachedJit, cached_jit
 from fedjax_sim.engine.round import Round, RoundInputs, RoundOutputs, Rounds, ServerState
 from fedjax_sim.engine.setup import Setup
@@ -645,8 +645,13 @@ def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:
 
 
 _LANES = 10
-"""Clients side by side on a CPU device, of all its runs, where some take more steps than others: the more
-there are, the longer the shorter ones wait."""
+"""Clients side by side on a device, of all its runs.
+
+On a CPU, where some take more steps than others: the more there are, the longer the shorter ones wait. On a
+TPU, of convolutions: compiled for 16 TPU v5e chips, 64 runs of LeNet with 10 clients a round take 93.9 million
+cycles and 772 MiB a chip where the four runs of a chip lie side by side, and 58.2 million and 211 MiB where
+they follow one another.
+"""
 
 
 def _layout(setup: Setup, mesh: Mesh, each: int) -> tuple[int, int | None]:
@@ -657,7 +662,11 @@ def _layout(setup: Setup, mesh: Mesh, each: int) -> tuple[int, int | None]:
       mesh: the devices.
       each: runs of a device.
     """
-    if platform_of(mesh) != "cpu":
+    platform = platform_of(mesh)
+    if platform == "tpu" and setup.model.convolves:
+        alone = has_deep_convolutions(setup.model)
+        return (1 if alone else min(each, max(1, _LANES // setup.wave))), None
+    if platform != "cpu":
         return each, None
     if setup.model.convolves:  # convolutions of several clients are slower there
         return 1, None
