@@ -648,7 +648,7 @@ _LANES = 10
 """Clients side by side on a device, of all its runs.
 
 On a CPU, where some take more steps than others: the more there are, the longer the shorter ones wait. On a
-TPU, of convolutions: compiled for 16 TPU v5e chips, 64 runs of LeNet with 10 clients a round take 93.9 million
+TPU, of convolutions: compiled for 16 v5e chips, 64 runs of LeNet with 10 clients a round take 93.9 million
 cycles and 772 MiB a chip where the four runs of a chip lie side by side, and 58.2 million and 211 MiB where
 they follow one another.
 """
