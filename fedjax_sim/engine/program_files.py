@@ -123,8 +123,8 @@ def name_of(text: str, lowered: jax.stages.Lowered, devices: Sequence[Any], opti
 _EXCHANGE = re.compile(
     r" (?:all-gather|all-reduce|(?:ragged-)?all-to-all|collective-\w+|reduce-scatter|send|recv)(?:-start)?\("
 )
-_ALONE = re.compile(r"replica_groups=\{\{\d+\}(?:,\{\d+\})*\}")
-"""Of a sum over an axis of one device."""
+OF_ONE = re.compile(r"replica_groups=\{\{\d+\}(?:,\{\d+\})*\}")
+"""Says that a sum goes over an axis of one device."""
 
 _CALLED = re.compile(r"\w=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
 
@@ -145,7 +145,7 @@ def keeps_its_order(text: str) -> bool:
         if line.endswith("{") and line[:1] not in " }":
             here = line.removeprefix("ENTRY ").split(" ", 1)[0]
         elif _EXCHANGE.search(line):
-            own[here] += not _ALONE.search(line)
+            own[here] += not OF_ONE.search(line)
         elif "=%" in line or "={%" in line:
             called[here] += [name for names in _CALLED.findall(line) for name in names.split(", ")]
     exchanging = {name for name, count in own.items() if count}

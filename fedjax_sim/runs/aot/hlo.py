@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
+from fedjax_sim.engine.program_files import OF_ONE
+
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 _COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 _NO_TRAFFIC = {
@@ -223,7 +225,7 @@ class Module:
         return sum(self.length(one, lengths) is None for one in loops)
 
     def collectives(self, lengths: Mapping[str, float]) -> list[Collective]:
-        """Every exchange, those inside of fusions too, the largest first.
+        """Every exchange, those inside of fusions too, the largest first; without sums over one device.
 
         Between slices of TPUs the hosts make it, and XLA writes what a chip hands to its own.
         """
@@ -238,7 +240,7 @@ class Module:
                 found.append(Collective(op, one.arrays[0].size, times, self.stack(given)))
             for part in (one, *self._fused(one)):
                 kind = part.op.removesuffix(_START)
-                if kind in _COLLECTIVES and part.arrays:
+                if kind in _COLLECTIVES and part.arrays and not OF_ONE.search(part.rest):
                     sizes = [array.size for array in part.arrays]
                     # What is only started returns its operands too, but for sums.
                     size = max(sizes) if part.op.endswith(_START) and kind != "all-reduce" else sum(sizes)

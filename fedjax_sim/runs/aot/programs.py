@@ -150,7 +150,7 @@ class Compiler:
         program, arguments = group.on_paper()
         places = len(jax.tree.leaves(arguments[0])[0])
         loops = _Loops(_Loops.of(self.simulation, self.inputs, self.data).steps, frozenset({places}))
-        self.held = {}  # each run's own state and data are among the arguments
+        self.held = {"data": arguments[-2]}  # all else is among the arguments
         return self._compiled(f"{ROUND} of {len(group.members)} runs", program, arguments, loops, group.mesh)
 
     def _of_clients(self, simulation: Simulation, model: Any, state: Any) -> list[tuple[CachedJit, Any]]:

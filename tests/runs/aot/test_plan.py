@@ -159,6 +159,35 @@ def test_what_a_wave_needs_counts_where_a_merge_holds_more():
     assert device["what the merge makes"] < 3 * updates  # each device's own rows
 
 
+def test_runs_side_by_side_exchange_nothing_and_hold_the_samples_once():
+    one = config(evaluation=EvaluationConfig(every=0), algorithm=CONFIGS["fedavg"]())
+    alone, several = plan(one, on="cpu-1"), plan(one, on="cpu-2", together=5)
+    assert [program.name for program in several.programs] == ["round of 5 runs"]
+    assert several.programs[0].collectives == ()
+    assert several.runs == several.to_dict()["runs"] == 5 and "5 runs side by side" in str(several)
+    # Three places a device: states, tables, and what all runs share.
+    sizes = {part.name: several.size(part) for part in several.parts}
+    own = {part.name: alone.size(part) for part in alone.parts}
+    assert sizes["training samples"] == own["training samples"] == several.shared
+    for name in ("server: model", "who holds which sample"):
+        assert sizes[name] == 5 * own[name]
+    each = own["server: model"] + own["who holds which sample"]
+    assert 3 * each < several.programs[0].arguments - own["training samples"] < 4 * each
+    # One compiled program of a run's rounds takes what a place takes, and no copy of the samples in between.
+    assert several.programs[0].temporaries < 3 * 1.2 * alone.programs[0].temporaries
+
+
+@pytest.mark.parametrize(
+    ("changes", "runs_asked", "why"),
+    [({}, 1, "2 or more"), ({"execution": ExecutionConfig(data="streamed")}, 3, "go one by one")],
+)
+def test_what_cannot_go_side_by_side_is_said(changes, runs_asked, why):
+    with pytest.raises(UserError, match=why):
+        plan(config(**changes), on="cpu-2", together=runs_asked)
+    with pytest.raises(UserError, match="for a machine"):
+        plan(config(), together=3)
+
+
 def test_exact_is_no_question_to_a_machine_that_is_not_here():
     with pytest.raises(UserError, match="compiles its programs anyway"):
         plan(config(), on="cpu-2", exact=True)
@@ -189,6 +218,15 @@ def test_on_the_command_line(tmp_path, capsys):
     assert "--on" in capsys.readouterr().err
     assert main(["plan", "--on", "v9-8"]) == 2
     assert "no such machine" in capsys.readouterr().err
+
+
+def test_runs_side_by_side_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("rounds: 3\n")
+    words = ["plan", str(tmp_path / "mine.yaml")]
+    assert main([*words, "--together", "3"]) == 2
+    assert "--on" in capsys.readouterr().err
+    assert main([*words, "--on", "cpu-2", "--together", "many"]) == 2
+    assert "it is no number" in capsys.readouterr().err
 
 
 def test_samples_of_rounds_to_come_count_where_they_are_streamed():
