@@ -276,6 +276,7 @@ def run_groups(
     ],
     tell: Callable[[str], None],
     ended: Callable[[int, Outcome], None] = lambda number, outcome: None,
+    until: int | None = None,
 ) -> list[Outcome]:
     """Runs them group by group.
 
@@ -285,6 +286,7 @@ def run_groups(
         run; see `fedjax_sim.runs.opening`. None: all devices, nobody.
       tell: is given a line of each group.
       ended: is told what became of each run, as soon as it is known.
+      until: the round after which all are cut, with a checkpoint; None: they come to their ends.
 
     Raises:
       NotWritten, Interrupted, Terminated: see `run_many`.
@@ -303,7 +305,7 @@ def run_groups(
     for group in groups:
         waiting = list(group)
         while waiting:
-            waiting = _some(configs, waiting, open_one, tell, end)
+            waiting = _some(configs, waiting, open_one, tell, end, until)
     return [outcomes[number] for number in range(len(configs))]
 
 
@@ -315,6 +317,7 @@ def _some(
     ],
     tell: Callable[[str], None],
     end: Callable[[int, Outcome], None],
+    until: int | None,
 ) -> list[int]:
     """Runs as many of one family as go together. -> the others."""
     devices = list(placement.make_mesh(configs[waiting[0]].execution.devices).devices.flat)
@@ -361,7 +364,7 @@ def _some(
         if ways:
             family = _family_of(next(iter(ways.values())).opened.simulation.setup, names)
             values = [{name: numbers_of(configs[number])[name] for name in names} for number in ways]
-            _Driven(list(ways.values()), family, values, devices, end).run()
+            _Driven(list(ways.values()), family, values, devices, end, until).run()
     return later
 
 
@@ -421,9 +424,10 @@ class _Driven:
         values: Sequence[Mapping[str, float]],
         devices: Sequence[Any],
         end: Callable[[int, Outcome], None],
+        until: int | None,
     ):
-        """`end` is told what became of each run; the others are as `Group` takes them."""
-        self._ways, self._end = list(ways), end
+        """`end` is told what became of each run; `until` is as in `run_groups`, the others are `Group`'s."""
+        self._ways, self._end, self._until = list(ways), end, until
         self._places = {way.number: place for place, way in enumerate(ways)}  # in the group
         simulations = [way.opened.simulation for way in ways]
         self._group = Group(simulations, family, values, devices) if len(ways) > 1 else None
@@ -452,7 +456,7 @@ class _Driven:
             raise Interrupted(left) if signal.SIGINT in asked[:1] else Terminated(left)
 
     def _begin(self, way: _Way) -> None:
-        way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part))
+        way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part, until=self._until))
         way.drive.begin()
 
     def _behind(self) -> list[_Way]:
