@@ -1,17 +1,17 @@
 """What a search of settings is: its YAML file, read and checked.
 
-    base: {rounds: 90, …}             # a configuration, or the path of one
-    space:                            # dotted field -> where to look, see `fedjax_sim.config.spaces`
-      local.lr: {log_uniform: [0.001, 1]}
-      local.momentum: {choice: [0, 0.9]}
-    runs: 27                          # trials
-    rungs: 3                          # times that they are compared; after the last one all rounds are done
-    factor: 3                         # one in so many goes on
-    metric: accuracy                  # what they are compared by; the default is the task's headline
-    goal: max                         # or min; the default is the task's
-    seeds: 1                          # runs of each trial, which its value is the mean of
-    sampler: qmc                      # or random, or tpe
-    out: runs/search                  # where everything goes
+base: {rounds: 90, …}             # a configuration, or the path of one
+space:                            # dotted field -> where to look, see `fedjax_sim.config.spaces`
+  local.lr: {log_uniform: [0.001, 1]}
+  local.momentum: {choice: [0, 0.9]}
+runs: 27                          # trials
+rungs: 3                          # times that they are compared; after the last one all rounds are done
+factor: 3                         # one in so many goes on
+metric: accuracy                  # what they are compared by; the default is the task's headline
+goal: max                         # or min; the default is the task's
+seeds: 1                          # runs of each trial, which its value is the mean of
+sampler: qmc                      # or random, or tpe
+out: runs/search                  # where everything goes
 """
 
 import dataclasses
@@ -166,5 +166,6 @@ def read_search(path: str | Path) -> Search:
         base = config_yaml.read_yaml(Path(path).parent / paths.local(base, "tune.base"))
     config = config_yaml.from_dict(base)
     check_given(config)
-    rest = {key: value for key, value in mapping.items() if key not in ("base", "space")}
-    return Search(config, space, **{"out": Path("runs") / Path(path).stem} | rest)
+    rest: dict[str, Any] = {key: value for key, value in mapping.items() if key not in ("base", "space")}
+    rest.setdefault("out", Path("runs") / Path(path).stem)
+    return Search(config, space, **rest)

@@ -1,13 +1,14 @@
 """Where a search looks for a setting: what `fs.tune` and the file of a search say of each field.
 
-    space = {"local.lr": fs.log_uniform(1e-3, 1.0), "local.epochs": fs.integers(1, 5)}
+space = {"local.lr": fs.log_uniform(1e-3, 1.0), "local.epochs": fs.integers(1, 5)}
 
-    space:                            # the same in a file
-      local.lr: {log_uniform: [0.001, 1]}
-      local.epochs: {integers: [1, 5]}
-      algorithm: {choice: [fedavg, fedmr]}
+space:                            # the same in a file
+  local.lr: {log_uniform: [0.001, 1]}
+  local.epochs: {integers: [1, 5]}
+  algorithm: {choice: [fedavg, fedmr]}
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -38,10 +39,8 @@ class Interval:
         for name in ("low", "high"):
             value = getattr(self, name)
             if isinstance(value, str):  # as some YAML readers give 1e-3
-                try:
+                with contextlib.suppress(ValueError):
                     value = int(value) if self.whole else float(value)
-                except ValueError:
-                    pass
             kinds = (int,) if self.whole else (int, float)
             if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
                 wanted = "a whole number" if self.whole else "a finite number"
@@ -66,7 +65,7 @@ class Interval:
         """The same in Optuna's words."""
         from optuna import distributions  # of an extra
 
-        of = distributions.IntDistribution if self.whole else distributions.FloatDistribution
+        of: Any = distributions.IntDistribution if self.whole else distributions.FloatDistribution
         return of(self.low, self.high, log=self.log)
 
     def examples(self) -> list[Any]:
@@ -114,7 +113,9 @@ class Choice:
 
     def value(self, parameter: Any) -> Any:
         """See `Interval`."""
-        return next(value for name, value in self.options if type(name) is type(parameter) and name == parameter)
+        return next(
+            value for name, value in self.options if type(name) is type(parameter) and name == parameter
+        )
 
     def __str__(self):
         return f"choice({', '.join(str(name) for name, _ in self.options)})"
@@ -144,7 +145,9 @@ def choice(options: Sequence[Any] | Mapping[str, Any]) -> Choice:
     A whole section, such as `{"name": "fedprox", "mu": 0.1}` of `algorithm`, is a value too.
     """
     if not isinstance(options, Mapping) and (isinstance(options, str) or not isinstance(options, Sequence)):
-        raise UserError("choice", options, "a list is wanted, or a mapping of names", "Write choice([16, 32]).")
+        raise UserError(
+            "choice", options, "a list is wanted, or a mapping of names", "Write choice([16, 32])."
+        )
     if isinstance(options, Mapping):
         made = [(str(name), value) for name, value in options.items()]
     else:
@@ -181,7 +184,9 @@ def from_dict(field: str, given: Any) -> Space:
     where, example = f"space.{field}", "Write {log_uniform: [0.001, 1]}, or {choice: [16, 32]}."
     if isinstance(given, list | tuple):
         told = ", ".join(map(str, given))
-        raise UserError(where, given, "this may be a range, or a list of values", f"Write {{choice: [{told}]}}.")
+        raise UserError(
+            where, given, "this may be a range, or a list of values", f"Write {{choice: [{told}]}}."
+        )
     if not isinstance(given, Mapping) or len(given) != 1:
         raise UserError(where, given, f"one of {', '.join(MAKERS)} is wanted", example)
     (kind, ends), *_ = given.items()

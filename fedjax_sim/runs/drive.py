@@ -141,6 +141,11 @@ class Drive:
         return self.simulation.round < self._until and self.stopped is None
 
     @property
+    def over(self) -> bool:
+        """Whether all rounds of the run are done, or a callback has ended it."""
+        return self.simulation.round >= self._config.rounds or self.stopped is not None
+
+    @property
     def most(self) -> int:
         """How many rounds may be started at once."""
         every, left = self._config.output.checkpoint_every, self._until - self.simulation.round

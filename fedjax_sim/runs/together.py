@@ -449,7 +449,7 @@ class _Driven:
                 self._try(way, _drive(way).catch_up)
         left = None
         for way in list(self._ways):
-            self._try(way, lambda way=way: self._finish(way))
+            self._try(way, lambda way=way: self._finish(way, bool(asked)))
         for way in self._ways:
             left = left or _drive(way).end()
         if left is not None:
@@ -479,9 +479,9 @@ class _Driven:
         for way, fetch in zip(active, fetches, strict=True):
             self._try(way, lambda way=way, fetch=fetch: _drive(way).take(first, fetch, lap))
 
-    def _finish(self, way: _Way) -> None:
-        """Ends a run that has come to its end."""
-        if _drive(way).open:  # cut by a signal
+    def _finish(self, way: _Way, asked: bool) -> None:
+        """Ends a run that has come to its end, or to where all are cut unless a signal has asked for it."""
+        if _drive(way).open or (asked and not _drive(way).over):
             return
         result = _drive(way).end()
         way.stack.close()
