@@ -294,7 +294,8 @@ class _Halving:
             if trial.state != "complete":
                 self._end(trial, end)
         self._study.write(here, end, last)
-        head = f"rung {number + 1} of {search.rungs}: {len(here)} trial{'s' if len(here) > 1 else ''} to round {end}"
+        told = "1 trial" if len(here) == 1 else f"{len(here)} trials"
+        head = f"rung {number + 1} of {search.rungs}: {told} to round {end}"
         failed = f", {len(here) - len(order)} diverged" if len(order) < len(here) else ""
         if not order:
             failures = [trial for trial in here if trial.failure]
