@@ -354,16 +354,18 @@ class _Halving:
             return
         values = []
         for folder in trial.folders:
-            result = runs.load(folder.path)
-            at = end if result.stopped is None else min(end, result.stopped.round)
-            rounds, series = result.metrics.series(self._metric)
+            stopped = folder.stopped
+            at = end if stopped is None else min(end, stopped.round)
+            # Not `runs.load`, which reads YAML: slow for hundreds of runs.
+            table, _ = folder.records.read(self._search.config.rounds)
+            rounds, series = table.series(self._metric)
             if len(own := series[rounds == at]):
                 values.append(float(own[-1]))
-            elif len(result.metrics.series(f"nonfinite/{self._metric}")[0]):
+            elif at in table.series(f"nonfinite/{self._metric}")[0]:
                 trial.failure = f"its {self._metric} is not finite in round {at}"
                 return
             else:
-                names = result.metrics.names()
+                names = table.names()
                 why = f"round {at} of {trial} has not recorded it"
                 raise UserError("metric", self._metric, why, nearest(self._metric, names))
         trial.values.append(math.fsum(values) / len(values))
@@ -371,7 +373,7 @@ class _Halving:
     def _end(self, trial: _Trial, end: int) -> None:
         """Writes into the folders of a trial why it ends here: its runs are finished then."""
         for folder in trial.folders:
-            if _reached(folder, end) and not folder.finished:
+            if end < self._search.config.rounds and _reached(folder, end) and folder.stopped is None:
                 folder.write_stopped(Stopped(end, "fs.tune", trial.stopped or trial.failure))
 
     # --- what comes of it ---------------------------------------------------------------------------------
