@@ -34,6 +34,7 @@ from fedjax_sim.config import (  # noqa: E402
     RunConfig,
 )
 from fedjax_sim.config.callbacks import EarlyStopping, KeepBest  # noqa: E402
+from fedjax_sim.config.spaces import choice, integers, log_uniform, uniform  # noqa: E402
 from fedjax_sim.core import stacked  # noqa: E402
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts, Step  # noqa: E402
 from fedjax_sim.core.errors import UserError  # noqa: E402
@@ -48,6 +49,7 @@ from fedjax_sim.reports import inertia, peel  # noqa: E402
 from fedjax_sim.runs import Run, Simulation, load, resume, run, run_many  # noqa: E402
 from fedjax_sim.runs.plan import plan  # noqa: E402
 from fedjax_sim.studies import sweep  # noqa: E402
+from fedjax_sim.studies.search import tune  # noqa: E402
 from fedjax_sim.studies.tables import compare  # noqa: E402
 
 __version__ = "0.1.0"
@@ -85,12 +87,15 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "UserError",
     "algorithms",
     "batch_order",
+    "choice",
     "compare",
     "data",
     "from_flax",
     "inertia",
+    "integers",
     "landscape",
     "load",
+    "log_uniform",
     "models",
     "peel",
     "plan",
@@ -99,5 +104,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "run_many",
     "stacked",
     "sweep",
+    "tune",
+    "uniform",
     *_methods,
 ]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedjax_sim import config, data, models, runs
-from fedjax_sim.config import sweep_files
+from fedjax_sim.config import search_files, sweep_files
 from fedjax_sim.runs import packs
 
 ROOT = Path(__file__).parents[1]
@@ -14,6 +14,10 @@ STUDIES = sorted(path for depth in ("*", "*/*") for path in (ROOT / "experiments
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_study_loads_and_says_its_command(path):
+    if "space" in config.read_yaml(path):
+        assert search_files.read_search(path).out.name == path.stem
+        assert f"fedjax-sim tune {path.relative_to(ROOT)}" in path.read_text().split("\nbase:")[0]
+        return
     sweep = "base" in config.read_yaml(path)
     wanted = (
         [job.config for job in sweep_files.read_sweep(path).jobs] if sweep else [config.read_config(path)]

@@ -18,6 +18,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   run [FILE.yaml] [--flags]    run a configuration (--help lists every flag; --print-config prints the YAML)
   resume FOLDER                continue a run that was cut, or give a finished one more rounds (--help)
   sweep FILE.yaml              run a grid of configurations and compare them (--help)
+  tune FILE.yaml               search settings by successive halving, over runs side by side (--help)
   peel FOLDER|SWEEP.yaml …     figures, tables and report of runs with --peel.every (--help)
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
@@ -81,6 +82,7 @@ def _dispatch(words: list[str]) -> int:
         "run": _run,
         "resume": _resume,
         "sweep": _sweep,
+        "tune": _tune,
         "peel": _peel,
         "inertia": _inertia,
         "landscape": _landscape,
@@ -298,6 +300,47 @@ the sweep's folder. What is finished is not run again, what was cut goes on; a f
                    runs.parquet. Later starts and all reports read them from there. Checkpoints, figures and
                    whatever else is in the runs' folders stay where they are
   --unpack         the reverse: writes the records into the runs' folders, and removes the two files"""
+
+
+def _tune(words: list[str]) -> int:
+    from fedjax_sim import runs
+    from fedjax_sim.studies import search
+
+    usage = "fedjax-sim tune FILE.yaml [--out DIR]"
+    given, flags = _given(words, usage, _TUNE, "--out")
+    if not isinstance(given, str):
+        raise UserError("tune", " ".join(given), "it takes one FILE.yaml", f"Write {usage}.")
+    asked = search.load(given)
+    if "--out" in flags:
+        asked = dataclasses.replace(asked, out=flags["--out"])
+    again = f"continue with: {shlex.join(['fedjax-sim', 'tune', *words])}"
+    try:
+        with _without_loader_noise():
+            found = search.run(asked, tell=lambda line: print(line, flush=True))
+    except (runs.Interrupted, runs.Terminated) as stop:
+        stop.advice = again
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {again}") from None
+    print(found.report())
+    return 0
+
+
+_TUNE = """Searches settings by successive halving: all trials come side by side to a first round, one in so
+many goes on to a later one, and so on; those of the last comparison do all rounds. Needs an extra
+(pip install optuna). The same command goes on with a search that was cut. The file says:
+
+  base     a configuration, or the path of one
+  space    dotted field -> {log_uniform: [0.001, 1]}, or uniform, integers, choice
+  runs     trials; default: 27
+  rungs    how often they are compared, the last time after all rounds; default: 3
+  factor   one in so many goes on; default: 3
+  metric   what they are compared by, and goal, max or min; default: the headline of the task
+  seeds    runs of each trial, whose mean counts; default: 1
+  sampler  what proposes trials: qmc, random or tpe; default: qmc
+  out      the folder; default: runs/FILE
+
+  --out DIR    another folder"""
 
 
 def _compare(words: list[str]) -> int:

@@ -322,10 +322,14 @@ _SECTIONS = {
 _NAMED_BY = {**NAMED_BY, "algorithm": "name"}
 
 
-def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConfig:
-    """`config` with dotted fields set; fields of the algorithm after the algorithm itself."""
+def set_fields(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """`config` with dotted fields set; fields of the algorithm after the algorithm itself.
+
+    Raises:
+      UserError: there is no such field, or it cannot have that value.
+    """
     nested: dict[str, Any] = {}
-    for key, value in sorted(changes.items(), key=lambda item: item[0].count(".")):
+    for key, value in sorted(_flat(changes).items(), key=lambda item: item[0].count(".")):
         *way, last = key.split(".")
         place: dict[str, Any] = nested
         for part in way:
@@ -335,8 +339,13 @@ def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConf
             # Never the user's own mapping: two methods may share it.
             place[part] = place = dict(inner)
         place[last] = dict(value) if isinstance(value, Mapping) else value
+    return config_yaml.from_dict(nested, base=config)
+
+
+def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConfig:
+    """See `set_fields`; a mistake is told as that of a method."""
     try:
-        return config_yaml.from_dict(nested, base=config)
+        return set_fields(config, changes)
     except UserError as error:
         raise UserError(
             error.field, error.value, f"(of {label!r}) {str(error).split(': ', 1)[-1]}", ""

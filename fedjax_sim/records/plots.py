@@ -160,6 +160,53 @@ def compared_curves(
     return figure
 
 
+def trials(
+    rounds: Sequence[int],
+    values: Sequence[Sequence[float]],
+    fields: Mapping[str, tuple[Sequence[Any], bool, bool]],
+    metric: str,
+    best: int,
+    title: str,
+) -> Figure:
+    """Trials of a search: their values from rung to rung, and the newest against each field.
+
+    Args:
+      rounds: at which rungs end.
+      values: of each trial, at the rungs that it came to.
+      fields: name -> (what each trial had, whether these are numbers, whether on a logarithmic axis).
+      metric: for the axis.
+      best: number of the trial that stands out.
+      title: above all.
+    """
+    figure, axes = new_figure(*grid_shape(1 + len(fields)))
+    order = [*(number for number in range(len(values)) if number != best), best]  # the best on top
+    first, *others = axes.flat
+    for number in order:
+        colour, width = (COLOURS[1], 1.8) if number == best else (COLOURS[7], 0.9)
+        known = values[number]
+        first.plot(rounds[: len(known)], known, "-o", color=colour, lw=width, markersize=3)
+    dress(first, label_of(metric))
+    shown = [number for number in order if values[number]]
+    for axis, (name, (known, numbers, log)) in zip(others, fields.items(), strict=False):
+        own = [known[number] if numbers else str(known[number]) for number in shown]
+        rungs = [len(values[number]) for number in shown]
+        colours = [
+            COLOURS[1] if number == best else DEPTHS(1 - rung / len(rounds))
+            for number, rung in zip(shown, rungs, strict=True)
+        ]
+        axis.scatter(
+            own, [values[number][-1] for number in shown], c=colours, s=[12 * rung for rung in rungs]
+        )
+        if log:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
+        dress(axis, f"{label_of(metric)} when last seen", name)
+    blank(axes, 1 + len(fields))
+    figure.suptitle(f"{title}; larger marks came further", fontsize=9)
+    return figure
+
+
 def client_figures(metrics: Table, title: str, headline: str = "accuracy") -> Figure | None:
     """How good the model is at each client, in the last round that says so; None if none does.
 

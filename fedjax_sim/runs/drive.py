@@ -83,6 +83,7 @@ class Drive:
         folder: Folder | None,
         began: int | None = None,
         bar: Callable[[int, Table], Any] | None = None,
+        until: int | None = None,
     ):
         """Puts the run where its folder says that it is.
 
@@ -92,9 +93,11 @@ class Drive:
           began: see `_prolong`.
           bar: makes what shows progress, of the rounds that are done and their rows; see `Bar`, which does it
             by default.
+          until: the round after which it is cut, to go on in another start; None: it comes to its end.
         """
         self.simulation, self._folder = simulation, folder
         config = self._config = simulation.setup.config
+        self._until = config.rounds if until is None else min(until, config.rounds)
         self._checkpoints = self._journal = self._events = self._best = None
         self.stopped: Stopped | None = None
         self._table, self._laps = Table(), []
@@ -135,15 +138,20 @@ class Drive:
     @property
     def open(self) -> bool:
         """Whether there is another round to start."""
-        return self.simulation.round < self._config.rounds and self.stopped is None
+        return self.simulation.round < self._until and self.stopped is None
 
     @property
-    def most(self) -> int | None:
-        """How many rounds may be started at once; None: however many."""
-        every = self._config.output.checkpoint_every
+    def over(self) -> bool:
+        """Whether all rounds of the run are done, or a callback has ended it."""
+        return self.simulation.round >= self._config.rounds or self.stopped is not None
+
+    @property
+    def most(self) -> int:
+        """How many rounds may be started at once."""
+        every, left = self._config.output.checkpoint_every, self._until - self.simulation.round
         if self._callbacks.every_round:
             return 1
-        return every - self.simulation.round % every if every > 0 else None
+        return min(left, every - self.simulation.round % every) if every > 0 else left
 
     def take(self, first: int, under_way: Fetch, lap: Lapping | None = None) -> None:
         """Takes over the rounds that were just started, and writes down those before.

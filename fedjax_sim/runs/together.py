@@ -278,6 +278,7 @@ def run_groups(
     ],
     tell: Callable[[str], None],
     ended: Callable[[int, Outcome], None] = lambda number, outcome: None,
+    until: int | None = None,
 ) -> list[Outcome]:
     """Runs them group by group.
 
@@ -287,6 +288,7 @@ def run_groups(
         run; see `fedjax_sim.runs.opening`. None: all devices, nobody.
       tell: is given a line of each group.
       ended: is told what became of each run, as soon as it is known.
+      until: the round after which all are cut, with a checkpoint; None: they come to their ends.
 
     Raises:
       NotWritten, Interrupted, Terminated: see `run_many`.
@@ -305,7 +307,7 @@ def run_groups(
     for group in groups:
         waiting = list(group)
         while waiting:
-            waiting = _some(configs, waiting, open_one, tell, end)
+            waiting = _some(configs, waiting, open_one, tell, end, until)
     return [outcomes[number] for number in range(len(configs))]
 
 
@@ -317,6 +319,7 @@ def _some(
     ],
     tell: Callable[[str], None],
     end: Callable[[int, Outcome], None],
+    until: int | None,
 ) -> list[int]:
     """Runs as many of one family as go together. -> the others."""
     devices = list(placement.make_mesh(configs[waiting[0]].execution.devices).devices.flat)
@@ -363,7 +366,7 @@ def _some(
         if ways:
             family = _family_of(next(iter(ways.values())).opened.simulation.setup, names)
             values = [{name: numbers_of(configs[number])[name] for name in names} for number in ways]
-            _Driven(list(ways.values()), family, values, devices, end).run()
+            _Driven(list(ways.values()), family, values, devices, end, until).run()
     return later
 
 
@@ -423,9 +426,10 @@ class _Driven:
         values: Sequence[Mapping[str, float]],
         devices: Sequence[Any],
         end: Callable[[int, Outcome], None],
+        until: int | None,
     ):
-        """`end` is told what became of each run; the others are as `Group` takes them."""
-        self._ways, self._end = list(ways), end
+        """`end` is told what became of each run; `until` is as in `run_groups`, the others are `Group`'s."""
+        self._ways, self._end, self._until = list(ways), end, until
         self._places = {way.number: place for place, way in enumerate(ways)}  # in the group
         simulations = [way.opened.simulation for way in ways]
         self._group = Group(simulations, family, values, devices) if len(ways) > 1 else None
@@ -446,12 +450,12 @@ class _Driven:
             for way in list(self._ways):
                 self._try(way, _drive(way).catch_up)
         for way in list(self._ways):
-            self._try(way, lambda way=way: self._finish(way))
+            self._try(way, lambda way=way: self._finish(way, bool(asked)))
         if cut := [_drive(way).end() for way in self._ways]:
             raise Interrupted(cut[0]) if signal.SIGINT in asked[:1] else Terminated(cut[0])
 
     def _begin(self, way: _Way) -> None:
-        way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part))
+        way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part, until=self._until))
         way.drive.begin()
 
     def _behind(self) -> list[_Way]:
@@ -474,9 +478,9 @@ class _Driven:
         for way, fetch in zip(active, fetches, strict=True):
             self._try(way, lambda way=way, fetch=fetch: _drive(way).take(first, fetch, lap))
 
-    def _finish(self, way: _Way) -> None:
-        """Ends a run that has come to its end."""
-        if _drive(way).open:  # cut by a signal
+    def _finish(self, way: _Way, asked: bool) -> None:
+        """Ends a run that has come to its end, or to where all are cut unless a signal has asked for it."""
+        if _drive(way).open or (asked and not _drive(way).over):
             return
         result = _drive(way).end()
         way.stack.close()

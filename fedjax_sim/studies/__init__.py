@@ -1,1 +1,1 @@
-"""Many runs: sweeps and their comparison."""
+"""Many runs: sweeps and their comparison, searches of settings."""

@@ -176,7 +176,7 @@ def run(
 
 def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) -> _Found:
     """One run after another, in this process."""
-    found, shared = _Found(), _Shared()
+    found, shared = _Found(), Shared()
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
@@ -208,7 +208,7 @@ def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) 
 
 def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) -> _Found:
     """Runs side by side, in this process, of those that are not finished."""
-    found, shared = _Found(), _Shared()
+    found, shared = _Found(), Shared()
     heads = {job.name: f"[{n}/{len(sweep.jobs)}] {job.name}" for n, job in enumerate(sweep.jobs, 1)}
     todo: list[Job] = []
     begun: set[str] = set()
@@ -315,7 +315,7 @@ def run_batch(batch: Batch) -> Ended:
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint.
     """
     ended: Ended = {}
-    shared = _Shared()
+    shared = Shared()
     with compile_cache(Path(batch[0]["out"]) / "compiled"):
         for wanted in batch:
             name = wanted["name"]
@@ -360,20 +360,26 @@ def _check_writable(place: Folder) -> None:
         ) from None
 
 
-class _Shared:
-    """Data sets and partitions that several runs of a sweep have in common."""
+class Shared:
+    """Data sets and partitions that several runs of a study have in common."""
 
-    def __init__(self):
+    def __init__(self, given: data.Samples | None = None):
+        """`given` takes the place of all data sets."""
+        self._given = given
         self._datasets: dict[Any, data.Samples] = {}
         self._partitions: dict[Any, data.Partition] = {}
 
     def dataset(self, config: RunConfig) -> data.Samples:
+        """What a run trains on."""
+        if self._given is not None:
+            return self._given
         key = repr(config.data)
         if key not in self._datasets:
             self._datasets[key] = config.data.load()
         return self._datasets[key]
 
     def partition(self, config: RunConfig) -> data.Partition:
+        """Who holds which samples of it."""
         key = (repr(config.data), config.partition, config.seed, config.initial)
         if key not in self._partitions:
             self._partitions[key] = data.partition(
@@ -390,7 +396,7 @@ def _check_metric(sweep: Sweep, dataset: data.Samples) -> None:
         raise UserError("sweep.metric", sweep.metric, why, f"Write metric: {names[0]}, say.")
 
 
-def _check(sweep: Sweep, shared: _Shared) -> None:
+def _check(sweep: Sweep, shared: Shared) -> None:
     """Raises UserError for the first run that has not begun and cannot."""
     for job in sweep.jobs:
         if hosts.on_first(lambda job=job: Folder(str(job.config.output.dir)).started):
@@ -403,7 +409,7 @@ def _check(sweep: Sweep, shared: _Shared) -> None:
             raise UserError(f"{job.name}: {error.field}", error.value, error.why, error.fix) from None
 
 
-def _one(job: Job, shared: _Shared, *, mine: bool) -> tuple[str, runs.Run | None]:
+def _one(job: Job, shared: Shared, *, mine: bool) -> tuple[str, runs.Run | None]:
     """Runs, resumes or loads. -> (what was done, the run; None if it is another part's and not finished)."""
     folder = Folder(str(job.config.output.dir))
     started = hosts.on_first(lambda: folder.started)

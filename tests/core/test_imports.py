@@ -210,7 +210,7 @@ def test_a_sweep_has_them_in_its_grid_and_checks_them_before_it_starts(own, tmp_
     base["model"] = {}
     made = sweep.from_mapping({"base": base, "grid": grid, "out": str(tmp_path / "sweep")})
     assert [job.config.model.name for job in made.jobs] == [f"{own}:Fixed", "mlp"]
-    sweep._check(made, shared := sweep._Shared())
+    sweep._check(made, shared := sweep.Shared())
     assert len(shared._datasets) == 1
     grid["model.name"][0] = f"{own}:broken"
     with pytest.raises(UserError, match="ZeroDivisionError"):

@@ -15,7 +15,7 @@ from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.simulation import NonFiniteUpdate
 from fedjax_sim.engine.together import Group
-from fedjax_sim.runs import parts, together
+from fedjax_sim.runs import opening, parts, together
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.plan import plan
 
@@ -333,3 +333,24 @@ def test_what_is_refused(monkeypatch):
 
 def test_no_runs():
     assert fs.run_many([]) == []
+
+
+def test_a_group_that_is_cut_at_a_round_goes_on_to_the_same_bits(tmp_path):
+    def until(name, *rounds):
+        configs = [of(one, output={"dir": str(tmp_path / f"{name}{one.seed}")}) for one in seeds(3)]
+        for end in rounds:
+            found = together.run_groups(configs, lambda *given: opened(configs, *given), print, until=end)
+        return found
+
+    def opened(configs, number, mesh, store):
+        config, here = configs[number], {"dataset": samples, "mesh": mesh, "store": store}
+        folder = Path(config.output.dir)
+        return opening.again(folder, **here) if folder.is_dir() else opening.new(config, **here)
+
+    samples = BASE.data.load()
+    for run in until("first", 5):  # which is neither evaluated nor a checkpoint's
+        assert run.rounds == 5 and not run.finished and run.metrics.series("accuracy")[0].tolist() == [3]
+        assert run.folder is not None and runs.load(run.folder).rounds == 5
+    for one, other in zip(until("whole", None), until("cut", 3, 5, 5, None), strict=True):
+        assert one.finished and other.finished and keyed(one) == keyed(other)
+        jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
