@@ -114,8 +114,7 @@ def run_many(
         here: Any = {"dataset": samples_of(config), "mesh": mesh, "store": store}
         return opening.again(str(config.output.dir), **here) if _held(config) else opening.new(config, **here)
 
-    with kept():
-        found = run_groups(made, open_one, tell)
+    found = run_groups(made, open_one, tell)
     if errors == "raise":
         for outcome in found:
             if isinstance(outcome, Exception):
@@ -304,10 +303,11 @@ def run_groups(
         firsts = [configs[group[0]] for group in groups]
         told = ", ".join(what_differs(firsts)[:4])
         tell(f"{len(configs)} runs in {len(groups)} groups, which differ in: {told}")
-    for group in groups:
-        waiting = list(group)
-        while waiting:
-            waiting = _some(configs, waiting, open_one, tell, end, until)
+    with kept():
+        for group in groups:
+            waiting = list(group)
+            while waiting:
+                waiting = _some(configs, waiting, open_one, tell, end, until)
     return [outcomes[number] for number in range(len(configs))]
 
 
