@@ -15,6 +15,7 @@ from fedjax_sim.config import EvaluationConfig, ExecutionConfig, ModelConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.stacked import AXIS
+from fedjax_sim.engine.waves import Work, widths
 
 
 def use_all_cores() -> None:
@@ -202,28 +203,34 @@ def _aligned(array: np.ndarray, boundary: int = 64) -> np.ndarray:
     return out
 
 
-def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh) -> tuple[int, str]:
+def speed_defaults(
+    execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh, work: Work | None = None
+) -> tuple[int, str]:
     """(wave width, implementation of the convolution) for these devices, where the user has not chosen.
 
-    On a CPU convolutions want their client alone (a wave of 1), and small dense models narrow waves that
-    stay in cache. On a TPU, by XLA's estimate of cycles (scripts/benchmark/results/machines-conv.csv), XLA's
-    own convolutions are the fastest; where most of them have few input channels, clients side by side share
-    tiles that one alone fills badly (LeNet: 144,000 cycles a client and step in waves of 10, 212,000 alone),
-    and where they have many a client is better alone (ResNet-20: 3.2 against 5.4 million). On a GPU the
-    device's whole share side by side and `patches` are reasoned and not measured.
+    On a CPU convolutions want their client alone (a wave of 1), and small dense models waves of up to 10 that
+    stay in cache; narrower ones if some clients take more steps than others and starting more steps costs
+    less than the waiting (`fedjax_sim.engine.waves.step_seconds`).
+
+    On a TPU, by XLA's estimate of cycles (scripts/benchmark/results/machines-conv.csv), XLA's own
+    convolutions are the fastest; where most of them have few input channels, clients side by side share tiles
+    that one alone fills badly (LeNet: 144,000 cycles a client and step in waves of 10, 212,000 alone), and
+    where they have many a client is better alone (ResNet-20: 3.2 against 5.4 million). On a GPU the device's
+    whole share side by side and `patches` are reasoned and not measured.
 
     Args:
       execution: what the user has chosen.
       model: the network; on a CPU its convolutions decide.
       cohort_size: K.
       mesh: the D devices.
+      work: of the clients; None: all take equally many steps.
     """
     share, platform = -(-cohort_size // mesh.size), platform_of(mesh)
     on_cpu = platform == "cpu"
     if execution.wave is not None:
         wave = min(execution.wave, share)
     elif on_cpu:
-        wave = 1 if model.convolves else min(10, share)
+        wave = 1 if model.convolves else _width(min(10, share), cohort_size, mesh.size, work)
     elif platform == "tpu" and has_deep_convolutions(model):
         wave = 1
     else:
@@ -234,6 +241,13 @@ def speed_defaults(execution: ExecutionConfig, model: Model, cohort_size: int, m
     elif conv == "auto" and (wave > 1 or not on_cpu):
         conv = "patches"  # under vmap the other two become grouped convolutions
     return wave, conv
+
+
+def _width(most: int, cohort_size: int, devices: int, work: Work | None) -> int:
+    """The width of waves of dense models on a CPU."""
+    if work is None or len(np.unique(work.steps)) <= 1:
+        return most
+    return min(widths(most), key=lambda width: work.seconds(cohort_size, devices, width))
 
 
 _PRODUCTS = {"float32": "float32", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}

@@ -29,6 +29,7 @@ from fedjax_sim.engine.clients import Lanes, Trainer
 from fedjax_sim.engine.device_data import DataStore, DeviceData
 from fedjax_sim.engine.jaxpr_memory import peak_bytes
 from fedjax_sim.engine.programs import cached_jit
+from fedjax_sim.engine.waves import Work
 
 WIDTHS = (1, 2, 4, 8, 16)
 """Of waves that are tried beside the default, a device's whole share at most."""
@@ -75,7 +76,9 @@ class Timing:
     ratios: tuple[float, ...]
 
 
-def layouts(execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh) -> tuple[Layout, ...]:
+def layouts(
+    execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Mesh, work: Work | None = None
+) -> tuple[Layout, ...]:
     """The default layout, then others to try, waves like the default one first.
 
     What the user has chosen is the same in all. Convolutions that round more coarsely than XLA's own are not
@@ -86,8 +89,9 @@ def layouts(execution: ExecutionConfig, model: Model, cohort_size: int, mesh: Me
       model: the network.
       cohort_size: K.
       mesh: the devices.
+      work: of the clients; None: all take equally many steps.
     """
-    default = Layout(*placement.speed_defaults(execution, model, cohort_size, mesh))
+    default = Layout(*placement.speed_defaults(execution, model, cohort_size, mesh, work))
     share, on_cpu = -(-cohort_size // mesh.size), placement.platform_of(mesh) == "cpu"
     widths = {min(width, share) for width in WIDTHS} if execution.wave is None else {default.wave}
     found = [default]

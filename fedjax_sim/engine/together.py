@@ -12,6 +12,7 @@ are slower on a CPU, each block is one run.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ from fedjax_sim.config import LocalConfig
 from fedjax_sim.core.algorithm import Algorithm
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.core.stacked import AXIS, RUNS, SIDE
-from fedjax_sim.engine import fusing
+from fedjax_sim.engine import fusing, waves
 from fedjax_sim.engine.device_data import DeviceData, sample_table
 from fedjax_sim.engine.evaluation import Evaluation, Outcome
 from fedjax_sim.engine.feed import COPIED
@@ -303,7 +304,8 @@ class Group:
         first = self.members[0]
         self.mesh = make_mesh(devices[: len(self.members)])
         each = -(-len(self.members) // self.mesh.size)
-        self._most_side, self._wave = _layout(first.setup, self.mesh, each) if side is None else (side, None)
+        setups = [member.setup for member in self.members]
+        self._most_side, self._wave = _layout(setups, self.mesh, each) if side is None else (side, None)
         self._round, self._shape = _round_of(self.members, self._wave)
         self._train = first.store.on(self.mesh).whole(first.setup.dataset.train)
         self._tables = [
@@ -645,24 +647,23 @@ def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:
 
 
 _LANES = 10
-"""Clients side by side on a device, of all its runs.
+"""Clients side by side on a TPU chip, of all its runs, where networks have convolutions.
 
-On a CPU, where some take more steps than others: the more there are, the longer the shorter ones wait. On a
-TPU, of convolutions: compiled for 16 v5e chips, 64 runs of LeNet with 10 clients a round take 93.9 million
-cycles and 772 MiB a chip where the four runs of a chip lie side by side, and 58.2 million and 211 MiB where
-they follow one another.
+Compiled for 16 v5e chips, 64 runs of LeNet with 10 clients a round take 93.9 million cycles and 772 MiB a
+chip where the four runs of a chip lie side by side, and 58.2 million and 211 MiB where they follow one
+another.
 """
 
 
-def _layout(setup: Setup, mesh: Mesh, each: int) -> tuple[int, int | None]:
+def _layout(setups: Sequence[Setup], mesh: Mesh, each: int) -> tuple[int, int | None]:
     """(runs side by side at most, clients of each side by side; None: as many as alone).
 
     Args:
-      setup: of one of the runs.
+      setups: of the runs.
       mesh: the devices.
       each: runs of a device.
     """
-    platform = platform_of(mesh)
+    setup, platform = setups[0], platform_of(mesh)
     if platform == "tpu" and setup.model.convolves:
         alone = has_deep_convolutions(setup.model)
         return (1 if alone else min(each, max(1, _LANES // setup.wave))), None
@@ -670,10 +671,18 @@ def _layout(setup: Setup, mesh: Mesh, each: int) -> tuple[int, int | None]:
         return each, None
     if setup.model.convolves:  # convolutions of several clients are slower there
         return 1, None
-    if setup.config.execution.wave is not None or not setup.trainer.ragged:
+    if setup.config.execution.wave is not None or not any(one.trainer.ragged for one in setups):
         return each, None
-    side = min(each, _LANES)
-    return side, min(setup.wave, max(1, _LANES // side))
+    local, params = setup.config.local, setup.model.num_params()
+    works = [waves.Work.of(one.counts, local, params) for one in setups[:each]]
+    steps = [work.cohorts(setup.cohort_size) for work in works]
+
+    def seconds(layout: tuple[int, int]) -> float:
+        side, wave = layout
+        return waves.rounds_seconds(steps, 1, wave, works[0].flops, side)
+
+    sides = [side for side in waves.widths(each) if each % side == 0]
+    return min(itertools.product(sides, waves.widths(min(10, setup.cohort_size))), key=seconds)
 
 
 def _round_of(members: Sequence[Simulation], wave: int | None) -> tuple[Round, _Shape]:

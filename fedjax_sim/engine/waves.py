@@ -7,7 +7,9 @@ speed only.
 
 # ruff: noqa: F722 - shapes in annotations, such as "K ...", are no expressions of Python
 
+import dataclasses
 import heapq
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -159,3 +161,75 @@ def padding_waste(
         whole, rest = np.divmod(local.steps, per_epoch)
         wanted = np.where(counts > 0, whole * counts + np.minimum(rest * batch, counts), 0).sum(-1)
     return done / np.maximum(wanted, 1)
+
+
+# --- how wide ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """What clients of a network of dense layers have to do on a CPU.
+
+    Attributes:
+      steps: i64[N], of each client in a round.
+      flops: floating-point operations of a step of one client.
+    """
+
+    steps: np.ndarray
+    flops: float
+
+    @classmethod
+    def of(cls, counts: np.ndarray, local: LocalConfig, params: int) -> "Work":
+        """Of clients with `counts` samples, i64[N], who train so many parameters."""
+        return cls(steps_of(counts, local), 6.0 * local.batch_size * params)
+
+    def seconds(self, cohort_size: int, devices: int, width: int) -> float:
+        """Of a round in waves of `width`, roughly: see `rounds_seconds`."""
+        return rounds_seconds([self.cohorts(cohort_size)], devices, width, self.flops)
+
+    def cohorts(self, size: int) -> np.ndarray:
+        """Steps of some cohorts, i64[8, K], the same in each call; who is drawn in a run does not count."""
+        rng = np.random.default_rng(0)
+        return np.stack([rng.choice(self.steps, size, replace=size > len(self.steps)) for _ in range(8)])
+
+
+def step_seconds(lanes: int, flops: float) -> float:
+    """Seconds of a step of so many clients side by side on a CPU device, roughly.
+
+    What starting a step's kernels takes, and what each client adds: several small products as one are slower
+    than one of them. By rounds of six MLPs, of 36 thousand to 5.7 million operations a step and 1 to 10 lanes
+    (Intel Xeon, one core, jaxlib 0.10.1); off by up to two there, and in the order of widths by few per cent.
+
+    Args:
+      lanes: clients side by side.
+      flops: floating-point operations of a step of one.
+    """
+    each = 5e-6 + flops / 60e9 if lanes == 1 else 3e-6 + flops / 30e9
+    return 12e-6 + lanes * each
+
+
+def rounds_seconds(
+    cohorts: Sequence[np.ndarray], devices: int, width: int, flops: float, side: int = 1
+) -> float:
+    """Seconds of a round of each of some runs, roughly, `side` of them side by side.
+
+    Args:
+      cohorts: i64[R, K] of each run, steps of the slots in R rounds.
+      devices: D of each run.
+      width: L, lanes of a wave of each run.
+      flops: of a step of one client.
+      side: runs of a block, of which the waves run beside one another.
+    """
+    steps = np.stack(cohorts)
+    runs, rounds, slots = steps.shape
+    flat = steps.reshape(runs * rounds, slots)
+    waves = make_plans(flat, devices, width, beside=side > 1).wave_steps.reshape(runs, rounds, devices, -1)
+    spare = -runs % side
+    blocks = np.concatenate([waves, np.zeros((spare, *waves.shape[1:]), waves.dtype)])
+    longest = blocks.reshape(-1, side, *waves.shape[1:]).max(1)  # of each block, [blocks, R, D, W]
+    return float(longest.sum((0, 3)).max(1).mean()) * step_seconds(side * width, flops)
+
+
+def widths(most: int) -> list[int]:
+    """Widths worth looking at, the widest first."""
+    return sorted({width for width in (1, 2, 5) if width < most} | {most}, reverse=True)

@@ -16,7 +16,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples, as_dataset, as_partition
 from fedjax_sim.data.partition_files import check_partition
-from fedjax_sim.engine import debugging, hosts, placement
+from fedjax_sim.engine import debugging, hosts, placement, waves
 from fedjax_sim.engine.clients import make_optimizer
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import calibration, contract, diagnostics
@@ -90,7 +90,8 @@ def prepare(
             calibration.Case(model, task, config, partition.sizes(), mesh)
         )
         config = replace(config, execution=execution)
-    wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh)
+    work = waves.Work.of(partition.sizes(), config.local, model.num_params())
+    wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh, work)
     model = replace(model, conv=conv)
     makes = Context if began is None else partial(Prolonged, began=began)
     context = makes(

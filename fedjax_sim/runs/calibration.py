@@ -78,7 +78,8 @@ class Case:
     @functools.cached_property
     def layouts(self) -> tuple[Layout, ...]:
         """The default, then the others."""
-        return step_times.layouts(self.config.execution, self.model, self.cohort_size, self.mesh)
+        work = waves.Work.of(self.counts, self.config.local, self.model.num_params())
+        return step_times.layouts(self.config.execution, self.model, self.cohort_size, self.mesh, work)
 
     @functools.cached_property
     def uneven(self) -> bool:

@@ -16,6 +16,7 @@ from fedjax_sim.config import EvaluationConfig, ExecutionConfig, ModelConfig
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.waves import Work
 
 
 def test_a_mesh_has_one_axis_and_as_many_devices_as_asked_for():
@@ -47,6 +48,21 @@ def test_defaults_of_the_cpu():
     assert placement.speed_defaults(ExecutionConfig(wave=2), lenet, 100, mesh) == (2, "patches")
     assert placement.speed_defaults(auto, mlp, 100, mesh)[0] == 10
     assert placement.speed_defaults(auto, mlp, 3, mesh)[0] == 2
+
+
+def test_waves_of_unequal_clients_are_as_narrow_as_pays():
+    auto, mesh = ExecutionConfig(), placement.make_mesh(1)
+    mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
+    unequal, equal = np.where(np.arange(100) % 10, 3, 60), np.full(100, 3)
+
+    def width(steps, flops, **chosen):
+        asked = dataclasses.replace(auto, **chosen)
+        return placement.speed_defaults(asked, mlp, 20, mesh, Work(steps, flops))[0]
+
+    assert width(unequal, 5e6) == 1  # waiting for the longest costs more than starting more steps
+    assert width(unequal, 1e3) == 10  # and less
+    assert width(equal, 5e6) == 10
+    assert width(unequal, 5e6, wave=4) == 4
 
 
 def test_what_the_user_chose_is_taken_but_no_wave_is_wider_than_a_devices_share():

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_sim.config import LocalConfig
-from fedjax_sim.engine.waves import in_order, make_plan, padding_waste, steps_of
+from fedjax_sim.engine.waves import (
+    in_order,
+    make_plan,
+    make_plans,
+    padding_waste,
+    rounds_seconds,
+    step_seconds,
+    steps_of,
+)
 
 SIZES = st.lists(st.integers(0, 60), min_size=1, max_size=30).map(np.array)
 
@@ -166,3 +174,39 @@ def test_padding_waste_counts_what_a_loop_counts(counts, devices, width, local):
     waste = padding_waste(counts, plan, config, width)
     assert waste == pytest.approx(done / max(wanted, 1))
     assert wanted == 0 or waste >= 1
+
+
+def seconds_by_hand(cohorts, devices, width, flops, side):
+    """`rounds_seconds` of runs one after another, plan by plan."""
+    total = 0.0
+    for start in range(0, len(cohorts), side):
+        block = cohorts[start : start + side]
+        for number in range(len(block[0])):
+            plans = [make_plan(run[number], devices, width, beside=side > 1).wave_steps for run in block]
+            total += np.max(plans, 0).reshape(devices, -1).sum(1).max() / len(block[0])
+    return total * step_seconds(side * width, flops)
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
+def test_seconds_of_runs_side_by_side_are_those_of_the_longest(runs, rounds, slots, width, side):
+    rng = np.random.default_rng(runs * 100 + rounds * 10 + slots)
+    cohorts = [rng.integers(0, 30, (rounds, slots)) for _ in range(runs)]
+    found = rounds_seconds(cohorts, 1, width, 1e6, side)
+    assert found == pytest.approx(seconds_by_hand(cohorts, 1, width, 1e6, side))
+
+
+def test_seconds_of_several_devices_are_those_of_the_one_with_most():
+    cohort = np.array([[9, 1, 1, 1]])  # 9 and 1 here, and 1 and 1 there
+    assert rounds_seconds([cohort], 2, 1, 0.0) == pytest.approx(10 * step_seconds(1, 0.0))
+
+
+def test_plans_of_several_rounds_are_those_of_each():
+    rng = np.random.default_rng(0)
+    for devices, width, beside in [(1, 1, False), (1, 1, True), (3, 2, False), (2, 4, True)]:
+        steps = rng.integers(0, 9, (5, 7))
+        steps[2] = 4
+        plans = make_plans(steps, devices, width, beside=beside)
+        for number, own in enumerate(steps):
+            one = make_plan(own, devices, width, beside=beside)
+            for name in ("slot_of_place", "place_of_slot", "wave_steps"):
+                np.testing.assert_array_equal(getattr(plans, name)[number], getattr(one, name))
