@@ -53,14 +53,14 @@ def test_defaults_of_the_cpu():
 def test_waves_of_unequal_clients_are_as_narrow_as_pays():
     auto, mesh = ExecutionConfig(), placement.make_mesh(1)
     mlp = models.create("mlp", (4, 4, 1), 3, hidden=())
-    unequal, equal = np.where(np.arange(100) % 10, 3, 60), np.full(100, 3)
+    unequal, alike, equal = (np.where(np.arange(100) % 10, 3, most) for most in (60, 5, 3))
 
     def width(steps, flops, **chosen):
         asked = dataclasses.replace(auto, **chosen)
         return placement.speed_defaults(asked, mlp, 20, mesh, Work(steps, flops))[0]
 
     assert width(unequal, 5e6) == 1  # waiting for the longest costs more than starting more steps
-    assert width(unequal, 1e3) == 10  # and less
+    assert width(alike, 1e3) == 10  # and less
     assert width(equal, 5e6) == 10
     assert width(unequal, 5e6, wave=4) == 4
 

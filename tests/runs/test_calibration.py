@@ -223,9 +223,10 @@ def test_lanes_that_wait_for_a_larger_client_count():
     epochs = fs.LocalConfig(epochs=1, batch_size=16)
     uneven = case_of(dataclasses.replace(CONFIG, partition=sizes, local=epochs))
     assert uneven.work(1) < uneven.work(2) < uneven.work(4)
-    entry = entry_of(uneven, wave_2=0.5)
-    ratios = calibration.judged(uneven, entry)[1]
-    more = uneven.work(2) / uneven.work(4)
+    default = uneven.layouts[0]
+    assert default.wave == 1  # as waiting costs more than starting more steps
+    ratios = calibration.judged(uneven, entry_of(uneven, wave_2=0.5))[1]
+    more = uneven.work(2) / uneven.work(default.wave)
     np.testing.assert_allclose(ratios[Layout(2, "patches")], 0.5 * more)
 
 
