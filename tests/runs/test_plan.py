@@ -112,9 +112,11 @@ def test_the_estimate_of_a_round_is_near_what_xla_says(algorithm):
 
 def test_smaller_waves_and_batches_take_less():
     size = lambda plan: sum(part.total for part in plan.parts if part.when == "round")  # noqa: E731
-    full = size(planning.plan(config()))
-    assert size(planning.plan(config(execution=ExecutionConfig(devices=2, wave=1)))) < full
-    assert size(planning.plan(config(local=LocalConfig(epochs=1, batch_size=4)))) < full
+    wide, narrow = (ExecutionConfig(devices=2, wave=wave) for wave in (4, 1))
+    full = size(planning.plan(config(execution=wide)))
+    assert size(planning.plan(config(execution=narrow))) < full
+    fewer = LocalConfig(epochs=1, batch_size=4)
+    assert size(planning.plan(config(execution=wide, local=fewer))) < full
 
 
 def test_a_checkpoint_counts_where_one_is_written(tmp_path):
