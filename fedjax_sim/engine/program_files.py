@@ -5,7 +5,8 @@ among the exchanges of a program (they share a resource, which is written down b
 that is loaded, those of one computation keep it, but a loop or branch that exchanges has lost its place among
 the exchanges beside it. Two devices may then wait in two different ones, for ever, or the process dies. We
 saw both with jaxlib 0.10.1 and 0.12.0.1, four devices, at the first or second load; never where all exchanges
-of a computation are its own. So only programs are kept that have no loop or branch beside another exchange.
+of a computation are its own (jaxlib 0.10.1: 22 further starts of five methods, 17 programs each, on two and
+four devices). So only programs are kept that have no loop or branch beside another exchange.
 
 A file is written whole or not at all, and one that cannot be read is as none.
 """
