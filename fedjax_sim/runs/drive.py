@@ -61,6 +61,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
                 first = simulation.round + 1
                 drive.take(first, simulation.steps(drive.most))
             drive.catch_up()
+            drive.settle()
         result = drive.end()
     if not result.finished:
         raise Interrupted(result) if signal.SIGINT in asked[:1] else Terminated(result)
@@ -174,15 +175,18 @@ class Drive:
             self._save()
 
     def catch_up(self) -> None:
-        """Writes down what is under way, and starts a checkpoint of it, for which `end` waits."""
+        """Writes down what is under way, and starts a checkpoint of it; see `settle`."""
         while self._waiting:
             self._write_all(*self._waiting.pop())
         self._save()
 
-    def end(self) -> Run:
-        """What the run gave, after `catch_up`; a finished one is whole in its folder then."""
+    def settle(self) -> None:
+        """Waits until the checkpoint is on disk."""
         if self._checkpoints is not None:
             self._checkpoints.wait()
+
+    def end(self) -> Run:
+        """What the run gave, after `settle`; a finished one is whole in its folder then."""
         result = self._outcome()
         if result.finished:
             self._callbacks.on_end()

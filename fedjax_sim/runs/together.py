@@ -449,6 +449,8 @@ class _Driven:
                 self._step(active)
             for way in list(self._ways):
                 self._try(way, _drive(way).catch_up)
+            for way in list(self._ways):  # all are on their way to the disk by now
+                self._try(way, _drive(way).settle)
         for way in list(self._ways):
             self._try(way, lambda way=way: self._finish(way, bool(asked)))
         if cut := [_drive(way).end() for way in self._ways]:
