@@ -416,10 +416,15 @@ class Group:
         inputs = _stacked([of_member[number] for number in self._seats], limit)
         return dataclasses.replace(inputs, key=self._keys[self._seats])
 
+    @property
+    def side(self) -> int:
+        """Runs side by side on a device, as places are taken now."""
+        each = len(self._seats) // self.mesh.size
+        return max(number for number in range(1, self._most_side + 1) if each % number == 0)
+
     def _program(self) -> CachedJit:
         """The compiled rounds of as many runs as there are places."""
-        each = len(self._seats) // self.mesh.size
-        side = max(number for number in range(1, self._most_side + 1) if each % number == 0)
+        side = self.side
         if side not in self._programs:
             function = Runs(self._family, self._round, self._shape, self.mesh, side)
             donate = self.members[0].setup.config.execution.donate
@@ -618,19 +623,13 @@ def _rows(
 
 def _stacked(runs: Sequence[RoundInputs], limit: int) -> RoundInputs:
     """Inputs of some rounds of each run, leaves [R, …], as one, [S, limit, …]; see `Runs`."""
-
-    def stack(*leaves: Any) -> np.ndarray:
-        out = np.zeros((len(leaves), limit, *leaves[0].shape[1:]), leaves[0].dtype)
-        for place, leaf in enumerate(leaves):
-            out[place, : len(leaf)] = leaf
-        return out
-
-    numbers = runs[0].cohort.round
+    each = [fusing.with_room(one, limit) for one in runs]
+    numbers = each[0].cohort.round
     each = [
-        dataclasses.replace(one, key=None, cohort=dataclasses.replace(one.cohort, round=None)) for one in runs
+        dataclasses.replace(one, key=None, cohort=dataclasses.replace(one.cohort, round=None)) for one in each
     ]
-    all_ = jax.tree.map(stack, *each)
-    return dataclasses.replace(all_, cohort=dataclasses.replace(all_.cohort, round=stack(numbers)[0]))
+    all_ = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    return dataclasses.replace(all_, cohort=dataclasses.replace(all_.cohort, round=numbers))
 
 
 def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:

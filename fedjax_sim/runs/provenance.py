@@ -212,9 +212,9 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-_COMMITS: dict[
-    Path, tuple[float, dict[str, Any] | None]
-] = {}  # what a folder was at, and when it was looked at
+_COMMITS: dict[Path, tuple[float, dict[str, Any] | None]] = {}
+"""When a folder was last looked at, and what git said of it."""
+
 _FRESH = 5.0
 """Seconds in which runs that begin one after another share it."""
 

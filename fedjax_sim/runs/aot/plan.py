@@ -284,10 +284,17 @@ def plan_on(
     if together is None:
         programs = tuple(compiler.programs())
     else:
-        programs = (compiler.several(_group(simulation, together, devices)),)
+        group = _group(simulation, together, devices)
+        programs = (compiler.several(group),)
         once = {part.name for part in data_parts(simulation, platform)} - {TABLES}
-        each = -(-together // len(devices))
-        parts = [part if part.name in once else _times(part, each, together) for part in parts]
+        # Of a device's runs, all are held, and so many are in a round at once. Nothing else is compiled.
+        held, side = -(-together // len(devices)), group.side
+        times = {"always": (held, together), "round": (side, side * group.mesh.size)}
+        parts = [
+            part if part.name in once else _times(part, *times[part.when])
+            for part in parts
+            if part.when in times
+        ]
     there = available(platform) if target.memory is None else target.memory
     conv = setup.model.conv if setup.model.convolves else "none"
     versions = {name: sys.modules[name].__version__ for name in ("jax", "jaxlib")}
@@ -327,5 +334,5 @@ class _Same:
 
 
 def _times(part: Part, each: int, runs: int) -> Part:
-    """A part of each of some runs, of which a device has `each`."""
+    """A part of one run, of `runs` of them, of which a device has `each`."""
     return dataclasses.replace(part, device=part.device * each, total=part.total * runs)
