@@ -45,6 +45,16 @@ def test_gradients_are_those_of_flax(sizes, batch, wave, by):
     assert_close(got, wanted)
 
 
+def test_bfloat16_samples_are_summed_in_float32():
+    """Added one by one in bfloat16 256 + 1 + … + 1 would stay 256."""
+    x = jnp.ones((9, 1), jnp.bfloat16).at[0].set(256)  # 256 + 1 rounds to 256
+    with conv_impl("auto"):
+        pull = jax.grad(lambda kernel: dense_gradients.dot_general(x, kernel, None).sum())
+        got = pull(jnp.zeros((1, 3), jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(got, np.float32), 264)
+
+
 @pytest.mark.parametrize(
     "sizes", [SMALL, pytest.param(LARGE, marks=pytest.mark.slow)], ids=["small", "large"]
 )

@@ -84,11 +84,12 @@ _few.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _outer(x, dy):
-    """As x.T @ dy, sample by sample."""
-    total = x[0][:, None] * dy[0][None]
+    """As x.T @ dy, sample by sample; summed in float32, as a product's kernel does."""
+    wide, deltas = x.astype(jnp.float32), dy.astype(jnp.float32)
+    total = wide[0][:, None] * deltas[0][None]
     for sample in range(1, len(x)):
-        total = total + x[sample][:, None] * dy[sample][None]
-    return total
+        total = total + wide[sample][:, None] * deltas[sample][None]
+    return total.astype(x.dtype)
 
 
 def _by_blocks(dy, kernel):
