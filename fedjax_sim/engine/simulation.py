@@ -108,6 +108,10 @@ class _Start:
         return ServerState(self.held.filled(state), clients, jax.tree.map(jnp.copy, meters), initial)
 
 
+_LARGE = 2**20
+"""Bytes of a state on a device; see `Simulation.release`."""
+
+
 class Keeper(Protocol):
     """Who has a simulation's state while its rounds are part of a larger program."""
 
@@ -132,6 +136,7 @@ class Simulation:
       round: the next round, from 0; also the number of rounds done.
       state: the server's state, on the devices and as they hold it. The initial one is made when it is first
         asked for: of a run that goes on, a checkpoint mostly takes its place.
+      state_bytes: that it takes on a device.
       keeper: who has that state at the moment; None: the simulation itself.
       shapes: of that state, with the rows alone that count.
       shardings: of it.
@@ -160,6 +165,7 @@ class Simulation:
         self.store = DataStore(self.mesh) if store is None else store
         self.keeper: Keeper | None = None
         self._state: ServerState | None = None
+        self._again: Callable[[], ServerState] | None = self._initial_state  # makes `_state` once more
         self._key = self.store.key(run_key(setup.config.seed))
         self._steps, self._trainer = setup.steps, setup.trainer
         even = setup.cohort_size % (setup.devices * setup.wave) == 0
@@ -204,9 +210,9 @@ class Simulation:
         }
         self.program = cached_jit(self.function, self.mesh, **options)
         reason = fusing.wants_the_host(setup, self.feed.kind, on_host=on_host)
-        size = sum(map(share_bytes, jax.tree.leaves(self.abstract_state())))
+        self.state_bytes = sum(map(share_bytes, jax.tree.leaves(self.abstract_state())))
         cut = not all(where.is_fully_replicated for where in jax.tree.leaves(self.shardings))
-        limit = fusing.limit(setup, reason, size, cut=cut)
+        limit = fusing.limit(setup, reason, self.state_bytes, cut=cut)
         several = any(self._followed(number) for number in range(1, min(setup.config.rounds, 1000)))
         self.rounds_per_call = limit if several else 1
         self._pace = fusing.Pace(setup.config.execution.rounds_per_call, self.rounds_per_call)
@@ -245,17 +251,30 @@ class Simulation:
     def state(self) -> ServerState:
         """See the class."""
         if self._state is None:
-            self._state = self._initial_state() if self.keeper is None else self.keeper.state()
+            again = self._again if self.keeper is None else self.keeper.state
+            assert again is not None
+            self._state = again()
         return self._state
 
     @state.setter
     def state(self, state: ServerState) -> None:
-        self._state, self.keeper = state, None
+        self._state, self.keeper, self._again = state, None, None
 
     def kept_by(self, keeper: Keeper, rounds: int) -> None:
         """So many rounds more were done elsewhere, where the state is from now on."""
-        self._state, self.keeper = None, keeper
+        self._state, self.keeper, self._again = None, keeper, None
         self.round += rounds
+
+    def release(self) -> bool:
+        """Lets go of a large state that can be had again: from its keeper, from a checkpoint, as the initial one.
+
+        Returns:
+          Whether it is gone. Small ones stay, since to have one again costs more than to hold it.
+        """
+        gone = self.state_bytes >= _LARGE and (self.keeper is not None or self._again is not None)
+        if gone:
+            self._state = None
+        return gone
 
     def _state_shardings(self) -> ServerState:
         same, cut = placement.replicated(self.mesh), placement.cut(self.mesh)
@@ -302,7 +321,9 @@ class Simulation:
         """The state as it now is; of clients' state on the host it has the rows of `ids`, i32[m]."""
         return self.state if self.client_state is None else self.client_state.placed(self.state, ids)
 
-    def restore(self, state: ServerState, round_index: int) -> None:
+    def restore(
+        self, state: ServerState, round_index: int, again: Callable[[], ServerState] | None = None
+    ) -> None:
         """Continues from a copy of `state` after `round_index` rounds.
 
         Clients' state on the host is not part of it: see `ClientState.load`.
@@ -310,7 +331,14 @@ class Simulation:
         Args:
           state: as it is held, or with the rows alone that count.
           round_index: rounds that it has seen.
+          again: gives it once more, see `release`; None: nobody does.
         """
+        self.state = self._as_held(state)
+        self._again = None if again is None else lambda: self._as_held(again())
+        self.round = round_index
+
+    def _as_held(self, state: ServerState) -> ServerState:
+        """A copy on the devices of a state as it is held, or of the rows alone that count."""
 
         def filled(leaf: Any, wanted: jax.ShapeDtypeStruct) -> Any:
             if leaf.shape == wanted.shape:
@@ -321,8 +349,7 @@ class Simulation:
 
         held = jax.tree.map(filled, state, self.abstract_state())
         # A copy, because device_put may alias what it is given, and the next round overwrites its state.
-        self.state = jax.tree.map(jnp.copy, jax.device_put(held, self.shardings))
-        self.round = round_index
+        return jax.tree.map(jnp.copy, jax.device_put(held, self.shardings))
 
     # --- rounds -------------------------------------------------------------------------------------
 

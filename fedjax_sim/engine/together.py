@@ -365,7 +365,7 @@ class Group:
                 np.int32(count),
             )
         self._states = states
-        held = self._held = _Moment(self, states)
+        held = self._held = _Moment(self, lambda: states)
         fetched = functools.cache(
             lambda: self._pace.timed(count, lambda: jax.device_get(dataclasses.replace(outputs, view=None)))
         )
@@ -459,11 +459,17 @@ class Group:
                 self._seats = [number if number in active else active[0] for number in self._seats]
                 self._place_tables()
             return
-        self._leave(set(self._places) - set(active))
-        self._seats, self._places = seats, {number: place for place, number in enumerate(active)}
-        own = NamedSharding(self.mesh, P(RUNS))
-        states = dict(zip(active, [member.state for member in mine], strict=True))
-        self._states = _stack([states[number] for number in seats], own)
+        # Those that are there have their own for a moment: the old places are gone before there are new ones.
+        self._leave(list(self._places))
+        self._states = self._held = None
+        stack = _Stack(self.mesh, len(seats))
+        self._seats, self._held = seats, _Moment(self, stack.whole)
+        for number in active:
+            member = self.members[number]
+            stack.put(member.state, [place for place, other in enumerate(seats) if other == number])
+            self._places[number] = active.index(number)
+            member.kept_by(_Seat(self._held, self._places[number], member), 0)
+        self._states = stack.whole()
         self._place_tables()
 
     def _leave(self, numbers: Collection[int]) -> None:
@@ -515,9 +521,9 @@ class Group:
 class _Moment:
     """What all places of a group hold between two calls; it ends with the next one."""
 
-    def __init__(self, group: Group, states: ServerState):
-        self._parts = functools.cache(lambda: _by_device(states))
-        self._models = functools.cache(lambda: group.deployed(states))
+    def __init__(self, group: Group, states: Callable[[], ServerState]):
+        self._parts = functools.cache(lambda: _by_device(states()))
+        self._models = functools.cache(lambda: group.deployed(states()))
         self._model_parts = functools.cache(lambda: _by_device(self._models()))
         self._evaluated = functools.cache(lambda: group.evaluated(self._models()))
         self._outcome = functools.cache(lambda: jax.device_get(self._evaluated()))
@@ -632,17 +638,43 @@ def _stacked(runs: Sequence[RoundInputs], limit: int) -> RoundInputs:
     return dataclasses.replace(all_, cohort=dataclasses.replace(all_.cohort, round=numbers))
 
 
-def _stack(states: Sequence[ServerState], where: NamedSharding) -> ServerState:
-    """States of several runs as one, leaves [S, …]."""
+class _Stack:
+    """States of several runs as one, filled run by run: besides it there is one of them at a time."""
 
-    def one(*leaves: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaves[0].dtype, jax.dtypes.prng_key):
-            words = [np.asarray(jax.random.key_data(leaf)) for leaf in leaves]
-            made = jax.random.wrap_key_data(jnp.stack(words), impl=jax.random.key_impl(leaves[0]))
-            return jax.device_put(made, where)
-        return jax.device_put(np.stack([np.asarray(leaf) for leaf in leaves]), where)
+    def __init__(self, mesh: Mesh, places: int):
+        self._mesh, self._each = mesh, places // mesh.size
+        self._parts: list[Any] = [None] * mesh.size
 
-    return jax.tree.map(one, *states)
+    def put(self, state: ServerState, places: Sequence[int]) -> None:
+        """Copies a run's state, leaves […], to some places."""
+        for place in places:
+            number, own = divmod(place, self._each)
+            alone = mesh_of([self._mesh.devices.flat[number]])
+            with jax.set_mesh(alone):
+                here = jax.device_put(state, replicated(alone))
+                part = self._parts[number]
+                self._parts[number] = _spread(here, self._each) if part is None else _put(part, here, own)
+
+    def whole(self) -> ServerState:
+        """All of them, leaves [places, …]."""
+        where = NamedSharding(self._mesh, P(RUNS))
+
+        def one(*parts: jax.Array) -> jax.Array:
+            shape = (self._each * len(parts), *parts[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, where, parts)
+
+        return jax.tree.map(one, *self._parts)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _spread(state: Any, places: int) -> Any:
+    """A state in each of so many places, leaves [places, …]."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (places, *leaf.shape)), state)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(part: Any, state: Any, place: int) -> Any:
+    return jax.tree.map(lambda leaf, new: leaf.at[place].set(new), part, state)
 
 
 _LANES = 10

@@ -279,6 +279,9 @@ class Drive:
             of = (simulation.state, simulation.variables, simulation.shapes, clients)
             self._checkpoints.save(simulation.round, *of)
             self._saved = simulation.round
+            del of
+            if simulation.keeper is not None and simulation.release():  # one copy for all that it keeps
+                self._checkpoints.wait()
         # The whole table comes last.
         if self._journal is not None and self.stopped is None and simulation.round < self._config.rounds:
             self._journal.tabulate()
@@ -312,17 +315,26 @@ def _restored(simulation: Simulation, checkpoints: Checkpoints, folder: Folder) 
         return last
 
     also, there = row_files.of_run(simulation, checkpoints, folder), hosts.on_first(checkpoints.rounds)
-    found = checkpoints.restore(
-        simulation.abstract_state(), simulation.shapes, at_most=hosts.on_first(reached), also=also
-    )
+    shapes = simulation.abstract_state(), simulation.shapes
+    found = checkpoints.restore(*shapes, at_most=hosts.on_first(reached), also=also)
     if found is None:
         if there:
             told = "no checkpoint is left to go on from: the run begins again at its first round"
             warnings.warn(told, stacklevel=2)
         row_files.begin(simulation, folder)
     else:
-        simulation.restore(*found)
+        state, number = found
+        simulation.restore(state, number, functools.partial(_read_again, checkpoints, shapes, number))
     return simulation.round
+
+
+def _read_again(checkpoints: Checkpoints, shapes: tuple[Any, Any], number: int) -> Any:
+    """The state of a round that was read already."""
+    found = checkpoints.restore(*shapes, at_most=number, mend=False)
+    if found is None or found[1] != number:
+        why = f"the checkpoint of round {number} was there, and now cannot be read"
+        raise UserError("output.dir", checkpoints.folder, why, "Let nobody else write there, and resume the run.")
+    return found[0]
 
 
 def _still_stopped(folder: Folder, done: int) -> Stopped | None:

@@ -76,6 +76,8 @@ def new(
         hosts.on_first(folder.check_new)
         simulation = Simulation(setup, store=store)
         _ = simulation.state  # made first: a mistake that shows only here leaves no half-begun run behind
+        if mesh is not None:  # others are opened before its first round
+            simulation.release()
         with folder.writing():
             hosts.on_first(lambda: describe(folder, setup))
             yield Opened(simulation, folder)

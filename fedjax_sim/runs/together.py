@@ -459,6 +459,8 @@ class _Driven:
     def _begin(self, way: _Way) -> None:
         way.drive = way.stack.enter_context(Drive(*way.opened, bar=self._bar.part, until=self._until))
         way.drive.begin()
+        if self._group is not None:
+            way.opened.simulation.release()
 
     def _behind(self) -> list[_Way]:
         """The runs that have done the fewest rounds, of those that are not at their end."""
