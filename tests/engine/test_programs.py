@@ -293,7 +293,7 @@ NINE = [*THREE, "fedprox", "fednova", "fedexp", "fedasam", "fedmut", "feddyn"]
 
 @pytest.mark.parametrize("methods", [THREE, pytest.param(NINE, marks=pytest.mark.slow)], ids=len)
 def test_a_study_compiles_its_round_once_for_a_method_and_a_shape(methods):
-    """As a sweep goes: seed by seed, partition by partition. The four partitions of 50 clients have two shapes.
+    """As a sweep goes: seed by seed, partition by partition. Four partitions of 50 clients have two shapes.
 
     Clients of IID and shards are nearly equal and take equally many steps, those of both Dirichlet skews not.
     """
