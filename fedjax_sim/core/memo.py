@@ -20,8 +20,12 @@ _Made = TypeVar("_Made")
 SHIPPED = {__name__.partition(".")[0], "builtins", "flax", "jax", "jaxlib", "numpy", "optax"}
 """Packages whose code stays as it is while a process runs; one's own may be added."""
 
-MAX_KEPT = 128
-"""How many things are kept, the last ones that were asked for."""
+MAX_KEPT = 256
+"""How many things are kept, the last ones that were asked for.
+
+A method and shape has five or so, the programs of its round among them, and a sweep comes back to each with
+every seed: room for ten methods on four partitions. A round's programs take about 10 MiB.
+"""
 
 _KEPT: OrderedDict[Hashable, Any] = OrderedDict()
 _LOADED: dict[str, Any] = {}  # name of a module of this package -> its specification when last seen

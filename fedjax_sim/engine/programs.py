@@ -181,7 +181,7 @@ def _pack(args: Any) -> tuple[_Packing, np.ndarray, Any]:
 
 
 _RECENT: OrderedDict[Any, jax.stages.Compiled] = OrderedDict()
-MAX_CACHED = 64
+MAX_CACHED = 128
 _ON_DISK = "jax_enable_compilation_cache"
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from fedjax_sim import algorithms, data, models
@@ -90,7 +91,10 @@ def prepare(
             calibration.Case(model, task, config, partition.sizes(), mesh)
         )
         config = replace(config, execution=execution)
-    work = waves.Work.of(partition.sizes(), config.local, model.num_params())
+    steps, sizes = waves.steps_of(partition.sizes(), config.local), partition.sizes()
+    if execution.wave is None and not model.convolves and len(np.unique(steps)) > 1:
+        sizes = _typical_sizes(dataset, config, partition)
+    work = waves.Work.of(sizes, config.local, model.num_params())
     wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh, work)
     model = replace(model, conv=conv)
     makes = Context if began is None else partial(Prolonged, began=began)
@@ -134,6 +138,24 @@ def prepare(
             mesh=mesh,
         )
     return setup
+
+
+def _typical_sizes(dataset: Samples, config: RunConfig, partition: Partition) -> np.ndarray:
+    """i64[N], what clients hold if seed 0 draws who holds what: all seeds are laid out alike, as one program.
+
+    Where the configuration does not say how `partition` was drawn, what its clients hold.
+    """
+    own, asked = partition.sizes(), config.partition
+    said = asked.kind != "file" and asked.kind == partition.recipe.get("kind")
+    if not said or asked.seed is not None or config.seed == 0:
+        return own
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            drawn = data.partition(dataset, asked, 0, config.initial.put_aside).sizes()
+    except UserError:  # seed 0 may have no luck
+        return own
+    return drawn if len(drawn) == len(own) else own
 
 
 def _model(config: RunConfig, dataset: Samples, given: Any, dtype: str) -> Model:

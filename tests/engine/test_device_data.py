@@ -15,7 +15,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.rng import run_key
 from fedjax_sim.data import Partition, PartitionConfig, load, partition
 from fedjax_sim.engine import placement
-from fedjax_sim.engine.clients import Lanes, _orders, shuffled
+from fedjax_sim.engine.clients import Lanes, _orders, argsort, shuffled
 from fedjax_sim.engine.device_data import DataStore, Rows, abstract, order_lengths, sample_table
 from tests import oracles
 
@@ -66,6 +66,34 @@ def test_seeds_of_a_dirichlet_sweep_find_the_same_shapes():
         assert len(shapes) == 1
 
 
+def test_seeds_and_skews_of_a_dirichlet_sweep_find_the_same_lengths():
+    """Of 100 clients the largest may hold more than four times the mean, or less."""
+    sizes = [
+        partition(DIGITS, PartitionConfig("dirichlet", clients=100, alpha=alpha, min_size=1), seed).sizes()
+        for alpha in (0.1, 0.3)
+        for seed in range(6)
+    ]
+    assert min(s.max() for s in sizes) < 64 < max(s.max() for s in sizes)
+    assert {order_lengths(s) for s in sizes} == {(32, 64, 512)}
+
+
+def test_nearly_equal_clients_are_ordered_at_little_more_than_their_size():
+    for kind, clients, length in (("iid", 140, 12), ("shards", 50, 32), ("pathological", 100, 16)):
+        own = [partition(DIGITS, PartitionConfig(kind, clients=clients), seed).sizes() for seed in range(6)]
+        assert {order_lengths(sizes) for sizes in own} == {(length,)}
+    assert order_lengths(np.array([16, 16, 18])) == (20,)
+    assert order_lengths(np.array([16, 16, 22])) == order_lengths(np.array([10, 18, 18])) == (32, 64)
+
+
+def test_a_long_last_length_is_taken_only_where_it_is_needed():
+    """Every client beside another has as much room as the last length."""
+    sizes = np.full(1000, 5000)
+    sizes[0] = 20_000
+    assert order_lengths(sizes)[-1] == 32_768
+    sizes[0] = 40_000
+    assert order_lengths(sizes)[-1] == 65_536
+
+
 def test_clients_of_one_size_are_ordered_at_just_that():
     assert order_lengths(np.full(9, 18)) == (18,)
     assert order_lengths(np.array([0, 0])) == (1,)
@@ -80,7 +108,7 @@ def test_the_last_length_holds_every_client_and_no_more_than_all(counts):
     assert len(lengths) <= 8
 
 
-@pytest.mark.parametrize("largest", [0, 1, 32, 33, 128, 500])
+@pytest.mark.parametrize("largest", [0, 1, 32, 33, 64, 128, 500])
 def test_orders_are_the_same_at_whatever_length_they_are_computed(largest):
     counts = np.array([largest, largest // 2, min(largest, 1)], np.int32)
     keys = jax.random.split(run_key(3), 3)
@@ -89,11 +117,23 @@ def test_orders_are_the_same_at_whatever_length_they_are_computed(largest):
         client_state=None, ids=jnp.arange(3), counts=jnp.asarray(counts), weights=nothing, keys=keys
     )
     epochs = jnp.array([0, 1, 2], jnp.int32)
-    orders = np.asarray(_orders(lanes, epochs, (32, 128, 512)))
+    orders = np.asarray(_orders(lanes, epochs, (32, 64, 128, 512)))
     assert orders.shape == (3, 512)
     for lane, count in enumerate(counts):
-        wanted = shuffled(keys[lane], epochs[lane], jnp.int32(count), 512)[:count]
-        np.testing.assert_array_equal(orders[lane, :count], wanted)
+        for length in (count, 512):
+            wanted = shuffled(keys[lane], epochs[lane], jnp.int32(count), max(length, 1))[:count]
+            np.testing.assert_array_equal(orders[lane, :count], wanted)
+
+
+@pytest.mark.parametrize("length", [1, 2, 13, 32, 64, 65])
+def test_numbers_are_put_in_order_as_a_stable_sort_does_it(length):
+    rng = np.random.default_rng(length)
+    for below in (2, 5, 2**32):  # many that are equal, and hardly any
+        drawn = rng.integers(0, below, length, dtype=np.uint32)
+        drawn[: length // 4] = 0xFFFFFFFF
+        order = argsort(jnp.asarray(drawn))
+        assert order.dtype == np.int32
+        np.testing.assert_array_equal(order, np.argsort(drawn, kind="stable"))
 
 
 def test_an_array_is_placed_once_and_a_plan_places_none():

@@ -281,6 +281,42 @@ def test_the_model_is_drawn_by_one_program_for_all_methods():
     jax.tree.map(np.testing.assert_array_equal, drawn[0], drawn[2])
 
 
+UNLIKE = (
+    {"kind": "iid"},
+    {"kind": "shards"},
+    {"kind": "dirichlet", "alpha": 0.1, "min_size": 1},
+    {"kind": "dirichlet", "alpha": 0.3, "min_size": 1},
+)
+THREE = ["fedavg", "scaffold", "fedmr"]
+NINE = [*THREE, "fedprox", "fednova", "fedexp", "fedasam", "fedmut", "feddyn"]
+
+
+@pytest.mark.parametrize("methods", [THREE, pytest.param(NINE, marks=pytest.mark.slow)], ids=len)
+def test_a_study_compiles_its_round_once_for_a_method_and_a_shape(methods):
+    """As a sweep goes: seed by seed, partition by partition. Four partitions of 50 clients have two shapes.
+
+    Clients of IID and shards are nearly equal and take equally many steps, those of both Dirichlet skews not.
+    """
+    memo.forget()
+    widths = set()
+
+    def study():
+        for seed in range(3):
+            for kind in UNLIKE:
+                for method in methods:
+                    partition = {**kind, "clients": 50}
+                    local = {"epochs": 2, "batch_size": 20, "lr": 0.05}
+                    changes = {"partition": partition, "local": local, "cohort": {"size": 10}, "seed": seed}
+                    simulation = Simulation(from_dict({**BASE, **changes, "algorithm": method}))
+                    widths.add((simulation.setup.wave, simulation.setup.trainer.ragged))
+                    for _ in simulation.advance():
+                        pass
+
+    _, lowered = lowered_by(study)
+    assert len(widths) == 2
+    assert len([name for name in lowered if "Round" in name]) == 2 * len(methods)
+
+
 ADAM = {"optimizer": "adam", "lr": 0.1}
 
 
