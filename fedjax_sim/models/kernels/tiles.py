@@ -272,7 +272,7 @@ def _joined(*parts):
 def _written(*parts):
     """As `_joined`, of arrays of one shape, written one by one into one array.
 
-    XLA's CPU backend then computes what made them once, and takes a third of the time to write them.
+    XLA's CPU backend then computes what made them once, and takes half the time or less to write them.
     """
     *lead, width = parts[0].shape
     out = jnp.zeros((*lead, len(parts) * width), parts[0].dtype)
