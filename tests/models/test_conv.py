@@ -101,6 +101,17 @@ def test_patches_of_any_geometry(data):
     assert_same(with_gradients(call, x, k), by_hand(x, k, strides, padding))
 
 
+def test_patches_are_written_in_place_on_a_cpu_and_joined_in_one_elsewhere():
+    geometry = tiles.Geometry((1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+    at = tiles.layout((2, 14, 14, 6), (5, 5, 6, 16), geometry, (2, 2))
+    patches = jax.jit(lambda x: tiles._to_patches(x, geometry, at)).trace(*arrays((2, 14, 14, 6)))
+    for platform, joined in (("cpu", False), ("cuda", True)):
+        program = patches.lower(lowering_platforms=(platform,)).as_text()
+        assert ("concatenate" in program) is joined
+    parts = arrays(*[(3, 5, 4)] * 3)
+    np.testing.assert_array_equal(tiles._written(*parts), tiles._joined(*parts))
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_winograd_of_any_geometry(data):
