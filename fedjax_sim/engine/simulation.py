@@ -266,7 +266,7 @@ class Simulation:
         self.round += rounds
 
     def release(self) -> bool:
-        """Lets go of a large state that can be had again: from its keeper, from a checkpoint, as the initial one.
+        """Lets go of a large state that can be had again: from its keeper, a checkpoint, or the seed.
 
         Returns:
           Whether it is gone. Small ones stay, since to have one again costs more than to hold it.

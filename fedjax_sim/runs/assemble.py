@@ -92,7 +92,8 @@ def prepare(
         )
         config = replace(config, execution=execution)
     steps, sizes = waves.steps_of(partition.sizes(), config.local), partition.sizes()
-    if execution.wave is None and not model.convolves and len(np.unique(steps)) > 1:
+    on_cpu = placement.platform_of(mesh) == "cpu"
+    if on_cpu and execution.wave is None and not model.convolves and len(np.unique(steps)) > 1:
         sizes = _typical_sizes(dataset, config, partition)
     work = waves.Work.of(sizes, config.local, model.num_params())
     wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh, work)

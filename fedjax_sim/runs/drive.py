@@ -333,7 +333,7 @@ def _read_again(checkpoints: Checkpoints, shapes: tuple[Any, Any], number: int) 
     found = checkpoints.restore(*shapes, at_most=number, mend=False)
     if found is None or found[1] != number:
         why = f"the checkpoint of round {number} was there, and now cannot be read"
-        raise UserError("output.dir", checkpoints.folder, why, "Let nobody else write there, and resume the run.")
+        raise UserError("output.dir", checkpoints.folder, why, "Resume the run.")
     return found[0]
 
 

@@ -12,11 +12,13 @@ import pytest
 import fedjax_sim as fs
 from fedjax_sim import runs
 from fedjax_sim.core.errors import NotWritten, UserError
+from fedjax_sim.engine import simulation
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.simulation import NonFiniteUpdate
-from fedjax_sim.engine.together import Group
+from fedjax_sim.engine.together import Group, _Stack
 from fedjax_sim.runs import opening, parts, together
 from fedjax_sim.runs.assemble import prepare
+from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.plan import plan
 
 A = fs.algorithms
@@ -253,6 +255,39 @@ def test_a_group_that_was_cut_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         assert keyed(one) == keyed(other)
         jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
     assert [run.rounds for run in fs.run_many(pieces)] == [7, 7, 7]  # finished: they are only loaded
+
+
+@pytest.mark.parametrize("name", ["scaffold", "fedmr"])
+def test_large_states_are_held_once(name, tmp_path, monkeypatch):
+    """Begun, cut, gone on with or saved: besides the group's there is the state of one run at most."""
+    monkeypatch.setattr(simulation, "_LARGE", 0)
+    configs = seeds(3, algorithm=A.CONFIGS[name]())
+    wanted = fs.run_many(configs)
+    groups, own, put, save = groups_of(monkeypatch), [], _Stack.put, Checkpoints.save
+
+    def count():
+        own.append(sum(member._state is not None for member in groups[-1][2].members))
+
+    def noted(self, state, places):
+        put(self, state, places)
+        count()
+
+    def saved(self, *args):
+        save(self, *args)
+        count()
+
+    monkeypatch.setattr(_Stack, "put", noted)
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    pieces = [of(one, output={"dir": str(tmp_path / str(one.seed))}) for one in configs]
+    with monkeypatch.context() as patch:
+        cut(patch, 3)
+        with pytest.raises(runs.Terminated):
+            fs.run_many(pieces)
+    found = fs.run_many(pieces)
+    assert len(own) > 12 and set(own) == {1}
+    for one, other in zip(wanted, found, strict=True):
+        assert keyed(one) == keyed(other)
+        jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
 
 
 def test_a_run_of_a_group_is_resumed_alone(tmp_path, monkeypatch):
