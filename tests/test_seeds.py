@@ -1,6 +1,7 @@
 """The study of seeds: what it takes from runs, and what it makes of it."""
 
 import csv
+import io
 import json
 import re
 
@@ -59,6 +60,39 @@ def test_accuracies_are_those_of_the_runs_in_folders_and_packed(tmp_path):
     (tmp_path / "out/runs.json").unlink()
     (tmp_path / "out/runs.parquet").unlink()
     assert survival.collect(small) is None
+
+
+def test_a_method_of_which_a_run_diverged_is_left_out_and_told(tmp_path):
+    small = sweep_files.from_mapping(
+        {
+            "base": {
+                "rounds": 2,
+                "partition": {"clients": 4},
+                "model": {"name": "mlp", "options": {"hidden": [4]}},
+                "local": {"epochs": 1},
+                "evaluation": {"every": 1},
+                "output": {"checkpoint_every": 0, "tensorboard": False, "figures": False, "progress": False},
+            },
+            "methods": {"sound": {"local.lr": 0.01}, "wild": {"local.lr": 1e38}},
+            "seeds": [3, 4],
+            "out": str(tmp_path / "out"),
+        }
+    )
+    sweep.run(small)
+    found = survival.collect(small)
+    assert found is not None
+    with io.StringIO(survival.comma_separated(found[0])) as file:
+        rows = list(csv.DictReader(file))
+    assert (
+        sorted((row["method"], row["diverged"]) for row in rows) == [("sound", "")] * 2 + [("wild", "1")] * 2
+    )
+    methods, scores = survival.scores_of(rows, small.last_k)
+    assert methods == ["sound"] and scores["end"].shape == (1, 2)
+    assert "**wild is left out**: 2 of its 2 runs diverged" in survival.told_of_diverged(rows)
+    assert "in round 1, 1)" in survival.told_of_diverged(rows)
+    (tmp_path / "out/sweep.json").unlink()
+    with pytest.raises(UserError, match="2 of 4 runs are not finished"):
+        survival.collect(small)
 
 
 def accuracies(path):

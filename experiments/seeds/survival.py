@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,25 +66,47 @@ MADE_WITH = ("versions", "platform", "cpu", "devices", "git", "data")
 def collect(sweep: Sweep) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     """Accuracies of all runs of a sweep, and what they were made with; None if none of them is there.
 
+    A run that diverged has none.
+
     Raises:
-      UserError: some are there, and others are not.
+      UserError: some are there, and others neither are nor have diverged.
     """
     there = [Folder(str(job.config.output.dir)) for job in sweep.jobs]
     done = [place.started and place.finished for place in there]
     if not any(done):
         return None
-    if not all(done):
-        why = f"{done.count(False)} of {len(done)} runs are not finished"
+    diverged = _diverged(sweep)
+    missing = [
+        job for job, finished in zip(sweep.jobs, done, strict=True)
+        if not finished and (job.method, job.seed) not in diverged
+    ]  # fmt: skip
+    if missing:
+        why = f"{len(missing)} of {len(done)} runs are not finished"
         raise UserError("study", str(sweep.out), why, "Start the sweep again; it does what is missing.")
     rows, wall, cpu, made = [], 0.0, 0.0, {}
     for job, place in zip(sweep.jobs, there, strict=True):
         run = runs.load(place.path)
-        numbers, values = run.metrics.series(sweep.metric)
-        rows.append({"method": job.method, "seed": job.seed} | _named(numbers, values))
+        row = {"method": job.method, "seed": job.seed}
+        if (job.method, job.seed) in diverged:
+            rows.append(row | {"diverged": diverged[job.method, job.seed]})
+        else:
+            rows.append(row | _named(*run.metrics.series(sweep.metric)))
         wall, cpu = wall + run.seconds, cpu + (run.cpu_seconds or 0.0)
         made = made or {key: place.records.provenance()[key] for key in MADE_WITH}
     made |= {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "runs": len(rows)}
     return rows, made
+
+
+def _diverged(sweep: Sweep) -> dict[tuple[str, int], str]:
+    """By method and seed, in which round a run's updates ceased to be finite; of the sweep's last start."""
+    path = Path(str(sweep.out)) / "sweep.json"
+    jobs = json.loads(path.read_text())["jobs"] if path.is_file() else []
+    found = {}
+    for job in jobs:
+        told = re.match(r"NonFiniteUpdate: .* in round (\d+) ", job["failure"] or "")
+        if told:
+            found[job["method"], job["seed"]] = told[1]
+    return found
 
 
 def _named(rounds: np.ndarray, values: np.ndarray) -> dict[str, float]:
@@ -91,11 +114,12 @@ def _named(rounds: np.ndarray, values: np.ndarray) -> dict[str, float]:
 
 
 def scores_of(rows: Sequence[dict[str, Any]], last_k: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """-> the methods, and for each way to report a run f64[M, S]."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    """-> the methods of which no run diverged, and for each way to report a run f64[M, S]."""
+    left_out = {row["method"] for row in rows if row.get("diverged")}
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method not in left_out]
     seeds = sorted({int(row["seed"]) for row in rows})
     known = {(row["method"], int(row["seed"])): row for row in rows}
-    rounds = [name for name in rows[0] if name.startswith("round ")]
+    rounds = list(dict.fromkeys(name for row in rows for name in row if name.startswith("round ")))
     curves = np.array([[[float(known[m, s][r]) for r in rounds] for s in seeds] for m in methods])
     return methods, {"end": curves[:, :, -last_k:].mean(2), "best round": curves.max(2)}
 
@@ -135,11 +159,30 @@ def tables(
     return shares, pairs
 
 
+def told_of_diverged(rows: Sequence[dict[str, Any]]) -> str:
+    """A paragraph on methods that are left out; nothing if there are none."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row.get("diverged")):
+        own = [row for row in rows if row["method"] == method]
+        ended = sorted(int(row["diverged"]) for row in own if row["diverged"])
+        where = ", ".join(map(str, ended))
+        lines.append(
+            f"**{method} is left out**: {len(ended)} of its {len(own)} runs diverged (an update was not "
+            f"finite, in round {where}). What such a run should score would be a choice.\n"
+        )
+    return "\n".join(lines)
+
+
 def report(
-    name: str, methods: Sequence[str], scores: dict[str, np.ndarray], draws: int, made: dict[str, Any]
+    name: str,
+    methods: Sequence[str],
+    scores: dict[str, np.ndarray],
+    draws: int,
+    made: dict[str, Any],
+    left_out: str = "",
 ) -> tuple[dict[str, str], Figure]:
     """-> report.md and tables as CSV, by the file's name; the picture. Methods in the order of the truth."""
-    texts, files, drawn = [f"# {TITLES[name]}\n", _cost(made)], {}, None
+    texts, files, drawn = [f"# {TITLES[name]}\n", _cost(made), *filter(None, [left_out])], {}, None
     for kind, values in scores.items():
         order = orderings.order(values)
         names, values = [methods[int(place)] for place in order], values[order]
@@ -282,9 +325,11 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def comma_separated(rows: Sequence[dict[str, Any]]) -> str:
-    """CSV of rows that have the same keys; numbers with six digits."""
+    """CSV of rows, nothing where one lacks a key; numbers with six digits."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        out, list(dict.fromkeys(key for row in rows for key in row)), restval="", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
     return out.getvalue()
@@ -351,7 +396,7 @@ def analyse(name: str, out: Path, sweep: Sweep, draws: int) -> None:
     methods, scores = scores_of(rows, sweep.last_k)
     made = out / "provenance.json"
     known = json.loads(made.read_text()) if made.is_file() else {}
-    files, drawn = report(name, methods, scores, draws, known)
+    files, drawn = report(name, methods, scores, draws, known, told_of_diverged(rows))
     for file, content in files.items():
         _write(out / file, content)
     plots.save(drawn, out / "survival.png")
