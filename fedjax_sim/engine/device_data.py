@@ -167,9 +167,10 @@ def order_lengths(counts: np.ndarray) -> tuple[int, ...]:
 
     A wave takes the shortest that holds its own largest client. They depend on the mean m and, as little as
     can be, on the largest client, so that partitions of other seeds find the same compiled program: clients
-    of equal size have one length, which is theirs, and nearly equal ones (from 7/8 m to 9/8 m) another. For
-    all others there are lengths up to a power of two from 4 m on, and one of 8 times that, up to 2^15, for
-    who is larger still: of Dirichlet partitions mostly one program is found by any seed and any skew.
+    of equal size have one length, which is theirs, and nearly equal ones (from 15/16 m to 17/16 m, as IID
+    splits and shards give) another. For all others there are lengths up to a power of two from 4 m on, and
+    one of 8 times that, up to 2^15, for who is larger still: of Dirichlet partitions mostly one program is
+    found by any seed and any skew.
 
     Args:
       counts: i64[N], training samples of each client.
@@ -178,8 +179,8 @@ def order_lengths(counts: np.ndarray) -> tuple[int, ...]:
     if smallest == counts.max():
         return (largest,)
     below, mean = total // len(counts), -(-total // len(counts))
-    if below - below // 8 <= smallest and largest <= mean + mean // 8:
-        return (rounded_up(mean + mean // 8),)
+    if below - below // 16 <= smallest and largest <= mean + mean // 16:
+        return (rounded_up(mean + mean // 16),)
     whole = 1 << (total - 1).bit_length()  # no client has more
     usual = min(1 << (4 * mean - 1).bit_length(), whole)
     last = max(usual, min(8 * usual, 2**15))
