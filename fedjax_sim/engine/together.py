@@ -464,11 +464,11 @@ class Group:
         self._states = self._held = None
         stack = _Stack(self.mesh, len(seats))
         self._seats, self._held = seats, _Moment(self, stack.whole)
-        for number in active:
+        for first, number in enumerate(active):
             member = self.members[number]
             stack.put(member.state, [place for place, other in enumerate(seats) if other == number])
-            self._places[number] = active.index(number)
-            member.kept_by(_Seat(self._held, self._places[number], member), 0)
+            self._places[number] = first
+            member.kept_by(_Seat(self._held, first, member), 0)
         self._states = stack.whole()
         self._place_tables()
 
