@@ -93,6 +93,8 @@ def run_many(
     """
     if errors not in ("raise", "return"):
         raise UserError("errors", errors, "it is neither raise nor return", "Write one of them.")
+    if isinstance(configs, RunConfig | str | Path):
+        raise UserError("configs", type(configs).__name__, "it is one run", "Give a list, or use fs.run.")
     if jax.process_count() > 1:
         why = "several processes share each run, and runs go side by side in one"
         raise UserError("run_many", jax.process_count(), why, "Start them one after another, with run.")
@@ -129,10 +131,11 @@ def _check_folders(configs: Sequence[RunConfig]) -> None:
         where = config.output.dir
         if where is None:
             continue
-        if str(Path(where).absolute()) in seen:
+        place = str(Path(where).resolve())
+        if place in seen:
             why = "two of the runs have this folder"
             raise UserError("output.dir", where, why, "Give each its own, or none.")
-        seen.add(str(Path(where).absolute()))
+        seen.add(place)
         if _held(config) and (others := differing(Folder(where).path, config)):
             why = f"it holds a run of other settings: {'; '.join(others[:3])}"
             raise UserError("output.dir", where, why, "Remove it, or choose another.")

@@ -328,6 +328,9 @@ def test_folders_are_looked_at_before_anything_runs(tmp_path):
     one = of(rounds=1, output={"dir": str(tmp_path / "a")})
     with pytest.raises(UserError, match="two of the runs have this folder"):
         fs.run_many([one, of(one, seed=1)])
+    again = of(one, seed=1, output={"dir": str(tmp_path / "b" / ".." / "a")})
+    with pytest.raises(UserError, match="two of the runs have this folder"):
+        fs.run_many([one, again])
     fs.run(one)
     with pytest.raises(UserError, match="holds a run of other settings: seed"):
         fs.run_many([of(one, seed=1)])
@@ -364,6 +367,11 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match="several processes share each run"):
         fs.run_many(seeds(2))
+
+
+def test_one_configuration_is_no_list():
+    with pytest.raises(UserError, match="configs = 'RunConfig': it is one run"):
+        fs.run_many(BASE)  # type: ignore[arg-type]
 
 
 def test_no_runs():
