@@ -347,9 +347,7 @@ def _apply(config: RunConfig, changes: Mapping[str, Any], label: str) -> RunConf
     try:
         return set_fields(config, changes)
     except UserError as error:
-        raise UserError(
-            error.field, error.value, f"(of {label!r}) {str(error).split(': ', 1)[-1]}", ""
-        ) from None
+        raise UserError(error.field, error.value, f"(of {label!r}) {error.why}", error.fix) from None
 
 
 def _value(value: Any) -> str:

@@ -48,6 +48,11 @@ def asked(out, **changes):
     }
 
 
+def test_a_misspelt_field_of_a_method_is_told_with_the_method_and_the_way_out(tmp_path):
+    with pytest.raises(UserError, match=r"\(of 'a'\) no such field\. Did you mean algorithm\?$"):
+        sweep.from_mapping(asked(tmp_path, methods={"a": {"algorthm": "fedavg"}}, reference="a"))
+
+
 def test_jobs_are_the_product_and_share_what_a_comparison_shares(tmp_path):
     made = sweep.from_mapping(asked(tmp_path, grid={"partition.alpha": [0.5, 1.0], "local.lr": [0.1]}))
     assert len(made.jobs) == 2 * 2 * 2
