@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -27,8 +28,9 @@ def test_both_sweeps_are_nine_methods_under_64_seeds():
     assert algorithms[0] == algorithms[1]
 
 
-def test_accuracies_are_those_of_the_runs_in_folders_and_packed(tmp_path):
-    small = sweep_files.from_mapping(
+def small_sweep(out, **rates):
+    """Two seeds of a method for each learning rate."""
+    return sweep_files.from_mapping(
         {
             "base": {
                 "rounds": 3,
@@ -38,12 +40,16 @@ def test_accuracies_are_those_of_the_runs_in_folders_and_packed(tmp_path):
                 "evaluation": {"every": 1},
                 "output": {"checkpoint_every": 0, "tensorboard": False, "figures": False, "progress": False},
             },
-            "methods": {"slow": {"local.lr": 0.01}, "fast": {"local.lr": 0.1}},
+            "methods": {method: {"local.lr": rate} for method, rate in rates.items()},
             "seeds": [3, 4],
             "last_k": 2,
-            "out": str(tmp_path / "out"),
+            "out": str(out),
         }
     )
+
+
+def test_accuracies_are_those_of_the_runs_in_folders_and_packed(tmp_path):
+    small = small_sweep(tmp_path / "out", slow=0.01, fast=0.1)
     assert survival.collect(small) is None
     table = sweep.run(small).comparison
     found = survival.collect(small)
@@ -63,21 +69,7 @@ def test_accuracies_are_those_of_the_runs_in_folders_and_packed(tmp_path):
 
 
 def test_a_method_of_which_a_run_diverged_is_left_out_and_told(tmp_path):
-    small = sweep_files.from_mapping(
-        {
-            "base": {
-                "rounds": 2,
-                "partition": {"clients": 4},
-                "model": {"name": "mlp", "options": {"hidden": [4]}},
-                "local": {"epochs": 1},
-                "evaluation": {"every": 1},
-                "output": {"checkpoint_every": 0, "tensorboard": False, "figures": False, "progress": False},
-            },
-            "methods": {"sound": {"local.lr": 0.01}, "wild": {"local.lr": 1e38}},
-            "seeds": [3, 4],
-            "out": str(tmp_path / "out"),
-        }
-    )
+    small = small_sweep(tmp_path / "out", sound=0.01, wild=1e38)
     sweep.run(small)
     found = survival.collect(small)
     assert found is not None
@@ -90,6 +82,10 @@ def test_a_method_of_which_a_run_diverged_is_left_out_and_told(tmp_path):
     assert methods == ["sound"] and scores["end"].shape == (1, 2)
     assert "**wild is left out**: 2 of its 2 runs diverged" in survival.told_of_diverged(rows)
     assert "in round 1, 1)" in survival.told_of_diverged(rows)
+    assert found[1]["runs"] == 2
+    sweep.pack(small)
+    shutil.rmtree(tmp_path / "out/runs")  # as run.sh does
+    assert survival.collect(small) == found
     (tmp_path / "out/sweep.json").unlink()
     with pytest.raises(UserError, match="2 of 4 runs are not finished"):
         survival.collect(small)

@@ -66,7 +66,7 @@ MADE_WITH = ("versions", "platform", "cpu", "devices", "git", "data")
 def collect(sweep: Sweep) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
     """Accuracies of all runs of a sweep, and what they were made with; None if none of them is there.
 
-    A run that diverged has none.
+    A run that diverged has neither accuracies nor a cost: it is not packed with the others.
 
     Raises:
       UserError: some are there, and others neither are nor have diverged.
@@ -85,15 +85,15 @@ def collect(sweep: Sweep) -> tuple[list[dict[str, Any]], dict[str, Any]] | None:
         raise UserError("study", str(sweep.out), why, "Start the sweep again; it does what is missing.")
     rows, wall, cpu, made = [], 0.0, 0.0, {}
     for job, place in zip(sweep.jobs, there, strict=True):
-        run = runs.load(place.path)
         row = {"method": job.method, "seed": job.seed}
         if (job.method, job.seed) in diverged:
             rows.append(row | {"diverged": diverged[job.method, job.seed]})
-        else:
-            rows.append(row | _named(*run.metrics.series(sweep.metric)))
+            continue
+        run = runs.load(place.path)
+        rows.append(row | _named(*run.metrics.series(sweep.metric)))
         wall, cpu = wall + run.seconds, cpu + (run.cpu_seconds or 0.0)
         made = made or {key: place.records.provenance()[key] for key in MADE_WITH}
-    made |= {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "runs": len(rows)}
+    made |= {"seconds": round(wall, 1), "cpu_seconds": round(cpu, 1), "runs": done.count(True)}
     return rows, made
 
 

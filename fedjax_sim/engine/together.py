@@ -459,7 +459,7 @@ class Group:
                 self._seats = [number if number in active else active[0] for number in self._seats]
                 self._place_tables()
             return
-        # Those that are there have their own for a moment: the old places are gone before there are new ones.
+        # Members take their states out first, so that the old stack is gone before the new one is made.
         self._leave(list(self._places))
         self._states = self._held = None
         stack = _Stack(self.mesh, len(seats))

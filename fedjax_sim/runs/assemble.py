@@ -86,15 +86,13 @@ def prepare(
         )
     make_optimizer(config.local)
     model, measured = replace(model, products=products), None
-    if calibrated and not execution.debug:
-        execution, measured = calibration.applied(
-            calibration.Case(model, task, config, partition.sizes(), mesh)
-        )
-        config = replace(config, execution=execution)
-    steps, sizes = waves.steps_of(partition.sizes(), config.local), partition.sizes()
-    on_cpu = placement.platform_of(mesh) == "cpu"
-    if on_cpu and execution.wave is None and not model.convolves and len(np.unique(steps)) > 1:
+    sizes = partition.sizes()
+    by_sizes = placement.platform_of(mesh) == "cpu" and execution.wave is None and not model.convolves
+    if by_sizes and len(np.unique(waves.steps_of(sizes, config.local))) > 1:
         sizes = _typical_sizes(dataset, config, partition)
+    if calibrated and not execution.debug:
+        execution, measured = calibration.applied(calibration.Case(model, task, config, sizes, mesh))
+        config = replace(config, execution=execution)
     work = waves.Work.of(sizes, config.local, model.num_params())
     wave, conv = placement.speed_defaults(execution, model, cohort_size, mesh, work)
     model = replace(model, conv=conv)

@@ -276,10 +276,10 @@ class Drive:
             held, clients = simulation.client_state, None
             if held is not None:  # one more than are kept: the oldest goes once the new one is whole
                 clients = held.snapshot(simulation.round, self._config.output.keep + 1)
-            of = (simulation.state, simulation.variables, simulation.shapes, clients)
-            self._checkpoints.save(simulation.round, *of)
+            self._checkpoints.save(
+                simulation.round, simulation.state, simulation.variables, simulation.shapes, clients
+            )
             self._saved = simulation.round
-            del of
             if simulation.keeper is not None and simulation.release():  # one copy for all that it keeps
                 self._checkpoints.wait()
         # The whole table comes last.
