@@ -33,6 +33,7 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.together import Group, can_take, obstacle, shape_of
 from fedjax_sim.records import Row, Table
 from fedjax_sim.runs import opening, parts, progress
+from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.describe import differing
 from fedjax_sim.runs.drive import Drive, bar_of
 from fedjax_sim.runs.federation import Simulation
@@ -86,8 +87,8 @@ def run_many(
       The runs, in the order of `configs`.
 
     Raises:
-      UserError: a setting that cannot work, or several processes; or, of the first such run, an update that
-        is not finite.
+      UserError: a setting that cannot work, before any run begins, or several processes; or, of the first
+        such run, an update that is not finite.
       NotWritten: the disk is full, or fails; all can be started again.
       Interrupted, Terminated: on SIGINT and SIGTERM, after a checkpoint of each.
     """
@@ -110,6 +111,9 @@ def run_many(
         if key not in loads:
             loads[key] = config.data.load()
         return loads[key]
+
+    if errors == "raise":
+        _check_settings(made, samples_of)
 
     def open_one(number: int, mesh: Mesh | None, store: DataStore | None) -> Any:
         config = made[number]
@@ -139,6 +143,19 @@ def _check_folders(configs: Sequence[RunConfig]) -> None:
         if _held(config) and (others := differing(Folder(where).path, config)):
             why = f"it holds a run of other settings: {'; '.join(others[:3])}"
             raise UserError("output.dir", where, why, "Remove it, or choose another.")
+
+
+def _check_settings(configs: Sequence[RunConfig], samples_of: Callable[[RunConfig], Samples]) -> None:
+    """Raises UserError where a family's settings cannot work; its group would find out once others have run."""
+    for family in families(configs):
+        number = next((one for one in family if not _held(configs[one])), None)
+        if number is None:
+            continue
+        config = configs[number]
+        try:
+            prepare(config, dataset=samples_of(config))
+        except UserError as error:
+            raise UserError(f"configs[{number}]: {error.field}", error.value, error.why, error.fix) from None
 
 
 def _held(config: RunConfig) -> bool:

@@ -369,6 +369,16 @@ def test_what_is_refused(monkeypatch):
         fs.run_many(seeds(2))
 
 
+def test_settings_that_cannot_work_are_refused_before_any_run_begins(tmp_path):
+    """LIPS's default layers are convolutions, of which an MLP has none."""
+    configs = [of(output={"dir": str(tmp_path / "first")}), of(algorithm=A.LIPS(period=2), seed=1)]
+    with pytest.raises(UserError, match=r"configs\[1\]: algorithm.layers .* no tensor of mlp is eligible"):
+        fs.run_many(configs)
+    assert not (tmp_path / "first").exists()
+    first, refused = fs.run_many(configs, errors="return")
+    assert first.finished and isinstance(refused, UserError)
+
+
 def test_one_configuration_is_no_list():
     with pytest.raises(UserError, match="configs = 'RunConfig': it is one run"):
         fs.run_many(BASE)  # type: ignore[arg-type]
