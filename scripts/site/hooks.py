@@ -1,0 +1,96 @@
+"""What MkDocs calls while it builds the site: pages made from code, and links that leave `docs/`.
+
+A page that `PAGES` names has no file: its text is what its function returns. Links from a page to a file of
+the repository that is no page (`../experiments/demo.yaml`) become links to the repository's address, which
+pyproject.toml names; a link to nothing is a warning, and so ends the build.
+"""
+
+from __future__ import annotations
+
+import logging
+import posixpath
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File
+
+sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path
+
+import generated
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES: dict[str, Callable[[], str]] = {
+    "about/changelog.md": lambda: generated.of_file("CHANGELOG.md"),
+    "about/contributing.md": lambda: generated.of_file("CONTRIBUTING.md"),
+    "reference/methods.md": lambda: generated.of_file("fedjax_sim/algorithms/ALGORITHMS.md"),
+    "reference/configuration.md": generated.configuration,
+    "reference/commands.md": generated.commands,
+}
+SOURCES = {
+    "CHANGELOG.md": "about/changelog.md",
+    "CONTRIBUTING.md": "about/contributing.md",
+    "README.md": "index.md",
+    "fedjax_sim/algorithms/ALGORITHMS.md": "reference/methods.md",
+}
+"""Files of the repository that are pages of the site."""
+
+log = logging.getLogger("mkdocs.hooks.fedjax_sim")
+
+
+def repository() -> str:
+    """The address of the repository."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+def on_config(config: Any) -> Any:
+    """The repository's address stands in pyproject.toml alone."""
+    config.repo_url = repository()
+    config.nav = [entry for entry in map(_there, config.nav) if entry]
+    return config
+
+
+def _there(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """An entry of the navigation, less the pages that are not written yet."""
+    ((title, inside),) = entry.items()
+    if isinstance(inside, list):
+        inside = [one for one in map(_there, inside) if one]
+        return {title: inside} if inside else None
+    return entry if inside in PAGES or (ROOT / "docs" / inside).exists() else None
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the pages that are made."""
+    for name, text in PAGES.items():
+        files.append(File.generated(config, name, content=text()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turns links that leave `docs/` to where they lead; code blocks are left as they are."""
+    name = page.file.src_uri
+    origin = next((source for source, made in SOURCES.items() if made == name), f"docs/{name}")
+    parts = re.split(r"(^```.*?^```[^\S\n]*$)", markdown, flags=re.MULTILINE | re.DOTALL)
+    return "".join(part if part.startswith("```") else _linked(part, name, origin) for part in parts)
+
+
+def _linked(text: str, name: str, origin: str) -> str:
+    def turned(found: re.Match[str]) -> str:
+        target, mark, anchor = found.group(2).partition("#")
+        if not target or "://" in target or target.startswith("mailto:"):
+            return found.group(0)
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
+        own = SOURCES.get(place) or (place.removeprefix("docs/") if place.startswith("docs/") else None)
+        if own is not None:
+            target = posixpath.relpath(own, posixpath.dirname(name) or ".")
+        elif (ROOT / place).exists():
+            kind = "tree" if (ROOT / place).is_dir() else "blob"
+            target = f"{repository()}/{kind}/main/{place}"
+        else:
+            log.warning("%s links to %s, which is not there", origin, found.group(2))
+        return f"{found.group(1)}({target}{mark}{anchor})"
+
+    return re.sub(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)", turned, text)
