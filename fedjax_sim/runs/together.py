@@ -146,7 +146,7 @@ def _check_folders(configs: Sequence[RunConfig]) -> None:
 
 
 def _check_settings(configs: Sequence[RunConfig], samples_of: Callable[[RunConfig], Samples]) -> None:
-    """Raises UserError where a family's settings cannot work; its group would find out once others have run."""
+    """Raises UserError where a family's settings cannot work; its group would find out after others ran."""
     for family in families(configs):
         number = next((one for one in family if not _held(configs[one])), None)
         if number is None:
