@@ -1,7 +1,7 @@
 """Draws the figures of the concept pages into docs/assets: `python scripts/site/figures.py`.
 
-They are written as SVG by hand, so that they are small, sharp and the same wherever they are drawn. The figure of
-waves shows what the planner of `fedjax_sim.engine.waves` does with twelve clients.
+They are written as SVG by hand, so that they are small, sharp and the same wherever they are drawn. The figure
+of waves shows what the planner of `fedjax_sim.engine.waves` does with twelve clients.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Drawing:
         )
         self._parts: list[str] = []
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False) -> None:
+    def box(
+        self, x: float, y: float, width: float, height: float, fill: str, *, dashed: bool = False
+    ) -> None:
         """A rectangle."""
         dash = ' stroke-dasharray="5 4"' if dashed else ""
         self._parts.append(
@@ -64,7 +66,11 @@ def compiled_round() -> str:
     page = Drawing(860, 420, "One compiled round: dispatch, train and merge over stacked clients")
     page.text(105, 28, "the host decides", bold=True)
     for number, lines in enumerate(
-        (("cohort:", "ids of K clients"), ("plan: which slot", "trains in which wave"), ("learning rate", "of the round"))
+        (
+            ("cohort:", "ids of K clients"),
+            ("plan: which slot", "trains in which wave"),
+            ("learning rate", "of the round"),
+        )
     ):
         page.box(20, 44 + 62 * number, 170, 50, PALE)
         page.text(105, 64 + 62 * number, *lines)
