@@ -1,7 +1,7 @@
 """Draws the figures of the concept pages into docs/assets: `python scripts/site/figures.py`.
 
-They are written as SVG by hand, so that they are small, sharp and the same wherever they are drawn. The figure
-of waves shows what the planner of `fedjax_sim.engine.waves` does with twelve clients.
+They are written as SVG by hand, so that they are small, sharp and the same wherever they are drawn. The
+figure of waves shows what the planner of `fedjax_sim.engine.waves` does with twelve clients.
 """
 
 from __future__ import annotations
