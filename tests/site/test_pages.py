@@ -75,7 +75,7 @@ def command(words):
         Path(target).write_text(out.getvalue())
 
 
-@pytest.mark.parametrize("page", pages())
+@pytest.mark.parametrize("page", list(pages()))
 def test_page_works(page, tmp_path, monkeypatch):
     """On a machine with one device, for which less is compiled."""
     monkeypatch.chdir(tmp_path)
