@@ -12,7 +12,9 @@ unset PYTHONHOME VIRTUAL_ENV
 
 say() { printf 'fedjax-sim: %s\n' "$*" >&2; }
 
-# The newest Python that the project supports (its classifiers in pyproject.toml). The lock has the newest JAX for it.
+# The oldest and the newest Python that the project supports (its classifiers in pyproject.toml). The lock has the
+# newest JAX for the newest.
+OLDEST=3.11
 NEWEST=3.13
 
 python_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
@@ -32,13 +34,13 @@ find_python() {
   return 1
 }
 
-python_is_newest() { [ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$NEWEST" ]; }
+python_is() { [ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$2" ]; }
 
-# A Python of the newest supported version, on stdout: the one on the path, or pyenv's. Fails where there is none.
-find_newest_python() {
+# A Python of a version, as 3.13, on stdout: the one on the path, or pyenv's. Fails where there is none.
+find_python_of() {
   local candidate
-  for candidate in "python$NEWEST" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$NEWEST".*/bin/python; do
-    if python_is_newest "$candidate"; then
+  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    if python_is "$candidate" "$1"; then
       command -v "$candidate"
       return
     fi
@@ -57,8 +59,9 @@ PY
 }
 
 # Lets uv reach the index and trust the certificates that pip is configured with, where uv has no word of its own.
+# Asks the pip of the environment `venv`, or of the one that it is given.
 inherit_from_pip() {
-  local index certificates
+  local index certificates venv="${1:-$venv}"
   pip_setting() { "$venv/bin/python" -m pip config get "$1.$2" 2>/dev/null; }
   if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
     index="$(pip_setting :env: index-url || pip_setting global index-url || true)"

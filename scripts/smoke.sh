@@ -4,7 +4,7 @@
 # without a fault. Arguments go to pytest.
 source "$(dirname "${BASH_SOURCE[0]}")/_environment.sh"
 
-if ! python="$(find_newest_python)"; then
+if ! python="$(find_python_of "$NEWEST")"; then
   say "no Python $NEWEST on the path or under pyenv: nothing is tried on it here"
   exit 0
 fi
