@@ -60,6 +60,9 @@ PUBLIC: dict[str, tuple[str, ...]] = {
 }
 """Module -> its public names; (): those of its `__all__`."""
 
+MEMBERS = {"Simulation": {"advance", "evaluate", "release", "restore", "state", "step", "steps", "variables"}}
+"""Class -> its public members, where these are not all whose names have no underscore before them."""
+
 
 def lines() -> Iterator[str]:
     """One a name, and one a public member of each class; sorted within a module."""
@@ -82,9 +85,12 @@ def lines() -> Iterator[str]:
 def _members(cls: type) -> Iterator[str]:
     """Public methods with their parameters, and properties; of the package's own classes."""
     fields = {field.name for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
+    fields |= set(getattr(cls, "_fields", ()))  # of a named tuple
     own = [base for base in cls.__mro__ if base.__module__.startswith("fedjax_sim")]
     for name in sorted({name for base in own for name in vars(base)} - fields):
-        if not name.startswith("_") and name != "replace":  # flax's `replace` of its dataclasses
+        if name.startswith("_") or name == "replace":  # flax gives its dataclasses a `replace`
+            continue
+        if name in MEMBERS.get(cls.__name__, {name}):
             value = inspect.getattr_static(cls, name)
             value = value.__func__ if isinstance(value, classmethod | staticmethod) else value
             yield f"{name}{_parameters(value)}" if inspect.isfunction(value) else name
@@ -102,16 +108,16 @@ def _parameters(value: Any) -> str:
             default=each.default if each.default is each.empty else _Shown(each.default),
         )
         for each in signature.parameters.values()
+        if not each.name.startswith("_")
     ]
     return str(signature.replace(parameters=made, return_annotation=inspect.Signature.empty))
 
 
 class _Shown:
-    """A default as it is written: plain values, and of a configuration its class."""
+    """A default as it is written, if it is a plain value; `…` for all others."""
 
     def __init__(self, value: Any):
-        plain = isinstance(value, str | int | float | tuple | None)
-        self.text = repr(value) if plain else f"{type(value).__name__}(…)"
+        self.text = repr(value) if isinstance(value, str | int | float | tuple | None) else "…"
 
     def __repr__(self) -> str:
         return self.text

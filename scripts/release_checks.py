@@ -1,8 +1,8 @@
 """What scripts/release.sh asks of a release, one part a call; tests/test_packaging.py asks some of it too.
 
-    release_checks.py versions [--final]    the version's places agree; --final: it is ready to be published
-    release_checks.py contents              dist/ holds what git tracks, and nothing else
-    release_checks.py tools                 the requirements of tests beside the package's own, one a line
+release_checks.py versions [--final]    the version's places agree; --final: it is ready to be published
+release_checks.py contents              dist/ holds what git tracks, and nothing else
+release_checks.py tools                 the requirements of tests beside the package's own, one a line
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def disagreements(root: Path) -> list[str]:
             root / "scripts/conda/recipe.yaml", r'^  version: "(.+)"$'
         ),
     }
-    out += [f"{place} is {found}, and the package's version {here}" for place, found in places.items() if found != here]
+    out += [
+        f"{place} is {found}, and the package's version {here}"
+        for place, found in places.items()
+        if found != here
+    ]
     for name, pattern in (
         ("CITATION.cff", r'^repository-code: "(.+)"$'),
         ("scripts/conda/recipe.yaml", r"^  repository: (.+)$"),

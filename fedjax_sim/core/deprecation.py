@@ -42,7 +42,9 @@ class Renamed:
 
     def __post_init__(self):
         if _minor(self.until) <= _minor(self.since):
-            raise ValueError(f"{self.to}: an old name stays for one minor release: {self.since}, {self.until}")
+            raise ValueError(
+                f"{self.to}: an old name stays for one minor release: {self.since}, {self.until}"
+            )
 
 
 def _minor(release: str) -> tuple[int, int]:
@@ -84,7 +86,7 @@ def renamed_fields(**fields: Renamed) -> Callable[[_Class], _Class]:
 
         @functools.wraps(initialise)
         def __init__(self: Any, *args: Any, **given: Any) -> None:
-            initialise(self, *args, **current(cls, given, f"{cls.__name__}.", stacklevel=3))
+            initialise(self, *args, **current(cls, given, f"{cls.__name__}."))
 
         setattr(cls, _FIELDS, {**of_class(cls), **fields})
         cls.__init__ = __init__  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,7 +117,7 @@ def current(cls: type, given: Mapping[str, Any], path: str = "", stacklevel: int
         if key in renamed:
             old, new = f"{path}{key}", f"{path}{renamed[key].to}"
             if renamed[key].to in given:
-                raise UserError(old, value, f"{new} is set too, and is the same field", f"Leave {old} out.")
+                raise UserError(old, value, f"{new} is set too, and is the same field", f"Write {new} alone.")
             warn(old, new, renamed[key], stacklevel + 1)
             key = renamed[key].to
         out[key] = value
