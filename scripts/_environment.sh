@@ -12,17 +12,17 @@ unset PYTHONHOME VIRTUAL_ENV
 
 say() { printf 'fedjax-sim: %s\n' "$*" >&2; }
 
-# The oldest and the newest Python that the project supports (its classifiers in pyproject.toml). The lock has the
-# newest JAX for the newest.
+# The Pythons that the project supports (its classifiers in pyproject.toml), newest first. The lock has a newer JAX for
+# those after the oldest.
+PYTHONS="3.14 3.13 3.12 3.11"
 OLDEST=3.11
-NEWEST=3.13
 
 python_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 # The Python to build .venv with, on stdout.
 find_python() {
   local candidate
-  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi
+  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.14 python3.13 python3.12 python3.11; fi
   for candidate in "$@"; do
     if command -v "$candidate" >/dev/null 2>&1 && python_is_new_enough "$candidate"; then
       command -v "$candidate"
@@ -56,6 +56,19 @@ import hashlib, os, pathlib, sys
 told = [sys.version.encode(), os.getcwdb(), *(pathlib.Path(name).read_bytes() for name in ("requirements.lock", "pyproject.toml"))]
 print(hashlib.sha256(b"\0".join(told)).hexdigest())
 PY
+}
+
+# The newest supported Python that is here, as VERSION PATH on stdout. Fails where there is none after the oldest.
+find_newest_python() {
+  local version python
+  for version in $PYTHONS; do
+    if [ "$version" = "$OLDEST" ]; then return 1; fi
+    if python="$(find_python_of "$version")"; then
+      echo "$version $python"
+      return
+    fi
+  done
+  return 1
 }
 
 # Lets uv reach the index and trust the certificates that pip is configured with, where uv has no word of its own.

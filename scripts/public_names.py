@@ -3,8 +3,8 @@
     scripts/public_names.py            prints them
     scripts/public_names.py --write    into that file, after a change that is meant and stands in CHANGELOG.md
 
-A name that goes, or a parameter that is renamed, moves or loses its default, breaks what others wrote: it needs a
-deprecation first (docs/about/releases.md). Annotations are left out, as they read otherwise under each Python.
+A name that goes, or a parameter that is renamed, moves or loses its default, breaks what others wrote: it
+needs a deprecation first (docs/about/releases.md). Annotations are left out: each Python writes them otherwise.
 """
 
 from __future__ import annotations

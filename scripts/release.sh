@@ -24,7 +24,7 @@ if [ -z "$mode" ] && [ $# -gt 0 ]; then say "$1: only --test, --lowest and --new
 python=""
 case "$mode" in
   lowest) python="$(find_python_of "$OLDEST")" || { say "no Python $OLDEST on the path or under pyenv" && exit 1; } ;;
-  newest) python="$(find_python_of "$NEWEST")" || { say "no Python $NEWEST on the path or under pyenv" && exit 1; } ;;
+  newest) python="$(find_newest_python)" || { say "no Python of ${PYTHONS% *} on the path or under pyenv" && exit 1; } ;;
 esac
 ensure_environment
 inherit_from_pip .venv
@@ -46,6 +46,7 @@ venv="$work/venv"
 mkdir "$work/elsewhere"
 tar -xzf dist/*.tar.gz -C "$work"
 sdist="$(echo "$work"/fedjax_sim-*)"
+python="${python#* }"
 "${python:-$root/.venv/bin/python}" -m venv "$venv"
 export UV_LINK_MODE="${UV_LINK_MODE:-copy}"
 install() { "$uv" pip install --quiet --python "$venv/bin/python" "$@"; }

@@ -18,7 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TOP = re.compile(r"^## (\d+\.\d+\.\d+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", re.M)
 """A release's heading in CHANGELOG."""
-TOOLS = ("pytest", "pytest-xdist", "hypothesis", "beartype", "pandas", "safetensors", "optuna", "hatchling")
+TOOLS = (
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "beartype",
+    "pandas",
+    "safetensors",
+    "optuna",
+    "nbclient",
+    "hatchling",
+    "hatch-fancy-pypi-readme",
+)
 """Of the extra `dev`: what tests import beside the package and its dependencies."""
 
 
@@ -55,7 +66,7 @@ def disagreements(root: Path) -> list[str]:
 
 
 def unready(root: Path) -> list[str]:
-    """What keeps the checked-out commit from being published: a date, a tag, or changes that are not committed."""
+    """What keeps the present commit from being published: no date, no tag, or uncommitted changes."""
     heading = TOP.search((root / "CHANGELOG.md").read_text())
     tag, out = f"v{version(root)}", []
     if heading and heading[2] == "unreleased":

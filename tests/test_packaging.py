@@ -37,7 +37,7 @@ SCRIPTS = [
     "scripts/release.sh",
     ".ci/run",
 ]
-OLDEST, NEWEST = "3.11", "3.13"
+OLDEST, *NEWER = PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
 
@@ -88,7 +88,7 @@ def test_the_lock_names_no_address_and_no_path():
     assert not re.search(r"://|index-url|find-links|trusted-host|file:|(^|\s)/\w", text)
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize(("platform", "machine"), PLATFORMS)
 def test_the_lock_gives_each_machine_one_release_that_the_project_accepts(
     lock, project, python, platform, machine
@@ -422,7 +422,7 @@ def stand_in(tmp_path):
     """A checkout whose environments only write down how their programs are called.
 
     `call(script, *arguments)` gives what was called and what stderr said. Of the newest Python there is
-    what `tmp_path/path/python3.13` makes of it, which is nothing at first.
+    what `tmp_path/path/python3.14` and its like make of it, which is nothing at first.
     """
     checkout, log = _copy_scripts(tmp_path), tmp_path / "calls"
     programs = {
@@ -430,14 +430,15 @@ def stand_in(tmp_path):
         "uv": f'[ "$1" = cache ] && echo "{tmp_path}/cache" && exit\n',
         "fedjax-sim": "",
     }
-    for folder, prefix in ((".venv", ""), (f".venv-{NEWEST}", f"{NEWEST}:")):
+    for folder, prefix in ((".venv", ""), *((f".venv-{one}", f"{one}:") for one in NEWER)):
         (checkout / folder / "bin").mkdir(parents=True)
         for name, before in programs.items():
             _executable(
                 checkout / folder / "bin" / name, f'{before}echo {prefix}{name} "$PWD" "$@" >>"{log}"\n'
             )
     (tmp_path / "path").mkdir()
-    _executable(tmp_path / "path" / f"python{NEWEST}", "exit 127\n")
+    for one in NEWER:
+        _executable(tmp_path / "path" / f"python{one}", "exit 127\n")
     path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(tmp_path / "pyenv")}
 
@@ -497,27 +498,29 @@ def test_continuous_integration_tests_lints_and_types_and_passes_over_a_python_t
     call("scripts/test.sh")
     calls, said = call(".ci/run", "-x")
     assert calls == ["python -m pytest -n2 --dist=worksteal -x", *CHECKS]
-    assert said.count(f"no Python {NEWEST} on the path or under pyenv") == 1
+    assert said.count("no Python of 3.14 3.13 3.12 on the path or under pyenv") == 1
 
 
-@pytest.mark.parametrize("place", ["path", f"pyenv/versions/{NEWEST}.7/bin"])
+@pytest.mark.parametrize(
+    ("version", "place"), [("3.14", "path"), ("3.14", "pyenv/versions/3.14.7/bin"), ("3.13", "path")]
+)
 def test_continuous_integration_tries_the_newest_python_in_an_environment_of_its_own(
-    stand_in, tmp_path, place
+    stand_in, tmp_path, version, place
 ):
     _, call = stand_in
     call("scripts/test.sh")
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    name = f"python{NEWEST}" if place == "path" else "python"
-    _executable(tmp_path / place / name, f"echo {NEWEST}\n")
+    name = f"python{version}" if place == "path" else "python"
+    _executable(tmp_path / place / name, f"echo {version}\n")
     calls, said = call(".ci/run")
     assert calls[:4] == ["python -m pytest -n2 --dist=worksteal", *CHECKS]
-    assert f"installing requirements.lock into .venv-{NEWEST}" in said
-    assert all(line.startswith(f"{NEWEST}:") for line in calls[4:])
+    assert f"installing requirements.lock into .venv-{version}" in said
+    assert all(line.startswith(f"{version}:") for line in calls[4:])
     assert (
-        f"{NEWEST}:uv pip install --python .venv-{NEWEST}/bin/python --require-hashes -r requirements.lock"
+        f"{version}:uv pip install --python .venv-{version}/bin/python --require-hashes -r requirements.lock"
         in calls
     )
-    assert calls[-1] == f"{NEWEST}:python -m pytest -n2 -m smoke"
+    assert calls[-1] == f"{version}:python -m pytest -n2 -m smoke"
 
 
 @pytest.mark.faults
@@ -537,12 +540,12 @@ def test_a_step_of_continuous_integration_that_fails_is_named_at_the_end_and_kee
     ]
 
 
-def test_the_oldest_and_the_newest_python_are_those_that_the_project_names(project):
+def test_the_scripts_know_the_pythons_that_the_project_names(project):
     named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
-    assert named == sorted(named, key=lambda version: int(version.split(".")[1]))
-    assert (named[0], named[-1]) == (OLDEST, NEWEST)
+    assert tuple(named) == PYTHONS
     assert project["requires-python"] == f">={OLDEST}"
-    assert f"\nOLDEST={OLDEST}\nNEWEST={NEWEST}\n" in (ROOT / "scripts/_environment.sh").read_text()
+    written = (ROOT / "scripts/_environment.sh").read_text()
+    assert f'\nPYTHONS="{" ".join(reversed(PYTHONS))}"\nOLDEST={OLDEST}\n' in written
 
 
 @pytest.mark.faults
