@@ -4,7 +4,7 @@
     scripts/public_names.py --write    into that file, after a change that is meant and stands in CHANGELOG.md
 
 A name that goes, or a parameter that is renamed, moves or loses its default, breaks what others wrote: it
-needs a deprecation first (docs/about/releases.md). Annotations are left out: each Python writes them otherwise.
+needs a deprecation first (docs/about/releases.md). Annotations are left out, as each Python has its own way.
 """
 
 from __future__ import annotations

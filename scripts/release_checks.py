@@ -27,6 +27,7 @@ TOOLS = (
     "safetensors",
     "optuna",
     "nbclient",
+    "ipykernel",
     "hatchling",
     "hatch-fancy-pypi-readme",
 )
