@@ -368,7 +368,7 @@ def test_the_container_runs_a_supported_python_and_the_command(project):
     )
     (command,) = re.findall(r'^ENTRYPOINT \["(.+)"\]$', text, re.M)
     assert command in project["scripts"]
-    assert "\nUSER sim\n" in text
+    assert "\nUSER 1000\n" in text
     copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
     assert all((ROOT / name).exists() for line in copied for name in line.split())
 
