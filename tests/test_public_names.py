@@ -1,8 +1,11 @@
 """What others build on stays as it is unless a change is meant: `scripts/public_names.py --write` then."""
 
+import importlib
 import importlib.util
 import re
 from pathlib import Path
+
+import pytest
 
 import fedjax_sim as fs
 
@@ -28,6 +31,15 @@ def test_names_carry_parameters_defaults_and_members():
     assert any(line.startswith("fedjax_sim.LocalConfig(") and "lr=0." in line for line in found)
     assert "fedjax_sim.sweep: module fedjax_sim.studies.sweep" in found
     assert not any(re.search(r"0x[0-9a-f]{6}|\._", line) for line in found)
+
+
+def test_what_the_reference_documents_is_public(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "site")
+    pages = pytest.importorskip("python_page", reason="the reference of Python names is not there").PAGES
+    for page in pages.values():
+        for module, members in page.modules.items():
+            known = public_names.PUBLIC[module] or importlib.import_module(module).__all__
+            assert set(members) <= set(known), module
 
 
 def test_everything_public_is_there_and_said_to_be():
