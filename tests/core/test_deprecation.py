@@ -9,6 +9,8 @@ import types
 import pytest
 
 from fedjax_sim import config
+from fedjax_sim.cli import flags
+from fedjax_sim.config import LocalConfig
 from fedjax_sim.core import deprecation, rng
 from fedjax_sim.core.deprecation import Renamed
 from fedjax_sim.core.errors import UserError
@@ -52,6 +54,25 @@ def test_files_have_old_fields_too_and_are_written_with_new_ones():
     with warns(r"local\.rate"):
         read = config.from_dict({"speed": 0.5}, Settings, "local.")
     assert config.to_dict(read) == {"rate": 0.5, "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "kept"),
+    [
+        (["--local.passes", "3"], 3, False),
+        (["--local.passes=3", "--local.remember-optimizer"], 3, True),
+        (["--local.no-remember-optimizer", "--local.epochs", "4"], 4, False),
+    ],
+)
+def test_flags_have_old_names_too(monkeypatch, words, steps, kept):
+    old = {
+        "passes": Renamed("epochs", since="0.2", until="0.4"),
+        "remember_optimizer": Renamed("keep_optimizer", since="0.2", until="0.4"),
+    }
+    monkeypatch.setattr(LocalConfig, deprecation._FIELDS, old, raising=False)
+    with pytest.warns(FutureWarning, match=r"--local\.\S+ is called --local\.\S+ since"):
+        read, _ = flags.parse(words, "run", "")
+    assert (read.local.epochs, read.local.keep_optimizer) == (steps, kept)
 
 
 @pytest.mark.parametrize(
