@@ -12,15 +12,17 @@ unset PYTHONHOME VIRTUAL_ENV
 
 say() { printf 'fedjax-sim: %s\n' "$*" >&2; }
 
-# The newest Python that the project supports (its classifiers in pyproject.toml). The lock has the newest JAX for it.
-NEWEST=3.13
+# The Pythons that the project supports (its classifiers in pyproject.toml), newest first. The lock has a newer JAX for
+# those after the oldest.
+PYTHONS="3.14 3.13 3.12 3.11"
+OLDEST=3.11
 
 python_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 # The Python to build .venv with, on stdout.
 find_python() {
   local candidate
-  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi
+  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; else set -- python3 python3.14 python3.13 python3.12 python3.11; fi
   for candidate in "$@"; do
     if command -v "$candidate" >/dev/null 2>&1 && python_is_new_enough "$candidate"; then
       command -v "$candidate"
@@ -32,13 +34,13 @@ find_python() {
   return 1
 }
 
-python_is_newest() { [ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$NEWEST" ]; }
+python_is() { [ "$("$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$2" ]; }
 
-# A Python of the newest supported version, on stdout: the one on the path, or pyenv's. Fails where there is none.
-find_newest_python() {
+# A Python of a version, as 3.13, on stdout: the one on the path, or pyenv's. Fails where there is none.
+find_python_of() {
   local candidate
-  for candidate in "python$NEWEST" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$NEWEST".*/bin/python; do
-    if python_is_newest "$candidate"; then
+  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    if python_is "$candidate" "$1"; then
       command -v "$candidate"
       return
     fi
@@ -56,9 +58,23 @@ print(hashlib.sha256(b"\0".join(told)).hexdigest())
 PY
 }
 
+# The newest supported Python that is here, as VERSION PATH on stdout. Fails where there is none after the oldest.
+find_newest_python() {
+  local version python
+  for version in $PYTHONS; do
+    if [ "$version" = "$OLDEST" ]; then return 1; fi
+    if python="$(find_python_of "$version")"; then
+      echo "$version $python"
+      return
+    fi
+  done
+  return 1
+}
+
 # Lets uv reach the index and trust the certificates that pip is configured with, where uv has no word of its own.
+# Asks the pip of the environment `venv`, or of the one that it is given.
 inherit_from_pip() {
-  local index certificates
+  local index certificates venv="${1:-$venv}"
   pip_setting() { "$venv/bin/python" -m pip config get "$1.$2" 2>/dev/null; }
   if [ -z "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ]; then
     index="$(pip_setting :env: index-url || pip_setting global index-url || true)"

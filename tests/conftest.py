@@ -40,6 +40,9 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 # Nobody looks up the Python lines behind a compiled test's instructions: a tenth of tracing and lowering.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
+# Tests import helpers as `tests.…`. Last on the path: an installed package goes before the sources here.
+sys.path.append(str(Path(__file__).parents[1]))
+
 import jax
 import jaxtyping
 import matplotlib

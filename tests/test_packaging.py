@@ -1,3 +1,5 @@
+import importlib.util
+import io
 import os
 import re
 import shutil
@@ -24,8 +26,18 @@ import fedjax_sim
 from fedjax_sim.core import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["scripts/demo.sh", "scripts/test.sh", "scripts/smoke.sh", "scripts/lock.sh", ".ci/run"]
-NEWEST = "3.13"
+_SPEC = importlib.util.spec_from_file_location("release_checks", ROOT / "scripts" / "release_checks.py")
+release_checks = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(release_checks)
+SCRIPTS = [
+    "scripts/demo.sh",
+    "scripts/test.sh",
+    "scripts/smoke.sh",
+    "scripts/lock.sh",
+    "scripts/release.sh",
+    ".ci/run",
+]
+OLDEST, *NEWER = PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")]
 
 
@@ -76,7 +88,7 @@ def test_the_lock_names_no_address_and_no_path():
     assert not re.search(r"://|index-url|find-links|trusted-host|file:|(^|\s)/\w", text)
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("python", PYTHONS)
 @pytest.mark.parametrize(("platform", "machine"), PLATFORMS)
 def test_the_lock_gives_each_machine_one_release_that_the_project_accepts(
     lock, project, python, platform, machine
@@ -197,9 +209,16 @@ def test_the_wheel_holds_the_package_and_its_command(tmp_path):
         "Description-Content-Type: text/markdown",
     ):
         assert f"{line}\n" in said, line
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*.py")}
-    assert modules | {"fedjax_sim/py.typed"} <= set(names)
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == _of_the_package()
+    assert {"fedjax_sim/py.typed", "fedjax_sim/algorithms/ALGORITHMS.md"} <= inside
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fedjax_sim"}
+
+
+def _of_the_package():
+    """Paths of every file of the package, from the root."""
+    files = [path for path in (ROOT / "fedjax_sim").rglob("*") if path.is_file()]
+    return {path.relative_to(ROOT).as_posix() for path in files if path.parent.name != "__pycache__"}
 
 
 def test_the_sdist_builds_the_same_wheel_and_carries_tests_and_documents(tmp_path):
@@ -210,22 +229,155 @@ def test_the_sdist_builds_the_same_wheel_and_carries_tests_and_documents(tmp_pat
     )
     with tarfile.open(tmp_path / run.stdout.split()[-1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames()}
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*.py")}
-    documents = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
-    assert modules | documents <= names
-    assert {"LICENSE", "CITATION.cff", "pyproject.toml", "requirements.lock", "fedjax_sim/py.typed"} <= names
-    assert {"tests/conftest.py", "scripts/test.sh", "experiments/demo.yaml"} <= names
+    documents = {
+        path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    }
+    assert _of_the_package() | documents <= names
+    assert {"LICENSE", "CITATION.cff", "pyproject.toml", "requirements.lock", "mkdocs.yml"} <= names
+    assert {"tests/conftest.py", "scripts/test.sh", "experiments/demo.yaml", "Containerfile"} <= names
+    assert {".ci/run", ".pre-commit-config.yaml"} <= names
+
+
+@pytest.mark.skipif("FEDJAX_SIM_INSTALLED" not in os.environ, reason="set by scripts/release.sh --test")
+def test_the_installed_package_is_tested_and_not_these_sources():
+    assert Path(fedjax_sim.__file__).is_relative_to(os.environ["FEDJAX_SIM_INSTALLED"])
 
 
 def test_the_version_is_written_once_and_cited():
     assert re.fullmatch(r"\d+\.\d+\.\d+", fedjax_sim.__version__)
     written = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    assert "version" not in written["project"] and written["project"]["dynamic"] == ["version"]
+    assert "version" not in written["project"] and "version" in written["project"]["dynamic"]
     assert written["tool"]["hatch"]["version"] == {"path": "fedjax_sim/__init__.py"}
+    assert release_checks.version(ROOT) == fedjax_sim.__version__
+    assert release_checks.disagreements(ROOT) == []
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == fedjax_sim.__version__
+    assert citation["repository-code"] == written["project"]["urls"]["Repository"]
     assert citation["license"] == written["project"]["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_papers_are_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    where = [each.get("doi") or each["url"] for each in citation["references"]]
+    assert where == [
+        "10.1145/3637528.3671722",
+        "https://arxiv.org/abs/2502.03231",
+        "https://arxiv.org/abs/2506.00932",
+    ]
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    """A repository of what `release_checks` reads, ready to be published, and `git(…)` in it."""
+
+    def git(*words):
+        who = ["-c", "user.name=x", "-c", "user.email=x@y.z", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    for name in (
+        "fedjax_sim/__init__.py",
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "pyproject.toml",
+        "scripts/conda/recipe.yaml",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    changes = tmp_path / "CHANGELOG.md"
+    changes.write_text(release_checks.TOP.sub(r"## \1 (2027-01-15)", changes.read_text(), count=1))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    git("tag", f"v{fedjax_sim.__version__}")
+    return tmp_path, git
+
+
+def test_a_release_is_dated_committed_and_tagged_by_its_version(tagged):
+    root, git = tagged
+    assert release_checks.disagreements(root) == release_checks.unready(root) == []
+    git("tag", "-d", f"v{fedjax_sim.__version__}")
+    git("tag", f"{fedjax_sim.__version__}")
+    (root / "new.py").write_text("")
+    changes = root / "CHANGELOG.md"
+    changes.write_text(changes.read_text().replace("(2027-01-15)", "(unreleased)"))
+    dated, tag, committed = release_checks.unready(root)
+    assert "no date at" in dated and f"no tag v{fedjax_sim.__version__}" in tag
+    assert "CHANGELOG.md" in committed and "new.py" in committed
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "said"),
+    [
+        ("CITATION.cff", "version: 0", "version: 9", "version in CITATION.cff"),
+        ("CITATION.cff", "github.com", "gitlab.com", "repository in CITATION.cff"),
+        ("CHANGELOG.md", "## 0", "## 9", "CHANGELOG.md's first release"),
+        ("CHANGELOG.md", " (2027", " [2027", "CHANGELOG.md's first release"),
+        ("scripts/conda/recipe.yaml", 'version: "0', 'version: "9', "version in scripts/conda/recipe.yaml"),
+    ],
+)
+def test_a_version_or_an_address_that_differs_is_named(tagged, name, old, new, said):
+    root, _ = tagged
+    path = root / name
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    (wrong,) = release_checks.disagreements(root)
+    assert said in wrong
+
+
+def test_a_file_too_many_or_too_few_in_a_distribution_is_named(tmp_path):
+    files = {"fedjax_sim/__init__.py", "fedjax_sim/a.md", "tests/test_x.py"}
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        for name in ("fedjax_sim/__init__.py", "fedjax_sim/b.md", "fedjax_sim-0.dist-info/METADATA"):
+            wheel.writestr(name, "")
+    assert release_checks.of_wheel(tmp_path / "x.whl", files) == [
+        "x.whl lacks fedjax_sim/a.md",
+        "x.whl holds fedjax_sim/b.md, which git does not track",
+    ]
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as sdist:
+        for name in (*sorted(files)[:2], "PKG-INFO"):
+            sdist.addfile(tarfile.TarInfo(f"fedjax_sim-0/{name}"), io.BytesIO())
+    assert release_checks.of_sdist(tmp_path / "x.tar.gz", files) == ["x.tar.gz lacks tests/test_x.py"]
+
+
+CONDA = {"importlib-resources": "importlib_resources", "matplotlib": "matplotlib-base"}
+"""What conda-forge calls a package otherwise."""
+
+
+def test_the_recipe_has_the_projects_dependencies(project):
+    recipe = yaml.safe_load((ROOT / "scripts/conda/recipe.yaml").read_text())
+    wanted = {
+        CONDA.get(one.name, one.name): one.specifier for one in map(Requirement, project["dependencies"])
+    }
+    lines = [line for line in recipe["requirements"]["run"] if not line.startswith(("python ", "__"))]
+    assert {one.name: one.specifier for one in map(Requirement, lines)} == wanted
+    assert f">={recipe['context']['python_min']}" == project["requires-python"] == f">={OLDEST}"
+    assert recipe["build"]["python"]["entry_points"] == [
+        f"{name} = {place}" for name, place in project["scripts"].items()
+    ]
+
+
+def test_the_container_runs_a_supported_python_and_the_command(project):
+    text = (ROOT / "Containerfile").read_text()
+    (python,) = re.findall(r"^ARG PYTHON=(.+)$", text, re.M)
+    assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+    assert re.findall(r"EXTRA=(\w+)", text) and set(re.findall(r"EXTRA=(\w+)", text)) <= set(
+        project["optional-dependencies"]
+    )
+    (command,) = re.findall(r'^ENTRYPOINT \["(.+)"\]$', text, re.M)
+    assert command in project["scripts"]
+    assert "\nUSER 1000\n" in text
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
+    assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def test_tests_beside_the_package_need_what_is_in_dev(project):
+    asked = release_checks.tools(ROOT)
+    assert set(asked) <= set(project["optional-dependencies"]["dev"]) and len(asked) == len(
+        release_checks.TOOLS
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -270,7 +422,7 @@ def stand_in(tmp_path):
     """A checkout whose environments only write down how their programs are called.
 
     `call(script, *arguments)` gives what was called and what stderr said. Of the newest Python there is
-    what `tmp_path/path/python3.13` makes of it, which is nothing at first.
+    what `tmp_path/path/python3.14` and its like make of it, which is nothing at first.
     """
     checkout, log = _copy_scripts(tmp_path), tmp_path / "calls"
     programs = {
@@ -278,14 +430,15 @@ def stand_in(tmp_path):
         "uv": f'[ "$1" = cache ] && echo "{tmp_path}/cache" && exit\n',
         "fedjax-sim": "",
     }
-    for folder, prefix in ((".venv", ""), (f".venv-{NEWEST}", f"{NEWEST}:")):
+    for folder, prefix in ((".venv", ""), *((f".venv-{one}", f"{one}:") for one in NEWER)):
         (checkout / folder / "bin").mkdir(parents=True)
         for name, before in programs.items():
             _executable(
                 checkout / folder / "bin" / name, f'{before}echo {prefix}{name} "$PWD" "$@" >>"{log}"\n'
             )
     (tmp_path / "path").mkdir()
-    _executable(tmp_path / "path" / f"python{NEWEST}", "exit 127\n")
+    for one in NEWER:
+        _executable(tmp_path / "path" / f"python{one}", "exit 127\n")
     path = f"{tmp_path / 'path'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYENV_ROOT": str(tmp_path / "pyenv")}
 
@@ -345,27 +498,29 @@ def test_continuous_integration_tests_lints_and_types_and_passes_over_a_python_t
     call("scripts/test.sh")
     calls, said = call(".ci/run", "-x")
     assert calls == ["python -m pytest -n2 --dist=worksteal -x", *CHECKS]
-    assert said.count(f"no Python {NEWEST} on the path or under pyenv") == 1
+    assert said.count("no Python of 3.14 3.13 3.12 on the path or under pyenv") == 1
 
 
-@pytest.mark.parametrize("place", ["path", f"pyenv/versions/{NEWEST}.7/bin"])
+@pytest.mark.parametrize(
+    ("version", "place"), [("3.14", "path"), ("3.14", "pyenv/versions/3.14.7/bin"), ("3.13", "path")]
+)
 def test_continuous_integration_tries_the_newest_python_in_an_environment_of_its_own(
-    stand_in, tmp_path, place
+    stand_in, tmp_path, version, place
 ):
     _, call = stand_in
     call("scripts/test.sh")
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    name = f"python{NEWEST}" if place == "path" else "python"
-    _executable(tmp_path / place / name, f"echo {NEWEST}\n")
+    name = f"python{version}" if place == "path" else "python"
+    _executable(tmp_path / place / name, f"echo {version}\n")
     calls, said = call(".ci/run")
     assert calls[:4] == ["python -m pytest -n2 --dist=worksteal", *CHECKS]
-    assert f"installing requirements.lock into .venv-{NEWEST}" in said
-    assert all(line.startswith(f"{NEWEST}:") for line in calls[4:])
+    assert f"installing requirements.lock into .venv-{version}" in said
+    assert all(line.startswith(f"{version}:") for line in calls[4:])
     assert (
-        f"{NEWEST}:uv pip install --python .venv-{NEWEST}/bin/python --require-hashes -r requirements.lock"
+        f"{version}:uv pip install --python .venv-{version}/bin/python --require-hashes -r requirements.lock"
         in calls
     )
-    assert calls[-1] == f"{NEWEST}:python -m pytest -n2 -m smoke"
+    assert calls[-1] == f"{version}:python -m pytest -n2 -m smoke"
 
 
 @pytest.mark.faults
@@ -385,10 +540,22 @@ def test_a_step_of_continuous_integration_that_fails_is_named_at_the_end_and_kee
     ]
 
 
-def test_the_newest_python_is_the_one_that_the_project_names(project):
+def test_the_scripts_know_the_pythons_that_the_project_names(project):
     named = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
-    assert max(named, key=lambda version: int(version.split(".")[1])) == NEWEST
-    assert f"\nNEWEST={NEWEST}\n" in (ROOT / "scripts/_environment.sh").read_text()
+    assert tuple(named) == PYTHONS
+    assert project["requires-python"] == f">={OLDEST}"
+    written = (ROOT / "scripts/_environment.sh").read_text()
+    assert f'\nPYTHONS="{" ".join(reversed(PYTHONS))}"\nOLDEST={OLDEST}\n' in written
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--publish"], "--publish is none of"), (["tests"], "tests is none of")]
+)
+def test_a_word_that_the_release_does_not_know_is_refused(stand_in, words, said):
+    _, call = stand_in
+    calls, told = call("scripts/release.sh", *words, code=2)
+    assert calls == [] and said in told
 
 
 def test_pip_takes_over_where_uv_cannot_install(stand_in):

@@ -19,6 +19,7 @@ import yaml
 from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
+from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.documents import parse_yaml
 from fedjax_sim.core.errors import UserError
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
                 given = {"inner": given}
             base = config_lib.from_dict({"algorithm": given}, base=base)
         option, inside = f"{option}.inner", inside + 1
+    words = [_by_new_name(word, base) for word in words]
     named = algorithms.name_of(base.algorithm)
     told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
         f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
@@ -87,6 +89,22 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     if "algorithm" in given:
         given["algorithm"] = {"name": named, **given["algorithm"]}
     return config_lib.from_dict(given, base=base), switches
+
+
+def _by_new_name(word: str, base: Any) -> str:
+    """A flag of a renamed field by the field's new name; any other word as it is."""
+    flag, equals, value = word.partition("=")
+    *sections, field = flag.removeprefix("--").split(".")
+    for section in sections:
+        base = getattr(base, section.replace("-", "_"), None)
+    name = field.replace("-", "_")
+    no = "no-" if name.startswith("no_") and name[3:] in deprecation.of_class(type(base)) else ""
+    renamed = deprecation.of_class(type(base)).get(name[3:] if no else name)
+    if renamed is None or not flag.startswith("--"):
+        return word
+    new = "--" + ".".join([*sections, no + renamed.to.replace("_", "-")])
+    deprecation.warn(flag, new, renamed)
+    return new + equals + value
 
 
 def _named_by(option: str, words: list[str]) -> tuple[str | None, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 from fedjax_sim import algorithms
 from fedjax_sim.config import plugins
 from fedjax_sim.config.run import NAMED_BY, VERSION, RunConfig, _check_version
-from fedjax_sim.core import paths
+from fedjax_sim.core import deprecation, paths
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.documents import dump_yaml, parse_yaml
 from fedjax_sim.core.errors import UserError
@@ -78,6 +78,7 @@ def from_dict(mapping: Mapping[str, Any], cls: type = RunConfig, path: str = "",
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
         mapping = migrate_v1(mapping)  # first: in another version anything may be unknown
+    mapping = deprecation.current(cls, mapping, path)
     values = {} if base is None else {name: getattr(base, name) for name in names}
     for key, value in mapping.items():
         dotted = f"{path}{key}"

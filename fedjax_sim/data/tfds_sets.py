@@ -16,7 +16,7 @@ from fedjax_sim.data.images import on_white
 from fedjax_sim.tasks.preprocessing import Preprocessing
 
 PREPARE = ".venv/bin/pip install -e '.[prepare]'"
-"""What installs TensorFlow, in the folder of a clone: the package is on no index."""
+"""What installs TensorFlow, in the folder of a clone: there is the script that prepares a set."""
 
 
 def how_to_prepare(name: str, data_dir: str | Path) -> str:
