@@ -220,12 +220,14 @@ class Drive:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._callbacks.on_exit(error)
-        for thing in (self._bar, self._events, self._journal, self._best, self._checkpoints):
-            # After an error closing may fail as well: the first error is the one to tell.
-            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
-                if thing is not None:
-                    thing.close()
+        try:
+            self._callbacks.on_exit(error)
+        finally:
+            for thing in (self._bar, self._events, self._journal, self._best, self._checkpoints):
+                # After an error closing may fail as well: the first error is the one to tell.
+                with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+                    if thing is not None:
+                        thing.close()
         if isinstance(error, NonFiniteUpdate | NonFiniteServer):
             fix = f"{error.fix} {_look(self._folder, self._saved)}"
             raise type(error)(error.field, error.value, error.why, fix) from None
