@@ -35,6 +35,7 @@ from fedjax_sim.config import (  # noqa: E402
 )
 from fedjax_sim.config.callbacks import EarlyStopping, KeepBest  # noqa: E402
 from fedjax_sim.config.spaces import choice, integers, log_uniform, uniform  # noqa: E402
+from fedjax_sim.config.trackers import Aim, MLflow, Wandb  # noqa: E402
 from fedjax_sim.core import stacked  # noqa: E402
 from fedjax_sim.core.algorithm import Algorithm, Context, LocalRule, Starts, Step  # noqa: E402
 from fedjax_sim.core.errors import UserError  # noqa: E402
@@ -55,6 +56,7 @@ from fedjax_sim.studies.tables import compare  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Aim",
     "Algorithm",
     "CohortConfig",
     "Context",
@@ -69,6 +71,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "KeepBest",
     "LocalConfig",
     "LocalRule",
+    "MLflow",
     "Measurement",
     "Model",
     "ModelConfig",
@@ -85,6 +88,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Step",
     "TableDataset",
     "UserError",
+    "Wandb",
     "algorithms",
     "batch_order",
     "choice",

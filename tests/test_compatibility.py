@@ -87,6 +87,7 @@ def test_a_configuration_of_version_2_keeps_every_field():
     wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
     wanted["execution"] |= {"rounds_per_call": "auto", "calibration": "use"}
     wanted["model"] |= {"products": "auto"}
+    wanted["output"] |= {"histograms": False}
     assert config.to_dict(config.read_config(path)) == wanted
 
 
@@ -100,6 +101,7 @@ def test_a_configuration_of_version_1_means_what_it_meant():
     wanted["execution"] |= {"debug": False, "data": "auto", "client_state": "auto"}
     wanted["execution"] |= {"rounds_per_call": "auto", "calibration": "use"}
     wanted["model"] |= {"products": "auto"}
+    wanted["output"] |= {"histograms": False}
     wanted["algorithm"]["inner"] = {
         **{"name": "fedopt", "optimizer": "adam", "lr": 0.1, "options": {}},
         "inner": {"name": "fedavg", "weights": "uniform"},

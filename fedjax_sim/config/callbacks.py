@@ -1,4 +1,5 @@
-"""Callbacks: what acts on a run between its rounds. Two are shipped; anybody's own is named `module:Class`.
+"""Callbacks: what acts on a run between its rounds. Two are here, and the trackers in
+`fedjax_sim.config.trackers`; anybody's own is named `module:Class`.
 
 A callback is a frozen dataclass of settings with a method `on_round(number, rows, run)`. It is called once
 a round, in the order of `RunConfig.callbacks`, when the round's rows are known and before the next round
@@ -14,7 +15,8 @@ measured rounds that were not due then are left out.
 
 A run that was cut goes on from its newest checkpoint, and the rounds after that are run, and told, again. A
 callback that decides by `run.metrics` alone, as both of these do, decides then as it would have uncut. One
-that remembers something of its own has to rebuild it in `on_start(run)`, from `run.metrics`.
+that remembers something of its own has to rebuild it in `on_start(run)`, from `run.metrics`. It keeps it in
+`run.memory`: a callback is one object for all runs that are given it.
 
 In a run of several processes callbacks are called in the first of them.
 """
@@ -39,6 +41,11 @@ class UnderWay(Protocol):
       config: its configuration, a `RunConfig`.
       folder: where it is; None if nothing is written.
       metrics: the rows of all rounds so far, this one's included.
+      memory: what this callback remembers of this run; empty at each start of the run.
+      title: method, data and partition in a line.
+      headline: the metric that the task shows first.
+      goal: `max` or `min`: which is better of the headline.
+      stopped: why the run has ended before its last round; None: it has not. Known in `on_end`.
     """
 
     @property
@@ -54,6 +61,45 @@ class UnderWay(Protocol):
     @property
     def metrics(self) -> Table:
         """See the class."""
+        ...
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """See the class."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def headline(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def goal(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def stopped(self) -> Any:
+        """See the class."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """The configuration by dotted field (`local.lr`), values as YAML has them."""
+        ...
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, machine and checksums, as provenance.json has them."""
+        ...
+
+    def figures(self) -> dict[str, bytes]:
+        """The pictures of the run as it now is, PNG by name: `curves`, `partition`, and `clients` if their
+        accuracies are measured.
+        """  # fmt: skip
         ...
 
     def model(self) -> Any:
@@ -76,12 +122,17 @@ class UnderWay(Protocol):
 
 
 class Callback(Protocol):
-    """What acts on a run between its rounds. It may also have `on_start(run)` and `on_end(run)`, and
-    `every_round`, False if it acts on evaluated rounds alone.
+    """What acts on a run between its rounds. It may also have `on_start(run)`, `on_end(run)` and
+    `on_exit(error, run)`, and `every_round`, False if it acts on evaluated rounds alone.
 
     `on_start` is called before the first round of each start of the run, a resume included; `run.metrics`
     holds the rounds that are done. `on_end` is called after the last round, of a run that was stopped too,
-    but not where it was interrupted. In neither may a run be stopped, nor a model be kept.
+    but not where it was interrupted. `on_exit` is called last of all, however this start of the run ended:
+    `error` is what ended it, None if nothing did (it may have been interrupted then). In none of them may a
+    run be stopped, nor a model be kept.
+
+    One that needs a package that may not be there has `check_installed()`, which is called before anything is
+    compiled, and raises UserError.
     """
 
     def on_round(self, number: int, rows: Sequence[Row], run: UnderWay) -> None:

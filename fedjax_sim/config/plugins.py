@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedjax_sim.config.callbacks import CALLBACKS
+from fedjax_sim.config.trackers import TRACKERS
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.plugins import Names, written
 
 LISTS: dict[str, Names] = {
     "observers": Names("observer", "build(context)", {}),
     "meters": Names("meter", "build(context)", {}),
-    "callbacks": Names("callback", "on_round(number, rows, run)", CALLBACKS),
+    "callbacks": Names("callback", "on_round(number, rows, run)", {**CALLBACKS, **TRACKERS}),
 }
 """Field of `RunConfig` -> the names of what stands in it."""
 

@@ -438,9 +438,12 @@ class OutputConfig:
       dir: the run's folder; None keeps everything in memory (notebooks).
       checkpoint_every: rounds between checkpoints; 0 writes one at the end only.
       keep: newest checkpoints kept.
-      tensorboard: write TensorBoard events.
+      tensorboard: write TensorBoard events: all metrics but those of single clients, hyper-parameters, and at
+        the end the figures if they are drawn.
       figures: draw curves and the partition at the end.
       progress: show a progress bar; a line now and then where standard error is no terminal.
+      histograms: with the events, histograms of each weight of the deployed model at evaluated rounds. The
+        model is fetched from the devices for them, and the next round waits meanwhile.
     """
 
     dir: str | None = None
@@ -449,6 +452,7 @@ class OutputConfig:
     tensorboard: bool = True
     figures: bool = True
     progress: bool = True
+    histograms: bool = False
 
     def __post_init__(self):
         check(self, "output.")

@@ -8,6 +8,7 @@ A run's folder:
     journal.jsonl     the rows of each round, while it runs
     timing.csv        what each round cost
     tensorboard/      events
+    trackers.json     the run's ids in trackers, if it has one (`fedjax_sim.config.trackers`)
     checkpoints/      of the newest rounds
     best/             the model that a callback kept as the best
     figures/          curves, clients, partition

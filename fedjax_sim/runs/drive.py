@@ -6,8 +6,10 @@ import functools
 import json
 import shlex
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -119,12 +121,16 @@ class Drive:
                 self._table, self._laps = self._journal.table, self._journal.laps
                 if config.output.tensorboard:
                     self._events = Events(folder.path / "tensorboard", start)
+                    self._events.settings(config_lib.flat(config))
             self._table, self._laps = hosts.on_first(lambda: (self._table, self._laps))
         self._clock = Clock()
         self._saved = simulation.round
-        path = None if folder is None else folder.path
-        run = UnderWay(config, path, self._table, lambda: simulation.variables)
-        self._callbacks = Callbacks(config, run)
+        self._histograms = folder is not None and config.output.tensorboard and config.output.histograms
+        self._run = UnderWay(
+            simulation.setup, folder, self._table, lambda: simulation.variables, self._pictures
+        )
+        self._drawn: Path | None = None
+        self._callbacks = Callbacks(config, self._run)
         if self._callbacks.every_round and simulation.fused is not None:
             self._callbacks.tell_one_by_one()
         setup = simulation.setup
@@ -168,8 +174,9 @@ class Drive:
             self._write_all(*part)
         self._waiting = [(range(first, simulation.round + 1), under_way, lap or self._clock.lap)]
         due = every > 0 and simulation.round % every == 0
-        if due or self._callbacks.every_round or (self._callbacks and simulation.due()):
-            # Callbacks decide before the next round starts.
+        looked_at = bool(self._callbacks) or self._histograms
+        if due or self._callbacks.every_round or (looked_at and simulation.due()):
+            # Callbacks decide before the next round starts, and the model is still that of this one.
             due |= self._write_all(*self._waiting.pop())
         if due:
             self._save()
@@ -189,22 +196,38 @@ class Drive:
         """What the run gave, after `settle`; a finished one is whole in its folder then."""
         result = self._outcome()
         if result.finished:
+            self._run.stopped = self.stopped
+            if self._journal is not None:
+                self._drawn = _figures(result, self.simulation.setup)
+            if self._events is not None:
+                self._events.end(self._pictures() if self._drawn else {}, result.rounds)
             self._callbacks.on_end()
         if self._journal is not None and result.finished:
-            _figures(result, self.simulation.setup)
             self._journal.tabulate()
         hosts.on_first(lambda: None)  # nobody looks into the folder before all is in it
         return result
+
+    def _pictures(self) -> dict[str, bytes]:
+        """The run drawn, PNG by name; without a word to the other processes."""
+        with contextlib.ExitStack() as stack:
+            home = self._drawn
+            if home is None:
+                home = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                _draw(self._table, self._run.title, self.simulation.setup, home)
+            return {path.stem: path.read_bytes() for path in sorted(home.glob("*.png"))}
 
     def __enter__(self) -> "Drive":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        for thing in (self._bar, self._events, self._journal, self._best, self._checkpoints):
-            # After an error closing may fail as well: the first error is the one to tell.
-            with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
-                if thing is not None:
-                    thing.close()
+        try:
+            self._callbacks.on_exit(error)
+        finally:
+            for thing in (self._bar, self._events, self._journal, self._best, self._checkpoints):
+                # After an error closing may fail as well: the first error is the one to tell.
+                with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+                    if thing is not None:
+                        thing.close()
         if isinstance(error, NonFiniteUpdate | NonFiniteServer):
             fix = f"{error.fix} {_look(self._folder, self._saved)}"
             raise type(error)(error.field, error.value, error.why, fix) from None
@@ -239,22 +262,25 @@ class Drive:
     def _write(self, number: int, rows: list[records.Row], seconds: float, cpu: float) -> bool:
         """Writes a round down, and has callbacks see it. -> whether one of them wants a checkpoint."""
         simulation = self.simulation
-        rows = records.encode_nonfinite(rows)
+        rows, evaluated = records.encode_nonfinite(rows), simulation.evaluates(number)
         self._table.extend(rows)
-        wishes = self._callbacks.on_round(number, rows, evaluated=simulation.evaluates(number))
+        wishes = self._callbacks.on_round(number, rows, evaluated=evaluated)
         if wishes.stopped is not None and number < self._config.rounds:
             self.stopped = wishes.stopped
             last = records.encode_nonfinite(_last_rows(simulation, rows))
             self._table.extend(last)
             rows = rows + last
+            evaluated |= bool(last)
             wishes.keep |= bool(last) and self._callbacks.on_round(number, last, evaluated=True).keep
         lap = Lap(number, seconds, cpu, simulation.setup.cohort_size)
         if self._journal is None:
             self._laps.append(lap)
         else:
             self._journal.write(rows, lap, simulation.ending)
+        weights = simulation.variables if self._histograms and evaluated else {}  # all processes take part
         if self._events is not None:
             self._events.write(rows)
+            self._events.histograms(jax.device_get(weights), number)
         self._bar.advance(rows, lap.seconds)
         if wishes.keep:
             self._kept = _keep(self._best, number, simulation.variables)
@@ -426,15 +452,23 @@ def _prolong(folder: Folder, simulation: Simulation, began: int) -> None:
     hosts.on_first(write)
 
 
-def _figures(run: Run, setup: Setup) -> None:
+def _figures(run: Run, setup: Setup) -> Path | None:
+    """Draws a run into its folder, if it is to be drawn. -> where."""
     if run.folder is None or not run.config.output.figures:
-        return
-    from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
-
+        return None
     home = run.folder / "figures"
     home.mkdir(exist_ok=True)
-    plots.save(run.plot(), home / "curves.png")
-    clients = plots.client_figures(run.metrics, run.title, run.headline)
+    _draw(run.metrics, run.title, setup, home)
+    return home
+
+
+def _draw(table: Table, title: str, setup: Setup, home: Path) -> None:
+    """Draws a run with these rows into a folder."""
+    from fedjax_sim.records import plots  # Matplotlib loads when something is drawn
+
+    headline = setup.task.headline.name
+    plots.save(plots.run_curves(table, title, None, headline), home / "curves.png")
+    clients = plots.client_figures(table, title, headline)
     if clients is not None:
         plots.save(clients, home / "clients.png")
     data.plot(setup.partition, setup.dataset, home / "partition.png")

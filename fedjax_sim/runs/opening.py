@@ -18,7 +18,7 @@ from fedjax_sim.data import Samples
 from fedjax_sim.engine import hosts
 from fedjax_sim.engine.device_data import DataStore
 from fedjax_sim.engine.setup import Setup
-from fedjax_sim.runs import plan, provenance
+from fedjax_sim.runs import callbacks, plan, provenance
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.describe import check_unchanged, describe, read_run, yaml_safe
 from fedjax_sim.runs.drive import rounds_before
@@ -201,6 +201,7 @@ def checked_setup(
         hosts.check_same(hosts.all_or_none(lambda: provenance.digests(samples)), fix)
 
     def made() -> Setup:
+        callbacks.check_installed(config)
         setup = make(dataset)
         if not (planned or setup.config.execution.debug):  # which traces functions
             plan.check_memory(setup)

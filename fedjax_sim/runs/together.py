@@ -34,6 +34,7 @@ from fedjax_sim.engine.together import Group, can_take, obstacle, shape_of
 from fedjax_sim.records import Row, Table
 from fedjax_sim.runs import opening, parts, progress
 from fedjax_sim.runs.assemble import prepare
+from fedjax_sim.runs.callbacks import check_installed
 from fedjax_sim.runs.describe import differing
 from fedjax_sim.runs.drive import Drive, bar_of
 from fedjax_sim.runs.federation import Simulation
@@ -153,6 +154,7 @@ def _check_settings(configs: Sequence[RunConfig], samples_of: Callable[[RunConfi
             continue
         config = configs[number]
         try:
+            check_installed(config)
             prepare(config, dataset=samples_of(config))
         except UserError as error:
             raise UserError(f"configs[{number}]: {error.field}", error.value, error.why, error.fix) from None

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import tomllib
+import types
 from pathlib import Path
 
 import jax
@@ -17,7 +19,10 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 # Minutes each; `test_every_cell_works_on_a_short_run` runs their cells on short runs.
 LONG = {"layer_peeled", "lips"}
 # What another notebook writes for the length of its runs, and what a short test has in its place.
-LENGTHS = {"quickstart": ("rounds=400,", "rounds=20,")}
+LENGTHS = {
+    "quickstart": {"rounds=400,": "rounds=20,"},
+    "thousand_clients": {"rounds=100,": "rounds=2,", "clients=1000,": "clients=20,", "size=100)": "size=4)"},
+}
 SHORTER = {
     # Peeling compiles for long, FedMR as for FedAvg, and tests of its own measure controls and probes.
     "layer_peeled": {
@@ -40,9 +45,14 @@ def code_of(path):
 )
 def test_notebook_runs(path, tmp_path, monkeypatch):
     """In a kernel, from its first cell to its last, with fewer rounds."""
-    written, short = LENGTHS[path.stem]
-    execute(path, tmp_path, monkeypatch, lambda source: source.replace(written, short))
-    assert "".join(code_of(path)).count(written) == 1
+
+    def shorter(source):
+        for written, short in LENGTHS[path.stem].items():
+            source = source.replace(written, short)
+        return source
+
+    execute(path, tmp_path, monkeypatch, shorter)
+    assert all("".join(code_of(path)).count(written) == 1 for written in LENGTHS[path.stem])
 
 
 @pytest.mark.slow
@@ -132,3 +142,76 @@ def last_value(source, space):
 
 def path_of(name):
     return next(path for path in NOTEBOOKS if path.stem == name)
+
+
+# --- in Colab ---------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_badge_opens_the_notebook_in_colab(path):
+    top = nbformat.read(path, as_version=4).cells[0].source
+    place = REPOSITORY.removeprefix("https://github.com/")
+    address = f"https://colab.research.google.com/github/{place}/blob/main/notebooks/{path.name}"
+    picture = "https://colab.research.google.com/assets/colab-badge.svg"
+    assert top.startswith(f"[![Open In Colab]({picture})]({address})\n")
+
+
+def test_all_notebooks_begin_with_the_same_cell():
+    assert len({code_of(path)[0] for path in NOTEBOOKS}) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_last_cell_draws(path):
+    last = code_of(path)[-1]
+    assert "plt.subplots" in last or "pictures." in last
+
+
+class Shell:
+    """IPython, as far as the first cell asks it; installing changes what is installed."""
+
+    def __init__(self, installed, changes):
+        self.installed, self.changes, self.asked = installed, changes, []
+
+    def run_line_magic(self, name, line):
+        self.asked.append((name, line))
+        self.installed.update(self.changes)
+
+
+def first_cell(installed, changes, device=False):
+    """Runs it where fedjax_sim is not installed. -> what it asks for."""
+    shell = Shell(installed, changes)
+    space = {
+        "get_ipython": lambda: shell,
+        "listed": lambda: [types.SimpleNamespace(name=n, version=v) for n, v in installed.items()],
+        "device": lambda path: device,
+    }
+    cell = code_of(NOTEBOOKS[0])[0]
+    for real, ours in {
+        'importlib.util.find_spec("fedjax_sim")': "None",
+        "importlib.metadata.distributions()": "listed()",
+        "os.path.exists(": "device(",
+    }.items():
+        assert real in cell
+        cell = cell.replace(real, ours)
+    exec(TransformerManager().transform_cell(cell), space)
+    assert shell.asked == [("pip", 'install -q "{wanted}"')]
+    return space["wanted"]
+
+
+@pytest.mark.parametrize(
+    ("also", "device", "extra"),
+    [({}, False, ""), ({}, True, "[cuda]"), ({"libtpu": "0.0.21.1"}, False, "[tpu]")],
+)
+def test_the_first_cell_asks_for_what_the_runtime_has(also, device, extra):
+    installed = {"jax": jax.__version__, "flax": "0.11.2", **also}
+    wanted = first_cell(installed, {}, device)
+    assert wanted == f"fedjax-sim{extra} @ git+{REPOSITORY}"
+
+
+def test_the_first_cell_says_when_the_session_has_to_be_restarted():
+    """JAX is loaded in this process, as it may be in a session that was in use."""
+    with pytest.raises(SystemExit, match=r"Restart the session .*: jax was loaded before"):
+        first_cell({"jax": "0.7.2", "requests": "2"}, {"jax": "0.10.1", "requests": "3"})
