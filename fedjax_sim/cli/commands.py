@@ -412,8 +412,8 @@ def _report(words: list[str]) -> int:
 
 _REPORT = """Writes one self-contained HTML page: what ran and on what, curves to zoom into, the table with
 paired differences and their intervals, the partition, diagnostics where they were measured, bytes, time,
-warnings, the configuration, and how to repeat it. PATH is the folder of a run or of a sweep, finished or under
-way, or the file of a sweep, by which the runs to come are known too.
+warnings, the configuration, and how to repeat it. PATH is the folder of a run or of a sweep, finished or
+under way, or the file of a sweep, by which the runs to come are known too.
 
   --out FILE           default: report.html in that folder; of several runs beside the first
   --watch [SECONDS]    writes it again whenever a record has changed, until all runs are at their ends, or

@@ -122,7 +122,7 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
     """
     found = curves.gather(study.entries, study.headline)
     metric = next((name for name in found.metrics if _some(found, name)), "")
-    chart, notes = curves.packed(found) if metric else (None, [])
+    chart, notes = curves.packed(found) if metric else (None, list[str]())
     first = next((entry for entry in study.entries if entry.run is not None), study.entries[0])
     compared = _compared(study, metric)
     partitions, about_partitions = holders.holdings(study.entries)
@@ -130,11 +130,10 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
     state, words = _state(study)
     failed = [entry for entry in study.entries if entry.state.kind in ("failed", "damaged")]
     title = _title(study, compared)
-    running = [entry for entry in study.entries if entry.seen and entry.state.kind not in entries.OVER]
-    if running and several and chart is not None:
+    if several and chart is not None and any(entry.seen and not entry.over for entry in study.entries):
         notes.append(
-            "Some runs are under way: where seeds are at different rounds, a mean is over those that have come "
-            "so far."
+            "Some runs are under way: where seeds are at different rounds, a mean is over those that came"
+            " so far."
         )
     return Page(
         kind=study.kind,
@@ -257,8 +256,8 @@ def _state(study: Study) -> tuple[entries.Kind, str]:
     if left and not count["waiting"] and not count["cut"]:
         told.append(f"about {entries.duration(max(left))} left")
     kinds: tuple[entries.Kind, ...] = ("running", "failed", "damaged", "cut", "waiting")
-    over: entries.Kind = "finished"
-    return next((kind for kind in kinds if count[kind]), over), ", ".join(told)
+    most: list[entries.Kind] = [kind for kind in kinds if count[kind]]
+    return most[0] if most else "finished", ", ".join(told)
 
 
 def _share(study: Study) -> float:
@@ -366,9 +365,9 @@ def _grid_notes(compared: Comparison, study: Study) -> list[str]:
         chosen = "" if study.sweep is not None and study.sweep.reference else ", the first row"
         notes.append(
             f"Below a value: its difference to {compared.reference}{chosen}, mean over seeds of the same "
-            "partition, with the 95 % interval of Student's t. It takes the differences for normal, says little "
-            "of few seeds, and is not corrected for the number of rows. One seed has no interval. In colour: the "
-            "interval leaves 0 out."
+            "partition, with the 95 % interval of Student's t. It takes the differences for normal, says "
+            "little of few seeds, and is not corrected for the number of rows. One seed has no interval. In "
+            "colour: the interval leaves 0 out."
         )
     return notes + compared.notes("†")
 
@@ -448,8 +447,8 @@ def _repeat(study: Study, first: Entry) -> list[Step]:
         )
     steps.append(
         Step(
-            "On the same machine, versions and layout the numbers are the same to the last bit; on others they "
-            "are the same up to float rounding."
+            "On the same machine, versions and layout the numbers are the same to the last bit; on others "
+            "they are the same up to float rounding."
         )
     )
     return steps

@@ -59,7 +59,7 @@ class Study:
     @property
     def over(self) -> bool:
         """Whether nothing will change by itself."""
-        return all(entry.state.kind in entries.OVER for entry in self.entries)
+        return all(entry.over for entry in self.entries)
 
     @property
     def headline(self) -> str:
@@ -176,7 +176,7 @@ def _told(home: Path) -> dict[str, Any]:
 
 
 def _of_folder(home: Path, known: dict[Path, Run]) -> Study:
-    """The folder of a sweep: by what its newest start wrote down, or else by the runs that have begun there."""
+    """A sweep's folder: by what its newest start wrote down, or else by the runs that have begun there."""
     told = _told(home)
     if told.get("jobs"):
         jobs = [_job_of(home, about) for about in told["jobs"]]

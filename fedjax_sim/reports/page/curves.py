@@ -162,9 +162,10 @@ def packed(found: Curves, budget: int = BUDGET) -> tuple[dict[str, Any], list[st
                 break
             metrics.append(name)
         left = len(found.metrics) - len(metrics)
+        names = ", ".join(found.metrics[len(metrics) :][:8]) + (" …" if left > 8 else "")
         notes.append(
-            f"{left} of {len(found.metrics)} metrics are left out, to keep the page small: "
-            f"{', '.join(found.metrics[len(metrics) :][:8])}{' …' if left > 8 else ''}. The records have them."
+            f"{left} of {len(found.metrics)} metrics are left out, to keep the page small: {names}. "
+            "The records have them."
         )
     rounds: dict[bytes, int] = {}
     told, step = [], 1
@@ -187,8 +188,8 @@ def packed(found: Curves, budget: int = BUDGET) -> tuple[dict[str, Any], list[st
         )
     if step > 1:
         notes.append(
-            f"Long curves are thinned: of {step} recorded rounds one is drawn, as it was recorded, and the newest "
-            "always. A spike between them is not seen here."
+            f"Long curves are thinned: of {step} recorded rounds one is drawn, as it was recorded, and the "
+            "newest always. A spike between them is not seen here."
         )
     about = {
         "metrics": [{"name": name, "label": plots.label_of(name), "goal": goal_of(name)} for name in metrics],

@@ -76,6 +76,11 @@ class Entry:
         return None if self.config.output.dir is None else Folder(self.config.output.dir).path
 
     @property
+    def over(self) -> bool:
+        """Whether its state will not change by itself."""
+        return self.state.kind in OVER
+
+    @property
     def seen(self) -> bool:
         """Whether it has at least one round."""
         return self.run is not None and self.run.rounds > 0
