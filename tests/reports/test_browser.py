@@ -45,9 +45,7 @@ def opened(browser, study):
         page = context.new_page()
         page.on("console", lambda message: told.append(message.text))
         page.on("pageerror", lambda error: told.append(str(error)))
-        page.on(
-            "request", lambda asked: told.extend([asked.url] * (not asked.url.startswith(("file:", "data:"))))
-        )
+        page.on("request", lambda asked: None if asked.url.startswith(OWN) else told.append(asked.url))
         page.goto(address)
         return page
 
@@ -57,12 +55,14 @@ def opened(browser, study):
     assert not told, told
 
 
+OWN = "file:", "data:"
 RANGE = "() => [fedjaxSimChart().scales.x.min, fedjaxSimChart().scales.x.max]"
 INK = """() => {
     const canvas = document.querySelector("#chart canvas");
     const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
     const seen = new Set();
-    for (let i = 0; i < pixels.length; i += 4) if (pixels[i + 3] > 200) seen.add(pixels.slice(i, i + 3).join());
+    for (let i = 0; i < pixels.length; i += 4)
+        if (pixels[i + 3] > 200) seen.add(pixels.slice(i, i + 3).join());
     return seen.size;
 }"""
 
@@ -187,7 +187,8 @@ CONTRAST = """() => {
         return "rgb(255, 255, 255)";
     };
     const wanted = "h1, h2, p, li, td, th, dt, dd, a, button, small, figcaption, summary, code, mark, .state";
-    return [...document.querySelectorAll(wanted)].filter((one) => one.offsetParent && !one.disabled).map((one) => {
+    const seen = [...document.querySelectorAll(wanted)].filter((one) => one.offsetParent && !one.disabled);
+    return seen.map((one) => {
         const [a, b] = [light(getComputedStyle(one).color), light(behind(one))].sort((x, y) => y - x);
         return [(a + 0.05) / (b + 0.05), one.outerHTML.slice(0, 80)];
     }).sort((x, y) => x[0] - y[0])[0];

@@ -23,7 +23,7 @@ OVER: tuple[Kind, ...] = ("finished", "stopped", "failed", "damaged")
 _QUIET = 120.0
 """Seconds without a record after which a run is taken for one at rest, unless its rounds are longer."""
 _RECENT = 20
-"""Newest rounds whose median time is the pace."""
+"""Newest rounds whose mean time is the pace, or a fifth of all where that is more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +98,13 @@ def state_of(run: Run, failure: str = "") -> State:
     if not running and failure:
         return State("failed", done, rounds, f"failed at {where}: {failure}")
     laps = [] if run.folder is None else Folder(run.folder).records.laps()
-    pace = float(np.median([lap.seconds for lap in laps[-_RECENT:]])) if laps else None
+    recent = [lap.seconds for lap in laps[1:]][-max(_RECENT, len(laps) // 5) :]
+    pace = float(np.mean(recent)) if recent else None
     if not running and age is not None:
         running = age < max(_QUIET, 10 * (pace or 0.0))
     if running:
         left = None if pace is None else pace * (rounds - done)
-        told = "" if left is None or len(laps) < 2 else f", about {duration(left)} left"
+        told = f", about {duration(left)} left" if left else ""
         return State("running", done, rounds, f"under way, {where}{told}", left)
     told = "" if age is None else f"; its newest record is {duration(age)} old"
     return State("cut", done, rounds, f"not finished: {where}, and no process works on it here{told}")
@@ -148,11 +149,19 @@ def _locked(path: Path) -> bool:
 
 
 def signature(folders: Sequence[Path]) -> tuple[object, ...]:
-    """What changes when a record of one of these folders does, or when a process begins or ends there."""
+    """What changes when a record of one of these folders does, when a process begins or ends there, and when
+    there was no new record for so long that a run is no longer taken for one under way.
+    """  # fmt: skip
     names = (records.JOURNAL, records.METRICS, "config.yaml", "provenance.json", "sweep.json", "runs.json")
     return tuple(
-        (*(_version(folder / name) for name in names), _locked(folder / ".lock")) for folder in folders
+        (*(_version(folder / name) for name in names), _locked(folder / ".lock"), _quiet(folder))
+        for folder in folders
     )
+
+
+def _quiet(folder: Path) -> bool:
+    age = liveness(folder)[1]
+    return age is not None and age > _QUIET
 
 
 def _version(path: Path) -> tuple[int, int] | None:
