@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 import fedjax_sim as fs
+from fedjax_sim.studies import pages, sources
 from tests.reports import studies
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
@@ -205,11 +206,8 @@ def test_text_can_be_read_in_both_schemes(opened, scheme):
 def test_a_page_of_a_study_under_way_reads_itself_again(opened, tmp_path):
     _, sweep = studies.written(tmp_path, seeds=[0])
     folder = studies.record(sweep.jobs[0], upto=10)
-    from fedjax_sim.reports.page import render
-    from fedjax_sim.studies import report, sources
-
     out = tmp_path / "page.html"
-    text = lambda: render.html(report.page_of(sources.find(folder), out, refresh=1))  # noqa: E731
+    text = lambda: pages.html_of(sources.find(folder), out, refresh=1)  # noqa: E731
     out.write_text(text())
     page = opened(out.as_uri())
     page.evaluate("() => scrollTo(0, 250)")

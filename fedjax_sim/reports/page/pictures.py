@@ -4,6 +4,7 @@ import base64
 import contextlib
 import dataclasses
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -63,11 +64,22 @@ class Gallery:
 
 
 def image_of(figure: "Figure", name: str, caption: str = "", dpi: int = 130) -> Image:
-    """A figure as a PNG of 256 colours, which are enough for lines and for colour maps."""
+    """A figure as a PNG of 256 colours, which are enough for lines and for colour maps.
+
+    Args:
+      figure: Matplotlib's.
+      name: what it is.
+      caption: what it shows; "": its own.
+      dpi: pixels an inch.
+    """
     from PIL import Image as Pillow
 
     raw = io.BytesIO()
-    figure.savefig(raw, format="png", dpi=dpi)
+    with (
+        warnings.catch_warnings()
+    ):  # names may be longer than a figure has room for, and stand on the page too
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(raw, format="png", dpi=dpi)
     with Pillow.open(raw) as picture:
         return _held(picture.convert("RGB"), name, caption or _caption_of(figure), dpi / 96)
 
@@ -104,7 +116,10 @@ def still_curves(found: Curves, metric: str, title: str) -> Image | None:
     panels: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for (name, row, column), curve in found.curves.items():
         if name == metric and np.isfinite(curve.mean).any():
-            panels.setdefault(column, {})[row] = curve.rounds, _band(curve.mean, curve.deviation)
+            panels.setdefault(column, {})[brief(row, found.rows)] = (
+                curve.rounds,
+                _band(curve.mean, curve.deviation),
+            )
     if not panels:
         return None
     shown = dict(list(panels.items())[:MOST_PANELS])
@@ -112,6 +127,13 @@ def still_curves(found: Curves, metric: str, title: str) -> Image | None:
     about = "mean over seeds, with a band of one standard deviation where there are several"
     left = f" The first {MOST_PANELS} of {len(panels)} settings." if len(panels) > len(shown) else ""
     return image_of(figure, f"curves of {metric}", f"{plots.label_of(metric)} over rounds: {about}.{left}")
+
+
+def brief(name: str, names: Sequence[str], most: int = 36) -> str:
+    """A name that a figure has room for; of a long one the beginning, and its place among `names`."""
+    if len(name) <= most:
+        return name
+    return f"{name[: most - 6].rstrip(' ,')} … ({list(names).index(name) + 1})"
 
 
 def _band(mean: np.ndarray, deviation: np.ndarray | None) -> np.ndarray:
@@ -131,7 +153,7 @@ def _grouped(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
         if entry.seen:
             name = ", ".join(part for part in (entry.row, entry.column) if part)
             groups.setdefault(name, []).append(entry)
-    return groups
+    return {brief(name, list(groups), 48): own for name, own in groups.items()}
 
 
 def layer_peeled(entries: Sequence[Entry]) -> Gallery | None:
