@@ -280,7 +280,7 @@ def test_long_curves_are_thinned_and_the_page_says_so():
     kept = decoded(told["rounds"][0], "<i4")
     assert len(kept) == 1000 and kept[-1] == 5000 and set(np.diff(kept)) == {5}
     assert np.allclose(decoded(told["curves"][0]["y"]), kept / 5000)
-    assert any("of 5 recorded rounds one is drawn" in note for note in notes)
+    assert any("of up to 5 recorded rounds one is drawn" in note for note in notes)
     told, notes = curves.packed(found, budget=70)
     assert [each["name"] for each in told["metrics"]] == ["accuracy"]
     assert any("1 of 2 metrics are left out" in note for note in notes)

@@ -188,7 +188,7 @@ def packed(found: Curves, budget: int = BUDGET) -> tuple[dict[str, Any], list[st
         )
     if step > 1:
         notes.append(
-            f"Long curves are thinned: of {step} recorded rounds one is drawn, as it was recorded, and the "
+            f"Long curves are thinned: of up to {step} recorded rounds one is drawn, as it was recorded, and the "
             "newest always. A spike between them is not seen here."
         )
     about = {

@@ -145,7 +145,9 @@
         while (at >= 0 && own[at] === undefined) at--;
         const middle = at < 0 ? null : own[at];
         const half = at >= 0 && middle != null && shown[index].spread ? u.data[3 * index + 2][at] - middle : null;
-        button.querySelector(".v").textContent = said(middle) + (half ? " ± " + said(half) : "");
+        const fixed = half >= 0.0001 && said(middle).split(".")[1]?.length === 4;
+        const spread = half ? " ± " + (fixed ? half.toFixed(4) : said(half)) : "";
+        button.querySelector(".v").textContent = said(middle) + spread;
       });
       const round = spot == null ? u.data[0][u.data[0].length - 1] : u.data[0][spot];
       legend.dataset.round = round;
