@@ -55,23 +55,30 @@ def report(
     known: dict[Path, Run] = {}
     study = find(given, known)
     path = _target(out, study)
-    shown = not open
     try:
-        while True:
-            seen, over = entries.signature(study.folders), watch is None or study.over
-            _write(path, study, None if over else max(1, round(watch or 0)), tell)
-            if not shown:
-                shown = webbrowser.open(path.as_uri()) or True
-            if over:
-                return path
-            while entries.signature(study.folders) == seen:
-                time.sleep(watch or WATCH)
+        _write(path, study, _refresh(study, watch), tell)
+        if open:
+            webbrowser.open(path.as_uri())
+        seen = None  # what changes while it is read, or written, is seen at the first look
+        while watch is not None and not study.over:
+            time.sleep(watch)
+            found = entries.signature(study.folders)
+            if found == seen and study.whole:
+                continue
+            known_before = study.folders
             study = find(given, known)
+            if found != seen or study.folders != known_before:
+                _write(path, study, _refresh(study, watch), tell)
+            seen = found
     except KeyboardInterrupt:
         if watch is None:
             raise
         _write(path, find(given, known), None, tell)
-        return path
+    return path
+
+
+def _refresh(study: Study, watch: float | None) -> int | None:
+    return None if watch is None or study.over else max(1, round(watch))
 
 
 # --- where it goes --------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ class Study:
 
     @property
     def over(self) -> bool:
-        """Whether nothing will change by itself."""
-        return all(entry.over for entry in self.entries)
+        """Whether nothing will change by itself, as far as that is known."""
+        return self.whole and all(entry.over for entry in self.entries)
 
     @property
     def headline(self) -> str:

@@ -19,7 +19,7 @@ import pytest
 from scipy import stats
 
 import fedjax_sim as fs
-from fedjax_sim import records
+from fedjax_sim import config, records
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.page import curves, entries, facts, render
@@ -326,6 +326,59 @@ def test_watching_writes_anew_until_all_is_over(tmp_path):
     other.join()
     assert len(told) >= 2 and "data-refresh=" not in out.read_text() and "all 1 runs" not in out.read_text()
     assert "finished, 30 rounds" in read(out)["header"]
+
+
+def test_runs_that_begin_later_come_onto_the_page_of_a_folder(tmp_path):
+    _, sweep = studies.written(tmp_path, seeds=[0])
+    studies.record(sweep.jobs[0])
+    told = []
+
+    def go_on():
+        while not told:
+            time.sleep(0.02)
+        studies.record(sweep.jobs[1])
+        while len(told) < 2 or "2 runs" not in (sweep.out / "report.html").read_text():
+            time.sleep(0.02)
+        # As a sweep does at its end.
+        jobs = [
+            {
+                "method": job.method,
+                "setting": {},
+                "seed": 0,
+                "folder": str(Path(str(job.config.output.dir)).relative_to(sweep.out)),
+                "config": config.to_dict(job.config),
+            }
+            for job in sweep.jobs
+        ]
+        (sweep.out / "sweep.json").write_text(json.dumps({"jobs": jobs, "reference": "FedAvg"}))
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    page = read(fs.report(sweep.out, watch=0.05, tell=told.append))
+    other.join()
+    assert "all 2 runs finished" in page["header"] and "FedMR" in page["table"]
+
+
+def test_ctrl_c_leaves_a_page_that_rests(tmp_path, monkeypatch):
+    _, sweep = studies.written(tmp_path, seeds=[0])
+    folder = studies.record(sweep.jobs[0], upto=10)
+
+    def interrupt(seconds):
+        assert "data-refresh" in (folder / "report.html").read_text()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    out = fs.report(folder, watch=5)
+    assert "data-refresh=" not in out.read_text() and "round 10 of 30" in read(out)["header"]
+
+
+def test_a_sweep_and_a_run_share_a_page(tmp_path):
+    path, sweep = studies.written(tmp_path)
+    for job in sweep.jobs:
+        studies.record(job)
+    _, other = studies.written(tmp_path, "other", seeds=[7], methods={"FedAvg": {"algorithm": "scaffold"}})
+    page = page_of([path, studies.record(other.jobs[0])], tmp_path)
+    assert "study: FedMR" in page["table"] and "scaffold" in page["table"] and "7 runs" in page["header"]
 
 
 def test_no_device_is_touched(tmp_path):

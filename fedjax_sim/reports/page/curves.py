@@ -188,8 +188,8 @@ def packed(found: Curves, budget: int = BUDGET) -> tuple[dict[str, Any], list[st
         )
     if step > 1:
         notes.append(
-            f"Long curves are thinned: of up to {step} recorded rounds one is drawn, as it was recorded, and the "
-            "newest always. A spike between them is not seen here."
+            f"Long curves are thinned: of up to {step} recorded rounds one is drawn, as it was recorded, and "
+            "the newest always. A spike between them is not seen here."
         )
     about = {
         "metrics": [{"name": name, "label": plots.label_of(name), "goal": goal_of(name)} for name in metrics],
