@@ -50,6 +50,7 @@ from fedjax_sim.reports import inertia, peel  # noqa: E402
 from fedjax_sim.runs import Run, Simulation, load, resume, run, run_many  # noqa: E402
 from fedjax_sim.runs.plan import plan  # noqa: E402
 from fedjax_sim.studies import sweep  # noqa: E402
+from fedjax_sim.studies.report import report  # noqa: E402
 from fedjax_sim.studies.search import tune  # noqa: E402
 from fedjax_sim.studies.tables import compare  # noqa: E402
 
@@ -103,6 +104,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "models",
     "peel",
     "plan",
+    "report",
     "resume",
     "run",
     "run_many",

@@ -23,6 +23,7 @@ USAGE = """usage: fedjax-sim COMMAND …
   inertia FOLDER|SWEEP.yaml …  the same of runs with --inertia.measure: how far layers move (--help)
   landscape RUN|SWEEP.yaml …   how flat the minima of finished runs are: curves, Hessian, barriers (--help)
   compare RUN|SWEEP.yaml …     the table of finished runs: mean and deviation over seeds (--help)
+  report PATH …                one HTML page of a run, a sweep or a study under way (--help)
   export FOLDER FILE           a run's weights as .npz or .safetensors (--help)
   plan [FILE.yaml] [--flags]   what a configuration will need in memory (--exact compiles it; --on v5e-256
                                compiles it for a machine that is not here)
@@ -87,6 +88,7 @@ def _dispatch(words: list[str]) -> int:
         "inertia": _inertia,
         "landscape": _landscape,
         "compare": _compare,
+        "report": _report,
         "export": _export,
         "plan": _plan,
         "tune-machine": _tune_machine,
@@ -382,6 +384,41 @@ taken, named as in its table.
   --reference ROW    differences to that row as well, seed by seed
   --last-k K         mean of the newest K values; default: 1
   --rounds R,R       further tables, of the newest values up to these rounds"""
+
+
+def _report(words: list[str]) -> int:
+    from fedjax_sim.studies import report
+
+    usage = "fedjax-sim report PATH … [--out FILE] [--watch [SECONDS]] [--open]"
+    number = re.compile(r"\d+(\.\d*)?")
+    others = [word for word in words if word != "--open"]
+    if "--watch" in others:  # whose value may be left out
+        place = others.index("--watch") + 1
+        if not number.fullmatch("".join(others[place : place + 1])):
+            others.insert(place, str(report.WATCH))
+    given, flags = _given(others, usage, _REPORT, "--out", "--watch")
+    seconds = flags.get("--watch")
+    if seconds is not None and not number.fullmatch(seconds):
+        raise UserError("--watch", seconds, "it must be a number of seconds", "Give one, such as 10.")
+    report.report(
+        given,
+        flags.get("--out"),
+        watch=None if seconds is None else float(seconds),
+        open="--open" in words,
+        tell=lambda line: print(line, flush=True),
+    )
+    return 0
+
+
+_REPORT = """Writes one self-contained HTML page: what ran and on what, curves to zoom into, the table with
+paired differences and their intervals, the partition, diagnostics where they were measured, bytes, time,
+warnings, the configuration, and how to repeat it. PATH is the folder of a run or of a sweep, finished or
+under way, or the file of a sweep, by which the runs to come are known too.
+
+  --out FILE           default: report.html in that folder; of several runs beside the first
+  --watch [SECONDS]    writes it again whenever a record has changed, until all runs are at their ends, or
+                       Ctrl-C; the page then reads itself again. Looks every so many seconds; default: 10
+  --open               opens it in the browser"""
 
 
 def _peel(words: list[str]) -> int:

@@ -259,6 +259,22 @@ def deviation(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - middle) ** 2 for v in values) / (len(values) - 1))
 
 
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The confidence interval of the mean by Student's t, low and high; None of a single value.
+
+    Args:
+      values: independent draws, taken for normal: with few of them that decides how wide it is.
+      level: how often such an interval holds the mean.
+    """
+    wide = deviation(values)
+    if wide is None:
+        return None
+    from scipy import stats  # it loads when an interval is wanted
+
+    half = float(stats.t.ppf(0.5 + level / 2, len(values) - 1)) * wide / math.sqrt(len(values))
+    return mean(values) - half, mean(values) + half
+
+
 def format_mean_std(values: Sequence[float], plus_minus: str = "±", signed: bool = False) -> str:
     """`0.8123 ± 0.0045 (3)`: mean, deviation, number of seeds; a single value has only itself."""
     middle = f"{mean(values):+.4f}" if signed else f"{mean(values):.4f}"
