@@ -66,8 +66,11 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
     Args:
       message: of the warning.
-      category, filename, lineno, line: are not shown.
+      category: is not shown.
+      filename: is not shown.
+      lineno: is not shown.
       file: where it is written; None: standard error.
+      line: is not shown.
     """
     del category, filename, lineno, line
     complain(f"warning: {message}", file)
