@@ -78,8 +78,13 @@ def show_warning(message, category, filename, lineno, file=None, line=None) -> N
 
 def complain(line: str, file: typing.TextIO | None = None) -> None:
     """A line on standard error, if that can be written: where it cannot, there is nobody to tell."""
+    bars = sys.modules.get("tqdm")  # one that is being drawn makes room for the line
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=file or sys.stderr, flush=True)
+        if bars is not None:
+            bars.tqdm.write(line, file=file or sys.stderr)
+        else:
+            print(line, file=file or sys.stderr)
+        (file or sys.stderr).flush()
 
 
 class Output:
