@@ -31,7 +31,7 @@ class Entry:
 
 GROUPS: dict[str, tuple[Entry, ...]] = {
     "begin": (
-        Entry("demo", "sweeping:Demo", "", "FedMR against FedAvg on digits: a table, curves, pictures"),
+        Entry("demo", "sweeping:Demo", "", "FedMR against FedAvg on digits: a table, curves"),
         Entry("list", "listing:List", "", "algorithms, models, data sets, partitions"),
         Entry("doctor", "doctor:Doctor", "", "checks this machine, and says what to do", computes=False),
     ),
