@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import select
 import shlex
 import shutil
@@ -112,11 +113,13 @@ def test_fish_offers(line, offered, not_offered, scripts, place):
     ],
 )
 def test_zsh_completes(typed, shown, scripts, place):
-    assert shown in by_zsh(scripts["zsh"], typed, place)
+    assert shown not in typed
+    screen = by_zsh(scripts["zsh"], typed, shown, place)
+    assert shown in screen, screen
 
 
-def by_zsh(script, typed, folder):
-    """The screen of a zsh in which a line and a tabulator were typed."""
+def by_zsh(script, typed, shown, folder):
+    """The screen of a zsh in which a line and a tabulator were typed, as soon as it shows what is awaited."""
     environment = {**os.environ, "TERM": "dumb", "ZDOTDIR": str(folder), "PS1": "", "COLUMNS": "200"}
     process, terminal = pty.fork()
     if process == 0:
@@ -127,7 +130,7 @@ def by_zsh(script, typed, folder):
         os.write(terminal, setup.encode())
         read_until(terminal, "ready")
         os.write(terminal, f"{typed}\t".encode())
-        return read_until(terminal, None, seconds=3.0)
+        return read_until(terminal, shown)
     finally:
         os.kill(process, 9)
         os.waitpid(process, 0)
@@ -135,16 +138,12 @@ def by_zsh(script, typed, folder):
 
 
 def read_until(terminal, mark, seconds=30.0):
-    """What a terminal shows until there is a mark, or until it has been silent for a moment."""
-    text, until, quiet = "", time.monotonic() + seconds, None
-    while time.monotonic() < until:
+    """What a terminal shows until there is a mark; without colours and movements."""
+    text, until = "", time.monotonic() + seconds
+    while time.monotonic() < until and mark not in text:
         if select.select([terminal], [], [], 0.1)[0]:
             text += os.read(terminal, 4096).decode(errors="replace")
-            quiet = time.monotonic()
-        if mark is not None and mark in text:
-            break
-        if mark is None and quiet is not None and time.monotonic() - quiet > 0.8:
-            break
+            text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return text
 
 
