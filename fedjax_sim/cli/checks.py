@@ -17,7 +17,7 @@ from typing import Any
 
 from fedjax_sim.core import paths, versions
 
-OLDEST, NEWEST = (3, 11), (3, 13)
+OLDEST, NEWEST = (3, 11), (3, 14)
 """Releases of Python that the tests run on."""
 
 WAIT = 90.0
