@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedjax_sim.studies import sweep
+from fedjax_sim.cli import main
+from fedjax_sim.studies import demo, sweep
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "experiments" / "demo.yaml"
@@ -54,3 +55,24 @@ def test_the_demo_gives_the_numbers_that_its_file_states(tmp_path):
     for method, cells in stated().items():
         last, *earlier = (float(row["mean"]) for row in rows if row["method"] == method)
         assert [*earlier, last] == pytest.approx([mean for mean, _ in cells], abs=0.002)
+
+
+def test_the_demonstration_is_in_the_package_and_there_is_one_copy_of_it(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert DEMO.is_symlink() and demo.text() == DEMO.read_text()
+    assert demo.sweep() == sweep.load(DEMO)
+    assert main(["demo", "--print-file"]) == 0
+    assert capsys.readouterr().out == demo.text()
+    asked = demo.sweep("there", 100)
+    assert {job.config.rounds for job in asked.jobs} == {100} and asked.rounds_of_interest == (50,)
+    assert Path(asked.out).name == "there"
+    assert main(["demo", "--rounds", "0"]) == 2 and "--rounds = 0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_short_demonstration_runs(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--rounds", "2", "--out", "short"]) == 0
+    told = capsys.readouterr().out
+    assert "FedMR" in told and "next: fedjax-sim demo --print-file" in told
+    assert (tmp_path / "short" / "table.md").is_file() and (tmp_path / "short" / "curves.png").is_file()

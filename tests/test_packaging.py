@@ -485,7 +485,7 @@ def test_a_ready_environment_is_used_as_it_is_and_arguments_pass_through(stand_i
         ),
         ("scripts/test.sh", ["-n", "0"], "python -m pytest -n 0"),
         ("scripts/test.sh", ["-x", "--pdb"], "python -m pytest -x --pdb"),
-        ("scripts/demo.sh", ["--out", "x"], "fedjax-sim sweep experiments/demo.yaml --out x"),
+        ("scripts/demo.sh", ["--out", "x"], "fedjax-sim demo --out x"),
     ]:
         assert call(script, *arguments) == ([expected], "")
 

@@ -94,7 +94,11 @@ def loaded(package: Path) -> set[str]:
         if "." in name:
             todo.append(name.rpartition(".")[0])
         if name in known:
-            for node in ast.parse(known[name].read_text()).body:
+            body = ast.parse(known[name].read_text()).body
+            while body:
+                node = body.pop()
+                if isinstance(node, ast.If) and not ast.unparse(node.test).endswith("TYPE_CHECKING"):
+                    body += node.body  # of the package's own `__init__`
                 if isinstance(node, ast.ImportFrom) and node.module:
                     todo += [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
                 elif isinstance(node, ast.Import):

@@ -7,7 +7,6 @@ goes through `config.from_dict`, so that a mistake on the command line gives the
 import dataclasses
 import difflib
 import inspect
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence, Set
@@ -18,6 +17,8 @@ import yaml
 
 from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
+from fedjax_sim.cli import forms
+from fedjax_sim.cli.forms import Typed, field_texts
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
@@ -72,12 +73,12 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
         f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
         f"({', '.join(algorithms.CONFIGS)})."
     )
-    for switch, text in (extra or {}).items():
-        told += f"\n\n--{switch}: {text}"
     form = _form(type(base), base, "")
     _check_known(words, form)
+    shown = _with_switches(form, extra or {}) if {"-h", "--help"} & set(words) else form
+    prog = f"fedjax-sim {command} [FILE.yaml]"
     try:
-        filled = tyro.cli(form, prog=f"fedjax-sim {command} [FILE.yaml]", description=told, args=words)
+        filled = forms.filled(shown, prog, told, words)
     except SystemExit as end:
         if end.code:
             # Unknown flags and wrong values never get here: what is left is a flag without its value.
@@ -126,14 +127,10 @@ def _named_by(option: str, words: list[str]) -> tuple[str | None, list[str]]:
 # --- the form -----------------------------------------------------------------------------------------
 
 
-class _Typed(str):
-    """A value as the user typed it."""
-
-
 def _form(cls: type, base: Any, path: str) -> type:
     """The dataclass of which tyro makes flags; its defaults are those of `base`."""
     hints = typing.get_type_hints(cls)
-    texts = _field_texts(cls)
+    texts = field_texts(cls)
     fields = []
     for field in dataclasses.fields(cls):
         value, name = getattr(base, field.name), f"{path}{field.name}"
@@ -148,17 +145,36 @@ def _form(cls: type, base: Any, path: str) -> type:
     return form
 
 
+def _with_switches(form: type, extra: Mapping[str, str]) -> type:
+    """The form with a command's own switches, which are no fields of a configuration, for its help."""
+    own = []
+    for switch, text in extra.items():
+        name, _, metavar = switch.partition("=")
+        told = tyro.conf.arg(help=text, name=name, help_behavior_hint="")
+        kind = Annotated[bool, tyro.conf.FlagCreatePairsOff, told]
+        if metavar:
+            spec = forms.as_typed(metavar, str)
+            kind = Annotated[Any, spec, told]
+        default = dataclasses.field(default=None if metavar else False)
+        own.append((f"own_{name.replace('-', '_')}", kind, default))
+    fields = [(field.name, field.type, _again(field)) for field in dataclasses.fields(form)]
+    made = dataclasses.make_dataclass(form.__name__, [*own, *fields], frozen=True)
+    made.__doc__ = form.__doc__
+    return made
+
+
+def _again(field: dataclasses.Field) -> Any:
+    """A field like another one."""
+    if field.default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=field.default_factory)
+    return dataclasses.field(default=field.default)
+
+
 def _kind(hint: Any, default: Any, text: str) -> Any:
     help_text = tyro.conf.arg(help=text)
     if hint is bool:
         return Annotated[bool, help_text]
-    spec = tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=_metavar(hint),
-        instance_from_str=lambda words: _Typed(words[0]),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [_shown(value)],
-    )
+    spec = forms.as_typed(_metavar(hint), _shown)
     return Annotated[Any, spec, help_text]
 
 
@@ -187,22 +203,6 @@ def _shown(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=1000).strip().removesuffix("\n...")
 
 
-def _field_texts(cls: type) -> dict[str, str]:
-    """What the docstring's `Attributes:` says of each field."""
-    doc = inspect.getdoc(cls) or ""
-    part = re.search(r"Attributes:\n(.*?)(?:\n\S|\Z)", doc, re.DOTALL)
-    texts: dict[str, str] = {}
-    current: list[str] = []
-    for line in (part[1] if part else "").splitlines():
-        head = re.match(r"  (\w[\w, ]*): (.*)", line)
-        if head:
-            current = re.split(r",\s*", head[1])
-            texts |= dict.fromkeys(current, head[2])
-        else:
-            texts |= {name: f"{texts[name]} {line.strip()}" for name in current}
-    return texts
-
-
 # --- and back -----------------------------------------------------------------------------------------
 
 
@@ -215,7 +215,7 @@ def _given(filled: Any, base: Any, path: str = "") -> dict[str, Any]:
             inner = _given(value, default, f"{path}{field.name}.")
             if inner:
                 out[field.name] = inner
-        elif isinstance(value, _Typed):
+        elif isinstance(value, Typed):
             out[field.name] = meant(
                 str(value), typing.get_type_hints(type(base))[field.name], path + field.name
             )

@@ -62,3 +62,17 @@ def local(path: str | os.PathLike[str], field: str = "path") -> Path:
         why = f"this is an address ({scheme}:), and only files and folders are read and written here"
         fix = "Give a path; to and from elsewhere files are copied by hand."
     raise UserError(field, text, why, fix)
+
+
+def kept(variable: str, name: str) -> Path | None:
+    """Where the package keeps a file or a folder for the user: in the user's cache folder.
+
+    Args:
+      variable: of the environment, which may name another place; where it is empty, nothing is kept: None.
+      name: of the file or folder.
+    """
+    given = os.environ.get(variable)
+    if given is not None:
+        return Path(given).expanduser() if given else None
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(home) / "fedjax-sim" / name

@@ -1,6 +1,7 @@
 """Which releases of JAX this package refuses to run on, and why."""
 
 import importlib.metadata
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -19,6 +20,15 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 """Release of jax or jaxlib -> its fault. FOUND in JAX's issue tracker, and seen again by us on a CPU."""
+
+
+PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+"""Those that a run's numbers depend on."""
+
+
+def described() -> dict[str, str | None]:
+    """Versions of Python and of `PACKAGES`; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: installed(name) or None for name in PACKAGES}}
 
 
 def check_versions(jax: str | None = None, jaxlib: str | None = None) -> None:

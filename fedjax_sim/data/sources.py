@@ -245,6 +245,21 @@ def load_preset(
     raise UserError("data.source", name, f"not found in {data_dir}", how_to_get(name, data_dir))
 
 
+def present(data_dir: str | Path | None = None) -> list[str]:
+    """The presets whose files lie in the folder of the data; a union needs all of its members."""
+    place, found = default_data_dir(data_dir), []
+    for name, preset in PRESETS.items():
+        files = any((place / f"{stem}.npz").is_file() for stem in preset.npz)
+        folders = any((place / folder).is_dir() for folder in preset.folder)
+        try:
+            prepared = bool(preset.tfds and find_prepared(preset.tfds, place))
+        except UserError:  # several of them
+            prepared = True
+        if files or folders or prepared or (preset.members and set(preset.members) <= set(found)):
+            found.append(name)
+    return found
+
+
 def how_to_get(name: str, data_dir: Path) -> str:
     """Every way to make a preset available, in words."""
     preset = PRESETS[name]

@@ -127,11 +127,7 @@ def file() -> Path | None:
 
     Nowhere is what an empty `FEDJAX_SIM_CALIBRATION` says.
     """
-    given = os.environ.get("FEDJAX_SIM_CALIBRATION")
-    if given is not None:
-        return Path(given).expanduser() if given else None
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "fedjax-sim" / "calibration.json"
+    return paths.kept("FEDJAX_SIM_CALIBRATION", "calibration.json")
 
 
 def find(case: Case) -> dict[str, Any] | None:

@@ -5,23 +5,19 @@ set, nothing is kept here.
 """
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
+from fedjax_sim.core import paths
 from fedjax_sim.engine import hosts, programs
 from fedjax_sim.runs import provenance
 
 
 def folder() -> Path | None:
     """In the user's cache folder, or at `FEDJAX_SIM_PROGRAMS`; None: nowhere, as it says if it is empty."""
-    given = os.environ.get("FEDJAX_SIM_PROGRAMS")
-    if given is not None:
-        return Path(given).expanduser() if given else None
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "fedjax-sim" / "programs"
+    return paths.kept("FEDJAX_SIM_PROGRAMS", "programs")
 
 
 @contextlib.contextmanager

@@ -2,13 +2,15 @@
 
 import contextlib
 import contextvars
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from fedjax_sim import algorithms, records
 from fedjax_sim.config import RunConfig
@@ -38,6 +40,9 @@ class Clock:
 EVERY = 30.0
 """Seconds between lines where no bar can be drawn."""
 
+BLINK = 0.25
+"""Seconds between two states of a bar in a notebook."""
+
 _JOB: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
 
 
@@ -54,10 +59,12 @@ def part_of(job: str) -> Iterator[None]:
 class Bar:
     """How far a run is, on standard error.
 
-    On a terminal and in a notebook a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the
-    newest headline metric. Elsewhere (a log file, a pipe) the same in a plain line: after the first round,
-    then at most one in `EVERY` seconds, and after the last. A run that is `part_of` a sweep has only those
-    between: the sweep tells of its end.
+    On a terminal a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the newest headline metric.
+    In a notebook the same as one line of text, which is replaced and needs no widgets, so that what is saved
+    is its last state alone; the runs of a sweep share it. Elsewhere (a log file, a pipe, `TERM=dumb`, a
+    terminal of continuous integration) plain lines: after the first round, then at most one in `EVERY`
+    seconds, and after the last. A run that is `part_of` a sweep has only those between: the sweep tells of
+    its end. `COLUMNS` sets the width; no colours are used.
     """
 
     def __init__(self, config: RunConfig, start: int, clients: int, table: Table, headline: str = "accuracy"):
@@ -78,14 +85,19 @@ class Bar:
         self._name = job or algorithms.name_of(config.algorithm) or type(config.algorithm).__name__
         self._brief, self._said = bool(job), time.monotonic()
         wanted = config.output.progress and hosts.first() and sys.stderr is not None and not sys.stderr.closed
-        self._plain = wanted and not _drawable()
+        self._way, self._shown, self._begun = (_way() if wanted else ""), 0.0, time.monotonic()
+        self._cell = _cell(shared=self._brief) if self._way == "notebook" else None
+        columns = _columns()
+        self._told: dict[str, str] = {}
         self._bar = tqdm(
             total=config.rounds,
             initial=start,
             desc=self._name,
             unit="round",
-            disable=not wanted or self._plain,
-            dynamic_ncols=True,
+            disable=self._way != "bar",
+            ncols=columns,
+            dynamic_ncols=columns is None,
+            file=sys.stderr,
             leave=not job,
         )
 
@@ -100,11 +112,34 @@ class Bar:
         told = {"clients/s": f"{self._clients / self._pace:,.0f}"} if self._pace else {}
         if self._newest is not None:
             told[self._headline] = f"{self._newest:.4f}"
-        if self._plain:
+        self._told = told
+        if self._way == "lines":
             self._say(told)
-        else:
-            self._bar.set_postfix(told, refresh=False)
-            self._bar.update()
+        elif self._way == "notebook":
+            self._show()
+        elif self._way == "bar":
+            # A terminal that has been closed is no reason to end a run.
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.set_postfix(told, refresh=False)
+                self._bar.update()
+
+    def _show(self, last: bool = False) -> None:
+        """Replaces the line in the notebook, unless it was just replaced."""
+        now = time.monotonic()
+        if self._cell is None or (now - self._shown < BLINK and not last):
+            return
+        self._shown = now
+        text = tqdm.format_meter(
+            self._done,
+            self._rounds,
+            now - self._begun,
+            ncols=_columns() or 100,
+            prefix=self._name,
+            unit="round",
+            postfix=", ".join(f"{name}={value}" for name, value in self._told.items()),
+            initial=self._start,
+        )
+        self._cell.update({"text/plain": text}, raw=True)
 
     def _say(self, told: dict[str, str]) -> None:
         now, done, left = time.monotonic(), self._done, self._rounds - self._done
@@ -122,14 +157,48 @@ class Bar:
 
     def close(self) -> None:
         """Leaves the bar as it is."""
-        self._bar.close()
+        self._show(last=True)
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.close()
 
 
-def _drawable() -> bool:
-    """Whether a bar can be drawn: on a terminal, and in a notebook."""
+def _way() -> str:
+    """How progress can be shown: `notebook`, `bar` (on a terminal) or `lines`."""
+    if getattr(_shell(), "kernel", None) is not None:
+        return "notebook"
+    automated = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    terminal = getattr(sys.stderr, "isatty", bool)() and os.environ.get("TERM") != "dumb"
+    return "bar" if terminal and not automated else "lines"
+
+
+def _shell() -> Any:
+    """IPython's shell, if this process is one; it need not be installed."""
     python = sys.modules.get("IPython")
-    shell = None if python is None else python.get_ipython()
-    return getattr(shell, "kernel", None) is not None or sys.stderr.isatty()
+    return None if python is None else python.get_ipython()
+
+
+_CELLS: dict[Any, Any] = {}
+"""Number of the notebook's cell that runs -> the line in its output that a sweep's runs share."""
+
+
+def _cell(shared: bool) -> Any:
+    """A line in the output of the notebook's cell that can be replaced."""
+    from IPython.display import display
+
+    number = getattr(_shell(), "execution_count", None)
+    if not shared or number not in _CELLS:
+        handle = display({"text/plain": ""}, raw=True, display_id=True)
+        if not shared:
+            return handle
+        _CELLS.clear()
+        _CELLS[number] = handle
+    return _CELLS[number]
+
+
+def _columns() -> int | None:
+    """The width that the user has set; None: what the terminal says."""
+    given = os.environ.get("COLUMNS", "")
+    return int(given) if given.isdecimal() and int(given) else None
 
 
 @contextlib.contextmanager

@@ -19,12 +19,10 @@ import jax
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.versions import installed
+from fedjax_sim.core.versions import PACKAGES, installed
 from fedjax_sim.data import Partition, Samples
 from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.placement import cores
-
-PACKAGES = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe(dataset: Samples, partition: Partition) -> dict[str, Any]:

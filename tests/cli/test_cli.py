@@ -9,7 +9,7 @@ import yaml
 from fedjax_sim import algorithms, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.algorithms import LIPS, FedMR
-from fedjax_sim.cli import commands, flags
+from fedjax_sim.cli import commands, flags, listing, output
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 
@@ -153,13 +153,13 @@ def test_list_names_everything(capsys):
         assert told in text
     from fedjax_sim import data
 
-    assert set(commands._PARTITIONS) == set(data.KINDS)
+    assert set(listing.PARTITIONS) == set(data.KINDS)
 
 
 def test_a_run_that_keeps_nothing_says_so_before_it_starts(monkeypatch, capsys):
     begun = []
     monkeypatch.setattr(runs, "run", lambda config: begun.append(capsys.readouterr().out))
-    monkeypatch.setattr(commands, "_told", lambda run: None)
+    monkeypatch.setattr(output, "told", lambda run: None)
     assert commands.main(["run", *TINY]) == 0 and commands.main(["run", *TINY, "--output.dir", "there"]) == 0
     assert "nothing of this run is kept. Set --output.dir" in begun[0] and begun[1] == ""
 
@@ -237,14 +237,14 @@ def test_a_memory_that_is_too_small_is_said_with_status_1(capsys, monkeypatch):
 
 def test_status_of_signals(monkeypatch, capsys):
     def stop(error):
-        def command(words):
+        def command(name, words):
             raise error
 
         return command
 
-    monkeypatch.setattr(commands, "_list", stop(KeyboardInterrupt()))
+    monkeypatch.setattr(commands, "perform", stop(KeyboardInterrupt()))
     assert commands.main(["list"]) == 130
-    monkeypatch.setattr(commands, "_list", stop(SystemExit(143)))
+    monkeypatch.setattr(commands, "perform", stop(SystemExit(143)))
     assert commands.main(["list"]) == 143
 
 
@@ -283,7 +283,7 @@ def test_the_filter_of_the_compiler_s_noise_leaves_our_own_words_and_the_termina
     noise = "cpu_aot_loader: feature +prefer-no-gather"
     monkeypatch.setattr("sys.__stderr__", sys.stderr)
     before = sys.stderr
-    with commands._without_loader_noise():
+    with output.without_loader_noise():
         os.write(2, f"{noise} of C++\nheard\n".encode())
         print(f"{noise} of Python", file=sys.stderr, end="\r")
         assert os.fstat(sys.stderr.fileno()) != os.fstat(2)

@@ -306,7 +306,7 @@ def test_a_wrong_way_to_join_is_said_before_anything_starts(words, field, capsys
 def test_joining_is_asked_for_before_or_after_the_command(line, monkeypatch):
     joined, ran = [], []
     monkeypatch.setattr(hosts, "join", lambda address, **counts: joined.append((address, counts)))
-    monkeypatch.setattr(commands, "_run", lambda words: ran.append(words) or 0)
+    monkeypatch.setattr(commands, "perform", lambda name, words: ran.append(words) or 0)
     assert main(line.split()) == 0
     assert joined == [("h:1", {"processes": 2, "process": 1})]
     assert ran == [["a.yaml", "--seed", "3"]]

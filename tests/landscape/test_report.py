@@ -187,7 +187,7 @@ def test_mistakes_are_told(study, tmp_path, capsys):
         ([run, "--points", "many"], "points = 'many'"),
         ([run, "--samples", "0"], "samples = 0"),
         ([run, "--radius", "0"], "radius = 0"),
-        ([run, "--rho", "-1"], "no such flag, or its value is missing"),
+        ([run, "--rho", "-1"], "rho = -1"),
         ([run, "--scale", "log"], "scale = 'log'"),
         ([run, "--grid", "2"], "grid = 2"),
         ([run, "--models", "1"], "models = 1"),

@@ -150,10 +150,10 @@ def test_a_sweep_s_tables_that_cannot_be_written_are_one_message(tmp_path, monke
 
 
 def test_a_full_disk_has_a_status_of_its_own(monkeypatch, capsys):
-    def fails(words):
+    def fails(name, words):
         raise NotWritten.of("output.dir", "x", OSError(errno.EIO, os.strerror(errno.EIO)), "start it again")
 
-    monkeypatch.setattr(commands, "_run", fails)
+    monkeypatch.setattr(commands, "perform", fails)
     assert commands.main(["run"]) == 1
     assert capsys.readouterr().err == (
         "error: output.dir = 'x': it cannot be written: Input/output error. Fix that, then start it again.\n"
@@ -163,13 +163,13 @@ def test_a_full_disk_has_a_status_of_its_own(monkeypatch, capsys):
 def test_standard_output_on_a_full_disk_is_one_line_and_the_work_is_done(monkeypatch, capsys):
     done = []
 
-    def work(words):
+    def work(name, words):
         for number in range(2):
             print("x" * 9000, flush=True)
             done.append(number)
         return 0
 
-    monkeypatch.setattr(commands, "_run", work)
+    monkeypatch.setattr(commands, "perform", work)
     with open("/dev/full", "w") as stream:
         monkeypatch.setattr("sys.stdout", stream)
         assert commands.main(["run"]) == 1
