@@ -143,7 +143,7 @@ def _field(cls: type, name: str, dotted: str, text: str) -> list[str]:
     field = next(one for one in dataclasses.fields(cls) if one.name == name)
     hint = typing.get_type_hints(cls)[name]
     takes = TYPES.get(dotted) or generated.kind(hint, CHOICES.get(dotted, ()))
-    facts = [f"**Takes** {takes}", f"**Default** {generated.shown(_default(cls, field))}"]
+    facts = [f"**Takes** {takes}", f"**Default** {_default(cls, field, dotted)}"]
     facts.append(f"**Changes** {changes(dotted)}")
     link = f" See {LINKS[dotted]}." if dotted in LINKS else ""
     return [
@@ -152,7 +152,7 @@ def _field(cls: type, name: str, dotted: str, text: str) -> list[str]:
         " · ".join(facts),
         "{ .facts }",
         "",
-        _sentence(generated.escaped(text)) + link,
+        generated.sentence(generated.escaped(text)) + link,
         "",
     ]
 
@@ -164,25 +164,17 @@ def _settings(cls: type, path: str) -> str:
         [
             f'<span id="{path}.{field.name}">`{field.name}`</span>',
             generated.kind(hints[field.name]),
-            generated.shown(_default(cls, field)),
-            _sentence(generated.escaped(texts.get(field.name, ""))),
+            generated.shown(getattr(cls(), field.name)),
+            generated.sentence(generated.escaped(texts.get(field.name, ""))),
         ]
         for field in dataclasses.fields(cls)
     ]
     return generated.table(["setting", "takes", "default", "what it is"], rows)
 
 
-def _default(cls: type, field: dataclasses.Field[Any]) -> Any:
-    if cls is RunConfig or field.default is dataclasses.MISSING:
-        return getattr(cls(), field.name)
-    # A run's own defaults may differ from those of the section alone.
-    run = next((getattr(RunConfig(), name) for name, one in sections().items() if one is cls), None)
-    return field.default if run is None else getattr(run, field.name)
-
-
-def _sentence(text: str) -> str:
-    """With a capital and a full stop."""
-    text = text.strip()
-    if text and text[0].islower():
-        text = text[0].upper() + text[1:]
-    return text if not text or text.endswith((".", ":", "?")) else text + "."
+def _default(cls: type, field: dataclasses.Field[Any], dotted: str) -> str:
+    """A field's default; that of a run without the section may be another."""
+    own = generated.shown(getattr(cls(), field.name))
+    section = RunConfig() if cls is RunConfig else getattr(RunConfig(), dotted.split(".")[0])
+    run = generated.shown(getattr(section, field.name))
+    return own if own == run else f"{own}; {run} on the command line and where the section is left out"

@@ -102,6 +102,14 @@ def marked(text: str) -> str:
     return re.sub(r"\b(NOT FOUND|FOUND|INFERRED|OUR CHOICE)\b", r'<span class="mark">\1</span>', text)
 
 
+def sentence(text: str) -> str:
+    """With a capital, unless it begins with a symbol, and a full stop."""
+    text = text.strip()
+    if re.match("[a-z]{2}", text):
+        text = text[0].upper() + text[1:]
+    return text if not text or text.endswith((".", ":", "?")) else text + "."
+
+
 def cell(text: str) -> str:
     """A text as the cell of a table."""
     return " ".join(text.split()).replace("|", "\\|")

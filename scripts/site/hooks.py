@@ -47,6 +47,10 @@ SOURCES = {
 planned: set[str] = set()
 """Pages that the navigation names; until one is written, links to it are plain text."""
 
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+PICTURES = "pictures"
+"""Folder of the site for pictures that lie outside `docs/`."""
+
 log = logging.getLogger("mkdocs.hooks.fedjax_sim")
 
 
@@ -58,6 +62,7 @@ def repository() -> str:
 def on_config(config: Any) -> Any:
     """The repository's address stands in pyproject.toml alone."""
     config.repo_url = repository()
+    config.repo_name = "/".join(repository().split("/")[-2:])
     planned.update(_named(config.nav))
     config.nav = [entry for entry in map(_there, config.nav) if entry]
     return config
@@ -84,16 +89,37 @@ def written(page: str) -> bool:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that are made."""
+    """Adds the pages that are made, and pictures of the repository that pages show from outside `docs/`."""
     for name, text in PAGES.items():
         files.append(File.generated(config, name, content=text()))
+    shown = {
+        place
+        for file in files.documentation_pages()
+        for mark, target in LINK.findall(file.content_string)
+        if mark.startswith("!") and (place := _outside(target, _origin(file.src_uri)))
+    }
+    for place in sorted(shown):
+        files.append(File.generated(config, f"{PICTURES}/{place}", abs_src_path=str(ROOT / place)))
     return files
+
+
+def _origin(name: str) -> str:
+    """The file that a page's links are seen from."""
+    return COPIED.get(name, f"docs/{name}")
+
+
+def _outside(target: str, origin: str) -> str | None:
+    """The file of the repository that a link leads to, if that lies outside `docs/`."""
+    if "://" in target:
+        return None
+    place = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
+    return place if not place.startswith("docs/") and (ROOT / place).is_file() else None
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns links that leave `docs/` to where they lead; code blocks are left as they are."""
     name = page.file.src_uri
-    origin = COPIED.get(name, f"docs/{name}")
+    origin = _origin(name)
     parts = re.split(r"(^```.*?^```[^\S\n]*$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else _linked(part, name, origin) for part in parts)
 
@@ -109,6 +135,8 @@ def _linked(text: str, name: str, origin: str) -> str:
             return found.group(1).removeprefix("[").removesuffix("]")
         if own is not None:
             target = posixpath.relpath(own, posixpath.dirname(name) or ".")
+        elif found.group(1).startswith("!") and (ROOT / place).is_file():
+            target = posixpath.relpath(f"{PICTURES}/{place}", posixpath.dirname(name) or ".")
         elif (ROOT / place).exists():
             kind = "tree" if (ROOT / place).is_dir() else "blob"
             target = f"{repository()}/{kind}/main/{place}"
@@ -116,4 +144,4 @@ def _linked(text: str, name: str, origin: str) -> str:
             log.warning("%s links to %s, which is not there", origin, found.group(2))
         return f"{found.group(1)}({target}{mark}{anchor})"
 
-    return re.sub(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)", turned, text)
+    return LINK.sub(turned, text)

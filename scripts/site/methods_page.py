@@ -9,7 +9,6 @@ import typing
 from typing import Any
 
 import generated
-from configuration_page import _sentence
 
 from fedjax_sim import algorithms
 from fedjax_sim.core.algorithm import AlgorithmConfig
@@ -25,9 +24,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "partial": {"algorithm": {"first": 1}},
 }
 """Method -> what its example says besides the name."""
-PERSONALISED = "local", "fedbn", "fedper", "fedrep", "lg_fedavg", "partial", "interpolation", "fedrod", "fedcac", "ditto"
+PERSONALISED = (
+    "local", "fedbn", "fedper", "fedrep", "lg_fedavg", "partial", "interpolation", "pfedsd", "fedrod", "fedcac", "ditto",
+)  # fmt: skip
 """Methods under which clients use models of their own."""
-OWN = {"evaluation": {"per_client": True}, "partition": {"local_test": "holdout"}}
+OWN = {"evaluation": {"per_client": True}, "partition": {"clients": 20, "local_test": "holdout"}}
 """What has these models measured."""
 
 _INTRO = """# Methods
@@ -73,7 +74,7 @@ def page() -> str:
         rows.append(
             [
                 f"[`{name}`](#{name})",
-                _sentence(generated.escaped(algorithm_docs.summary(cls))),
+                generated.sentence(generated.escaped(algorithm_docs.summary(cls))),
                 _paper(cls) or "–",
                 cls.card.keeps,
                 cls.card.sends,
@@ -114,7 +115,7 @@ def _section(name: str, cls: type, measured: dict[str, Any], told: dict[str, str
                 f'<span id="{name}.{field.name}">`{field.name}`</span>',
                 generated.kind(hints[field.name]),
                 generated.shown(getattr(plain, field.name)),
-                _sentence(generated.escaped(texts.get(field.name, ""))),
+                generated.sentence(generated.escaped(texts.get(field.name, ""))),
             ]
             for field in fields
         ]
