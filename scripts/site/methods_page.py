@@ -53,7 +53,7 @@ in its paper) and FedMut weigh them equally by definition: compare these with `w
 
 ## Overview
 
-Traffic is in models down + up for each client of a cohort. *Time* is that of a round over FedAvg's: {setup}
+Traffic is in models down + up for each client of a cohort. *Time*: {setup}
 
 {overview}
 """

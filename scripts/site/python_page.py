@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -110,6 +111,9 @@ PAGES = {
             "fedjax_sim.engine.setup": ("ObserverConfig", "MeterConfig", "Setup"),
             "fedjax_sim.engine.round": ("MergeView", "Meter"),
             "fedjax_sim.engine.device_data": ("DeviceData",),
+            "fedjax_sim.reports.peel.report": ("draw",),
+            "fedjax_sim.reports.inertia.report": ("draw",),
+            "fedjax_sim.reports.landscape.report": ("draw",),
         },
         ("probes",),
     ),
@@ -163,24 +167,52 @@ def page(name: str) -> str:
     """The Markdown of a page of `PAGES`."""
     about = PAGES[name]
     out = [f"# {about.title}", "", about.about, ""]
-    for one in names()[name]:
+    listed = names()[name]
+    for one in listed:
         thing, path = getattr(fs, one), f"fedjax_sim.{one}"
-        if one in METHODS:  # whose names are made by the table, which is not executed to be read
-            out += [f"[](){{ #{path} }}", ""]
-            path = f"{thing.__module__}.{one}"
-        out += _directive(path, members=one != "algorithms")
-    for module, members in about.modules.items():
-        if members:
-            for member in members:
-                out += _directive(f"{module}.{member}")
+        if one == "algorithms":
+            out += _directive(path, members=[])
+        elif inspect.ismodule(thing):
+            out += _public(path, thing, listed)
+        elif one in METHODS:  # whose names are made by the table, which is not executed to be read
+            out += [f"[](){{ #{path} }}", "", *_directive(f"{thing.__module__}.{one}")]
         else:
-            out += _directive(module)
+            out += _directive(path)
+    for module, members in about.modules.items():
+        for path in [f"{module}.{member}" for member in members] or [module]:
+            out += _directive(path)
     return "\n".join(out)
 
 
-def _directive(path: str, members: bool = True) -> list[str]:
-    shown = [] if members else ["      members: false"]
-    return [f"::: {path}", "    options:", "      heading_level: 2", *shown, ""]
+def members(module: Any, elsewhere: list[str]) -> tuple[list[str], list[str]]:
+    """(What to show of a public module, and what of it has the name of a submodule); not what is `elsewhere`."""
+    shown = [one for one in getattr(module, "__all__", []) if one not in elsewhere]
+    hidden = [one for one in shown if _hidden(module, one)]
+    return [one for one in shown if one not in hidden], hidden
+
+
+def _hidden(module: Any, name: str) -> bool:
+    """Whether a reader of the sources would take a function or class for the submodule of its name."""
+    package = hasattr(module, "__path__") and not inspect.ismodule(getattr(module, name))
+    return package and importlib.util.find_spec(f"{module.__name__}.{name}") is not None
+
+
+def _public(path: str, module: Any, listed: list[str]) -> list[str]:
+    """A public module with what is in it."""
+    if not hasattr(module, "__all__"):
+        return _directive(path)
+    shown, hidden = members(module, listed)
+    out = _directive(path, members=shown)
+    for name in hidden:
+        out += [f"[](){{ #{path}.{name} }}", ""]
+        out += _directive(f"{getattr(module, name).__module__}.{name}", level=3)
+    return out
+
+
+def _directive(path: str, level: int = 2, members: list[str] | None = None) -> list[str]:
+    """What mkdocstrings replaces with the documentation of a name; members: None for all of them."""
+    shown = [] if members is None else [f"      members: [{', '.join(members)}]" if members else "      members: false"]
+    return [f"::: {path}", "    options:", f"      heading_level: {level}", *shown, ""]
 
 
 def overview() -> str:

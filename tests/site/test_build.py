@@ -1,6 +1,7 @@
 """The site builds without a warning, its links lead somewhere, and it is complete without a network."""
 
 import functools
+import inspect
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -103,6 +104,20 @@ def test_every_public_name_is_documented(site, name):
     assert f"fedjax_sim.{name}" in there.ids
     listed = page(site / "reference" / "python.html")
     assert f"python/{home}.html#fedjax_sim.{name}" in listed.links
+
+
+def test_what_is_in_public_modules_is_documented(site):
+    import python_page
+
+    for home, names in python_page.names().items():
+        there = page(site / "reference" / "python" / f"{home}.html")
+        for name in names:
+            module = getattr(fs, name)
+            if inspect.ismodule(module) and name != "algorithms":
+                shown = {one for listed in python_page.members(module, names) for one in listed}
+                told = {one for one in shown if getattr(getattr(module, one), "__doc__", None)}
+                told = {one for one in told if not isinstance(getattr(module, one), tuple | dict | str)}
+                assert not {one for one in told if f"fedjax_sim.{name}.{one}" not in there.ids}
 
 
 def test_no_page_names_a_machine(site):
