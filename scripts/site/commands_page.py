@@ -39,7 +39,9 @@ def said(*words: str) -> str | None:
 def commands() -> dict[str, str]:
     """Name -> help of each command, in the order of `fedjax-sim --help`."""
     found: dict[str, str] = {}
-    for name in dict.fromkeys(re.findall(r"^[\s│|]*([a-z][a-z-]+)(?=\s)", said("--help") or "", re.MULTILINE)):
+    for name in dict.fromkeys(
+        re.findall(r"^[\s│|]*([a-z][a-z-]+)(?=\s)", said("--help") or "", re.MULTILINE)
+    ):
         text = said(name, "--help")
         if text is not None and re.search(rf"usage: fedjax-sim {name}\b", text):
             found[name] = text

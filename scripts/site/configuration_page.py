@@ -91,9 +91,7 @@ def sections() -> dict[str, type]:
     """Name of each section -> its class."""
     fields = dataclasses.fields(RunConfig)
     made = {field.name: type(getattr(RunConfig(), field.name)) for field in fields}
-    return {
-        name: cls for name, cls in made.items() if dataclasses.is_dataclass(cls) and name != "algorithm"
-    }
+    return {name: cls for name, cls in made.items() if dataclasses.is_dataclass(cls) and name != "algorithm"}
 
 
 def changes(dotted: str) -> str:
@@ -115,15 +113,18 @@ def page() -> str:
         if field.name not in inside:
             out += _field(RunConfig, field.name, field.name, texts.get(field.name, ""))
     for name, cls in inside.items():
-        out += [f"## `{name}` {{ #{name} data-toc-label=\"{name}\" }}", ""]
+        out += [f'## `{name}` {{ #{name} data-toc-label="{name}" }}', ""]
         out += [f"`fs.{cls.__name__}`. " + generated.about(cls), ""]
         texts = generated.attributes(cls)
         for field in dataclasses.fields(cls):
             out += _field(cls, field.name, f"{name}.{field.name}", texts.get(field.name, ""))
     out += ["## Callbacks that are shipped { #callbacks-shipped }", ""]
-    out += ["Each is an entry of the list [`callbacks`](#callbacks): `callbacks: [{name: early_stopping}]`.", ""]
+    out += [
+        "Each is an entry of the list [`callbacks`](#callbacks): `callbacks: [{name: early_stopping}]`.",
+        "",
+    ]
     for name, cls in CALLBACKS.items():
-        out += [f"### `{name}` {{ #callbacks.{name} data-toc-label=\"{name}\" }}", "", generated.about(cls), ""]
+        out += [f'### `{name}` {{ #callbacks.{name} data-toc-label="{name}" }}', "", generated.about(cls), ""]
         out += [_settings(cls, f"callbacks.{name}"), ""]
     return "\n".join(out)
 
@@ -147,7 +148,7 @@ def _field(cls: type, name: str, dotted: str, text: str) -> list[str]:
     facts.append(f"**Changes** {changes(dotted)}")
     link = f" See {LINKS[dotted]}." if dotted in LINKS else ""
     return [
-        f"### `{dotted}` {{ #{dotted} data-toc-label=\"{name}\" }}",
+        f'### `{dotted}` {{ #{dotted} data-toc-label="{name}" }}',
         "",
         " · ".join(facts),
         "{ .facts }",

@@ -36,7 +36,9 @@ PAGES: dict[str, Callable[[], str]] = {
     "reference/configuration.md": configuration_page.page,
     "reference/commands.md": commands_page.page,
     "reference/python.md": python_page.overview,
-    **{f"reference/python/{name}.md": functools.partial(python_page.page, name) for name in python_page.PAGES},
+    **{
+        f"reference/python/{name}.md": functools.partial(python_page.page, name) for name in python_page.PAGES
+    },
 }
 SOURCES = {
     **{name: page for page, name in COPIED.items()},

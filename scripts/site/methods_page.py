@@ -160,4 +160,3 @@ def _paper(cls: type) -> str:
 def _ratio(values: dict[str, float], name: str) -> str:
     own = [key for key in values if key.split()[0] == name]
     return "; ".join(" ".join([*key.split()[1:], f"{values[key]:.2f}"]) for key in own) or "–"
-

@@ -46,8 +46,18 @@ PAGES = {
         "The sections of a run's configuration. The [configuration](../configuration.md) has every field, with what "
         "it takes and what it changes.",
         (
-            "RunConfig", "DataConfig", "PartitionConfig", "ModelConfig", "LocalConfig", "CohortConfig",
-            "EvaluationConfig", "PeelConfig", "InertiaConfig", "InitialConfig", "ExecutionConfig", "OutputConfig",
+            "RunConfig",
+            "DataConfig",
+            "PartitionConfig",
+            "ModelConfig",
+            "LocalConfig",
+            "CohortConfig",
+            "EvaluationConfig",
+            "PeelConfig",
+            "InertiaConfig",
+            "InitialConfig",
+            "ExecutionConfig",
+            "OutputConfig",
         ),
         {"fedjax_sim.config": ("read_config", "from_dict", "to_dict", "dump")},
         ("config",),
@@ -66,9 +76,25 @@ PAGES = {
         ("Algorithm", "Context", "LocalRule", "Starts", "Step", "stacked", "batch_order"),
         {
             "fedjax_sim.core.algorithm": (
-                "Cohort", "Results", "CohortChooser", "Init", "Dispatch", "Merge", "Deploy", "Weights",
-                "PersonalModels", "SlotModels", "WithModel", "InitClient", "Receive", "Send", "StartRound",
-                "GradientRule", "WantsLastGradient", "FinishRound", "PersonalModel",
+                "Cohort",
+                "Results",
+                "CohortChooser",
+                "Init",
+                "Dispatch",
+                "Merge",
+                "Deploy",
+                "Weights",
+                "PersonalModels",
+                "SlotModels",
+                "WithModel",
+                "InitClient",
+                "Receive",
+                "Send",
+                "StartRound",
+                "GradientRule",
+                "WantsLastGradient",
+                "FinishRound",
+                "PersonalModel",
             ),
             "fedjax_sim.core.gradients": (),
             "fedjax_sim.algorithms.wrap": (),
@@ -211,7 +237,11 @@ def _public(path: str, module: Any, listed: list[str]) -> list[str]:
 
 def _directive(path: str, level: int = 2, members: list[str] | None = None) -> list[str]:
     """What mkdocstrings replaces with the documentation of a name; members: None for all of them."""
-    shown = [] if members is None else [f"      members: [{', '.join(members)}]" if members else "      members: false"]
+    shown = (
+        []
+        if members is None
+        else [f"      members: [{', '.join(members)}]" if members else "      members: false"]
+    )
     return [f"::: {path}", "    options:", f"      heading_level: {level}", *shown, ""]
 
 

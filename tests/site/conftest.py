@@ -26,7 +26,12 @@ def built(tmp_path_factory):
             environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "JAX_NUM_CPU_DEVICES": "1"}
             environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             (home / "code").write_text(str(done.returncode))
             (home / "said").write_text(done.stdout)

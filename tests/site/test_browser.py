@@ -60,9 +60,14 @@ def open_page(browser, address):
         contexts.append(context)
         page = context.new_page()
         page.on("request", watch)
-        page.on("console", lambda said: faults.append(f"{page.url}: {said.text}") if said.type == "error" else None)
+        page.on(
+            "console",
+            lambda said: faults.append(f"{page.url}: {said.text}") if said.type == "error" else None,
+        )
         page.on("pageerror", lambda error: faults.append(f"{page.url}: {error}"))
-        page.on("response", lambda got: faults.append(f"{got.status}: {got.url}") if got.status >= 400 else None)
+        page.on(
+            "response", lambda got: faults.append(f"{got.status}: {got.url}") if got.status >= 400 else None
+        )
         return page
 
     yield make
@@ -109,7 +114,9 @@ def test_a_code_block_is_copied(open_page, address):
     page.goto(f"{address}/reference/metrics.html")
     block = page.locator("div.highlight").filter(has=page.locator("code")).first
     block.hover()
-    block.locator("button[data-clipboard-target], button.md-clipboard, .md-code__button[data-md-type=copy]").first.click()
+    block.locator(
+        "button[data-clipboard-target], button.md-clipboard, .md-code__button[data-md-type=copy]"
+    ).first.click()
     page.wait_for_function("navigator.clipboard.readText().then(text => text.length > 0)")
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied.strip() == block.locator("code").inner_text().strip()

@@ -35,7 +35,9 @@ def entries(page: str, section: str = "") -> dict[str, list[str]]:
         text = re.split(r"^## ", text, flags=re.MULTILINE)[0]
     found = {}
     for line in text.splitlines():
-        first, *rest = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))] if "|" in line else [""]
+        first, *rest = (
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("| "))] if "|" in line else [""]
+        )
         found |= {name: rest for name in re.findall(r"`([^`]+)`", first)}
     return found
 
@@ -62,7 +64,9 @@ def fields() -> Iterator[tuple[type, str, str]]:
 
 @pytest.mark.parametrize(("cls", "name", "dotted"), list(fields()))
 def test_every_field_has_a_text(cls, name, dotted):
-    assert len(generated.attributes(cls).get(name, "")) > 5, f"the docstring of {cls.__name__} does not explain {name}"
+    assert len(generated.attributes(cls).get(name, "")) > 5, (
+        f"the docstring of {cls.__name__} does not explain {name}"
+    )
 
 
 def test_the_configuration_page_has_every_field():
@@ -83,16 +87,25 @@ def test_every_execution_setting_is_of_speed_alone():
 def test_what_a_field_takes_is_in_words():
     hints = {"a": int | None, "b": bool, "c": tuple[str, ...], "d": dict[str, int]}
     said = {name: generated.kind(hint) for name, hint in hints.items()}
-    assert said == {"a": "whole number or `null`", "b": "`true` or `false`", "c": "list of text", "d": "mapping"}
+    assert said == {
+        "a": "whole number or `null`",
+        "b": "`true` or `false`",
+        "c": "list of text",
+        "d": "mapping",
+    }
     assert "value" not in {
-        generated.kind(hint) for cls in configuration_page.sections().values() for hint in cls.__annotations__.values()
+        generated.kind(hint)
+        for cls in configuration_page.sections().values()
+        for hint in cls.__annotations__.values()
     }
 
 
 def test_a_default_of_a_run_without_the_section_is_told():
     page = configuration_page.page()
     part = page.split("### `partition.clients`")[1].split("###")[0]
-    assert f"**Default** `{fs.PartitionConfig().clients}`; `{fs.RunConfig().partition.clients}` on the" in part
+    assert (
+        f"**Default** `{fs.PartitionConfig().clients}`; `{fs.RunConfig().partition.clients}` on the" in part
+    )
 
 
 # --- commands -----------------------------------------------------------------------------------------
@@ -116,7 +129,9 @@ def test_the_example_of_a_method_can_run(name):
     """Up to its compilation; clients' own models are measured if there are any, and records are documented."""
     config = config_lib.from_dict(methods_page.example(name))
     simulation = Simulation(prepare(config))
-    assert simulation.setup.personalised == (name in methods_page.PERSONALISED) == config.evaluation.per_client
+    assert (
+        simulation.setup.personalised == (name in methods_page.PERSONALISED) == config.evaluation.per_client
+    )
     inputs, state = simulation.inputs(0)[0], simulation.abstract_state()
     with jax.set_mesh(simulation.mesh):
         outputs = jax.eval_shape(simulation.function, state, inputs, simulation.data_of(0, inputs))[1]
@@ -215,7 +230,16 @@ def test_columns_of_time_are_documented():
 # --- folders ------------------------------------------------------------------------------------------
 
 
-OTHERS = {"curves.png", "partition.png", "clients.png", "layers.csv", "inertia.csv", "flatness.csv", "curves.csv", "report.md"}
+OTHERS = {
+    "curves.png",
+    "partition.png",
+    "clients.png",
+    "layers.csv",
+    "inertia.csv",
+    "flatness.csv",
+    "curves.csv",
+    "report.md",
+}
 """What lies in folders of a run's folder."""
 
 
@@ -257,8 +281,21 @@ def test_files_of_a_sweep_are_documented(study):
 # --- files of studies ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("section", "keys"), [("Sweep", sweep_files._FIELDS), ("Search", search_files._FIELDS)])
+@pytest.mark.parametrize(
+    ("section", "keys"), [("Sweep", sweep_files._FIELDS), ("Search", search_files._FIELDS)]
+)
 def test_keys_of_a_file_are_documented(section, keys):
     known = entries("sweep-file.md", section)
     assert set(known) == set(keys)
     assert all(len(cells) == 3 and all(cells) for cells in known.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "read"), [("study.yaml", sweep_files.read_sweep), ("search.yaml", search_files.read_search)]
+)
+def test_the_example_of_a_file_is_one(name, read, tmp_path):
+    """The page does not run it: tests/studies has such sweeps and searches."""
+    text = (REFERENCE / "sweep-file.md").read_text()
+    path = tmp_path / name
+    path.write_text(re.findall(rf'```yaml title="{name}"\n(.*?)```', text, flags=re.DOTALL)[0])
+    assert read(path)
