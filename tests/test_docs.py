@@ -1,7 +1,7 @@
 """What the documents say can be done as it stands: examples, commands, flags, files and links.
 
-Pages of the site are followed by tests/site, which also checks their links: here are the documents beside it, and
-what holds for the text of all of them.
+Pages of the site are followed by tests/site, which also checks their links: here are the documents beside
+it, and what holds for the text of all of them.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The page `reference/commands.md`: every command's help, as the command line prints it.
 
-Nothing of the command line's inside is used: a command is a word that `fedjax-sim --help` begins a line with and
-that has a help of its own.
+Nothing of the command line's inside is used: a command is a word that `fedjax-sim --help` begins a line with
+and that has a help of its own.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from unittest import mock
 WIDTH = 100
 _INTRO = """# Commands
 
-What the command line says of itself. Every command takes `--help`, and ends with 0 if all went well, 1 if not, and 130
-after Ctrl-C. Fields of a run are flags of `run`, `plan` and `tune-machine`: the [configuration](configuration.md) says
-what each means.
+What the command line says of itself. Every command takes `--help`, and ends with 0 if all went well. Fields
+of a run are flags of `run`, `plan` and `tune-machine`: the [configuration](configuration.md) says what each
+means.
 """
 
 
@@ -27,12 +27,12 @@ def said(*words: str) -> str | None:
 
     out, code = io.StringIO(), 0
     plain = {"COLUMNS": str(WIDTH), "NO_COLOR": "1", "TERM": "dumb"}
-    with mock.patch.dict(os.environ, plain), contextlib.redirect_stdout(out):
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                code = cli.main(list(words))
-            except SystemExit as end:
-                code = end.code
+    quiet = contextlib.redirect_stderr(io.StringIO())
+    with mock.patch.dict(os.environ, plain), contextlib.redirect_stdout(out), quiet:
+        try:
+            code = cli.main(list(words))
+        except SystemExit as end:
+            code = end.code
     return _plain(out.getvalue()) if not code else None
 
 

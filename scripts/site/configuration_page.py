@@ -48,7 +48,7 @@ TYPES = {
 LINKS = {
     "observers": "[Your diagnostic](../tutorials/your-diagnostic.md)",
     "meters": "[Your diagnostic](../tutorials/your-diagnostic.md)",
-    "callbacks": "[Your callback](../tutorials/your-callback.md), and [those that are shipped](#callbacks-shipped)",
+    "callbacks": "[Your callback](../tutorials/your-callback.md), and [those shipped](#callbacks-shipped)",
     "algorithm": "[Methods](methods.md)",
 }
 
@@ -75,14 +75,14 @@ Every field of a run's configuration, `fs.RunConfig`. A field has one name every
     fs.RunConfig(rounds=50, local=fs.LocalConfig(lr=0.05, epochs=2))
     ```
 
-On the command line `_` may be written `-`, as in `--evaluation.per-client`, and a field that is true or false is
-switched off with `no-`: `--output.no-progress`. Three sections may be a bare name in YAML: {bare}.
+On the command line `_` may be written `-`, as in `--evaluation.per-client`, and a field that is true or
+false is switched off with `no-`: `--output.no-progress`. Three sections may be a bare name in YAML: {bare}.
 `fedjax-sim run --print-config` prints a configuration with every field.
 
 What is wrong is refused before anything is compiled, with the field, its value, why, and what to do.
 
-**What a field changes** stands with it. Those of [`execution`](#execution) change speed and memory alone; a test runs
-the same configuration under different values of them and wants equal results.
+**What a field changes** stands with it. Those of [`execution`](#execution) change speed and memory alone; a
+test runs the same configuration under different values of them and wants equal results.
 
 """
 

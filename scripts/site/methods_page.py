@@ -25,7 +25,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 }
 """Method -> what its example says besides the name."""
 PERSONALISED = (
-    "local", "fedbn", "fedper", "fedrep", "lg_fedavg", "partial", "interpolation", "pfedsd", "fedrod", "fedcac", "ditto",
+    "local", "fedbn", "fedper", "fedrep", "lg_fedavg", "partial", "interpolation", "pfedsd", "fedrod",
+    "fedcac", "ditto",
 )  # fmt: skip
 """Methods under which clients use models of their own."""
 OWN = {"evaluation": {"per_client": True}, "partition": {"clients": 20, "local_test": "holdout"}}
@@ -33,22 +34,23 @@ OWN = {"evaluation": {"per_client": True}, "partition": {"clients": 20, "local_t
 
 _INTRO = """# Methods
 
-Each method is one file of `fedjax_sim/algorithms`: formula and source on top, then a frozen dataclass of settings whose
-`build` makes a record of pure functions. In YAML a method is `algorithm: NAME`, or a mapping with `name` and its
-settings; on the command line `--algorithm NAME --algorithm.SETTING VALUE`; in Python `fs.FedMR(first_stage=5)`.
+Each method is one file of `fedjax_sim/algorithms`: formula and source on top, then a frozen dataclass of
+settings whose `build` makes a record of pure functions. In YAML a method is `algorithm: NAME`, or a mapping
+with `name` and its settings; on the command line `--algorithm NAME --algorithm.SETTING VALUE`; in Python
+`fs.FedMR(first_stage=5)`.
 
 {inner}
 
-**Weights.** FedAvg weighs clients by their samples (`weights: samples`). FedMR, FedIndep, SCAFFOLD, FedDyn, FedExP (as
-in its paper) and FedMut weigh them equally by definition: compare these with `weights: uniform`. Weights by samples and
-`cohort.sampling: by_size` together count a client's size twice.
+**Weights.** FedAvg weighs clients by their samples (`weights: samples`). FedMR, FedIndep, SCAFFOLD, FedDyn,
+FedExP (as in its paper) and FedMut weigh them equally by definition: compare these with `weights: uniform`.
+Weights by samples and `cohort.sampling: by_size` together count a client's size twice.
 
 **Clients' own models.** What a personalised method is for is its clients' own accuracy. It is recorded with
 [`evaluation.per_client`](configuration.md#evaluation.per_client) on test samples that
 [`partition.local_test`](configuration.md#partition.local_test) gives them.
 
-**Marks.** Formulas and constants are marked: <span class="mark">FOUND</span> was read in the source that is named,
-<span class="mark">INFERRED</span> follows from it, <span class="mark">OUR CHOICE</span> is ours
+**Marks.** Formulas and constants are marked: <span class="mark">FOUND</span> was read in the source that is
+named, <span class="mark">INFERRED</span> follows from it, <span class="mark">OUR CHOICE</span> is ours
 ([more](../../CONTRIBUTING.md#found-inferred-our-choice)).
 
 ## Overview
@@ -64,10 +66,10 @@ def page() -> str:
     measured = json.loads(generated.of_file(MEASURED))
     wrapping = [f"[{cls.__name__}](#{name})" for name, cls in algorithms.CONFIGS.items() if _inner(cls)]
     inner = (
-        f"**Around another.** {', '.join(wrapping)} have a setting `inner`, the method that they go around: FedAvg "
-        "unless told otherwise. In YAML `algorithm: {name: fedprox, inner: fedmr}`, at any depth; on the command "
-        "line `--algorithm fedprox --algorithm.inner fedmr`. What makes no sense together is refused, with the "
-        "reason, before anything is compiled."
+        f"**Around another.** {', '.join(wrapping)} have a setting `inner`, the method that they go around: "
+        "FedAvg unless told otherwise. In YAML `algorithm: {name: fedprox, inner: fedmr}`, at any depth; on the "
+        "command line `--algorithm fedprox --algorithm.inner fedmr`. What makes no sense together is refused, "
+        "with the reason, before anything is compiled."
     )
     rows = []
     for name, cls in algorithms.CONFIGS.items():

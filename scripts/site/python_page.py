@@ -1,4 +1,4 @@
-"""The pages `reference/python.md` and `reference/python/*.md`: what the Python names are, from their docstrings."""
+"""The pages `reference/python.md` and `reference/python/*.md`: Python names, from their docstrings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ PAGES = {
     ),
     "configuration": Page(
         "Configuration",
-        "The sections of a run's configuration. The [configuration](../configuration.md) has every field, with what "
+        "The sections of a run's configuration. The [configuration](../configuration.md) has every "
+        "field, with what "
         "it takes and what it changes.",
         (
             "RunConfig",
@@ -64,7 +65,8 @@ PAGES = {
     ),
     "methods": Page(
         "Methods",
-        "The settings of each method, as a Python class. [Methods](../methods.md) has what each does, its source "
+        "The settings of each method, as a Python class. [Methods](../methods.md) has what each does,"
+        " its source "
         "and its cost.",
         ("algorithms", *METHODS),
         {},
@@ -72,7 +74,8 @@ PAGES = {
     ),
     "your-method": Page(
         "Your own method",
-        "An algorithm is a record of pure functions: [the tutorial](../../tutorials/your-method.md) writes one.",
+        "An algorithm is a record of pure functions: [the tutorial](../../tutorials/your-method.md) "
+        "writes one.",
         ("Algorithm", "Context", "LocalRule", "Starts", "Step", "stacked", "batch_order"),
         {
             "fedjax_sim.core.algorithm": (
@@ -118,7 +121,8 @@ PAGES = {
     ),
     "tasks": Page(
         "Tasks",
-        "What is learned: what a sample is, its loss, and its metrics. [Tutorial](../../tutorials/your-task.md).",
+        "What is learned: what a sample is, its loss, and its metrics. "
+        "[Tutorial](../../tutorials/your-task.md).",
         (),
         {
             "fedjax_sim.core.task": (),
@@ -151,7 +155,8 @@ PAGES = {
     ),
     "records": Page(
         "Records",
-        "What a run writes down, and how to read it. [Every metric](../metrics.md), [a run's folder](../folder.md).",
+        "What a run writes down, and how to read it. [Every metric](../metrics.md), [a run's "
+        "folder](../folder.md).",
         ("Row",),
         {"fedjax_sim.records": ("Table", "Lap", "read_parquet", "write_parquet", "goal_of")},
         ("records",),
@@ -211,7 +216,7 @@ def page(name: str) -> str:
 
 
 def members(module: Any, elsewhere: list[str]) -> tuple[list[str], list[str]]:
-    """(What to show of a public module, and what of it has the name of a submodule); not what is `elsewhere`."""
+    """(What a public module shows, what of it has a submodule's name); without what is `elsewhere`."""
     shown = [one for one in getattr(module, "__all__", []) if one not in elsewhere]
     hidden = [one for one in shown if _hidden(module, one)]
     return [one for one in shown if one not in hidden], hidden
@@ -250,8 +255,10 @@ def overview() -> str:
     out = [
         "# Python",
         "",
-        "`import fedjax_sim as fs` has all of it. A public name is one of `fs.__all__`: it does not change or go "
-        "without [notice](../about/releases.md). The pages show modules besides, to which examples refer by their "
+        "`import fedjax_sim as fs` has all of it. A public name is one of `fs.__all__`: it does not "
+        "change or go "
+        "without [notice](../about/releases.md). The pages show modules besides, to which examples "
+        "refer by their "
         "path.",
         "",
     ]

@@ -126,7 +126,7 @@ def test_every_command_has_its_help():
 
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_example_of_a_method_can_run(name):
-    """Up to its compilation; clients' own models are measured if there are any, and records are documented."""
+    """Up to its compilation; clients' own models are measured where there are any; records are known."""
     config = config_lib.from_dict(methods_page.example(name))
     simulation = Simulation(prepare(config))
     assert (
