@@ -15,8 +15,9 @@ from unittest import mock
 WIDTH = 100
 _INTRO = """# Commands
 
-What the command line says of itself. Every command takes `--help`, and ends with 0 if all went well. Fields
-of a run are flags of `run`, `plan` and `tune-machine`: the [configuration](configuration.md) says what each
+What the command line says of itself. Every command takes `--help`, and ends with 0 if all went well, 2
+after a mistake of the user's, 130 and 143 when SIGINT and SIGTERM cut it short, else 1. Fields of a run
+are flags of `run`, `plan` and `tune-machine`: the [configuration](configuration.md) says what each
 means.
 """
 

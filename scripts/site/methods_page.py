@@ -67,9 +67,9 @@ def page() -> str:
     wrapping = [f"[{cls.__name__}](#{name})" for name, cls in algorithms.CONFIGS.items() if _inner(cls)]
     inner = (
         f"**Around another.** {', '.join(wrapping)} have a setting `inner`, the method that they go around: "
-        "FedAvg unless told otherwise. In YAML `algorithm: {name: fedprox, inner: fedmr}`, at any depth; on the "
-        "command line `--algorithm fedprox --algorithm.inner fedmr`. What makes no sense together is refused, "
-        "with the reason, before anything is compiled."
+        "FedAvg unless told otherwise. In YAML `algorithm: {name: fedprox, inner: fedmr}`, at any depth; on "
+        "the command line `--algorithm fedprox --algorithm.inner fedmr`. What makes no sense together is "
+        "refused, with the reason, before anything is compiled."
     )
     rows = []
     for name, cls in algorithms.CONFIGS.items():
