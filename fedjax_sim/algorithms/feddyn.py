@@ -46,7 +46,7 @@ class FedDyn:
     """Dynamic regularisation.
 
     Attributes:
-      alpha: α.
+      alpha: α, weight of the regulariser.
     """
 
     card: ClassVar[Card] = Card(

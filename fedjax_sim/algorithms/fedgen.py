@@ -85,7 +85,7 @@ class FedGen:
     Attributes:
       a: weight of the generated samples; 0 with b = 0 is FedAvg.
       b: weight of the divergence from the generator's prediction for the sample's own class.
-      diversity: η.
+      diversity: η, weight of the term that keeps the generator's samples apart.
       generator_lr: of Adam.
       generator_decay: its weight decay.
       generator_steps: server steps a round.

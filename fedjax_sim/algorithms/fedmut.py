@@ -51,7 +51,7 @@ class FedMut:
 
     Attributes:
       alpha: α; 0 is FedAvg with uniform weights.
-      beta: β₀.
+      beta: β₀, how far the second slot of a pair is off the opposite of the first, at the start.
       until: T_b; from the round after it, counted from 0, mutations cancel.
     """
 

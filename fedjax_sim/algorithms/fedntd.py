@@ -31,8 +31,8 @@ class FedNTD:
 
     Attributes:
       inner: the algorithm.
-      beta: β; 0 is `inner`.
-      temperature: τ.
+      beta: β, weight of the distillation; 0 is `inner`.
+      temperature: τ, by which logits are divided.
     """
 
     card: ClassVar[Card] = Card(

@@ -106,7 +106,7 @@ class FedAvgM:
     """Server momentum on top of another algorithm (https://arxiv.org/abs/1909.06335).
 
     Attributes:
-      lr: η.
+      lr: η, the server's learning rate.
       momentum: β; with 0 and η = 1 it is `inner`.
       nesterov: whether it is Nesterov's.
       inner: the algorithm that averages.
@@ -161,9 +161,9 @@ class FedAdam(_Adaptive):
     """Adam on the server of another algorithm.
 
     Attributes:
-      lr: η.
-      b1: β₁.
-      b2: β₂.
+      lr: η, the server's learning rate.
+      b1: β₁, how slowly m forgets.
+      b2: β₂, how slowly v forgets.
       tau: τ, how adaptive it is.
       inner: the algorithm that averages.
     """
@@ -187,9 +187,9 @@ class FedYogi(_Adaptive):
     """Yogi on the server of another algorithm.
 
     Attributes:
-      lr: η.
-      b1: β₁.
-      b2: β₂.
+      lr: η, the server's learning rate.
+      b1: β₁, how slowly m forgets.
+      b2: β₂, how slowly v forgets.
       tau: τ, how adaptive it is.
       inner: the algorithm that averages.
     """

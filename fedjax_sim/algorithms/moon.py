@@ -60,8 +60,8 @@ class MOON:
 
     Attributes:
       inner: the algorithm.
-      mu: μ; 0 is `inner`.
-      temperature: τ.
+      mu: μ, weight of the contrast; 0 is `inner`.
+      temperature: τ, by which cosines are divided.
     """
 
     card: ClassVar[Card] = Card(

@@ -36,7 +36,7 @@ class PFedSD:
     Attributes:
       inner: the algorithm.
       weight: λ; 0 trains as `inner` does.
-      temperature: τ.
+      temperature: τ, by which logits are divided.
     """
 
     card: ClassVar[Card] = Card(

@@ -63,7 +63,7 @@ class Scaffold:
 
     Attributes:
       option: how a client renews its control variate, I or II.
-      server_lr: η_g.
+      server_lr: η_g, the server's learning rate.
       divisor: of the displacement in option II: the gradients that it holds (`gradients`), or `steps`.
     """
 

@@ -53,8 +53,8 @@ def from_flax(
       num_classes: width of the logits, at least 2.
       name: short name for records.
       peel_points: names of weight layers, as paths ("block1/conv2"), or `PeelPoint`s, from input to
-      classifier;
-        each must be marked with `peel` in the module. Empty: all that are marked, in the order of marking.
+        classifier; each must be marked with `peel` in the module. Empty: all that are marked, in the order of
+        marking.
       takes_mask: whether to pass `mask`; None: if the signature has it.
 
     Raises:

@@ -129,8 +129,7 @@ def create(name: str, input_shape: Sequence[int], num_classes: int, **options: A
 
     Raises:
       UserError: unknown name or option, a value that does not fit, images too small for the network. Nothing
-      has
-        been traced by then.
+        has been traced by then.
     """
     if imports.is_own(name):
         found = imports.imported(name, "model.name")

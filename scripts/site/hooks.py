@@ -7,6 +7,7 @@ pyproject.toml names; a link to nothing is a warning, and so ends the build.
 
 from __future__ import annotations
 
+import functools
 import logging
 import posixpath
 import re
@@ -20,23 +21,37 @@ from mkdocs.structure.files import File
 
 sys.path.insert(0, str(Path(__file__).parent))  # MkDocs loads this file by its path
 
+import commands_page
+import configuration_page
 import generated
+import methods_page
+import python_page
 
 ROOT = Path(__file__).resolve().parents[2]
+COPIED = {"about/changelog.md": "CHANGELOG.md", "about/contributing.md": "CONTRIBUTING.md"}
+"""Pages that are files of the repository as they are; their links are seen from there."""
 PAGES: dict[str, Callable[[], str]] = {
-    "about/changelog.md": lambda: generated.of_file("CHANGELOG.md"),
-    "about/contributing.md": lambda: generated.of_file("CONTRIBUTING.md"),
-    "reference/methods.md": lambda: generated.of_file("fedjax_sim/algorithms/ALGORITHMS.md"),
-    "reference/configuration.md": generated.configuration,
-    "reference/commands.md": generated.commands,
+    **{page: functools.partial(generated.of_file, name) for page, name in COPIED.items()},
+    "reference/methods.md": methods_page.page,
+    "reference/configuration.md": configuration_page.page,
+    "reference/commands.md": commands_page.page,
+    "reference/python.md": python_page.overview,
+    **{
+        f"reference/python/{name}.md": functools.partial(python_page.page, name) for name in python_page.PAGES
+    },
 }
 SOURCES = {
-    "CHANGELOG.md": "about/changelog.md",
-    "CONTRIBUTING.md": "about/contributing.md",
+    **{name: page for page, name in COPIED.items()},
     "README.md": "index.md",
     "fedjax_sim/algorithms/ALGORITHMS.md": "reference/methods.md",
 }
-"""Files of the repository that are pages of the site."""
+"""Files of the repository -> the pages of the site that have what is in them."""
+planned: set[str] = set()
+"""Pages that the navigation names; until one is written, links to it are plain text."""
+
+LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
+PICTURES = "pictures"
+"""Folder of the site for pictures that lie outside `docs/`."""
 
 log = logging.getLogger("mkdocs.hooks.fedjax_sim")
 
@@ -49,8 +64,16 @@ def repository() -> str:
 def on_config(config: Any) -> Any:
     """The repository's address stands in pyproject.toml alone."""
     config.repo_url = repository()
+    config.repo_name = "/".join(repository().split("/")[-2:])
+    planned.update(_named(config.nav))
     config.nav = [entry for entry in map(_there, config.nav) if entry]
     return config
+
+
+def _named(entries: list[Any]) -> set[str]:
+    """The pages that a navigation names."""
+    insides = [inside for entry in entries for inside in entry.values()]
+    return {name for inside in insides for name in (_named(inside) if isinstance(inside, list) else {inside})}
 
 
 def _there(entry: dict[str, Any]) -> dict[str, Any] | None:
@@ -59,20 +82,46 @@ def _there(entry: dict[str, Any]) -> dict[str, Any] | None:
     if isinstance(inside, list):
         inside = [one for one in map(_there, inside) if one]
         return {title: inside} if inside else None
-    return entry if inside in PAGES or (ROOT / "docs" / inside).exists() else None
+    return entry if written(inside) else None
+
+
+def written(page: str) -> bool:
+    """Whether the page is there, as a file or made from code."""
+    return page in PAGES or (ROOT / "docs" / page).exists()
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the pages that are made."""
+    """Adds the pages that are made, and pictures of the repository that pages show from outside `docs/`."""
     for name, text in PAGES.items():
         files.append(File.generated(config, name, content=text()))
+    shown = {
+        place
+        for file in files.documentation_pages()
+        for mark, target in LINK.findall(file.content_string)
+        if mark.startswith("!") and (place := _outside(target, _origin(file.src_uri)))
+    }
+    for place in sorted(shown):
+        files.append(File.generated(config, f"{PICTURES}/{place}", abs_src_path=str(ROOT / place)))
     return files
+
+
+def _origin(name: str) -> str:
+    """The file that a page's links are seen from."""
+    return COPIED.get(name, f"docs/{name}")
+
+
+def _outside(target: str, origin: str) -> str | None:
+    """The file of the repository that a link leads to, if that lies outside `docs/`."""
+    if "://" in target:
+        return None
+    place = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
+    return place if not place.startswith("docs/") and (ROOT / place).is_file() else None
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turns links that leave `docs/` to where they lead; code blocks are left as they are."""
     name = page.file.src_uri
-    origin = next((source for source, made in SOURCES.items() if made == name), f"docs/{name}")
+    origin = _origin(name)
     parts = re.split(r"(^```.*?^```[^\S\n]*$)", markdown, flags=re.MULTILINE | re.DOTALL)
     return "".join(part if part.startswith("```") else _linked(part, name, origin) for part in parts)
 
@@ -84,8 +133,12 @@ def _linked(text: str, name: str, origin: str) -> str:
             return found.group(0)
         place = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
         own = SOURCES.get(place) or (place.removeprefix("docs/") if place.startswith("docs/") else None)
+        if own is not None and own in planned and not written(own):
+            return found.group(1).removeprefix("[").removesuffix("]")
         if own is not None:
             target = posixpath.relpath(own, posixpath.dirname(name) or ".")
+        elif found.group(1).startswith("!") and (ROOT / place).is_file():
+            target = posixpath.relpath(f"{PICTURES}/{place}", posixpath.dirname(name) or ".")
         elif (ROOT / place).exists():
             kind = "tree" if (ROOT / place).is_dir() else "blob"
             target = f"{repository()}/{kind}/main/{place}"
@@ -93,4 +146,4 @@ def _linked(text: str, name: str, origin: str) -> str:
             log.warning("%s links to %s, which is not there", origin, found.group(2))
         return f"{found.group(1)}({target}{mark}{anchor})"
 
-    return re.sub(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)", turned, text)
+    return LINK.sub(turned, text)

@@ -22,12 +22,13 @@ import pytest
 import yaml
 
 from fedjax_sim import RunConfig
+from fedjax_sim.config import search_files, sweep_files
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", flags=re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "yaml", "console", "text", "bibtex", "json", "toml"}
-SLOW = {"execution.md"}
+SLOW = {"extending.md"}
 """Pages whose examples take longer than the default run should."""
 
 
@@ -102,9 +103,9 @@ def test_page_works(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
 def test_blocks_are_of_known_kinds(page):
     configuration = {field.name for field in dataclasses.fields(RunConfig)}
-    sweep = {"base", "methods", "settings", "seeds", "out", "metric"}
+    studies = {*sweep_files._FIELDS, *search_files._FIELDS}
     for language, title, code in blocks(page):
         assert language in LANGUAGES, language
         if language == "yaml":
             fields = set(yaml.safe_load(code))
-            assert title or fields <= configuration or fields <= configuration | sweep, fields
+            assert title or fields <= configuration or fields <= studies, fields
