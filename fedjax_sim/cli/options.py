@@ -57,7 +57,7 @@ def value(metavar: str, default: Any = None, flag: str = "", kind: str = "", alo
       default: where it is left out.
       flag: `--name`, where it is not the field's own.
       kind: what the shell completes, as of `words`; "": nothing.
-      alone: the value of a flag that stands alone, if its value is a number that may be left out; "": it may not.
+      alone: the value if the flag stands alone, of one whose value is a number that may be left out.
     """
     told = {"kind": "value", "metavar": metavar, "flag": flag, "complete": kind, "alone": alone}
     return dataclasses.field(default=default, metadata=told)
