@@ -1,4 +1,8 @@
-"""What the documents say can be done as it stands: examples, commands, flags, files and links."""
+"""What the documents say can be done as it stands: examples, commands, flags, files and links.
+
+Pages of the site are followed by tests/site, which also checks their links: here are the documents beside
+it, and what holds for the text of all of them.
+"""
 
 import dataclasses
 import re
@@ -7,28 +11,26 @@ from unittest import mock
 
 import jax
 import pytest
-import yaml
 
 from fedjax_sim import RunConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BESIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*BESIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [
-    *PAGES,
+    *BESIDE,
     *sorted((ROOT / "experiments").glob("*/README.md")),
     *sorted(ROOT.glob("scripts/*/README.md")),
 ]
-TEXT = "\n".join(page.read_text() for page in PAGES)
+TEXT = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
 
 
 def blocks(language):
-    """[(page, code)] of every fenced block in a language."""
+    """The code of every fenced block in a language, of documents beside the site."""
     found = []
-    for page in PAGES:
+    for page in BESIDE:
         for code in re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL):
-            # A debug run compiles every operation by itself; tests/engine/test_debugging.py has such runs.
-            slow = [pytest.mark.slow] if "debug=True" in code else []
-            found.append(pytest.param(code, id=f"{page.stem}{len(found)}", marks=slow))
+            found.append(pytest.param(code, id=f"{page.stem}{len(found)}"))
     return found
 
 
@@ -39,12 +41,6 @@ def test_example_runs(code):
     with mock.patch.object(jax, "devices", return_value=jax.devices()[:1]):
         exec(compile(code, "example", "exec"), scope)
     assert scope["run"].finished
-
-
-@pytest.mark.parametrize("code", blocks("yaml"))
-def test_yaml_has_fields_of_a_configuration(code):
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(yaml.safe_load(code)) <= fields
 
 
 def test_commands_exist(capsys):
