@@ -60,7 +60,7 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
         for arg in rest:
             try:
                 return coerce(value, arg, path, text=text)
-            except UserError:
+            except UserError as error:
                 if arg is not rest[-1]:
                     continue
                 if int in rest and typing.get_origin(arg) is Literal:
@@ -68,7 +68,10 @@ def coerce(value: Any, hint: Any, path: str, *, text: bool = False) -> Any:
                     raise UserError(
                         path, value, "neither a whole number nor one of the choices", fix
                     ) from None
-                raise
+                if arg not in (int, float) or type(None) not in args:
+                    raise
+                fix = f"{error.fix.removesuffix('.')}, or null."
+                raise UserError(path, value, error.why, fix) from None
     if origin is Literal:
         if isinstance(value, str) and value in args:
             return value

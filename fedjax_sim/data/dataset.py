@@ -322,6 +322,8 @@ def _check_images(name: str, images: object) -> None:
             else "not uint8"
         )
         fix = "Give 8-bit pixels from 0 to 255; normalisation belongs in `preprocessing`."
+        if images.dtype.kind == "f" and not nan and images.size and 0 <= images.min() <= images.max() <= 1:
+            fix = "Give 8-bit pixels: (255 * images).round().astype(numpy.uint8), as these go from 0 to 1."
         if images.dtype == np.uint16:
             fix = "Give 8-bit pixels: (images >> 8).astype(numpy.uint8), if they go from 0 to 65535."
         raise UserError(field, str(images.dtype), why, fix)

@@ -109,6 +109,7 @@ def test_numbers_that_mean_the_same_are_taken():
         ("rounds: 2.5", "rounds", "int"),
         ("rounds: true", "rounds", "int"),
         ("rounds: 1.0e+3", "rounds", "Write 1000"),
+        ("partition: {kind: natural, clients: none}", "partition.clients", "such as 10, or null."),
         ("rounds: '1:30'", "rounds", "int"),
         ("rounds: '0x10'", "rounds", "int"),
         ("output: {dir: 10}", "output.dir", "in quotes"),

@@ -31,6 +31,8 @@ def test_labels_become_i32_and_classes_get_names():
     ("field", "change", "says"),
     [
         ("train_images", {"train_images": np.zeros((20, 6, 6, 1), np.float32)}, "floating-point"),
+        ("train_images", {"train_images": np.full((20, 6, 6, 1), 0.5)}, r"\(255 \* images\).round"),
+        ("train_images", {"train_images": np.full((20, 6, 6, 1), 1.5)}, "normalisation belongs"),
         ("train_images", {"train_images": np.full((20, 6, 6, 1), np.nan)}, "NaN"),
         ("test_images", {"test_images": np.zeros((8, 6, 6, 1), np.int64)}, "not uint8"),
         ("train_images", {"train_images": np.zeros((20, 6, 6), np.uint8)}, "height, width, channels"),

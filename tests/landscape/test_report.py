@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import itertools
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ import fedjax_sim as fs
 from fedjax_sim.algorithms import FedAvg, FedIndep, FedMR, Local
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.reports.landscape import report
+from fedjax_sim.reports.landscape import pictures, report
 from fedjax_sim.reports.landscape.measurement import Settings, measure, trained
 from fedjax_sim.runs import restored
 
@@ -133,6 +135,21 @@ def test_the_models_are_what_one_more_round_trains(study, name):
     np.testing.assert_allclose(weights @ flat / weights.sum(), merged, atol=1e-5)
     before = np.concatenate([np.ravel(x) for x in jax.tree.leaves(again)])
     assert np.abs(merged - before).max() > 1e-3  # and measuring left the state alone until then
+
+
+def test_labels_along_a_line_do_not_touch():
+    at = np.linspace(-1, 1, 41)
+    line = SimpleNamespace(at=at, loss=at**2 + 1, accuracy=1 - at**2 / 2)
+    measured = SimpleNamespace(lines={"train": line, "test": line})
+    group = SimpleNamespace(name="fedavg", title="fedavg on digits")
+    figure = pictures.random_line([group], [[measured]], QUICK)  # pyright: ignore[reportArgumentType]
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        low, high = axis.get_window_extent().intervalx
+        boxes = [text.get_window_extent() for text in axis.get_xticklabels() if text.get_text()]
+        boxes = [box for box in boxes if box.x1 > low and box.x0 < high]
+        assert len(boxes) >= 3
+        assert all(one.x1 + 8 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 @pytest.mark.slow

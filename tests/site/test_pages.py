@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", flags=re.MULTILINE | re.DOTALL)
 LANGUAGES = {"python", "bash", "yaml", "console", "text", "bibtex", "json", "toml"}
-SLOW = {"extending.md"}
+SLOW = {"gallery.md", "tutorials/paper-figure.md"}
 """Pages whose examples take longer than the default run should."""
 
 

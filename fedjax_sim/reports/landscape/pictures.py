@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fedjax_sim.probes.landscape.surfaces import Curve, Plane, Surface
 from fedjax_sim.records import plots
@@ -35,6 +36,7 @@ def random_line(found: Sequence[Group], results: Results, settings: Settings) ->
                 curves = [one.lines[name] for one in measured]
                 _band(axis, curves, part, plots.COLOURS[place % 8], dash, _label(found, group, name))
         plots.dress(axis, part, "step along the direction")
+        axis.xaxis.set_major_locator(MaxNLocator(5))  # more labels would touch
     _by_decades(axes.flat[0])
     axes.flat[-1].legend(fontsize=7, frameon=False)
     about = (
