@@ -203,7 +203,7 @@ def test_the_wheel_holds_the_package_and_its_command(tmp_path):
     for line in (
         f"Version: {fedjax_sim.__version__}",
         "Requires-Python: >=3.11",
-        "License-Expression: Apache-2.0",
+        "License-Expression: Apache-2.0 AND MIT",
         "License-File: LICENSE",
         "Classifier: Typing :: Typed",
         "Description-Content-Type: text/markdown",
@@ -253,7 +253,12 @@ def test_the_version_is_written_once_and_cited():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == fedjax_sim.__version__
     assert citation["repository-code"] == written["project"]["urls"]["Repository"]
-    assert citation["license"] == written["project"]["license"] == "Apache-2.0"
+    assert (
+        citation["license"] == "Apache-2.0"
+        and written["project"]["license"].split(" AND ")[0] == "Apache-2.0"
+    )
+    vendored = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fedjax_sim").rglob("*LICENSE*")}
+    assert {"LICENSE", *vendored} == set(written["project"]["license-files"])
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
