@@ -46,8 +46,6 @@ SOURCES = {
     "fedjax_sim/algorithms/ALGORITHMS.md": "reference/methods.md",
 }
 """Files of the repository -> the pages of the site that have what is in them."""
-planned: set[str] = set()
-"""Pages that the navigation names; until one is written, links to it are plain text."""
 
 LINK = re.compile(r"(!?\[(?:[^\[\]]|\[[^\]]*\])*\])\(([^)\s]+)\)")
 PICTURES = "pictures"
@@ -65,29 +63,7 @@ def on_config(config: Any) -> Any:
     """The repository's address stands in pyproject.toml alone."""
     config.repo_url = repository()
     config.repo_name = "/".join(repository().split("/")[-2:])
-    planned.update(_named(config.nav))
-    config.nav = [entry for entry in map(_there, config.nav) if entry]
     return config
-
-
-def _named(entries: list[Any]) -> set[str]:
-    """The pages that a navigation names."""
-    insides = [inside for entry in entries for inside in entry.values()]
-    return {name for inside in insides for name in (_named(inside) if isinstance(inside, list) else {inside})}
-
-
-def _there(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """An entry of the navigation, less the pages that are not written yet."""
-    ((title, inside),) = entry.items()
-    if isinstance(inside, list):
-        inside = [one for one in map(_there, inside) if one]
-        return {title: inside} if inside else None
-    return entry if written(inside) else None
-
-
-def written(page: str) -> bool:
-    """Whether the page is there, as a file or made from code."""
-    return page in PAGES or (ROOT / "docs" / page).exists()
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -133,8 +109,6 @@ def _linked(text: str, name: str, origin: str) -> str:
             return found.group(0)
         place = posixpath.normpath(posixpath.join(posixpath.dirname(origin), target))
         own = SOURCES.get(place) or (place.removeprefix("docs/") if place.startswith("docs/") else None)
-        if own is not None and own in planned and not written(own):
-            return found.group(1).removeprefix("[").removesuffix("]")
         if own is not None:
             target = posixpath.relpath(own, posixpath.dirname(name) or ".")
         elif found.group(1).startswith("!") and (ROOT / place).is_file():
