@@ -76,7 +76,7 @@ LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "offered", "not_offered"), LINES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("line", "offered", "not_offered"), LINES, ids=[line for line, *_ in LINES])
 def test_bash_offers(line, offered, not_offered, scripts, place):
     found = set(by_bash(scripts["bash"], line, place))
     assert offered <= found and not (not_offered & found), found
@@ -92,7 +92,7 @@ def test_bash_sees_through_an_equals_sign_and_join(scripts, place):
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
-@pytest.mark.parametrize(("line", "offered", "not_offered"), LINES, ids=lambda value: str(value)[:50])
+@pytest.mark.parametrize(("line", "offered", "not_offered"), LINES, ids=[line for line, *_ in LINES])
 def test_fish_offers(line, offered, not_offered, scripts, place):
     found = set(by_fish(scripts["fish"], line, place))
     assert offered <= found, found
