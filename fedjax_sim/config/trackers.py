@@ -18,6 +18,7 @@ it.
 import contextlib
 import dataclasses
 import re
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -135,7 +136,7 @@ class _Tracker:
             if session is not None:
                 with contextlib.suppress(Exception):
                     session.close("failed")
-            told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            told = textwrap.shorten(f"{type(error).__name__}: {error}", 700, placeholder=" …")
             warnings.warn(f"{self.kind} fails, and the run goes on without it: {told}", stacklevel=3)
 
 

@@ -8,7 +8,7 @@ once) takes none.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -126,8 +126,7 @@ class _Walk:
         for inside in (inside for value in eqn.params.values() for inside in programs_inside(value)):
             operands = eqn.invars[len(eqn.invars) - len(inside.invars) :]
             if eqn.primitive.name == "scan":
-                first = eqn.params["num_consts"]
-                donated = set(inside.invars[first : first + eqn.params["num_carry"]])
+                donated = set(inside.invars[_carried(eqn.params)])
             elif eqn.primitive.name == "while":
                 donated = set(inside.invars[len(inside.invars) - len(eqn.outvars) :])
             else:
@@ -137,6 +136,15 @@ class _Walk:
                 }
             worst = max(worst, self.peak(inside, label, donated, own), key=self._counted)
         return worst
+
+
+def _carried(scan: Mapping[str, Any]) -> slice:
+    """Which operands of a scan are its carry; a private matter of JAX, which changed after 0.10."""
+    if "num_consts" in scan:
+        first, count = scan["num_consts"], scan["num_carry"]
+    else:
+        first, count, _ = (len(list(part)) for part in scan["ft_in"].unpack())
+    return slice(first, first + count)
 
 
 def _variables(items: Sequence[Any]) -> list[Any]:

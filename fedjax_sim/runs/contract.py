@@ -7,6 +7,7 @@ it returns is compared with what it was given. Nothing is computed.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -396,7 +397,7 @@ def _missing(results: Results, lines: str | None = None) -> str:
     told = [
         f"results.{name} is None: {why}"
         for name, why in whys.items()
-        if getattr(results, name) is None and (lines is None or f".{name}" in lines)
+        if getattr(results, name) is None and (lines is None or re.search(rf"\.{name}\b(?!\()", lines))
     ]
     return "; ".join(told) + "." * bool(told)
 

@@ -299,6 +299,18 @@ def test_clients_with_too_few_of_a_class_are_said_to_be_undefined_and_never_nan(
     assert any(row.metric == "trace_within" for row in rows)
 
 
+def test_of_a_client_without_measured_samples_nothing_is_said_but_of_its_weights():
+    """No class has enough samples; 0 in their place would enter the means over clients."""
+    peel = {"every": 1, "clients": 4, "samples": 80, "class_samples": 60, "chimeras": True, "ranks": True}
+    rows = [row for row in rows_of(Simulation(settings_of(peel=peel, rounds=1))) if row.client >= 0]
+    assert {row.value for row in rows if row.metric == "peel_samples"} == {0}
+    told = {row.metric for row in rows if not row.metric.startswith("undefined/")}
+    assert told == {"peel_samples", "spread", "update_cosine"}
+    undefined = {row.metric.removeprefix("undefined/") for row in rows} - told
+    assert {"peel_accuracy", "trace_within", "cdnv", "pabs", "shift_cka", "ridge", "rank"} <= undefined
+    assert {"stitched_none", "stitched_prefix", "chimera_inherited"} <= undefined
+
+
 def test_a_model_without_peel_points_is_refused():
     simulation = Simulation(settings_of(peel={"every": 0}))
     bare = dataclasses.replace(simulation.setup.model, peel_points=())

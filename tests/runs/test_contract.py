@@ -111,6 +111,17 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         "merge",
         "returned nothing of the state.*results.mean is None: give the algorithm `weights`",
     ),
+    "an array's own mean, and a field that is not there": (
+        own(
+            weights=None,
+            merge=lambda state, cohort, starts, results, key: (
+                jax.tree.map(lambda leaf: leaf.mean(0) * cohort.num_examples, results.models),
+                {},
+            ),
+        ),
+        "merge",
+        r"fails: (?!.*results.mean is None).*has no attribute 'num_examples'",
+    ),
     "a mean without weights, used": (
         own(
             weights=None,

@@ -69,6 +69,7 @@ def test_clients_state_on_the_host_is_no_part_of_the_devices_and_in_memory_witho
     assert part(plan, "the initial model").device == one
 
 
+@pytest.mark.smoke
 def test_a_mean_needs_no_k_models_and_a_recombination_needs_them():
     def stacks(algorithm):
         made = config(
@@ -147,6 +148,7 @@ def test_what_fusion_never_writes_takes_nothing():
     assert alive(lambda x, y: x[:, None] * y[None, :], X, y) == 4_000_000
 
 
+@pytest.mark.smoke
 def test_a_loop_updates_its_state_in_place():
     body = lambda i, x: jnp.sin(jnp.cos(x))  # noqa: E731
     assert alive(lambda x: jax.lax.fori_loop(0, 5, body, x), X) < 4100

@@ -80,9 +80,8 @@ class Chimeras:
 
             right, found = self.forward.over(measured, pool, seen, added)
             traces = moments.traces(found)
-            return jnp.log(traces.within / traces.between), right / jnp.maximum(measured["count"], 1).astype(
-                jnp.float32
-            )
+            count = measured["count"].astype(jnp.float32)  # of none the accuracy is not defined: 0/0
+            return jnp.log(traces.within / traces.between), right / count
 
         log_c, accuracy = jax.lax.map(one, jnp.asarray(masks(len(self.forward.model.peel_points))))
         return {"log_c": log_c, "accuracy": accuracy}
@@ -124,6 +123,6 @@ def decompose(log_c: np.ndarray) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore"):
         total = prefix[reads - 1, reads] - own[reads]
         injected = single[reads - 1, reads] - own[reads]
-        inherited = np.where(reads > 1, prefix[reads - 2, reads] - own[reads], 0.0)
+        inherited = np.where(reads > 1, prefix[reads - 2, reads], own[reads]) - own[reads]
         parts = (total, injected, inherited, total - injected - inherited)
     return dict(zip(PARTS, parts, strict=True))

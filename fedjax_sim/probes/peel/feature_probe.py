@@ -313,7 +313,7 @@ class Probe:
         product, values = jax.lax.map(against, jnp.where(m.present[None, :, None], both, 0))
         present = m.present.sum().astype(jnp.int32)
         found, r = alignment.cosines(product, values, jnp.stack([present, present - 1])[:, None])
-        mean = found.sum(2) / r.astype(jnp.float32)
+        mean = jnp.where(r > 0, found.sum(2) / r.astype(jnp.float32), jnp.nan)
         smallest = jnp.take_along_axis(found[0], jnp.maximum(r[0][:, None] - 1, 0), 1)[:, 0]
         return {
             "pabs": mean[0],
@@ -365,6 +365,7 @@ class Probe:
             made.append(make_row(number, metric, value, **where))
 
         for place, client in enumerate(ids.tolist()):
+            nothing = counts[place] == 0  # was measured: nothing is defined but what weights alone say
             for name in ANSWERS:
                 for state, value in zip(("start", *self.states), out[name][place], strict=True):
                     add(name, value, client=client, state=state)
@@ -375,10 +376,11 @@ class Probe:
                 for s, state in enumerate(self.states):
                     where = dict(layer=name, client=client, state=state)
                     for metric in SHIFTS if s else ():
+                        value = np.nan if nothing else out[metric][place, s - 1, layer]
                         of = "" if state == "after" else state
-                        add(metric, out[metric][place, s - 1, layer], layer=name, client=client, state=of)
+                        add(metric, value, layer=name, client=client, state=of)
                     for metric in self._stacks["figures"]:
-                        add(metric, out[metric][place, s, layer], **where)
+                        add(metric, np.nan if nothing else out[metric][place, s, layer], **where)
                     pabs, r = out["pabs"][place, s, layer], int(out["pabs_rank"][place, s, layer])
                     add("pabs_corrected", alignment.corrected(float(pabs), widths[layer], r), **where)
                     if self.forward.config.angles:

@@ -157,22 +157,22 @@ def cdnv(m: Moments) -> jax.Array:
     """Class-distance normalised variance: mean over pairs of (v_c + v_c') / 2‖μ_c - μ_c'‖². f32[L].
 
     Galanti, György and Hutter, "On the Role of Neural Collapse in Transfer Learning", ICLR 2022. Infinite
-    where two present classes have the same mean; 0 with fewer than two classes.
+    where two present classes have the same mean; NaN with fewer than two classes.
     """
     each, (apart, _), pairs = _variances(m).T, distances(m), _pairs(m)
     ratio = (each[:, :, None] + each[:, None]) / (2 * jnp.where(pairs, apart, 1))
-    return jnp.where(pairs, ratio, 0).sum((1, 2)) / jnp.maximum(pairs.astype(jnp.float32).sum(), 1)
+    return jnp.where(pairs, ratio, 0).sum((1, 2)) / pairs.astype(jnp.float32).sum()
 
 
 def discrimination(m: Moments) -> jax.Array:
-    """D_l = 1 - the largest cosine between the means of two present classes; 0 with fewer than two. f32[L].
+    """D_l = 1 - the largest cosine between the means of two present classes; NaN with fewer than two. f32[L].
 
     Wang et al., "Understanding Deep Representation Learning via Layerwise Feature Compression and
     Discrimination", arXiv 2311.02960.
     """
     (_, cosine), pairs = distances(m), _pairs(m)
     largest = jnp.where(pairs, cosine, -jnp.inf).max((1, 2), initial=-jnp.inf)
-    return jnp.where(pairs.any(), 1 - largest, 0)
+    return jnp.where(pairs.any(), 1 - largest, jnp.nan)
 
 
 def nearest_mean(m: Moments, features: Sequence[jax.Array]) -> jax.Array:
