@@ -226,6 +226,19 @@ def test_sixteen_bits_lose_the_low_byte(tmp_path):
         tfds_sets._eight_bits(ramp.astype(np.float32), "tfds:x")
 
 
+def test_pictures_are_turned_as_their_exif_tag_says(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    exif = image.Exif()
+    exif[0x0112] = 6  # a camera held upright: the stored left is the seen top
+    stored = image.new("RGB", (16, 8), (0, 0, 0))
+    stored.paste((255, 255, 255), (0, 0, 8, 8))
+    seen = one_picture(tmp_path / "jpg", stored, "jpg", exif=exif)
+    assert seen.shape == (16, 8, 3) and seen[:6].min() > 200 and seen[10:].max() < 50
+    deep = image.fromarray((np.arange(8).reshape(2, 4) * 256).astype(np.uint16))
+    turned = one_picture(tmp_path / "png", deep, "png", exif=exif)
+    np.testing.assert_array_equal(turned[..., 0], np.rot90(np.arange(8).reshape(2, 4), -1))
+
+
 def test_transparent_pictures_lie_on_white(tmp_path):
     image = pytest.importorskip("PIL.Image")
     alpha = np.array([[0, 51], [204, 255]], np.uint8)
