@@ -35,6 +35,7 @@ EXTRAS = {
     "tensorflow": ("preparing tensorflow-datasets sets", "tensorflow-cpu"),
     "safetensors": ("export to .safetensors", "safetensors"),
     "pandas": ("Table.to_pandas", "pandas"),
+    "pytest": ("the tests that fedjax-sim new writes", "pytest"),
 }
 """Module -> (what needs it, what to install)."""
 
@@ -396,7 +397,10 @@ def data(told: dict[str, Any]) -> Check:
     folder, found = told["data"]
     named = "FEDJAX_SIM_DATA" if os.environ.get("FEDJAX_SIM_DATA") else "the default"
     if not Path(folder).is_dir():
-        fix = "digits and the small tables need no files. For others: fedjax-sim list, and docs/data.md."
+        fix = (
+            "digits and the small tables need no files. For others: fedjax-sim list, and the page "
+            "'Data, partitions and cohorts' of the documentation."
+        )
         state = "problem" if os.environ.get("FEDJAX_SIM_DATA") else "ok"
         return Check("data", state, f"{folder} ({named}) is no folder", fix)
     return Check("data", "ok", f"{', '.join(found) or 'no presets'} in {folder} ({named})")

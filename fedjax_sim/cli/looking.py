@@ -30,7 +30,7 @@ class Compare:
       metric: of the table
       reference: differences to that row as well, seed by seed
       last_k: mean of the newest K values
-      rounds: further tables, of the newest values up to these rounds
+      rounds: further tables, of the mean of the newest values up to these rounds
     """
 
     examples: ClassVar = (

@@ -63,6 +63,7 @@ class New:
             raise UserError("new", kind, "there is no such kind", fields.nearest(kind, NEXT))
         folder = paths.local(self.dir, "--dir") / (name if kind == "study" else "")
         check_name(name, folder)
+        check_taken(kind, name)
         texts = rendered(kind, name)
         for file in texts:
             if os.path.lexists(folder / file):
@@ -80,6 +81,8 @@ class New:
         print("\nIt works as it is:")
         if folder != Path():
             print(f"  cd {folder}")
+        if importlib.util.find_spec("pytest") is None:
+            print("  pip install pytest")
         for line in NEXT[kind]:
             print(f"  {line.format(name=name, Name=class_name(name))}")
         print(f"Then edit {name}.{'yaml' if kind == 'study' else 'py'}: its comments say what goes where.")
@@ -131,3 +134,24 @@ def check_name(name: str, folder: Path) -> None:
     if name in sys.builtin_module_names or not own:
         why = f"a module of that name is installed ({origin}), and would be found in its place"
         raise UserError("new", name, why, f"Choose another, such as my_{name}.")
+
+
+def check_taken(kind: str, name: str) -> None:
+    """Raises UserError for a name that is built in.
+
+    Args:
+      kind: of the skeleton.
+      name: that the user chose.
+    """
+    from fedjax_sim import algorithms, data  # JAX loads when something is asked of them
+
+    taken = {
+        "method": ("an algorithm", algorithms.CONFIGS),
+        "task": ("a data set", data.names()),
+        "diagnostic": ("a diagnostic", ("peel", "inertia")),
+    }
+    what, known = taken.get(kind, ("", ()))
+    if name in {one.replace("-", "_") for one in known}:
+        raise UserError(
+            "new", name, f"{what} of that name is built in", f"Choose another, such as my_{name}."
+        )

@@ -279,7 +279,8 @@ class PeelConfig:
       samples: of each of them, at most: one half is measured, to the other probes are fitted.
       split: `test` measures clients' own test samples, `train` halves of their training samples, `auto` the
         first where the partition has them.
-      class_samples: classes with fewer of a client's samples are not measured there.
+      class_samples: a client's classes with fewer measured samples are left out. With split `train` half of a
+        client's samples are measured: with the default 5 it needs about ten of each of two classes.
       pool: average a convolution's features over places before taking variances.
       angles: record the cosine of every principal angle, not only their mean and the smallest.
       chimeras: measure models of which only some layers are aggregated, see

@@ -11,7 +11,7 @@
     metric: accuracy                  # what the table shows
     goal: max                         # or min; the default goes by the metric's name
     last_k: 1                         # mean over so many newest values of the metric
-    rounds_of_interest: [50]          # further tables, of the newest values up to these rounds
+    rounds_of_interest: [50]          # further tables: the last_k evaluations up to that round
     out: runs/study                   # where everything goes
 
 Each combination has a folder named after it, so that a second start skips what is finished and resumes what

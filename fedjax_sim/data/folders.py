@@ -79,7 +79,8 @@ def read_folder(
     missing = [c for c in names if not any(c == item[2] for item in train)]
     if missing:
         why = f"no training images of {', '.join(missing[:5])}"
-        raise UserError("data.source", f"folder:{root}", why, "Check the names of the class folders.")
+        there = ", ".join(sorted(known)[:20]) + (" …" if len(known) > 20 else "")
+        raise UserError("data.source", f"folder:{root}", why, f"The classes are {there}.")
     if classes:
         train, test = ([item for item in part if item[2] in classes] for part in (train, test))
     unknown = sorted({c for _, _, c in test} - set(names))

@@ -6,7 +6,7 @@ Rules, so that a set is the same wherever it is read:
   `I` and `F`) are refused, as nothing in them says which value is white.
 - Transparent pictures (an alpha channel, or a transparent colour) are laid on white.
 - Palettes, CMYK, YCbCr, LAB and HSV become RGB. Of several frames or pages the first is taken.
-- Pixels are taken as they are stored: an EXIF orientation does not turn them.
+- A picture is turned as its EXIF orientation says, so that it stands as viewers show it.
 """
 
 import warnings
@@ -70,8 +70,9 @@ def decode(files: Sequence[Path], size: tuple[int, int] | None, root: Path) -> n
 
 def _eight_bits(image: Any, size: tuple[int, int] | None) -> np.ndarray:
     """u8[H, W] of a grey picture, u8[H, W, 3] of any other; `image` is Pillow's."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):  # of "I" only PPM comes here, in 0..65535
         values = np.asarray(image)
         grey = (values >> 8).astype(np.uint8)

@@ -35,6 +35,7 @@ class Preset:
       classes: the classes to keep, where the papers use some only.
       class_names: for files that name none.
       members: presets of a union, one domain each.
+      shape: (H, W, C) of its images as published; () where they differ.
       why: where the preprocessing comes from.
     """
 
@@ -53,6 +54,7 @@ class Preset:
     classes: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
     why: str = "our choice"
 
 
@@ -78,6 +80,7 @@ _CIFAR = Preset(
     "CIFAR-10 (Krizhevsky, 2009)",
     _UNKNOWN,
     tfds="cifar10",
+    shape=(32, 32, 3),
     why="FedMR's code: no augmentation",
 )
 _FINE = Preset(
@@ -87,6 +90,7 @@ _FINE = Preset(
     "CIFAR-100, 100 classes (Krizhevsky, 2009)",
     _UNKNOWN,
     tfds="cifar100",
+    shape=(32, 32, 3),
     why="FedMR's code",
 )
 _TINY = Preset(
@@ -97,6 +101,7 @@ _TINY = Preset(
     "ImageNet's terms: non-commercial research",
     folder=("tiny-imagenet-200", "tiny-imagenet", "tiny_imagenet"),
     size=(64, 64),
+    shape=(64, 64, 3),
 )
 
 PRESETS = MappingProxyType(
@@ -123,6 +128,7 @@ PRESETS = MappingProxyType(
             Preprocessing((0.5,), (0.5,), invert=True),
             "FEMNIST (LEAF, Caldas et al., 2018, from NIST SD 19); white background, writer ids",
             "NIST SD 19 is a work of the United States government; LEAF's code is BSD-2-Clause",
+            shape=(28, 28, 1),
             class_names=_BYCLASS,
             why="FedMR's code: (0.5 - x) / 0.5",
         ),
@@ -133,6 +139,7 @@ PRESETS = MappingProxyType(
             "EMNIST by class (Cohen et al., 2017); black background, no writer ids",
             "NIST SD 19 is a work of the United States government",
             tfds="emnist/byclass",
+            shape=(28, 28, 1),
             idx=True,
             transpose=True,
             class_names=_BYCLASS,
@@ -145,6 +152,7 @@ PRESETS = MappingProxyType(
             "Fashion-MNIST (Xiao et al., 2017)",
             "MIT",
             tfds="fashion_mnist",
+            shape=(28, 28, 1),
             idx=True,
         ),
         "mnist": Preset(
@@ -154,6 +162,7 @@ PRESETS = MappingProxyType(
             "MNIST (LeCun et al., 1998)",
             _UNKNOWN,
             tfds="mnist",
+            shape=(28, 28, 1),
             class_names=_DIGITS,
             idx=True,
         ),
@@ -164,11 +173,20 @@ PRESETS = MappingProxyType(
             "Street View House Numbers, cropped digits (Netzer et al., 2011)",
             "non-commercial use only",
             tfds="svhn_cropped",
+            shape=(32, 32, 3),
             class_names=_DIGITS,
         ),
-        "usps": Preset(("usps",), 10, _HALF, "USPS digits (Hull, 1994)", _UNKNOWN, class_names=_DIGITS),
+        "usps": Preset(
+            ("usps",), 10, _HALF, "USPS digits (Hull, 1994)", _UNKNOWN, class_names=_DIGITS, shape=(16, 16, 1)
+        ),
         "mnist_m": Preset(
-            ("mnist_m",), 10, _HALF, "MNIST-M (Ganin et al., 2016)", _UNKNOWN, class_names=_DIGITS
+            ("mnist_m",),
+            10,
+            _HALF,
+            "MNIST-M (Ganin et al., 2016)",
+            _UNKNOWN,
+            class_names=_DIGITS,
+            shape=(32, 32, 3),
         ),
         "synth_digits": Preset(
             ("synth_digits", "synth_digits_redrawn"),
@@ -177,6 +195,7 @@ PRESETS = MappingProxyType(
             "SynthDigits (Ganin and Lempitsky, 2015), or a redrawing of it: the file's name tells",
             _UNKNOWN,
             class_names=_DIGITS,
+            shape=(32, 32, 3),
         ),
         "digit-five": Preset(
             ("digit-five",),

@@ -32,6 +32,18 @@ SCHEMES = {
 }
 """The words before a colon, and what follows them."""
 
+_OPTIONS = {
+    "npz": "#NAME, which takes the labels train_NAME_labels and test_NAME_labels",
+    "npy": "#NAME, which takes the labels train_NAME_labels and test_NAME_labels",
+    "folder": "size (64, or 48x64 for height x width), classes (cat+dog) and test (0.25), "
+    "joined by commas: #size=64,test=0.25",
+    "idx": "#NAME, of one of several sets in the folder",
+    "table": "target (a column), user (a column), task (regression or classification) and test (0.25, or a "
+    "column), joined by commas: #target=price,user=town",
+    "tfds": "#NAME of the feature with the labels, or size (64): #size=64",
+}
+"""Scheme -> what may follow its #, in words."""
+
 
 def load_dataset(
     source: str,
@@ -81,10 +93,10 @@ def load_dataset(
     source = source.strip()
     check_path(source)
     if imports.is_own(source) and source.partition(":")[0] not in SCHEMES:
-        for field, value in {"data.preprocessing": preprocessing, "data.size": size}.items():
+        for given, value in {"preprocessing": preprocessing, "size": size}.items():
             if value is not None:
                 fix = "Let the function see to it; data.options are its arguments."
-                raise UserError(field, value, f"{source} is a function of one's own", fix)
+                raise UserError("data.source", source, f"a function of one's own takes no `{given}`", fix)
         return _own(source, options or {})
     if options:
         why = f"only a function of one's own has options, and {source} is none"
@@ -93,14 +105,15 @@ def load_dataset(
         raise UserError(
             "data.preprocessing", preprocessing, "not a Preprocessing", "Build one, or leave it out."
         )
-    shape = _size(size)
+    shape = _size(size, source)
     place = default_data_dir(data_dir)
     scheme, colon, rest = source.partition(":")
     if colon and scheme in SCHEMES:
         return _of_scheme(scheme, rest, source, place, shape, preprocessing)
     if source in EMBEDDED:
         if shape is not None:
-            raise UserError("data.size", size, f"{source} has one size only", "Leave `size` out.")
+            why = f"it has one size only, and `size` is {size}"
+            raise UserError("data.source", source, why, "Leave `size` out.")
         if source in tables.EMBEDDED:
             _check_no_images(source, preprocessing)
             return tables.EMBEDDED[source]()
@@ -110,7 +123,11 @@ def load_dataset(
     near = difflib.get_close_matches(source.lower(), names(), n=3, cutoff=0.5)
     why = "no such set" + (f"; near: {', '.join(near)}" if near else "")
     ways = "npz:PATH, npy:PATH, folder:PATH, idx:PATH, table:PATH, tfds:NAME, module:function"
-    raise UserError("data.source", source, why, f"Known: {', '.join(names())}; or {ways}.")
+    fix = f"Known: {', '.join(names())}; or {ways}."
+    path, fragment = _path_first(source)
+    if local(path, "data.source").is_dir():
+        fix = f"Did you mean folder:{path}#{fragment or 'size=64'}? {fix}"
+    raise UserError("data.source", source, why, fix)
 
 
 def _of_scheme(
@@ -130,7 +147,7 @@ def _of_scheme(
     parts = re.split(rf",(?=(?:{keys[scheme]})=)" if scheme in keys else ",", fragment)
     word, options = _options(parts, source)
     if "size" in options:
-        shape = _size(options.pop("size"))
+        shape = _size(options.pop("size"), source)
     if scheme == "folder" and not word:
         classes = options.pop("classes", "")
         share = _share(options.pop("test", "0.2"), source)
@@ -148,10 +165,7 @@ def _of_scheme(
     if scheme == "idx" and not options and shape is None:
         return read_idx(path, member=word, preprocessing=preprocessing)
     why = f"{fragment or 'size'!r} is not an option of {scheme}"
-    fix = (
-        "npz:PATH#coarse, npy:PATH#coarse, folder:PATH#size=64, idx:PATH#letters, tfds:NAME#coarse_label, "
-        "table:PATH#target=price."
-    )
+    fix = f"The options of {scheme}: {_OPTIONS[scheme]}."
     raise UserError("data.source", source, why, fix)
 
 
@@ -263,13 +277,19 @@ def present(data_dir: str | Path | None = None) -> list[str]:
 def how_to_get(name: str, data_dir: Path) -> str:
     """Every way to make a preset available, in words."""
     preset = PRESETS[name]
-    ways = [f"put the arrays into {data_dir / (preset.npz[0] + '.npz')} (train_images, train_labels, test_…)"]
+    shape = ", ".join(map(str, preset.shape or ("height", "width", "channels")))
+    labels = f"{preset.npz_labels}_labels" if preset.npz_labels else "labels"
+    ways = [
+        f"put the arrays into {data_dir / (preset.npz[0] + '.npz')}: train_images and test_images, "
+        f"u8[n, {shape}], train_{labels} and test_{labels}, integers [n]"
+    ]
     if preset.folder:
         ways.append(f"unpack its image folders into {data_dir / preset.folder[0]}")
     if preset.idx:
         ways.append(f"name the folder with its idx files instead of {name}: idx:FOLDER")
     if preset.tfds:
-        ways.append(how_to_prepare(preset.tfds, data_dir))
+        how = how_to_prepare(preset.tfds, data_dir)
+        ways.append(how[0].lower() + how[1:])
     return "Either " + "; or ".join(ways) + ". Another place: data_dir=, or the variable FEDJAX_SIM_DATA."
 
 
@@ -312,7 +332,7 @@ def _options(parts: Iterable[str], source: str) -> tuple[str, dict[str, str]]:
     return word, options
 
 
-def _size(size: object) -> tuple[int, int] | None:
+def _size(size: object, source: str) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
@@ -321,7 +341,11 @@ def _size(size: object) -> tuple[int, int] | None:
     except (TypeError, ValueError):
         height = width = 0
     if min(height, width) < 1 or isinstance(size, bool):
-        raise UserError("data.size", size, "not a size in pixels", "Write 64, or 48x64 for height and width.")
+        why, fix = (
+            f"size={size} is not a size in pixels",
+            "Write #size=64, or #size=48x64 for height x width.",
+        )
+        raise UserError("data.source", source, why, fix)
     return height, width
 
 

@@ -22,7 +22,7 @@ PREPARE = ".venv/bin/pip install -e '.[prepare]'"
 def how_to_prepare(name: str, data_dir: str | Path) -> str:
     """The commands that prepare a set; the first one needs a machine where TensorFlow installs."""
     return (
-        "Preparing needs TensorFlow once (reading does not), in a clone of this repository: "
+        "Prepare it once, which needs TensorFlow (reading does not), in a clone of this repository: "
         f"{PREPARE}, then .venv/bin/python scripts/prepare_tfds.py {name} --data-dir {data_dir}"
     )
 

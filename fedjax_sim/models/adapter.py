@@ -27,6 +27,11 @@ _TRAIN_NAMES: dict[str, bool] = {
 }
 """Keywords for "this is training" in the wild -> whether the value is the same or its opposite."""
 
+_ADVICE = (
+    "Give __call__ a keyword `train`, and write nn.Dropout(rate, deterministic=not train) and "
+    "nn.BatchNorm(use_running_average=not train)."
+)
+
 
 def from_flax(
     module: nn.Module,
@@ -59,8 +64,8 @@ def from_flax(
 
     Raises:
       UserError: a bad shape or number of classes, a module that cannot be called so, has no parameters or
-        changes variables in evaluation, an output which is not f[1, num_classes], parameters other than
-        float32, a random key among the variables, a peel point that is not there.
+        changes variables or draws in evaluation, an output which is not f[1, num_classes], parameters other
+        than float32, a random key among the variables, a peel point that is not there.
 
     Warns:
       UserWarning: batch statistics that padding can reach; convolutions with slow gradients.
@@ -86,11 +91,13 @@ def from_flax(
     except UserError:
         raise
     except Exception as error:
+        # Flax's own words where a layer is not told whether this is training.
+        untold = any(f'Parameter "{word}" must be passed' in str(error) for word in _TRAIN_NAMES)
         raise UserError(
             "model", name, f"the module fails on an image of shape {shape}: {type(error).__name__}: {error}",
-            "Check `input_shape` and the module's __call__.",
+            _ADVICE if untold else "Check `input_shape` and the module's __call__.",
         ) from error  # fmt: skip
-    _check_output(seen, name, num_classes)
+    _check_output(seen, name, num_classes, hasattr(module, "num_classes"))
     if not seen.params:
         raise UserError("model", name, "the module has no parameters to train", "Give it a layer that has.")
     _check_evaluation(wrapped, shape, name)
@@ -100,7 +107,7 @@ def from_flax(
 
 
 def _check_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> None:
-    """Raises UserError if the module changes a variable while it is not trained. Traced only."""
+    """Raises UserError if the module changes a variable or draws while it is not trained. Traced only."""
 
     def evaluate(key):
         image, keywords = jnp.zeros((1, *shape), jnp.float32), {"train": False, "mask": None}
@@ -115,6 +122,10 @@ def _check_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> N
             "Give __call__ a keyword `train`, and change variables only where it is true "
             "(nn.BatchNorm(use_running_average=not train))."
         )
+        raise UserError("model", name, why, fix) from None
+    except flax_errors.InvalidRngError as error:
+        why = f"it draws random numbers in evaluation too: {str(error).split(' (http')[0]}"
+        fix = _ADVICE if '"dropout"' in why else 'Draw only in training, from `self.make_rng("dropout")`.'
         raise UserError("model", name, why, fix) from None
 
 
@@ -258,14 +269,19 @@ def _mask_batch_norms(rows: jax.Array):
     return inject
 
 
-def _check_output(seen: tracing.Trace, name: str, num_classes: int) -> None:
+def _check_output(seen: tracing.Trace, name: str, num_classes: int, has_field: bool) -> None:
     shape = getattr(seen.output, "shape", None)
     if shape != (1, num_classes):
-        found = f"of shape {shape}" if shape is not None else f"a {type(seen.output).__name__}"
+        found = f"an array of shape {shape}" if shape is not None else f"a {type(seen.output).__name__}"
+        fix = "Let __call__ return the logits alone, one column per class."
+        if has_field and shape is not None and len(shape) == 2:
+            fix = (
+                f"Give num_classes={num_classes}: an instance keeps its own, and only where the module is "
+                "given by name is it filled in."
+            )
         raise UserError(
             "model.num_classes", num_classes,
-            f"for one image {name} returns {found}, not logits of shape (1, {num_classes})",
-            "Let __call__ return the logits alone, one column per class.",
+            f"for one image {name} returns {found}, not logits of shape (1, {num_classes})", fix,
         )  # fmt: skip
     for path, leaf in seen.params.items():
         if leaf.dtype != jnp.float32:

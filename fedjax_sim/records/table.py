@@ -174,7 +174,10 @@ class Table:
     def series(
         self, metric: str, *, layer: str = "", client: int = -1, state: str = ""
     ) -> tuple[np.ndarray, np.ndarray]:
-        """One number over time.
+        """One number over time; without `layer`, `client` and `state` of the deployed model or the round.
+
+        What is recorded of single clients, layers or states alone has rows of these only: ask with
+        `client=3`, or take `by_client`.
 
         Args:
           metric: its name.
@@ -183,7 +186,7 @@ class Table:
           state: of which model, or "".
 
         Returns:
-          (rounds i32[length], values f64[length]); empty if it was never recorded.
+          (rounds i32[length], values f64[length]); empty if it was never recorded there.
         """
         wanted = {"metric": metric, "layer": layer, "state": state}
         chosen = np.asarray(self._clients, np.int32) == client
@@ -196,10 +199,17 @@ class Table:
         """The newest value of a series.
 
         Raises:
-          UserError: it was never recorded.
+          UserError: it was never recorded there.
         """
         values = self.series(metric, **where)[1]
         if not len(values):
+            row = next((row for row in self if row.metric == metric), None)
+            if row is not None:
+                parts = {"layer": row.layer, "client": row.client, "state": row.state}
+                told = [f"{name}={part!r}" for name, part in parts.items() if part not in ("", -1)]
+                why = "this run has recorded it, but not " + ("there" if where else "of the round as a whole")
+                fix = f"Say where, such as {', '.join(told)}." if told else "Give no layer, client, state."
+                raise UserError("metric", metric, why, fix)
             known = ", ".join(self.names()) or "nothing"
             raise UserError("metric", metric, "this run has not recorded it", f"It has {known}.")
         return float(values[-1])

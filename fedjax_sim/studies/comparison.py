@@ -87,6 +87,8 @@ class Comparison:
         blocks = [f"{self.title}\n"]
         for grid in self.grids:
             blocks.append(self._block(grid, _markdown, lambda text: f"**{text}**", "±", "†"))
+        if any(len(cell.values) > 1 for grid in self.grids for cell in grid.cells.values()):
+            blocks.append("± is the standard deviation over seeds; their number is in brackets.\n")
         return "\n".join(blocks + [f"{note}\n" for note in self.notes("†")])
 
     def latex(self) -> str:

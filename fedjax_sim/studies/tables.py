@@ -36,7 +36,7 @@ def compare(
       metric: of the table, any that was recorded once a round.
       reference: the row to which the others are compared, seed by seed; None compares none.
       last_k: newest values of the metric that are averaged.
-      rounds_of_interest: further tables, of the newest values up to these rounds.
+      rounds_of_interest: further tables, each of the mean of the `last_k` newest values up to that round.
       goal: `max` or `min`; None goes by the metric's name.
 
     Raises:

@@ -150,13 +150,19 @@ def test_the_folder_of_the_data(started, monkeypatch, tmp_path):
 
     monkeypatch.setenv("FEDJAX_SIM_DATA", str(tmp_path / "none"))
     started["data"] = str(tmp_path / "none"), []
-    assert state_of("data").state == "problem"
+    assert state_of("data").state == "problem" and ".md" not in state_of("data").fix
     for name in ("cifar10.npz", "mnist.npz"):
         (tmp_path / name).touch()
     assert {"cifar10", "cifar10-lips"} <= set(sources.present(tmp_path))
     assert "cifar100" not in sources.present(tmp_path)
     started["data"] = str(tmp_path), sources.present(tmp_path)
     assert state_of("data").state == "ok" and "cifar10" in state_of("data").found
+
+
+def test_pytest_is_listed_where_it_is_missing(started, monkeypatch):
+    monkeypatch.setattr(checks.versions, "installed", lambda name: "")
+    (absent,) = [check for check in checks.extras() if check.name == "not installed"]
+    assert "pytest (the tests that fedjax-sim new writes)" in absent.found
 
 
 def test_variables_that_cost_are_notes(started, monkeypatch):

@@ -1,6 +1,7 @@
 """Skeletons work as they are written: their tests pass, and the command line takes them by name."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import shlex
@@ -87,6 +88,8 @@ def test_a_skeleton_is_formatted_and_has_no_findings(kind, tmp_path):
         (["task", "my-task"], "Write my_task."),
         (["task", "../own"], "Write own."),
         (["method", "json"], "a module of that name is installed"),
+        (["method", "fedavg"], "an algorithm of that name is built in. Choose another, such as my_fedavg"),
+        (["task", "digits_domains"], "a data set of that name is built in"),
         (["method", "sys"], "a module of that name is installed"),
         (["method", "own", "--dri", "x"], "Did you mean --dir?"),
         (["method", "own", "--dir", "s3://bucket/x"], "Mount the bucket"),
@@ -110,6 +113,14 @@ def test_nothing_is_overwritten(kind, tmp_path, monkeypatch, capsys):
     assert "this file is there already" in capsys.readouterr().err
     assert [path.name for path in place.iterdir()] == ["test_own.py"]
     assert (place / "test_own.py").read_text() == "mine"
+
+
+def test_pytest_is_told_where_it_is_missing(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytest" else find(name))
+    assert commands.main(["new", "method", "own_rule", "--dir", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert told.index("\n  pip install pytest\n") < told.index("python -m pytest test_own_rule.py")
 
 
 def test_a_folder_that_cannot_be_written_is_one_error(tmp_path, capsys):

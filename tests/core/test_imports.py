@@ -158,7 +158,7 @@ def test_what_is_wrong_with_data_of_ones_own_is_named(own, source, options, fiel
 
 
 def test_size_and_preprocessing_are_the_functions_own(own):
-    with pytest.raises(UserError, match=r"data\.size.*data\.options"):
+    with pytest.raises(UserError, match=r"data\.source.*no `size`.*data\.options"):
         data.load(f"{own}:stripes", size=8)
 
 

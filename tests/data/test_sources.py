@@ -226,6 +226,19 @@ def test_sixteen_bits_lose_the_low_byte(tmp_path):
         tfds_sets._eight_bits(ramp.astype(np.float32), "tfds:x")
 
 
+def test_pictures_are_turned_as_their_exif_tag_says(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    exif = image.Exif()
+    exif[0x0112] = 6  # a camera held upright: the stored left is the seen top
+    stored = image.new("RGB", (16, 8), (0, 0, 0))
+    stored.paste((255, 255, 255), (0, 0, 8, 8))
+    seen = one_picture(tmp_path / "jpg", stored, "jpg", exif=exif)
+    assert seen.shape == (16, 8, 3) and seen[:6].min() > 200 and seen[10:].max() < 50
+    deep = image.fromarray((np.arange(8).reshape(2, 4) * 256).astype(np.uint16))
+    turned = one_picture(tmp_path / "png", deep, "png", exif=exif)
+    np.testing.assert_array_equal(turned[..., 0], np.rot90(np.arange(8).reshape(2, 4), -1))
+
+
 def test_transparent_pictures_lie_on_white(tmp_path):
     image = pytest.importorskip("PIL.Image")
     alpha = np.array([[0, 51], [204, 255]], np.uint8)
@@ -321,7 +334,7 @@ def test_a_path_that_exists_goes_first(tmp_path):
     assert load(f"npz:{tmp_path}/c#/my#set.npz#x").num_classes == 2
     with pytest.raises(UserError, match=r"c#/none\.npz': no such file"):
         load(f"npz:{tmp_path}/c#/none.npz#x")
-    with pytest.raises(UserError, match="no training images of c, zebra"):
+    with pytest.raises(UserError, match=r"images of c, zebra\. The classes are a, b, c#, c\+\+, cat\."):
         load(f"folder:{tmp_path}/c#/set#1#classes=cat+c+zebra")
     with pytest.raises(UserError, match="no such folder"):
         load("folder:none#classes=" + "+".join(f"class {i}" for i in range(345)))
@@ -460,8 +473,16 @@ def test_digit_five_is_a_union_of_files_of_different_shapes(tmp_path):
 def test_a_missing_preset_names_every_way_to_get_it(tmp_path):
     with pytest.raises(UserError) as caught:
         load("cifar10", data_dir=tmp_path)
-    for part in (f"{tmp_path}/cifar10.npz", "prepare_tfds.py cifar10", "FEDJAX_SIM_DATA"):
+    for part in (
+        f"{tmp_path}/cifar10.npz",
+        "train_images and test_images, u8[n, 32, 32, 3], train_labels and test_labels, integers [n]",
+        "; or prepare it once",
+        "prepare_tfds.py cifar10",
+        "FEDJAX_SIM_DATA",
+    ):
         assert part in str(caught.value)
+    with pytest.raises(UserError, match="train_coarse_labels and test_coarse_labels"):
+        load("cifar100-coarse", data_dir=tmp_path)
     with pytest.raises(UserError, match="image folders into"):
         load("domainnet", data_dir=tmp_path)
 
@@ -477,7 +498,8 @@ def test_a_missing_preset_names_every_way_to_get_it(tmp_path):
         ("npz:", "nothing after the colon"),
         ("npz:a.npz#size=4", "not an option of npz"),
         ("folder:a#coarse", "not an option of folder"),
-        ("folder:a#size=big", "not a size"),
+        ("folder:a#size=big", r"^data\.source = 'folder:a#size=big': size=big is not a size.*#size=64"),
+        ("folder:a#resize=32", r"The options of folder: size \(64.* classes .* test "),
         ("folder:a#size=0", "not a size"),
         ("folder:a#test=much", "not a number"),
         ("folder:a#test=2", "between 0 and 1|no such folder"),
@@ -489,8 +511,17 @@ def test_sources_that_cannot_be_understood(source, says):
         load(source)
 
 
+def test_the_name_of_a_folder_gets_the_scheme_that_reads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=r"Did you mean folder:photos#size=64\? Known"):
+        load("photos")
+    with pytest.raises(UserError, match=r"Did you mean folder:\./photos#size=8\?"):
+        load("./photos#size=8")
+
+
 def test_arguments_of_load_are_checked():
-    with pytest.raises(UserError, match="one size only"):
+    with pytest.raises(UserError, match=r"^data\.source = 'digits': it has one size only"):
         load("digits", size=16)
     with pytest.raises(UserError, match="not a Preprocessing"):
         load("digits", preprocessing={"mean": 0})

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from fedjax_sim import models
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.models import adapter
 
 KEY = jax.random.key(0)
 SHAPE = (6, 6, 2)
@@ -122,6 +123,46 @@ def test_plain_convolutions_are_warned_about():
 
     with pytest.warns(UserWarning, match="edges.*80 times slower"):
         models.from_flax(Slow(), SHAPE, 3, name="slow")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: nn.Dropout(0.5, deterministic=False), lambda: nn.Dropout(0.5), nn.BatchNorm],
+    ids=["always", "dropout", "batch norm"],
+)
+def test_layers_that_are_not_told_of_training_get_one_advice(layer):
+    class Untold(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer()(nn.Dense(3)(x.reshape(x.shape[0], -1)))
+
+    with pytest.raises(UserError, match=r"keyword `train`, and write nn\.Dropout\(rate, deterministic=not"):
+        models.from_flax(Untold(), SHAPE, 3, name="untold")
+
+
+def test_another_random_stream_in_evaluation_is_told():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            noise = jax.random.normal(self.make_rng("noise"), (), jnp.float32)
+            return nn.Dense(3)(x.reshape(x.shape[0], -1)) + noise
+
+    with pytest.raises(UserError, match=r"draws random numbers in evaluation .*Draw only in training"):
+        models.from_flax(Noisy(), SHAPE, 3, name="noisy")
+
+
+def test_a_field_num_classes_is_named_where_the_width_is_wrong():
+    class Own(nn.Module):
+        num_classes: int = 10
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+    with pytest.raises(UserError, match=r"Give num_classes=3: an instance keeps its own"):
+        models.from_flax(Own(), SHAPE, 3, name="own")
+    made = adapter.adapted(Own, SHAPE, 3, name="own")
+    assert jax.eval_shape(made.init, KEY)["params"]["Dense_0"]["bias"].shape == (3,)
 
 
 def test_mistakes_in_a_module():

@@ -83,6 +83,12 @@ def test_what_is_not_there_is_named():
         Table(ROWS).column("epoch")
     with pytest.raises(UserError, match="accuracy"):
         Table(ROWS).last("acuracy")
+    with pytest.raises(UserError, match=r"not of the round as a whole\. Say where, such as client=7\."):
+        Table(ROWS).last("client_accuracy")
+    with pytest.raises(UserError, match=r"not there\. Say where, such as layer='conv1', state='before'\."):
+        Table(ROWS).last("trace", layer="conv1")
+    with pytest.raises(UserError, match=r"not there\. Give no layer, client, state\."):
+        Table(ROWS).last("accuracy", client=7)
 
 
 def test_parquet_keeps_every_bit(tmp_path, rng):

@@ -39,6 +39,7 @@ def test_runs_that_differ_in_nothing_but_the_seed_are_a_row():
     assert cell.differences == (pytest.approx(0.2), pytest.approx(0.3))
     assert table.title == "mlp on digits, 20 clients, iid"
     assert "| fedavg, local.lr 0.5 | **0.5000 ± 0.1414 (2)** |" in table.markdown()
+    assert table.markdown().count("\n± is the standard deviation over seeds; their number is in") == 1
 
 
 def test_the_mean_of_the_newest_values_earlier_rounds_and_the_better_side():
