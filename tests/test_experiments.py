@@ -28,6 +28,8 @@ def test_every_study_loads_and_says_its_command(path):
     folders = {one.output.dir for one in wanted}
     assert len(folders) == len(wanted) and None not in folders
     command = f"fedjax-sim {'sweep' if sweep else 'run'} {path.relative_to(ROOT)}"
+    if path.stem == "demo":  # which comes with the package
+        command = "fedjax-sim demo"
     head = path.read_text().split("\nbase:" if sweep else "\nrounds:")[0]
     assert command in head
 

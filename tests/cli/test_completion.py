@@ -100,7 +100,7 @@ def test_fish_offers(line, offered, not_offered, scripts, place):
         assert not (not_offered & found), found
 
 
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+@pytest.mark.skipif(not (shutil.which("zsh") and shutil.which("setsid")), reason="needs zsh and setsid")
 @pytest.mark.parametrize(
     ("typed", "shown"),
     [
@@ -121,10 +121,16 @@ def test_zsh_completes(typed, shown, scripts, place):
 def by_zsh(script, typed, shown, folder):
     """The screen of a zsh in which a line and a tabulator were typed, as soon as it shows what is awaited."""
     environment = {**os.environ, "TERM": "dumb", "ZDOTDIR": str(folder), "PS1": "", "COLUMNS": "200"}
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(folder)
-        os.execvpe("zsh", ["zsh", "-f", "-i"], environment)
+    terminal, inside = pty.openpty()  # pty.fork would warn of the threads that JAX has in this process
+    zsh = subprocess.Popen(
+        ["setsid", "--ctty", "zsh", "-f", "-i"],
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        cwd=folder,
+        env=environment,
+    )
+    os.close(inside)
     try:
         setup = f"stty cols 200; autoload -Uz compinit; compinit -u -D; source {script}; echo rea''dy\n"
         os.write(terminal, setup.encode())
@@ -132,8 +138,8 @@ def by_zsh(script, typed, shown, folder):
         os.write(terminal, f"{typed}\t".encode())
         return read_until(terminal, shown)
     finally:
-        os.kill(process, 9)
-        os.waitpid(process, 0)
+        zsh.kill()
+        zsh.wait()
         os.close(terminal)
 
 

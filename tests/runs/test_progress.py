@@ -131,6 +131,7 @@ def notebook(monkeypatch):
     python.get_ipython = lambda: shell
     inside = types.ModuleType("IPython.display")
     inside.display = cell.display
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setitem(sys.modules, "IPython", python)
     monkeypatch.setitem(sys.modules, "IPython.display", inside)
     monkeypatch.setattr(progress, "_CELLS", {})
