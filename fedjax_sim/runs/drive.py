@@ -24,7 +24,7 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
-from fedjax_sim.runs import provenance, row_files
+from fedjax_sim.runs import own_code, provenance, row_files
 from fedjax_sim.runs.callbacks import Callbacks, UnderWay
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.federation import Simulation
@@ -114,6 +114,7 @@ class Drive:
             start = _restored(simulation, self._checkpoints, folder)
             if began is not None:
                 _prolong(folder, simulation, began)
+            hosts.on_first(lambda: own_code.write_start(folder, start))
             self.stopped = hosts.on_first(lambda: _still_stopped(folder, start))
             if hosts.first():
                 last = config.rounds if self.stopped is None else self.stopped.round

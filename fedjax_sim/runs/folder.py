@@ -6,8 +6,9 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import NotWritten, UserError
@@ -122,6 +123,10 @@ class Folder:
         about.pop("stopped", None)
         if stopped is not None:
             about["stopped"] = dataclasses.asdict(stopped)
+        self.write_provenance(about)
+
+    def write_provenance(self, about: Mapping[str, Any]) -> None:
+        """Writes provenance.json."""
         self.write("provenance.json", json.dumps(about, indent=2) + "\n")
 
     def check_new(self) -> None:

@@ -18,6 +18,7 @@ from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Lap, goal_of, plots
 from fedjax_sim.reports.page.curves import Curves
 from fedjax_sim.reports.page.entries import Entry, duration
+from fedjax_sim.runs import own_code
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.runs.parts import human
 
@@ -321,6 +322,7 @@ def cautions(entries: Sequence[Entry]) -> list[str]:
         kinds = {json.dumps(known[part], sort_keys=True) for _, known in about if part in known}
         if len(kinds) > 1:
             told.append(f"The runs were made with {len(kinds)} different sets of {part}.")
+    told += own_code.cautions((entry.name, known) for entry, known in about)
     if any(entry.config.execution.debug for entry in entries):
         told.append("execution.debug was on: the rounds ran without jit, and their times say nothing.")
     return told
