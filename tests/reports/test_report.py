@@ -272,6 +272,14 @@ def test_a_run_in_memory_needs_a_place(tmp_path):
     assert "finished" in page_of(memory, tmp_path)["header"]
 
 
+def test_clients_a_second_go_by_sums_without_the_first_call():
+    costs = [3.0, 3.0, *[0.9, 0.1] * 4, 0.1, 0.1]
+    laps = [records.Lap(n, seconds, 0.0, 5) for n, seconds in enumerate(costs, 1)]
+    assert records.pace(laps) == pytest.approx((0.42, 5 / 0.42))
+    assert records.pace(laps[:2]) is None and records.pace([]) is None
+    assert records.pace(laps[1:2] + laps[2:4]) == pytest.approx((0.5, 10))
+
+
 def test_long_curves_are_thinned_and_the_page_says_so():
     rounds = np.arange(1, 5001, dtype=np.int32)
     one = {(m, "a", ""): curves.Curve(rounds, rounds / 5000, None, 1) for m in ("accuracy", "loss")}
