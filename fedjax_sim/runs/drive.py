@@ -30,7 +30,7 @@ from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder, Stopped
 from fedjax_sim.runs.loading import best_of
-from fedjax_sim.runs.progress import Bar, Clock, signals
+from fedjax_sim.runs.progress import Bar, Clock, print_notes, signals
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, known
 
 Fetch = Callable[[], Iterator[list[records.Row]]]
@@ -57,6 +57,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     drive = Drive(simulation, folder, began)
     with drive:
         drive.begin()
+        print_notes()
         with signals() as asked:
             stopping = hosts.StopVote(lambda: bool(asked))
             while drive.open and not stopping():

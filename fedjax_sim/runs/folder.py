@@ -6,7 +6,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,18 @@ class Stopped:
 
     def __str__(self):
         return f"stopped after round {self.round} by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+
+def missing(path: Path) -> list[Path]:
+    """Of a folder and those that it lies in, which are not there, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders in this order, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 class Folder:
@@ -168,6 +180,20 @@ class Folder:
                 f"the folder is not empty (it has {held[0]}) and holds no run",
                 "Choose a new folder.",
             )
+
+    @contextlib.contextmanager
+    def refused_without_trace(self) -> Iterator[None]:
+        """A new run starts inside: where it does not come to begin, the folders that it made go again."""
+        made = missing(self.path)
+        try:
+            yield
+        except BaseException:
+            if made and self.path.is_dir() and not self.started:
+                with contextlib.suppress(OSError, UserError), self.claimed():
+                    if all(entry.name == ".lock" for entry in self.path.iterdir()):
+                        (self.path / ".lock").unlink()
+                remove_empty(made)
+            raise
 
     def check_seen(self) -> None:
         """Raises UserError unless the folder is there: on another host it may not be."""

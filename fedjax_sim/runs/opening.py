@@ -59,6 +59,23 @@ def new(
       UserError: it cannot work, or its folder holds something.
     """
     folder = None if config.output.dir is None else Folder(config.output.dir)
+    with contextlib.ExitStack() as stack:
+        hosts.check_backend()
+        if folder is not None and jax.process_count() == 1:
+            stack.enter_context(folder.refused_without_trace())
+        yield stack.enter_context(_new(config, dataset, folder, mesh, store, given))
+
+
+@contextlib.contextmanager
+def _new(
+    config: RunConfig,
+    dataset: Samples | None,
+    folder: Folder | None,
+    mesh: Mesh | None,
+    store: DataStore | None,
+    given: Mapping[str, Any],
+) -> Iterator[Opened]:
+    """See `new`."""
     if folder is not None:
         hosts.on_first(folder.check_new)
         hosts.all_or_none(folder.check_seen)

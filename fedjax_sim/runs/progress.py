@@ -56,6 +56,26 @@ def part_of(job: str) -> Iterator[None]:
         _JOB.reset(token)
 
 
+_NOTES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("notes", default=())
+
+
+@contextlib.contextmanager
+def noted(*lines: str) -> Iterator[None]:
+    """Has a run inside print these lines once it is checked, before its first round."""
+    token = _NOTES.set(lines)
+    try:
+        yield
+    finally:
+        _NOTES.reset(token)
+
+
+def print_notes() -> None:
+    """Prints what `noted` holds, in the first of several processes."""
+    for line in _NOTES.get():
+        if hosts.first():
+            print(line, flush=True)
+
+
 class Bar:
     """How far a run is, on standard error.
 

@@ -40,7 +40,7 @@ from fedjax_sim.engine import hosts, programs
 from fedjax_sim.engine.programs import Count
 from fedjax_sim.runs import opening, own_code, progress, provenance
 from fedjax_sim.runs import together as side_by_side
-from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.folder import Folder, missing, remove_empty
 from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
@@ -152,11 +152,17 @@ def run(
     began, programs_before = time.perf_counter(), programs.count()
     hosts.on_first(lambda: _warn_edited(sweep)) if elsewhere is None else _warn_edited(sweep)
     if elsewhere is None:
-        hosts.on_first(lambda: _check_writable(place))
+        refused = hosts.on_first(lambda: _check_writable(place))
         if together and jax.process_count() > 1:
             tell("runs go one by one: several processes share each")
             together = False
-        found = (_run_together if together else _run_here)(sweep, tell, part)
+        try:
+            found = (_run_together if together else _run_here)(sweep, tell, part)
+        except UserError:
+            if jax.process_count() == 1:
+                with contextlib.suppress(OSError):
+                    refused()
+            raise
     else:
         if together:
             why = "a launcher's tasks do their runs one after another"
@@ -352,7 +358,21 @@ def _check_alone(launcher: Any, part: tuple[int, int]) -> None:
         raise UserError("launcher", launcher, why, "Leave --join out.")
 
 
-def _check_writable(place: Folder) -> None:
+def _check_writable(place: Folder) -> Callable[[], None]:
+    """Raises UserError if a sweep's folder cannot be written. -> what puts it back as it was.
+
+    That is for a sweep that is refused: it leaves a folder alone in which something else has come to lie.
+    """
+    made, file = missing(place.path), place.path / "sweep.json"
+    before = file.read_text() if file.is_file() else None
+
+    def put_back() -> None:
+        if before is not None:
+            place.write(file.name, before)
+        elif {entry.name for entry in place.path.iterdir()} == {file.name}:
+            file.unlink()
+            remove_empty(made)
+
     try:
         place.path.mkdir(parents=True, exist_ok=True)
         place.write("sweep.json", "{}\n")
@@ -360,6 +380,7 @@ def _check_writable(place: Folder) -> None:
         raise UserError(
             "sweep.out", str(place.path), f"it cannot be written: {error.strerror}", "Choose another."
         ) from None
+    return put_back
 
 
 def _warn_edited(sweep: Sweep) -> None:
