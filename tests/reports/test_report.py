@@ -185,6 +185,37 @@ def test_runs_that_no_sweep_holds_together_are_named_by_what_differs(tmp_path):
     assert "fedavg" in page["table"] and "fedmr" in page["table"] and "the first row" in page["table"]
 
 
+def test_a_tile_says_that_the_value_is_the_last_one(tmp_path):
+    path, sweep = studies.written(tmp_path)
+    for job in sweep.jobs:
+        studies.record(job)
+    header = page_of(path, tmp_path)["header"]
+    assert "highest last accuracy: FedMR" in header and "best accuracy" not in header
+
+
+def test_runs_on_different_data_sets_have_no_highest_and_a_caution(tmp_path):
+    _, sweep = studies.written(tmp_path)
+    folders = [studies.record(job) for job in sweep.jobs]
+    for folder in folders[3:]:
+        about = json.loads((folder / "provenance.json").read_text())
+        about["partition"]["dataset"] = "others"
+        (folder / "provenance.json").write_text(json.dumps(about))
+    page = page_of(folders, tmp_path)
+    assert "highest" not in page["header"] and "last accuracy" not in page["header"]
+    assert "on different data sets (digits, others): their values of accuracy are not" in " ".join(
+        page.sections.values()
+    )
+
+
+def test_a_long_title_says_how_many_runs_there_are(tmp_path):
+    methods = {f"a method with a long name, number {n}": {"local.lr": 0.1 + n} for n in range(4)}
+    path, sweep = studies.written(tmp_path, methods=methods, seeds=[0], reference=None)
+    for job in sweep.jobs:
+        studies.record(job)
+    page = page_of(path, tmp_path)
+    assert "study: 4 runs" in page["header"] and "number 3" in page["table"]
+
+
 def test_a_packed_sweep_has_the_same_page(tmp_path):
     path, sweep = studies.written(tmp_path)
     for job in sweep.jobs:
