@@ -46,6 +46,30 @@ def remove_empty(folders: Sequence[Path]) -> None:
             folder.rmdir()
 
 
+def locked(path: Path) -> bool:
+    """Whether a process that this one can see holds a file's lock; False where the system does not tell."""
+    try:
+        inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    return any(
+        part.rpartition(":")[2] == str(inode) for line in locks for part in line.split() if ":" in part
+    )
+
+
+def _system() -> str:
+    """This boot of this machine, and the processes that can be seen here; "" where the system does not tell.
+
+    Where two processes have the same, each finds the other's lock in /proc/locks.
+    """
+    try:
+        Path("/proc/locks").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
 class Folder:
     """The folder of one run.
 
@@ -209,21 +233,38 @@ class Folder:
             raise UserError("folder", str(self.path), why, "Give the output.dir of a run.")
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, *, to_run: bool = False) -> Iterator[None]:
         """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Args:
+          to_run: the run goes on here: `.lock` says in which system, for who looks later (`ended_here`).
 
         Raises:
           UserError: another process has it.
         """
         try:
-            file = (self.path / ".lock").open("w")
+            file = (self.path / ".lock").open("a")  # another's line stays until the lock is ours
         except OSError as error:
             raise UserError(
                 "folder", str(self.path), f"it cannot be written: {error.strerror}", "Make it writable."
             ) from None
         with file:
-            self._lock(file.fileno(), "another process is running here")
+            held = self._lock(file.fileno(), "another process is running here")
+            if to_run:
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
+                    file.write(_system() if held else "")
+                    file.flush()
             yield
+
+    @property
+    def ended_here(self) -> bool:
+        """Whether the process that ran here last did so in this system, and has ended, as far as is known."""
+        try:
+            told = (self.path / ".lock").read_text()
+        except OSError:
+            return False
+        return bool(told) and told == _system() and not locked(self.path / ".lock")
 
     @contextlib.contextmanager
     def drawn_into(self, doing: str = "drawing into it") -> Iterator[None]:
@@ -239,13 +280,14 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    def _lock(self, descriptor: int, why: str) -> None:
+    def _lock(self, descriptor: int, why: str) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             raise UserError("folder", str(self.path), why, "Wait for it, or end it.") from None
         except OSError:
-            pass  # a file system without locks: nothing to hold
+            return False  # a file system without locks: nothing to hold
 
     def write(self, name: str, text: str) -> None:
         """Writes a file in one go, whoever else does."""

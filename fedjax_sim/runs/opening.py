@@ -88,7 +88,7 @@ def _new(
     if folder is None:
         yield Opened(Simulation(setup, store=store), None)
         return
-    with hosts.locked_by_first(folder.claimed):
+    with hosts.locked_by_first(functools.partial(folder.claimed, to_run=True)):
         # Again: another start may have come and gone while this one prepared.
         hosts.on_first(folder.check_new)
         simulation = Simulation(setup, store=store)
@@ -131,7 +131,7 @@ def again(
     with contextlib.ExitStack() as stack:
         opened = None
         if not hosts.on_first(lambda: place.done(config.rounds)):
-            stack.enter_context(hosts.locked_by_first(place.claimed))
+            stack.enter_context(hosts.locked_by_first(functools.partial(place.claimed, to_run=True)))
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
             if not hosts.on_first(lambda: place.done(config.rounds)):

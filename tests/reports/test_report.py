@@ -24,6 +24,7 @@ from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.page import curves, entries, facts, render
 from fedjax_sim.runs import packs
+from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, packing, sources
 from tests.reports import studies
 
@@ -250,6 +251,24 @@ def test_a_study_under_way_says_how_far_it_is(tmp_path):
         assert found.kind == "running" and found.words.startswith(
             "under way, round 15 of 30, about 0.3 s left"
         )
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell of locks")
+def test_a_run_whose_process_was_killed_here_is_not_under_way(tmp_path):
+    _, sweep = studies.written(tmp_path)
+    half = studies.record(sweep.jobs[1], upto=15)
+    assert entries.state_of(fs.load(half)).kind == "running"  # by its records, which are new
+    with Folder(half).claimed(to_run=True):
+        assert entries.state_of(fs.load(half)).kind == "running"
+        with pytest.raises(UserError, match="another process"), Folder(half).claimed(to_run=True):
+            pass
+        assert (half / ".lock").read_text()
+    found = entries.state_of(fs.load(half))
+    assert found.kind == "cut" and found.words.startswith(
+        "not running: round 15 of 30; go on with: fedjax-sim"
+    )
+    (half / ".lock").write_text("another machine")
+    assert entries.state_of(fs.load(half)).kind == "running"
 
 
 def test_what_failed_is_told_first(tmp_path):
