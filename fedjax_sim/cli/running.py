@@ -37,17 +37,15 @@ class Run:
         from fedjax_sim import runs
         from fedjax_sim.config import dump
         from fedjax_sim.engine import hosts
+        from fedjax_sim.runs import progress
 
         if self.print_config:
             print(dump(self.config), end="")
             return 0
         hosts.check_backend()
-        if self.config.output.dir is None and hosts.first():
-            print(
-                "output.dir is not set: nothing of this run is kept. Set --output.dir FOLDER to keep it.",
-                flush=True,
-            )
-        output.told(runs.run(self.config))
+        kept = "output.dir is not set: nothing of this run is kept. Set --output.dir FOLDER to keep it."
+        with progress.noted(*[kept] * (self.config.output.dir is None)):
+            output.told(runs.run(self.config))
         return 0
 
 

@@ -6,6 +6,7 @@ directory or is installed.
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -134,18 +135,44 @@ def own_lines(error: BaseException) -> list[traceback.FrameSummary]:
     return lines
 
 
-def checksums(names: Iterable[Any]) -> dict[str, int | None]:
+def checksums(names: Iterable[Any], *, find: bool = False) -> dict[str, int | None]:
     """CRC-32 of the source file of each own module among `names`; None for one that has no file.
 
     What the module imports in its turn is not looked at.
+
+    Args:
+      names: `module:Attribute`, and others, which are left out.
+      find: look for the file of a module that is not imported, without importing it; it is left out where
+        none is found. Otherwise all that are not imported are.
     """
     out: dict[str, int | None] = {}
     for name in names:
-        module = sys.modules.get(name.partition(":")[0]) if is_own(name) else None
-        if module is not None and isinstance(name, str):
+        if not is_own(name):
+            continue
+        wanted = name.partition(":")[0]
+        module = sys.modules.get(wanted)
+        if module is not None:
             file = getattr(module, "__file__", None)
-            out[name] = zlib.crc32(Path(file).read_bytes()) if file and Path(file).is_file() else None
+        elif find and (file := _file_of(wanted)):
+            pass
+        else:
+            continue
+        out[name] = zlib.crc32(Path(file).read_bytes()) if file and Path(file).is_file() else None
     return out
+
+
+def _file_of(module: str) -> str | None:
+    """Where a module that is not imported would be read from; None: it is not found."""
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        found = importlib.util.find_spec(module)
+        return None if found is None or not found.has_location else found.origin
+    except (ImportError, ValueError, AttributeError):
+        return None
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
 
 
 def frozen(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -341,6 +341,24 @@ def total(laps: Sequence[Lap], rounds: int) -> tuple[float, float | None]:
     return math.fsum(lap.seconds for lap in laps), None if math.isnan(cpu) or len(laps) < rounds else cpu
 
 
+def pace(laps: Sequence[Lap]) -> tuple[float, float] | None:
+    """(seconds of a round, clients a second) of a run, without its first call, which compiles.
+
+    They are ratios of sums. A round's own seconds say little: rounds are computed while the host prepares or
+    writes others, so the waiting for several may be in the line of one, and those beside it are almost 0.
+
+    Args:
+      laps: of all rounds, in their order. Those of the first call are the first ones of equal cost.
+
+    Returns:
+      None where no round is left, or they took no time.
+    """
+    first = next((n for n, lap in enumerate(laps) if lap.seconds != laps[0].seconds), len(laps))
+    later = laps[first:]
+    seconds = math.fsum(lap.seconds for lap in later)
+    return (seconds / len(later), sum(lap.clients for lap in later) / seconds) if seconds else None
+
+
 class Journal:
     """The rows and times of a run in progress, on disk; `table` holds the rows.
 

@@ -24,13 +24,13 @@ from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.records import Journal, Lap, Table
 from fedjax_sim.records.tensorboard import Events
-from fedjax_sim.runs import provenance, row_files
+from fedjax_sim.runs import own_code, provenance, row_files
 from fedjax_sim.runs.callbacks import Callbacks, UnderWay
 from fedjax_sim.runs.checkpoint import Checkpoints
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder, Stopped
 from fedjax_sim.runs.loading import best_of
-from fedjax_sim.runs.progress import Bar, Clock, signals
+from fedjax_sim.runs.progress import Bar, Clock, print_notes, signals
 from fedjax_sim.runs.result import Interrupted, Run, Terminated, known
 
 Fetch = Callable[[], Iterator[list[records.Row]]]
@@ -57,6 +57,7 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     drive = Drive(simulation, folder, began)
     with drive:
         drive.begin()
+        print_notes()
         with signals() as asked:
             stopping = hosts.StopVote(lambda: bool(asked))
             while drive.open and not stopping():
@@ -114,6 +115,7 @@ class Drive:
             start = _restored(simulation, self._checkpoints, folder)
             if began is not None:
                 _prolong(folder, simulation, began)
+            hosts.on_first(lambda: own_code.write_start(folder, start))
             self.stopped = hosts.on_first(lambda: _still_stopped(folder, start))
             if hosts.first():
                 last = config.rounds if self.stopped is None else self.stopped.round

@@ -6,8 +6,9 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import NotWritten, UserError
@@ -31,6 +32,42 @@ class Stopped:
 
     def __str__(self):
         return f"stopped after round {self.round} by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+
+def missing(path: Path) -> list[Path]:
+    """Of a folder and those that it lies in, which are not there, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Removes folders in this order, up to the first that holds something."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def locked(path: Path) -> bool:
+    """Whether a process that this one can see holds a file's lock; False where the system does not tell."""
+    try:
+        inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return False
+    return any(
+        part.rpartition(":")[2] == str(inode) for line in locks for part in line.split() if ":" in part
+    )
+
+
+def _system() -> str:
+    """This boot of this machine, and the processes that can be seen here; "" where the system does not tell.
+
+    Where two processes have the same, each finds the other's lock in /proc/locks.
+    """
+    try:
+        Path("/proc/locks").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 class Folder:
@@ -122,6 +159,10 @@ class Folder:
         about.pop("stopped", None)
         if stopped is not None:
             about["stopped"] = dataclasses.asdict(stopped)
+        self.write_provenance(about)
+
+    def write_provenance(self, about: Mapping[str, Any]) -> None:
+        """Writes provenance.json."""
         self.write("provenance.json", json.dumps(about, indent=2) + "\n")
 
     def check_new(self) -> None:
@@ -164,6 +205,20 @@ class Folder:
                 "Choose a new folder.",
             )
 
+    @contextlib.contextmanager
+    def refused_without_trace(self) -> Iterator[None]:
+        """A new run starts inside: where it does not come to begin, the folders that it made go again."""
+        made = missing(self.path)
+        try:
+            yield
+        except BaseException:
+            if made and self.path.is_dir() and not self.started:
+                with contextlib.suppress(OSError, UserError), self.claimed():
+                    if all(entry.name == ".lock" for entry in self.path.iterdir()):
+                        (self.path / ".lock").unlink()
+                remove_empty(made)
+            raise
+
     def check_seen(self) -> None:
         """Raises UserError unless the folder is there: on another host it may not be."""
         if not self.path.is_dir():
@@ -178,21 +233,38 @@ class Folder:
             raise UserError("folder", str(self.path), why, "Give the output.dir of a run.")
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, *, to_run: bool = False) -> Iterator[None]:
         """Holds the folder for this process; the system lets go of it however the process ends.
+
+        Args:
+          to_run: the run goes on here: `.lock` says in which system, for who looks later (`ended_here`).
 
         Raises:
           UserError: another process has it.
         """
         try:
-            file = (self.path / ".lock").open("w")
+            file = (self.path / ".lock").open("a")  # another's line stays until the lock is ours
         except OSError as error:
             raise UserError(
                 "folder", str(self.path), f"it cannot be written: {error.strerror}", "Make it writable."
             ) from None
         with file:
-            self._lock(file.fileno(), "another process is running here")
+            held = self._lock(file.fileno(), "another process is running here")
+            if to_run:
+                with contextlib.suppress(OSError):
+                    file.truncate(0)
+                    file.write(_system() if held else "")
+                    file.flush()
             yield
+
+    @property
+    def ended_here(self) -> bool:
+        """Whether the process that ran here last did so in this system, and has ended, as far as is known."""
+        try:
+            told = (self.path / ".lock").read_text()
+        except OSError:
+            return False
+        return bool(told) and told == _system() and not locked(self.path / ".lock")
 
     @contextlib.contextmanager
     def drawn_into(self, doing: str = "drawing into it") -> Iterator[None]:
@@ -208,13 +280,14 @@ class Folder:
         finally:
             os.close(descriptor)
 
-    def _lock(self, descriptor: int, why: str) -> None:
+    def _lock(self, descriptor: int, why: str) -> bool:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             raise UserError("folder", str(self.path), why, "Wait for it, or end it.") from None
         except OSError:
-            pass  # a file system without locks: nothing to hold
+            return False  # a file system without locks: nothing to hold
 
     def write(self, name: str, text: str) -> None:
         """Writes a file in one go, whoever else does."""

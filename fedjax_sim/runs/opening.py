@@ -59,6 +59,23 @@ def new(
       UserError: it cannot work, or its folder holds something.
     """
     folder = None if config.output.dir is None else Folder(config.output.dir)
+    with contextlib.ExitStack() as stack:
+        hosts.check_backend()
+        if folder is not None and jax.process_count() == 1:
+            stack.enter_context(folder.refused_without_trace())
+        yield stack.enter_context(_new(config, dataset, folder, mesh, store, given))
+
+
+@contextlib.contextmanager
+def _new(
+    config: RunConfig,
+    dataset: Samples | None,
+    folder: Folder | None,
+    mesh: Mesh | None,
+    store: DataStore | None,
+    given: Mapping[str, Any],
+) -> Iterator[Opened]:
+    """See `new`."""
     if folder is not None:
         hosts.on_first(folder.check_new)
         hosts.all_or_none(folder.check_seen)
@@ -71,7 +88,7 @@ def new(
     if folder is None:
         yield Opened(Simulation(setup, store=store), None)
         return
-    with hosts.locked_by_first(folder.claimed):
+    with hosts.locked_by_first(functools.partial(folder.claimed, to_run=True)):
         # Again: another start may have come and gone while this one prepared.
         hosts.on_first(folder.check_new)
         simulation = Simulation(setup, store=store)
@@ -114,7 +131,7 @@ def again(
     with contextlib.ExitStack() as stack:
         opened = None
         if not hosts.on_first(lambda: place.done(config.rounds)):
-            stack.enter_context(hosts.locked_by_first(place.claimed))
+            stack.enter_context(hosts.locked_by_first(functools.partial(place.claimed, to_run=True)))
             # Read again: another process may have had the folder in the meantime.
             config, about = _resumable(place, given, rounds)
             if not hosts.on_first(lambda: place.done(config.rounds)):

@@ -56,10 +56,31 @@ def part_of(job: str) -> Iterator[None]:
         _JOB.reset(token)
 
 
+_NOTES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("notes", default=())
+
+
+@contextlib.contextmanager
+def noted(*lines: str) -> Iterator[None]:
+    """Has a run inside print these lines once it is checked, before its first round."""
+    token = _NOTES.set(lines)
+    try:
+        yield
+    finally:
+        _NOTES.reset(token)
+
+
+def print_notes() -> None:
+    """Prints what `noted` holds, in the first of several processes."""
+    for line in _NOTES.get():
+        if hosts.first():
+            print(line, flush=True)
+
+
 class Bar:
     """How far a run is, on standard error.
 
-    On a terminal a bar: rounds/s and ETA by tqdm, clients/s over the last rounds, the newest headline metric.
+    On a terminal a bar: rounds/s and ETA by tqdm, clients/s (`records.pace`, of this
+    start), the newest headline metric.
     In a notebook the same as one line of text, which is replaced and needs no widgets, so that what is saved
     is its last state alone; the runs of a sweep share it. Elsewhere (a log file, a pipe, `TERM=dumb`, a
     terminal of continuous integration) plain lines: after the first round, then at most one in `EVERY`
@@ -78,6 +99,8 @@ class Bar:
           headline: the metric that is shown.
         """
         self._clients, self._pace = clients, 0.0
+        self._first: float | None = None  # what each round of the first call took, which compiles
+        self._sum, self._counted = 0.0, 0  # of the rounds after it
         self._done, self._start, self._rounds = start, start, config.rounds
         known = table.series(headline)[1]
         self._headline, self._newest = headline, float(known[-1]) if len(known) else None
@@ -103,8 +126,11 @@ class Bar:
 
     def advance(self, rows: list[records.Row], seconds: float) -> None:
         """Counts a round, with its rows and how long it took."""
-        if self._done > self._start:  # the first round's time is the compiler's
-            self._pace = seconds if not self._pace else 0.8 * self._pace + 0.2 * seconds
+        if self._first is None:
+            self._first = seconds
+        elif self._counted or seconds != self._first:
+            self._sum, self._counted = self._sum + seconds, self._counted + 1
+            self._pace = self._sum / self._counted
         self._done += 1
         for row in rows:
             if row.metric == self._headline:

@@ -13,6 +13,7 @@ import numpy as np
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.shared import comma_separated
+from fedjax_sim.runs import own_code
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Comparison:
       columns: settings.
       grids: the table of the last values, then those of the rounds of interest.
       curves: column -> method -> (rounds i64[T], values f64[seeds, T]), NaN where a seed has no value.
+      cautions: sentences on runs that were made with different versions of the same own module.
     """
 
     title: str
@@ -71,6 +73,7 @@ class Comparison:
     columns: tuple[str, ...]
     grids: tuple[Grid, ...]
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
+    cautions: tuple[str, ...] = ()
 
     def best(self, grid: Grid, column: str) -> set[str]:
         """Methods of the best mean in a column to the printed digits; none while a run is missing."""
@@ -89,7 +92,7 @@ class Comparison:
             blocks.append(self._block(grid, _markdown, lambda text: f"**{text}**", "±", "†"))
         if any(len(cell.values) > 1 for grid in self.grids for cell in grid.cells.values()):
             blocks.append("± is the standard deviation over seeds; their number is in brackets.\n")
-        return "\n".join(blocks + [f"{note}\n" for note in self.notes("†")])
+        return "\n".join(blocks + [f"{note}\n" for note in (*self.notes("†"), *self.cautions)])
 
     def latex(self) -> str:
         """All tables, for the booktabs package."""
@@ -98,7 +101,7 @@ class Comparison:
             blocks.append(
                 self._block(grid, _latex, lambda text: f"\\textbf{{{text}}}", "$\\pm$", "$\\dagger$")
             )
-        return "\n".join(blocks + [f"% {note}\n" for note in self.notes("dagger")])
+        return "\n".join(blocks + [f"% {note}\n" for note in (*self.notes("dagger"), *self.cautions)])
 
     def notes(self, mark: str) -> list[str]:
         """What a reader of the tables must know: what `mark` means, and that runs are missing."""
@@ -243,9 +246,9 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     if not any(key.split(".")[0] == "partition" for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
-    return Comparison(
-        title, sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves
-    )
+    code = own_code.cautions((job.name, own_code.told_by(run.folder)) for job, run in finished)
+    of = (sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves)
+    return Comparison(title, *of, tuple(code))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -63,7 +63,7 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
         tiles=tuple(_tiles(study, found, metric, compared)),
         failures=tuple(f"{entry.name}: {entry.state.words}" for entry in failed[:_MOST_FAILURES])
         + ((f"and {len(failed) - _MOST_FAILURES} more",) if len(failed) > _MOST_FAILURES else ()),
-        cautions=tuple(facts.cautions(study.entries)),
+        cautions=tuple([*_not_comparable(study, metric or study.headline), *facts.cautions(study.entries)]),
         chart=chart,
         chart_notes=tuple(notes),
         still=pictures.still_curves(found, metric, "") if metric else None,
@@ -92,6 +92,8 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
 
 
 _MOST_FAILURES = 20
+_LONGEST_TITLE = 80
+"""Characters; a longer title says only how many runs there are, and the table names them."""
 
 
 def _some(found: curves.Curves, metric: str) -> bool:
@@ -109,8 +111,12 @@ def _title(study: Study, compared: Comparison | None) -> str:
         return _run_title(study.entries[0])
     shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
     if study.name:
-        return f"{study.name}: {shown}"
-    return shown if compared is None else f"{shown}: {compared.title}"
+        title = f"{study.name}: {shown}"
+    else:
+        title = shown if compared is None else f"{shown}: {compared.title}"
+    if len(title) <= _LONGEST_TITLE:
+        return title
+    return f"{study.name}: {len(study.entries)} runs" if study.name else f"{len(study.entries)} runs"
 
 
 def _run_title(entry: Entry) -> str:
@@ -187,10 +193,13 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
     if compared is not None and len(compared.methods) * len(compared.columns) > 1:
         grid = compared.grids[0]
         for column in compared.columns[:3]:
+            if len(_data_sets(study, column)) > 1:
+                continue
             for method in sorted(compared.best(grid, column))[:1]:
                 cell = grid.cells[method, column]
-                best = comparison.format_mean_std(list(cell.values.values()))
-                tiles.append(Tile(f"best {metric}{', ' + column if column else ''}: {method}", best))
+                value = comparison.format_mean_std(list(cell.values.values()))
+                words = _ranked_by(study, compared)
+                tiles.append(Tile(f"{words}{', ' + column if column else ''}: {method}", value))
     elif metric:
         curve = next(curve for key, curve in found.curves.items() if key[0] == metric)
         last = int(np.flatnonzero(np.isfinite(curve.mean))[-1])
@@ -212,6 +221,35 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
     if wall:
         tiles.append(Tile("wall time of all rounds", entries.duration(sum(wall))))
     return tiles
+
+
+def _ranked_by(study: Study, compared: Comparison) -> str:
+    """`highest last accuracy`: the number of which a tile shows the first."""
+    first = "highest" if compared.goal == "max" else "lowest"
+    count = 1 if study.sweep is None else study.sweep.last_k
+    return f"{first} last {compared.metric}" + (f" (mean of {count} values)" if count > 1 else "")
+
+
+def _data_sets(study: Study, column: str) -> list[str]:
+    """Names of the data sets that the runs of a column are on."""
+    told = [
+        str(entry.run.recipe.get("dataset", entry.config.data.source))
+        for entry in study.entries
+        if entry.column == column and entry.run is not None
+    ]
+    return list(dict.fromkeys(told))
+
+
+def _not_comparable(study: Study, metric: str) -> list[str]:
+    """A sentence where rows of one column are on different data sets."""
+    for column in dict.fromkeys(entry.column for entry in study.entries):
+        names = _data_sets(study, column)
+        if len(names) > 1:
+            return [
+                f"The runs are on different data sets ({', '.join(names)}): their values of {metric} are not "
+                "comparable."
+            ]
+    return []
 
 
 # --- the table ------------------------------------------------------------------------------------------

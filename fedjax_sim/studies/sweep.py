@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,9 @@ from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts, programs
 from fedjax_sim.engine.programs import Count
-from fedjax_sim.runs import opening, progress, provenance
+from fedjax_sim.runs import opening, own_code, progress, provenance
 from fedjax_sim.runs import together as side_by_side
-from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs.folder import Folder, missing, remove_empty
 from fedjax_sim.runs.kept_programs import kept
 from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
@@ -149,12 +150,19 @@ def run(
         )
     place, elsewhere = Folder(sweep.out), launcher_of(launcher)
     began, programs_before = time.perf_counter(), programs.count()
+    hosts.on_first(lambda: _warn_edited(sweep)) if elsewhere is None else _warn_edited(sweep)
     if elsewhere is None:
-        hosts.on_first(lambda: _check_writable(place))
+        refused = hosts.on_first(lambda: _check_writable(place))
         if together and jax.process_count() > 1:
             tell("runs go one by one: several processes share each")
             together = False
-        found = (_run_together if together else _run_here)(sweep, tell, part)
+        try:
+            found = (_run_together if together else _run_here)(sweep, tell, part)
+        except UserError:
+            if jax.process_count() == 1:
+                with contextlib.suppress(OSError):
+                    refused()
+            raise
     else:
         if together:
             why = "a launcher's tasks do their runs one after another"
@@ -350,7 +358,21 @@ def _check_alone(launcher: Any, part: tuple[int, int]) -> None:
         raise UserError("launcher", launcher, why, "Leave --join out.")
 
 
-def _check_writable(place: Folder) -> None:
+def _check_writable(place: Folder) -> Callable[[], None]:
+    """Raises UserError if a sweep's folder cannot be written. -> what puts it back as it was.
+
+    That is for a sweep that is refused: it leaves a folder alone in which something else has come to lie.
+    """
+    made, file = missing(place.path), place.path / "sweep.json"
+    before = file.read_text() if file.is_file() else None
+
+    def put_back() -> None:
+        if before is not None:
+            place.write(file.name, before)
+        elif {entry.name for entry in place.path.iterdir()} == {file.name}:
+            file.unlink()
+            remove_empty(made)
+
     try:
         place.path.mkdir(parents=True, exist_ok=True)
         place.write("sweep.json", "{}\n")
@@ -358,6 +380,26 @@ def _check_writable(place: Folder) -> None:
         raise UserError(
             "sweep.out", str(place.path), f"it cannot be written: {error.strerror}", "Choose another."
         ) from None
+    return put_back
+
+
+def _warn_edited(sweep: Sweep) -> None:
+    """Warns of own modules that were edited since runs were finished, which are not run again."""
+    made: dict[str, list[str]] = {}
+    for job in sweep.jobs:
+        place = Folder(str(job.config.output.dir))
+        about = own_code.told_by(place.path) if place.started else {}
+        if "own" in about and place.finished:
+            for module in own_code.edited(about):
+                made.setdefault(module, []).append(job.name)
+    for module, names in made.items():
+        which = "1 finished run" if len(names) == 1 else f"{len(names)} finished runs"
+        warnings.warn(
+            f"the module {module} is not what it was for {which}: {own_code.in_short(names)}. They are not "
+            "run again. To have all runs of one version, choose another out, or remove the folders of these "
+            "runs",
+            stacklevel=3,
+        )
 
 
 class Shared:

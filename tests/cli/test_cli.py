@@ -156,12 +156,21 @@ def test_list_names_everything(capsys):
     assert set(listing.PARTITIONS) == set(data.KINDS)
 
 
-def test_a_run_that_keeps_nothing_says_so_before_it_starts(monkeypatch, capsys):
-    begun = []
-    monkeypatch.setattr(runs, "run", lambda config: begun.append(capsys.readouterr().out))
-    monkeypatch.setattr(output, "told", lambda run: None)
-    assert commands.main(["run", *TINY]) == 0 and commands.main(["run", *TINY, "--output.dir", "there"]) == 0
-    assert "nothing of this run is kept. Set --output.dir" in begun[0] and begun[1] == ""
+def test_a_run_that_keeps_nothing_says_so_before_it_starts(monkeypatch, capsys, tmp_path):
+    begun, steps = [], runs.federation.Simulation.steps
+
+    def followed(self, most=None):
+        begun.append(capsys.readouterr().out)
+        return steps(self, most)
+
+    monkeypatch.setattr(runs.federation.Simulation, "steps", followed)
+    assert commands.main(["run", *TINY]) == 0
+    assert "nothing of this run is kept. Set --output.dir" in begun[0]
+    assert not any("nothing of this run" in told for told in begun[1:])
+    begun.clear()
+    capsys.readouterr()
+    assert commands.main(["run", *TINY, "--output.dir", str(tmp_path / "there")]) == 0
+    assert begun[0] == ""
 
 
 @pytest.mark.smoke

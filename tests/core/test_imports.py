@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import sys
+import warnings
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 
+import fedjax_sim as fs
 from fedjax_sim import config, data, models, runs
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
@@ -202,6 +204,71 @@ def test_a_run_of_a_file_alone_is_planned_run_kept_and_opened_again(own, tmp_pat
     (tmp_path / f"{own}.py").write_text(OWN + "\n# another\n")
     with pytest.warns(UserWarning, match="is not what it was when the run in"):
         runs.restored("run")
+
+
+def edit(own, tmp_path, text="\n# another\n"):
+    """As in a new process after the file was edited."""
+    (tmp_path / f"{own}.py").write_text(OWN + text)
+    sys.modules.pop(own, None)
+
+
+@pytest.mark.parametrize("how", [{}, {"together": True}])
+def test_a_sweep_says_which_finished_runs_an_edited_module_made(own, tmp_path, how):
+    spec = {"base": asked(own), "methods": {"A": {}, "B": {"local.lr": 0.1}}, "seeds": [0]}
+    spec["out"] = str(tmp_path / "sweep")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sweep.run(sweep.from_mapping(spec), **how).comparison.cautions == ()
+    edit(own, tmp_path)
+    with pytest.warns(
+        UserWarning, match="is not what it was for 2 finished runs: A, seed 0; B, seed 0"
+    ) as told:
+        sweep.run(sweep.from_mapping(spec), **how)
+    assert len(told) == 1
+    message = str(told[0].message)
+    assert "not run again" in message and "choose another out, or remove the folders" in message
+    # A further seed is run with the new version, and the table says that there are two.
+    with pytest.warns(UserWarning, match=own):
+        outcome = sweep.run(sweep.from_mapping({**spec, "seeds": [0, 1]}), **how)
+    (caution,) = outcome.comparison.cautions
+    assert f"2 versions of the module {own}" in caution
+    assert "Version 1: A, seed 0; B, seed 0. Version 2: A, seed 1; B, seed 1." in caution
+    assert caution in outcome.report() and caution in outcome.comparison.latex()
+    home = tmp_path / "sweep/runs"
+    folders = [home / method / "base" / f"seed{seed}" for method in "AB" for seed in (0, 1)]
+    page = fs.report(folders, out=tmp_path / "page.html").read_text()
+    assert f"2 versions of the module {own}" in page
+    assert f"2 versions of the module {own}" in fs.compare(folders).markdown()
+
+
+def test_a_run_that_goes_on_with_an_edited_module_keeps_both_versions(own, tmp_path):
+    def provenance():
+        return json.loads((tmp_path / "run/provenance.json").read_text())
+
+    runs.run(config.from_dict(asked(own)))
+    began = provenance()
+    runs.resume("run", rounds=3)
+    assert "starts" not in provenance()  # nothing was another
+    edit(own, tmp_path)
+    with pytest.warns(UserWarning, match="is not what it was"):
+        runs.resume("run", rounds=4)
+    told = provenance()
+    assert told["own"] == began["own"] and [start["round"] for start in told["starts"]] == [3]
+    (start,) = told["starts"]
+    assert set(start) == {"round", "own"} and set(start["own"]) == set(began["own"])
+    assert all(began["own"][name] != checksum for name, checksum in start["own"].items())
+    runs.load("run")
+    page = fs.report("run", out=tmp_path / "page.html").read_text()
+    assert f"went on after round 3 with another version of the module {own}" in page
+    # Of older records there is no `starts`, and versions that differ are told as well.
+    began["versions"]["jax"] = "0.0.1"
+    (tmp_path / "run/provenance.json").write_text(json.dumps(began | {"config": told["config"]}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs.resume("run", rounds=5)
+    assert provenance()["starts"][0]["versions"] == {"jax": jax.__version__}
+    page = fs.report("run", out=tmp_path / "page.html").read_text()
+    assert f"jax {jax.__version__} in place of 0.0.1" in page
 
 
 def test_a_sweep_has_them_in_its_grid_and_checks_them_before_it_starts(own, tmp_path):

@@ -24,6 +24,7 @@ from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.page import curves, entries, facts, render
 from fedjax_sim.runs import packs
+from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, packing, sources
 from tests.reports import studies
 
@@ -185,6 +186,37 @@ def test_runs_that_no_sweep_holds_together_are_named_by_what_differs(tmp_path):
     assert "fedavg" in page["table"] and "fedmr" in page["table"] and "the first row" in page["table"]
 
 
+def test_a_tile_says_that_the_value_is_the_last_one(tmp_path):
+    path, sweep = studies.written(tmp_path)
+    for job in sweep.jobs:
+        studies.record(job)
+    header = page_of(path, tmp_path)["header"]
+    assert "highest last accuracy: FedMR" in header and "best accuracy" not in header
+
+
+def test_runs_on_different_data_sets_have_no_highest_and_a_caution(tmp_path):
+    _, sweep = studies.written(tmp_path)
+    folders = [studies.record(job) for job in sweep.jobs]
+    for folder in folders[3:]:
+        about = json.loads((folder / "provenance.json").read_text())
+        about["partition"]["dataset"] = "others"
+        (folder / "provenance.json").write_text(json.dumps(about))
+    page = page_of(folders, tmp_path)
+    assert "highest" not in page["header"] and "last accuracy" not in page["header"]
+    assert "on different data sets (digits, others): their values of accuracy are not" in " ".join(
+        page.sections.values()
+    )
+
+
+def test_a_long_title_says_how_many_runs_there_are(tmp_path):
+    methods = {f"a method with a long name, number {n}": {"local.lr": 0.1 + n} for n in range(4)}
+    path, sweep = studies.written(tmp_path, methods=methods, seeds=[0], reference=None)
+    for job in sweep.jobs:
+        studies.record(job)
+    page = page_of(path, tmp_path)
+    assert "study: 4 runs" in page["header"] and "number 3" in page["table"]
+
+
 def test_a_packed_sweep_has_the_same_page(tmp_path):
     path, sweep = studies.written(tmp_path)
     for job in sweep.jobs:
@@ -219,6 +251,24 @@ def test_a_study_under_way_says_how_far_it_is(tmp_path):
         assert found.kind == "running" and found.words.startswith(
             "under way, round 15 of 30, about 0.3 s left"
         )
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell of locks")
+def test_a_run_whose_process_was_killed_here_is_not_under_way(tmp_path):
+    _, sweep = studies.written(tmp_path)
+    half = studies.record(sweep.jobs[1], upto=15)
+    assert entries.state_of(fs.load(half)).kind == "running"  # by its records, which are new
+    with Folder(half).claimed(to_run=True):
+        assert entries.state_of(fs.load(half)).kind == "running"
+        with pytest.raises(UserError, match="another process"), Folder(half).claimed(to_run=True):
+            pass
+        assert (half / ".lock").read_text()
+    found = entries.state_of(fs.load(half))
+    assert found.kind == "cut" and found.words.startswith(
+        "not running: round 15 of 30; go on with: fedjax-sim"
+    )
+    (half / ".lock").write_text("another machine")
+    assert entries.state_of(fs.load(half)).kind == "running"
 
 
 def test_what_failed_is_told_first(tmp_path):
@@ -270,6 +320,14 @@ def test_a_run_in_memory_needs_a_place(tmp_path):
     with pytest.raises(UserError, match="out"):
         fs.report(memory)
     assert "finished" in page_of(memory, tmp_path)["header"]
+
+
+def test_clients_a_second_go_by_sums_without_the_first_call():
+    costs = [3.0, 3.0, *[0.9, 0.1] * 4, 0.1, 0.1]
+    laps = [records.Lap(n, seconds, 0.0, 5) for n, seconds in enumerate(costs, 1)]
+    assert records.pace(laps) == pytest.approx((0.42, 5 / 0.42))
+    assert records.pace(laps[:2]) is None and records.pace([]) is None
+    assert records.pace(laps[1:2] + laps[2:4]) == pytest.approx((0.5, 10))
 
 
 def test_long_curves_are_thinned_and_the_page_says_so():

@@ -47,7 +47,8 @@ def drive(monkeypatch, clock, stream, rounds=200, seconds=1.0, start=0, **output
     bar = progress.Bar(config, start, 10, Table())
     for number in range(start + 1, rounds + 1):
         clock[0] += seconds
-        bar.advance([Row(number, "accuracy", number / 1000)], seconds)
+        compiling = 0.5 if number == start + 1 else 0.0
+        bar.advance([Row(number, "accuracy", number / 1000)], seconds + compiling)
     bar.close()
     return stream.getvalue() if stream is not None else ""
 
@@ -59,6 +60,16 @@ def test_a_log_file_has_the_first_round_the_last_and_one_in_thirty_seconds(monke
     assert lines[0] == "fedavg: round 1 of 200, accuracy 0.0010"
     assert lines[1] == "fedavg: round 31 of 200, clients/s 10, accuracy 0.0310, 02:49 left"
     assert lines[-1] == "fedavg: round 200 of 200, clients/s 10, accuracy 0.2000"
+
+
+def test_clients_a_second_are_those_of_all_rounds_after_the_first_call(monkeypatch, clock):
+    monkeypatch.setattr("sys.stderr", stream := io.StringIO())
+    bar = progress.Bar(RunConfig(rounds=12), 0, 10, Table())
+    for seconds in (9.0, 9.0, *[2.0, 0.0] * 5):  # two rounds of the first call; then a wait has two rounds
+        clock[0] += 40.0
+        bar.advance([], seconds)
+    lines = stream.getvalue().splitlines()
+    assert "clients/s" not in lines[1] and lines[-1] == "fedavg: round 12 of 12, clients/s 10"
 
 
 def test_a_slow_round_has_a_line_each_and_a_resumed_run_counts_on(monkeypatch, clock):

@@ -392,7 +392,7 @@ class Fake:
 
     def __init__(self, values, config, recipe=()):
         self.metrics = Table(Row(i + 1, "accuracy", float(v)) for i, v in enumerate(values))
-        self.config, self.recipe = config, {"clients": 8, **dict(recipe)}
+        self.config, self.recipe, self.folder = config, {"clients": 8, **dict(recipe)}, None
         self.seconds, self.cpu_seconds = 3.0, None if config.seed else 2.0
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 from fedjax_sim import records
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.runs import Run
-from fedjax_sim.runs.folder import Folder
+from fedjax_sim.runs import Run, portable
+from fedjax_sim.runs.folder import Folder, locked
 
 Kind = Literal["finished", "stopped", "running", "cut", "failed", "damaged", "waiting"]
 
@@ -100,12 +101,16 @@ def state_of(run: Run, failure: str = "") -> State:
     laps = [] if run.folder is None else Folder(run.folder).records.laps()
     recent = [lap.seconds for lap in laps[1:]][-max(_RECENT, len(laps) // 5) :]
     pace = float(np.mean(recent)) if recent else None
-    if not running and age is not None:
+    gone = run.folder is not None and Folder(run.folder).ended_here
+    if not running and not gone and age is not None:
         running = age < max(_QUIET, 10 * (pace or 0.0))
     if running:
         left = None if pace is None else pace * (rounds - done)
         told = f", about {duration(left)} left" if left else ""
         return State("running", done, rounds, f"under way, {where}{told}", left)
+    if gone:
+        way = shlex.join(["fedjax-sim", "resume", str(portable(run.config).output.dir)])
+        return State("cut", done, rounds, f"not running: {where}; go on with: {way}")
     told = "" if age is None else f"; its newest record is {duration(age)} old"
     return State("cut", done, rounds, f"not finished: {where}, and no process works on it here{told}")
 
@@ -135,17 +140,7 @@ def liveness(folder: Path) -> tuple[bool, float | None]:
         except OSError:
             continue
         age = since if age is None else min(age, since)
-    return _locked(folder / ".lock"), age
-
-
-def _locked(path: Path) -> bool:
-    try:
-        inode, locks = path.stat().st_ino, Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return False
-    return any(
-        part.rpartition(":")[2] == str(inode) for line in locks for part in line.split() if ":" in part
-    )
+    return locked(folder / ".lock"), age
 
 
 def signature(folders: Sequence[Path]) -> tuple[object, ...]:
@@ -154,7 +149,7 @@ def signature(folders: Sequence[Path]) -> tuple[object, ...]:
     """  # fmt: skip
     names = (records.JOURNAL, records.METRICS, "config.yaml", "provenance.json", "sweep.json", "runs.json")
     return tuple(
-        (*(_version(folder / name) for name in names), _locked(folder / ".lock"), _quiet(folder))
+        (*(_version(folder / name) for name in names), locked(folder / ".lock"), _quiet(folder))
         for folder in folders
     )
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fedjax_sim import algorithms, runs
+from fedjax_sim import algorithms, records, runs
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.records import Lap, goal_of, plots
 from fedjax_sim.reports.page.curves import Curves
 from fedjax_sim.reports.page.entries import Entry, duration
+from fedjax_sim.runs import own_code
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.runs.parts import human
 
@@ -108,8 +109,8 @@ class Cost:
       wall: seconds of all rounds of a run.
       cpu: CPU time of them.
       first: the first round, which compiles.
-      median: of the later rounds.
-      clients: clients a second, by that median.
+      later: a round of those after the first call (`records.pace`).
+      clients: clients a second, of the same rounds.
     """
 
     row: str
@@ -117,7 +118,7 @@ class Cost:
     wall: str
     cpu: str
     first: str
-    median: str
+    later: str
     clients: str
 
 
@@ -133,10 +134,7 @@ def costs(entries: Sequence[Entry]) -> list[Cost]:
         cpu = [entry.run.cpu_seconds for entry, _ in own if entry.run is not None]
         known = [seconds for seconds in cpu if seconds is not None]
         first = [laps[0].seconds for _, laps in own if laps]
-        later = [float(np.median([lap.seconds for lap in laps[1:]])) for _, laps in own if len(laps) > 1]
-        paces = [
-            laps[-1].clients / median for (_, laps), median in zip(_long(own), later, strict=True) if median
-        ]
+        paces = [pace for _, laps in own if (pace := records.pace(laps)) is not None]
         told.append(
             Cost(
                 row,
@@ -144,15 +142,11 @@ def costs(entries: Sequence[Entry]) -> list[Cost]:
                 duration(float(np.mean(wall))),
                 duration(float(np.mean(known))) if len(known) == len(own) else "–",
                 duration(float(np.mean(first))) if first else "–",
-                duration(float(np.mean(later))) if later else "–",
-                f"{np.mean(paces):,.0f}" if paces else "–",
+                duration(float(np.mean([seconds for seconds, _ in paces]))) if paces else "–",
+                f"{np.mean([clients for _, clients in paces]):,.0f}" if paces else "–",
             )
         )
     return told
-
-
-def _long(own: list[tuple[Entry, list[Lap]]]) -> list[tuple[Entry, list[Lap]]]:
-    return [(entry, laps) for entry, laps in own if len(laps) > 1]
 
 
 # --- traffic --------------------------------------------------------------------------------------------
@@ -321,6 +315,7 @@ def cautions(entries: Sequence[Entry]) -> list[str]:
         kinds = {json.dumps(known[part], sort_keys=True) for _, known in about if part in known}
         if len(kinds) > 1:
             told.append(f"The runs were made with {len(kinds)} different sets of {part}.")
+    told += own_code.cautions((entry.name, known) for entry, known in about)
     if any(entry.config.execution.debug for entry in entries):
         told.append("execution.debug was on: the rounds ran without jit, and their times say nothing.")
     return told
