@@ -128,6 +128,8 @@ def compared_curves(
 ) -> Figure:
     """Curves of several methods: a panel for each setting, mean over seeds with a band of one deviation.
 
+    All panels have one vertical range, so that they can be compared.
+
     Args:
       panels: setting -> method -> (rounds i64[T], values f64[seeds, T]); NaN where a seed has no value.
       metric: for the axis.
@@ -150,6 +152,10 @@ def compared_curves(
                 axis.fill_between(rounds[have], mean - spread, mean + spread, color=colour, alpha=0.2, lw=0)
         axis.set_title(setting, fontsize=9)
         dress(axis, label_of(metric))
+    shown = axes.flat[: len(panels)]
+    ranges = [axis.get_ylim() for axis in shown if np.isfinite(axis.dataLim.get_points()).all()]
+    for axis in shown if ranges else ():
+        axis.set_ylim(min(low for low, _ in ranges), max(high for _, high in ranges))
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=9)

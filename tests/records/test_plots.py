@@ -36,3 +36,17 @@ def test_ticks_are_where_measurements_are_if_these_are_few(rounds, ticks):
         assert len(axis.get_xticks()) < 15 and set(axis.get_xticks()) != set(rounds)
     else:
         assert axis.get_xticks().tolist() == ticks
+
+
+def test_the_panels_of_a_comparison_have_one_vertical_range():
+    rounds = np.arange(1, 4)
+    panels = {
+        "mild": {"FedAvg": (rounds, np.asarray([[0.8, 0.85, 0.9]]))},
+        "skewed": {"FedAvg": (rounds, np.asarray([[0.1, 0.3, 0.4]]))},
+        "skewed more": {"FedAvg": (rounds, np.asarray([[np.nan, np.nan, np.nan]]))},
+    }
+    figure = plots.compared_curves(panels, "accuracy", "digits")
+    ranges = {axis.get_ylim() for axis in figure.axes if axis.get_visible()}
+    assert len(ranges) == 1
+    low, high = ranges.pop()
+    assert low <= 0.1 and 0.9 <= high <= 1.1
