@@ -152,7 +152,8 @@ def run(
     began, programs_before = time.perf_counter(), programs.count()
     hosts.on_first(lambda: _warn_edited(sweep)) if elsewhere is None else _warn_edited(sweep)
     if elsewhere is None:
-        refused = hosts.on_first(lambda: _check_writable(place))
+        put_back = _as_it_is(place)
+        hosts.on_first(lambda: _check_writable(place))
         if together and jax.process_count() > 1:
             tell("runs go one by one: several processes share each")
             together = False
@@ -161,7 +162,7 @@ def run(
         except UserError:
             if jax.process_count() == 1:
                 with contextlib.suppress(OSError):
-                    refused()
+                    put_back()
             raise
     else:
         if together:
@@ -358,10 +359,10 @@ def _check_alone(launcher: Any, part: tuple[int, int]) -> None:
         raise UserError("launcher", launcher, why, "Leave --join out.")
 
 
-def _check_writable(place: Folder) -> Callable[[], None]:
-    """Raises UserError if a sweep's folder cannot be written. -> what puts it back as it was.
+def _as_it_is(place: Folder) -> Callable[[], None]:
+    """What puts a sweep's folder back as it is now, if the sweep is refused.
 
-    That is for a sweep that is refused: it leaves a folder alone in which something else has come to lie.
+    It leaves a folder alone in which something else has come to lie.
     """
     made, file = missing(place.path), place.path / "sweep.json"
     before = file.read_text() if file.is_file() else None
@@ -373,6 +374,11 @@ def _check_writable(place: Folder) -> Callable[[], None]:
             file.unlink()
             remove_empty(made)
 
+    return put_back
+
+
+def _check_writable(place: Folder) -> None:
+    """Raises UserError if a sweep's folder cannot be written."""
     try:
         place.path.mkdir(parents=True, exist_ok=True)
         place.write("sweep.json", "{}\n")
@@ -380,7 +386,6 @@ def _check_writable(place: Folder) -> Callable[[], None]:
         raise UserError(
             "sweep.out", str(place.path), f"it cannot be written: {error.strerror}", "Choose another."
         ) from None
-    return put_back
 
 
 def _warn_edited(sweep: Sweep) -> None:
