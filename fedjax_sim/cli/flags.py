@@ -18,11 +18,10 @@ import yaml
 from fedjax_sim import algorithms
 from fedjax_sim import config as config_lib
 from fedjax_sim.cli import forms
-from fedjax_sim.cli.forms import Typed, field_texts
+from fedjax_sim.cli.forms import Typed, as_yaml, field_texts
 from fedjax_sim.config import RunConfig
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
-from fedjax_sim.core.documents import parse_yaml
 from fedjax_sim.core.errors import UserError
 
 
@@ -245,11 +244,7 @@ def meant(text: str, hint: Any, path: str) -> Any:
         return None
     if str in args:
         return text
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        why = f"it cannot be read: {error}"
-        raise UserError(path, text, why, f"Write it as in YAML: {_metavar(hint)}.") from None
+    return as_yaml(text, path, f"Write it as in YAML: {_metavar(hint)}.")
 
 
 def _check_known(words: Sequence[str], form: type) -> None:

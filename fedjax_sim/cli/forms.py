@@ -11,6 +11,8 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fedjax_sim.core.errors import UserError
+
 WIDEST = 100
 """Columns that help takes of a wider terminal."""
 
@@ -19,6 +21,25 @@ _ABOUT = "what-the-command-is-about"
 
 class Typed(str):
     """A value as the user typed it."""
+
+
+def as_yaml(text: str, path: str, fix: str) -> Any:
+    """What a typed word is in YAML.
+
+    Args:
+      text: the word.
+      path: the flag or field, for the message.
+      fix: the way out, likewise.
+
+    Raises:
+      UserError: it is not valid YAML, or names a key twice.
+    """
+    from fedjax_sim.core.documents import parse_yaml
+
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise UserError(path, text, f"it cannot be read: {error}", fix) from None
 
 
 def field_texts(cls: type) -> dict[str, str]:

@@ -290,15 +290,10 @@ def meant_by(text: str, hint: Any, path: str) -> Any:
     Raises:
       UserError: it is not what is annotated.
     """
-    from fedjax_sim.core.documents import parse_yaml
-
     arguments = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if str in arguments or typing.get_origin(hint) is typing.Literal:
         return fields.coerce(text, hint, path)
-    try:
-        read = parse_yaml(text)
-    except ValueError as error:
-        raise UserError(path, text, f"it cannot be read: {error}", "See --help.") from None
+    read = forms.as_yaml(text, path, "See --help.")
     if isinstance(read, str) or read is None:
         read = text
     return fields.coerce(read, hint, path, text=True)

@@ -21,8 +21,6 @@ from fedjax_sim.runs import Run
 from fedjax_sim.studies.sources import Given, Study, find
 
 NAME = "report.html"
-WATCH = 10.0
-"""Seconds between looks at a study under way."""
 
 
 def report(
