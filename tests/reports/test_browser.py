@@ -1,18 +1,13 @@
 """The page in a real browser: drawn, zoomed into, on a phone, printed, in the dark, without scripts."""
 
-import shutil
-
 import pytest
 
 import fedjax_sim as fs
 from fedjax_sim.studies import pages, sources
+from tests import browsers
 from tests.reports import studies
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-
-pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"needs one of {', '.join(BROWSERS)} on the path")
+pytestmark = browsers.needed
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +24,8 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright.sync_playwright() as started:
-        made = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield made
-        made.close()
+    with browsers.started() as started:
+        yield started
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import functools
 import http.server
 import json
 import re
-import shutil
 import threading
 
 import pytest
 
-BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
-FOUND = next(filter(None, map(shutil.which, BROWSERS)), None)
-pytestmark = pytest.mark.skipif(FOUND is None, reason=f"there is no browser here: {', '.join(BROWSERS)}")
+from tests import browsers
+
+pytestmark = browsers.needed
 PHONE, DESK = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 WAIT = 10_000
 """Milliseconds."""
@@ -36,12 +35,8 @@ def address(site):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        # A root user's browser has no sandbox.
-        started = driver.chromium.launch(executable_path=FOUND, args=["--no-sandbox"])
+    with browsers.started() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
