@@ -72,12 +72,12 @@ class RunConfig:
     seed: int = 0
     rounds: int = 100
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    partition: PartitionConfig = dataclasses.field(default_factory=lambda: PartitionConfig(clients=20))
+    partition: PartitionConfig = dataclasses.field(default_factory=PartitionConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     algorithm: AlgorithmConfig = dataclasses.field(default_factory=lambda: algorithms.CONFIGS["fedavg"]())
     initial: InitialConfig = InitialConfig()
     local: LocalConfig = dataclasses.field(default_factory=LocalConfig)
-    cohort: CohortConfig = CohortConfig(fraction=0.5)
+    cohort: CohortConfig = CohortConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     peel: PeelConfig = PeelConfig()
     inertia: InertiaConfig = InertiaConfig()

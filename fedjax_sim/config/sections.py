@@ -194,7 +194,7 @@ class CohortConfig:
       schedule: file of the cohorts, see `fedjax_sim.engine.cohorts`.
     """
 
-    fraction: float = 0.1
+    fraction: float = 0.5
     size: int | None = None
     sampling: Literal["uniform", "by_size", "cyclic", "schedule"] = "uniform"
     schedule: str | None = None

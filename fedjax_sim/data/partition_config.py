@@ -62,7 +62,7 @@ class PartitionConfig:
     """
 
     kind: str = "dirichlet"
-    clients: int | None = 100
+    clients: int | None = 20
     alpha: float = 0.5
     min_size: int = 10
     max_tries: int = 1000

@@ -68,7 +68,8 @@ def from_flax(
         than float32, a random key among the variables, a peel point that is not there.
 
     Warns:
-      UserWarning: batch statistics that padding can reach; convolutions with slow gradients.
+      UserWarning: batch statistics that padding can reach; convolutions with slow gradients; probabilities in the
+        place of logits.
     """
     shape = check_shapes(input_shape, num_classes)
     if not isinstance(module, nn.Module):
@@ -100,14 +101,25 @@ def from_flax(
     _check_output(seen, name, num_classes, hasattr(module, "num_classes"))
     if not seen.params:
         raise UserError("model", name, "the module has no parameters to train", "Give it a layer that has.")
-    _check_evaluation(wrapped, shape, name)
+    evaluated = _traced_evaluation(wrapped, shape, name)
     points = _points(seen, peel_points)
     _warn(seen, name, own_mask)
+    if tracing.ends_in_softmax(evaluated):
+        warnings.warn(
+            f"{name} ends in a softmax or a sigmoid, and losses of classification take logits: with "
+            "probabilities they hardly train. Return what goes into it. (Where a task of your own wants "
+            "probabilities, this is meant.)",
+            stacklevel=2,
+        )
     return Model(name, wrapped, shape, num_classes, points, takes_mask=True)
 
 
-def _check_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> None:
-    """Raises UserError if the module changes a variable or draws while it is not trained. Traced only."""
+def _traced_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> Any:
+    """The jaxpr of the module while it is not trained.
+
+    Raises:
+      UserError: it changes a variable or draws there.
+    """
 
     def evaluate(key):
         image, keywords = jnp.zeros((1, *shape), jnp.float32), {"train": False, "mask": None}
@@ -115,7 +127,7 @@ def _check_evaluation(module: nn.Module, shape: tuple[int, ...], name: str) -> N
         return module.apply(variables, image, **keywords)
 
     try:
-        jax.eval_shape(evaluate, jax.random.key(0))
+        return jax.make_jaxpr(evaluate)(jax.random.key(0)).jaxpr
     except flax_errors.ModifyScopeVariableError as error:
         why = f"it changes a variable in evaluation too: {str(error).split(' (http')[0]}"
         fix = (

@@ -100,6 +100,39 @@ def peel_points(seen: Trace) -> tuple[model.PeelPoint, ...]:
     return tuple(points)
 
 
+def ends_in_softmax(jaxpr: Any) -> bool:
+    """Whether the first output of a traced function is the quotient of exponentials and their sum, or a sigmoid.
+
+    Args:
+      jaxpr: `jax.make_jaxpr(function)(…).jaxpr`. Casts, reshapes and calls are looked through; what was spelt in
+        another way is not found.
+    """
+    made = {id(result): equation for equation in jaxpr.eqns for result in equation.outvars}
+
+    def source(value):
+        equation = made.get(id(value))
+        while equation is not None and equation.primitive.name in _CHANGE_THE_FORM:
+            equation = made.get(id(equation.invars[0]))
+        return equation
+
+    last = source(jaxpr.outvars[0])
+    if last is None:
+        return False
+    inner = next((last.params[name] for name in ("jaxpr", "call_jaxpr") if name in last.params), None)
+    if inner is not None and len(last.outvars) == 1:
+        return ends_in_softmax(getattr(inner, "jaxpr", inner))
+    if last.primitive.name == "logistic":
+        return True
+    if last.primitive.name != "div":
+        return False
+    above, below = (source(value) for value in last.invars)
+    summed = below is not None and below.primitive.name == "reduce_sum" and source(below.invars[0])
+    return above is not None and above.primitive.name == "exp" and summed is above
+
+
+_CHANGE_THE_FORM = ("convert_element_type", "reshape", "broadcast_in_dim", "squeeze", "copy", "stop_gradient")
+
+
 def _is_key(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 

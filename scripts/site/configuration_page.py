@@ -141,10 +141,9 @@ def _overview() -> str:
 
 def _field(cls: type, name: str, dotted: str, text: str) -> list[str]:
     """A heading, what the field takes, and what it says."""
-    field = next(one for one in dataclasses.fields(cls) if one.name == name)
     hint = typing.get_type_hints(cls)[name]
     takes = TYPES.get(dotted) or generated.kind(hint, CHOICES.get(dotted, ()))
-    facts = [f"**Takes** {takes}", f"**Default** {_default(cls, field, dotted)}"]
+    facts = [f"**Takes** {takes}", f"**Default** {generated.shown(getattr(cls(), name))}"]
     facts.append(f"**Changes** {changes(dotted)}")
     link = f" See {LINKS[dotted]}." if dotted in LINKS else ""
     return [
@@ -171,11 +170,3 @@ def _settings(cls: type, path: str) -> str:
         for field in dataclasses.fields(cls)
     ]
     return generated.table(["setting", "takes", "default", "what it is"], rows)
-
-
-def _default(cls: type, field: dataclasses.Field[Any], dotted: str) -> str:
-    """A field's default; that of a run without the section may be another."""
-    own = generated.shown(getattr(cls(), field.name))
-    section = RunConfig() if cls is RunConfig else getattr(RunConfig(), dotted.split(".")[0])
-    run = generated.shown(getattr(section, field.name))
-    return own if own == run else f"{own}; {run} on the command line and where the section is left out"

@@ -260,11 +260,20 @@ def test_learning_rate_schedules():
     assert to_zero.last_lr(0, 5) == 0.5 and falling.last_lr(3, 5) == falling.lr_at(2, 5)
 
 
+def test_a_section_that_is_named_starts_from_what_is_there_without_it():
+    for field in dataclasses.fields(RunConfig):
+        section = getattr(RunConfig(), field.name)
+        if dataclasses.is_dataclass(section) and field.name != "algorithm":
+            assert section == type(section)(), field.name
+            assert config.from_dict({field.name: {}}) == RunConfig()
+
+
 @pytest.mark.parametrize(
     ("cohort", "clients", "expected"),
     [
-        (CohortConfig(), 100, 10),
-        (CohortConfig(), 5, 1),
+        (CohortConfig(), 100, 50),
+        (CohortConfig(), 5, 2),
+        (CohortConfig(), 1, 1),
         (CohortConfig(0.29), 100, 29),
         (CohortConfig(0.999), 100, 99),
         (CohortConfig(1.0), 7, 7),

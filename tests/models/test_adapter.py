@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +105,16 @@ def test_evaluation_is_evaluation_under_every_name():
     np.testing.assert_allclose(one[:1], model.apply(variables, images(4)[:1])[0], rtol=1e-2, atol=1e-3)
 
 
+class Ends(nn.Module):
+    """A dense layer, and `last` of what it gives."""
+
+    last: Callable
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return self.last(nn.Dense(3)(x.reshape(x.shape[0], -1)))
+
+
 def test_own_batch_statistics_without_a_mask_are_warned_about():
     with pytest.warns(UserWarning, match="padding would count"):
         models.from_flax(OwnStatistics(), SHAPE, 3, name="own")
@@ -123,6 +135,26 @@ def test_plain_convolutions_are_warned_about():
 
     with pytest.warns(UserWarning, match="edges.*80 times slower"):
         models.from_flax(Slow(), SHAPE, 3, name="slow")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [nn.softmax, jax.nn.softmax, nn.sigmoid, jax.jit(nn.softmax), lambda x: nn.softmax(x[:, None]).squeeze(1)],
+    ids=["flax", "jax", "sigmoid", "jitted", "reshaped"],
+)
+@pytest.mark.parametrize("custom_rule", [False, True])
+def test_probabilities_in_the_place_of_logits_are_warned_about(last, custom_rule):
+    with jax.softmax_custom_jvp(custom_rule), pytest.warns(UserWarning, match="^ends ends in a softmax or a sig"):
+        models.from_flax(Ends(last), SHAPE, 3, name="ends")
+
+
+@pytest.mark.parametrize(
+    "last",
+    [lambda x: x, nn.log_softmax, nn.relu, lambda x: nn.softmax(x) * x, lambda x: jnp.exp(x) / jnp.exp(2 * x)],
+    ids=["logits", "log softmax", "relu", "attention", "a quotient"],
+)
+def test_other_ends_of_a_network_are_not(last):
+    models.from_flax(Ends(last), SHAPE, 3, name="ends")
 
 
 @pytest.mark.parametrize(
