@@ -23,6 +23,7 @@ from fedjax_sim.config import RunConfig
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import nearest
 
 
 def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str] | None = None) -> tuple:
@@ -46,7 +47,8 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
       UserError: an unknown flag, a value of the wrong type or outside its range.
       SystemExit: after `--help`.
     """
-    words, switches = list(argv), {}
+    words, section = _help_wanted(list(argv))
+    switches = {}
     for name, equals, _ in (switch.partition("=") for switch in extra or {}):
         while not equals and f"--{name}" in words:
             words.remove(f"--{name}")
@@ -68,16 +70,16 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
         option, inside = f"{option}.inner", inside + 1
     words = [_by_new_name(word, base) for word in words]
     named = algorithms.name_of(base.algorithm)
-    told = f"{about}\n\nWith no FILE.yaml the defaults below hold; flags override both. " + (
-        f"The flags under `algorithm` are those of {named}; `--algorithm NAME` shows and takes another's "
-        f"({', '.join(algorithms.CONFIGS)})."
-    )
     form = _form(type(base), base, "")
-    _check_known(words, form)
-    shown = _with_switches(form, extra or {}) if {"-h", "--help"} & set(words) else form
     prog = f"fedjax-sim {command} [FILE.yaml]"
+    if section is not None:
+        if not section and inside:
+            section = "algorithm"
+        shown = _with_switches(_part(form, section), extra or {})
+        forms.filled(shown, prog, _told(command, about, form, section, named), ["--help"])
+    _check_known(words, form)
     try:
-        filled = forms.filled(shown, prog, told, words)
+        filled = forms.filled(form, prog, about, words)
     except SystemExit as end:
         if end.code:
             # Unknown flags and wrong values never get here: what is left is a flag without its value.
@@ -89,6 +91,69 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
     if "algorithm" in given:
         given["algorithm"] = {"name": named, **given["algorithm"]}
     return config_lib.from_dict(given, base=base), switches
+
+
+# --- help ---------------------------------------------------------------------------------------------
+
+_EVERYTHING = "all"
+_NOT_TYPED = ("version", "given")
+"""Fields of a configuration that are for files."""
+
+
+def _help_wanted(words: list[str]) -> tuple[list[str], str | None]:
+    """(the other words, the section whose flags `--help SECTION` asks for: "" for none, None: no help)."""
+    place = next((place for place, word in enumerate(words) if word in ("-h", "--help")), None)
+    if place is None:
+        return words, None
+    named = words[place + 1 : place + 2]
+    if not named or named[0].startswith("-"):
+        return words[:place] + words[place + 1 :], ""
+    known = [*_sections(RunConfig), _EVERYTHING]
+    if named[0] not in known:
+        raise UserError("--help", named[0], "there is no such section", nearest(named[0], known))
+    return words[:place] + words[place + 2 :], named[0]
+
+
+def _sections(cls: type) -> dict[str, type]:
+    """Field -> class of a dataclass's fields that are dataclasses; of a configuration, or of its form."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: hints[field.name]
+        for field in dataclasses.fields(cls)
+        if dataclasses.is_dataclass(hints[field.name]) or hints[field.name] is AlgorithmConfig
+    }
+
+
+def _part(form: type, section: str) -> type:
+    """The form with the flags of one section, or with those outside of all for ""."""
+    inside = _sections(form)
+    kept = [
+        (field.name, field.type, _again(field))
+        for field in dataclasses.fields(form)
+        if section == _EVERYTHING or (field.name == section if section else field.name not in inside)
+        if field.name not in _NOT_TYPED
+    ]
+    made = dataclasses.make_dataclass(form.__name__, kept, frozen=True)
+    made.__doc__ = form.__doc__
+    return made
+
+
+def _told(command: str, about: str, form: type, section: str, algorithm: str | None) -> str:
+    """What the help says above the flags."""
+    parts = [about, "With no FILE.yaml the defaults hold; flags override both."]
+    if section in ("algorithm", _EVERYTHING):
+        parts.append(
+            f"The flags under `algorithm` are those of {algorithm}; `--algorithm NAME` shows and takes another's "
+            f"({', '.join(algorithms.CONFIGS)})."
+        )
+    if not section:
+        parts[-1] += (
+            f" Every field of the configuration is a flag, --SECTION.FIELD VALUE. `fedjax-sim {command} --help "
+            f"SECTION` lists those of one section, `--help {_EVERYTHING}` every one:"
+        )
+        texts = field_texts(RunConfig)
+        parts.append("\n".join(f"- {name}: {texts[name]}" for name in _sections(form)))
+    return "\n\n".join(parts)
 
 
 def _by_new_name(word: str, base: Any) -> str:
@@ -248,7 +313,7 @@ def meant(text: str, hint: Any, path: str) -> Any:
 
 
 def _check_known(words: Sequence[str], form: type) -> None:
-    known = set(_flags(form, "")) | {"--help", "-h", "--tyro-print-completion", "--tyro-write-completion"}
+    known = set(_flags(form, "")) | {"--help", "--tyro-print-completion", "--tyro-write-completion"}
     readable = {flag.replace("_", "-") for flag in known}
     switches = readable - _valued(form)
     skip = False
@@ -286,7 +351,7 @@ def _nearest(flag: str, known: Set[str]) -> str:
         close = difflib.get_close_matches(wanted.lower(), by_word, n=1, cutoff=0.7)
         if close:
             return f"Did you mean {' or '.join(by_word[close[0]][:3])}?"
-    return "See --help for all of them."
+    return "See --help all."
 
 
 def _switch(flag: str, switches: Set[str]) -> str:

@@ -47,7 +47,7 @@ class RunConfig:
       data: which images.
       partition: which client holds which of them.
       model: which network.
-      algorithm: one of `fedjax_sim.algorithms.CONFIGS`, or one's own; in YAML a mapping with `name`, which is
+      algorithm: one that `fedjax-sim list` names, or one's own; in YAML a mapping with `name`, which is
         `module:Class` for one's own.
       initial: what the first round starts from.
       local: what a client does.

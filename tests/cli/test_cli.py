@@ -83,7 +83,7 @@ def test_print_config_gives_yaml_that_reads_back(tmp_path, capsys):
 
 @pytest.mark.smoke
 def test_help_lists_flags_with_what_they_mean(capsys):
-    assert commands.main(["run", "--algorithm", "fedmr", "--help"]) == 0
+    assert commands.main(["run", "--algorithm", "fedmr", "--help", "all"]) == 0
     text = capsys.readouterr().out
     for told in (
         "--algorithm.first-stage",
@@ -95,6 +95,27 @@ def test_help_lists_flags_with_what_they_mean(capsys):
         assert told in text
     assert commands.main(["--help"]) == 0 and "sweep" in capsys.readouterr().out
     assert commands.main(["resume", "--help"]) == 0 and "FOLDER" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told", "untold"),
+    [
+        (["--help"], ["- partition: which client", "--seed", "--print-config"], ["--local.lr", "--given"]),
+        (["-h", "local"], ["--local.lr", "--print-config"], ["- partition:", "--rounds", "--algorithm."]),
+        (["--help", "algorithm", "--algorithm", "lips"], ["--algorithm.inner", "lips"], ["--local.lr"]),
+        (["--algorithm", "fedmr", "--help"], ["--algorithm.first-stage"], ["--local.lr"]),
+        (["--help", "all", "--local.lr", "0.7"], ["--local.lr", "--peel.every"], ["--given", "- partition:"]),
+    ],
+)
+def test_help_is_of_one_section_or_of_all(words, told, untold, capsys):
+    assert commands.main(["run", *words]) == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in told) and not any(part in text for part in untold)
+
+
+def test_help_of_a_section_that_is_none(capsys):
+    assert commands.main(["run", "--help", "cohrt"]) == 2
+    assert capsys.readouterr().err == "error: --help = 'cohrt': there is no such section. Did you mean cohort?\n"
 
 
 @pytest.mark.parametrize(
