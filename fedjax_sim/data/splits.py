@@ -353,8 +353,9 @@ def _decide_in_turn(parts: Ragged, share: float, rng: np.random.Generator, teste
 
 
 def _too_few(client: int, count: int) -> UserError:
-    why = f"client {client} has {count} samples, too few to hold one out"
-    return UserError("partition.local_test", "holdout", why, "Raise partition.min_size to 2 or more.")
+    why = f"client {client} has {count} sample{'s' * (count != 1)}, too few to hold one out"
+    fix = "Use fewer partition.clients or a partition.min_size of 2, or set partition.local_test to matching."
+    return UserError("partition.local_test", "holdout", why, fix)
 
 
 # --- draws for many clients at once ---------------------------------------------------------------------

@@ -139,10 +139,22 @@ class Found:
 
     def report(self) -> str:
         """For the terminal: the best trials, and where all of them are."""
-        count = self.search.kept[-1]
+        shown = max(self.search.kept[-1], 3)
         told = ", ".join(f"{field} {said(value)}" for field, value in self.best_trial.parameters.items())
-        lines = [self.markdown(max(count, 3)), f"best: {told}: {self.metric} {self.best_value:.4f}"]
-        return "\n".join(lines + ([] if self.search.out is None else [f"written to {self.search.out}"]))
+        best = f"best: {told}: {self.metric} {self.best_value:.4f}"
+        equal = [
+            f"{trial.number}"
+            for trial in self.trials
+            if trial.state == "complete" and trial.values[-1] == self.best_value and trial != self.best_trial
+        ]
+        if equal:
+            word = "trial" if len(equal) == 1 else "trials"
+            best += f", as has {word} {', '.join(equal)}; of equal ones the first is taken"
+        lines = [self.markdown(shown), best]
+        if self.search.out is not None:
+            left = len(self.trials) - shown
+            lines.append(f"written to {self.search.out}" + f", the other {left} in table.md" * (left > 0))
+        return "\n".join(lines)
 
     def plot(self) -> "Figure":
         """The trials from rung to rung, and their values against each field, a Matplotlib figure."""

@@ -286,6 +286,7 @@ def test_after_is_the_average_under_fedavg_and_the_recombined_slot_under_fedmr()
 # --- what cannot be measured ----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:peel. of")
 def test_clients_with_too_few_of_a_class_are_said_to_be_undefined_and_never_nan():
     config = settings_of(
         partition={"kind": "pathological", "clients": 10, "classes_per_client": 1},
@@ -299,6 +300,7 @@ def test_clients_with_too_few_of_a_class_are_said_to_be_undefined_and_never_nan(
     assert any(row.metric == "trace_within" for row in rows)
 
 
+@pytest.mark.filterwarnings("ignore:peel. of")
 def test_of_a_client_without_measured_samples_nothing_is_said_but_of_its_weights():
     """No class has enough samples; 0 in their place would enter the means over clients."""
     peel = {"every": 1, "clients": 4, "samples": 80, "class_samples": 60, "chimeras": True, "ranks": True}

@@ -196,6 +196,7 @@ def test_no_decomposition_is_batched_on_a_cpu():
     assert not [line for line in calls if re.search(r"tensor<\d+x\d+x\d+xf32>", line)]
 
 
+@pytest.mark.filterwarnings("ignore:peel. of")
 def test_clients_of_one_class_are_tuned_too():
     config = settings_of(
         partition={"kind": "pathological", "clients": 10, "classes_per_client": 1},

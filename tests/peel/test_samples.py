@@ -1,12 +1,14 @@
 """Whom and what a probe measures: of the same shape for every seed, and nothing beyond what clients have."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedjax_sim import models
 from fedjax_sim.config import PeelConfig
-from fedjax_sim.data import PartitionConfig, load, partition
+from fedjax_sim.data import Partition, PartitionConfig, load, partition
 from fedjax_sim.probes.peel.forward import Forward
 from fedjax_sim.probes.peel.samples import Samples
 from tests import oracles
@@ -23,6 +25,26 @@ def test_seeds_of_a_sweep_hand_over_the_same_shapes():
         shapes.add(str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), handed)))
         largest.add(int(own.sizes().max()))
     assert len(largest) > 1 and len(shapes) == 1
+
+
+def test_too_few_classes_of_clients_are_warned_about_before_the_run():
+    labels = np.asarray(DIGITS.train_labels)
+    of_class = [np.flatnonzero(labels == one)[:20] for one in range(6)]
+    two = [np.concatenate([of_class[2 * i], of_class[2 * i + 1]]) for i in range(3)]
+
+    def told(parts, **given):
+        samples = Samples(PeelConfig(every=1, **given), DIGITS, Partition(tuple(parts)), 0, 50)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            samples.warn_of_single_classes()
+        return [str(one.message).split(" two classes")[0] for one in found]
+
+    assert told(two) == []
+    assert told(of_class) == ["peel: of 6 clients none have"]
+    assert told([*of_class[:2], two[2]]) == ["peel: of 3 clients 1 has"]
+    assert told([*of_class[:2], *two[1:]]) == []
+    assert told(two, class_samples=15) == ["peel: of 3 clients none have"]
+    assert told(of_class, clients=4) == ["peel: of 4 clients none have"]
 
 
 def test_batches_beyond_a_clients_samples_are_not_looked_at():

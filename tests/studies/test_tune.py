@@ -175,7 +175,19 @@ def test_tables_and_pictures(whole):
     assert lines[2].startswith(f"| {whole.best_trial.number} |") and f"{whole.best_value:.4f} |" in lines[2]
     first, second = whole.plot().axes
     assert len(first.get_lines()) == 9 and second.get_xscale() == "log"
-    assert "written to" in whole.report() and "of 9 trials" in repr(whole)
+    assert whole.report().endswith(f"written to {out}, the other 6 in table.md") and "of 9 trials" in repr(whole)
+
+
+def test_a_best_trial_that_is_not_alone_is_told_as_such(whole):
+    assert "as has" not in whole.report()
+    best = whole.best_trial
+    alike = tuple(
+        dataclasses.replace(one, state="complete", values=best.values) if one.number in (2, 7) else one
+        for one in whole.trials
+    )
+    equal = sorted({2, 7, best.number})[1:]
+    told = f"as has trial {equal[0]};" if len(equal) == 1 else f"as has trials {equal[0]}, {equal[1]};"
+    assert told in dataclasses.replace(whole, trials=alike).report()
 
 
 def test_groups_are_compared_together():

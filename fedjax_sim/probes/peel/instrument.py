@@ -95,6 +95,7 @@ class Peeling:
             width = 1
         self._samples = Samples(peel, dataset, partition, config.seed, batch)
         forward = Forward(model, dataset.task, peel, batch)
+        self._samples.warn_of_single_classes()
         probe = Probe(forward, mesh, width)
         instruments: list[tuple[str, Instrument, bool]] = [
             ("probe", probe, True),

@@ -1,6 +1,7 @@
 """Which clients a probe measures, and on which of their samples. On the host, from the seed alone."""
 
 import dataclasses
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -103,6 +104,21 @@ class Samples:
         labels = held[cast(str, self.dataset.task.label)][measured]
         enough = np.bincount(labels, minlength=1)[labels] >= self.config.class_samples
         return fit, measured[enough][:most]
+
+    def warn_of_single_classes(self) -> None:
+        """Warns where clients have fewer than two measured classes; looks at 64 of them, best rank first."""
+        looked = self.slots(np.arange(self.partition.num_clients))[:64]
+        held = (self.dataset.test if self.of_test else self.dataset.train)[cast(str, self.dataset.task.label)]
+        classes = [len(np.unique(held[self.of_client(int(client))[1]])) for client in looked]
+        enough = sum(count > 1 for count in classes)
+        if 2 * enough < len(looked):
+            warnings.warn(
+                f"peel: of {len(looked)} clients {enough or 'none'} {'has' if enough == 1 else 'have'} two classes "
+                f"with peel.class_samples = {self.config.class_samples} measured samples each. What compares classes "
+                "(CDNV, discrimination …) is undefined for the others. Lower peel.class_samples, or take fewer or "
+                "less unequal clients.",
+                stacklevel=2,
+            )
 
     def _length(self) -> int:
         """Of every client's list: the most that any may have, whole batches of it.

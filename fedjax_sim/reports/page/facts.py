@@ -403,7 +403,8 @@ def described(config: RunConfig) -> list[Line]:
     """What a run is, in the few settings that a reader looks for first."""
     given = config.given
     local = config.local
-    train = f"{local.steps} steps" if local.epochs is None else f"{local.epochs} epochs"
+    count, unit = (local.steps, "step") if local.epochs is None else (local.epochs, "epoch")
+    train = f"{count} {unit}{'s' * (count != 1)}"
     rate = f"lr {local.lr:g}" + (f", {local.schedule}" if local.schedule != "constant" else "")
     momentum = f", momentum {local.momentum:g}" if local.momentum else ""
     return [
