@@ -73,7 +73,8 @@ def test_a_skeleton_is_formatted_and_has_no_findings(kind, tmp_path):
         ["check", "--select", "E,F,I,B,UP", "--line-length", "110"],
         ["format", "--check", "--line-length", "110"],
     ):
-        done = subprocess.run([*ruff, *words, "--isolated", tmp_path], capture_output=True, text=True)
+        # From there, as a user would: in the clone's root the package counts as the project's own.
+        done = subprocess.run([*ruff, *words, "--isolated"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 

@@ -88,17 +88,15 @@ def test_tabs_lead_through_the_site(open_page, address):
         assert page.locator(".md-tabs__item--active").inner_text().strip() == title
 
 
-def test_search_finds_the_page_of_a_field(open_page, address):
+@pytest.mark.parametrize("words", ["local.clip_norm", "clip_norm"])
+def test_search_finds_the_page_of_a_field(open_page, address, words):
     page = open_page()
     page.goto(f"{address}/index.html")
-    for words in ("local.clip_norm", "clip_norm"):
-        page.locator("input.md-search__input").click()
-        page.locator("input.md-search__input").fill(words)
-        first = page.locator(".md-search-result__item a").first
-        first.wait_for()
-        page.wait_for_function(
-            "document.querySelector('.md-search-result__item a')?.href.includes('configuration.html')"
-        )
+    page.locator("input.md-search__input").click()
+    page.locator("input.md-search__input").fill(words)
+    page.wait_for_function(
+        "document.querySelector('.md-search-result__item a')?.href.includes('configuration.html')"
+    )
     page.locator(".md-search-result__item a[href*='local.clip_norm']").first.click()
     page.wait_for_url("**/reference/configuration.html*")
     assert page.locator("[id='local.clip_norm']").is_visible()
