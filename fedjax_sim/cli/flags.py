@@ -143,13 +143,14 @@ def _told(command: str, about: str, form: type, section: str, algorithm: str | N
     parts = [about, "With no FILE.yaml the defaults hold; flags override both."]
     if section in ("algorithm", _EVERYTHING):
         parts.append(
-            f"The flags under `algorithm` are those of {algorithm}; `--algorithm NAME` shows and takes another's "
-            f"({', '.join(algorithms.CONFIGS)})."
+            f"The flags under `algorithm` are those of {algorithm}; `--algorithm NAME` shows and takes "
+            f"another's ({', '.join(algorithms.CONFIGS)})."
         )
     if not section:
         parts[-1] += (
-            f" Every field of the configuration is a flag, --SECTION.FIELD VALUE. `fedjax-sim {command} --help "
-            f"SECTION` lists those of one section, `--help {_EVERYTHING}` every one:"
+            " Every field of the configuration is a flag, --SECTION.FIELD VALUE. "
+            f"`fedjax-sim {command} --help SECTION` lists those of one section, `--help {_EVERYTHING}` "
+            "every one:"
         )
         texts = field_texts(RunConfig)
         parts.append("\n".join(f"- {name}: {texts[name]}" for name in _sections(form)))

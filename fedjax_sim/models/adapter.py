@@ -68,8 +68,8 @@ def from_flax(
         than float32, a random key among the variables, a peel point that is not there.
 
     Warns:
-      UserWarning: batch statistics that padding can reach; convolutions with slow gradients; probabilities in the
-        place of logits.
+      UserWarning: batch statistics that padding can reach; convolutions with slow gradients; probabilities
+        in the place of logits.
     """
     shape = check_shapes(input_shape, num_classes)
     if not isinstance(module, nn.Module):

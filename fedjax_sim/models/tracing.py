@@ -101,11 +101,11 @@ def peel_points(seen: Trace) -> tuple[model.PeelPoint, ...]:
 
 
 def ends_in_softmax(jaxpr: Any) -> bool:
-    """Whether the first output of a traced function is the quotient of exponentials and their sum, or a sigmoid.
+    """Whether what a traced function returns first are exponentials over their sum, or a sigmoid.
 
     Args:
-      jaxpr: `jax.make_jaxpr(function)(…).jaxpr`. Casts, reshapes and calls are looked through; what was spelt in
-        another way is not found.
+      jaxpr: `jax.make_jaxpr(function)(…).jaxpr`. Casts, reshapes and calls are looked through; what was
+        spelt in another way is not found.
     """
     made = {id(result): equation for equation in jaxpr.eqns for result in equation.outvars}
 

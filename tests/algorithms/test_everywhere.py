@@ -124,8 +124,9 @@ def counted(name, simulation, cohorts):
     return max(own.values()) if name == "local" else server
 
 
-SHOWN = ("fedopt", "lg_fedavg")
-"""By `fedadam`, the same class with more state, and by `partial`, whose clients keep the same first layer."""
+SHOWN = ("fedopt", "lg_fedavg", "fedrep", "pfedsd")
+"""By others: `fedadam` is the class of `fedopt` with more state; clients of `partial` and `fedper` keep layers
+as those of `lg_fedavg` and `fedrep` do; `moon` keeps a model of each client as `pfedsd` does."""
 
 
 @pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS, *STATELESS, *SHOWN))

@@ -98,6 +98,7 @@ def test_with_no_weight_it_is_fedavg_batch_statistics_included(name, fedavg):
     oracles.assert_trees_close(simulation.variables, fedavg, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_no_weight_all_of_them_around_fedmr_are_fedmr():
     around = FedMR(similarity=False)
     plain = simulate(around)

@@ -115,7 +115,9 @@ def test_help_is_of_one_section_or_of_all(words, told, untold, capsys):
 
 def test_help_of_a_section_that_is_none(capsys):
     assert commands.main(["run", "--help", "cohrt"]) == 2
-    assert capsys.readouterr().err == "error: --help = 'cohrt': there is no such section. Did you mean cohort?\n"
+    assert (
+        capsys.readouterr().err == "error: --help = 'cohrt': there is no such section. Did you mean cohort?\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -161,11 +161,9 @@ def test_killed_and_stopped_by_sigterm_which_leaves_a_checkpoint_and_status_143(
 
 @pytest.mark.parametrize(
     ("layout", "devices"),
-    [
-        ({"data": "streamed", "client_state": "host"}, 1),
-        pytest.param({"data": "cut", "client_state": "host"}, 4, marks=pytest.mark.slow),
-    ],
+    [({"data": "streamed", "client_state": "host"}, 1), ({"data": "cut", "client_state": "host"}, 4)],
 )
+@pytest.mark.slow
 def test_killed_and_stopped_with_samples_and_state_in_files_it_is_the_run_that_had_both_on_devices(
     tmp_path, layout, devices
 ):

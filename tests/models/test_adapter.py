@@ -139,18 +139,33 @@ def test_plain_convolutions_are_warned_about():
 
 @pytest.mark.parametrize(
     "last",
-    [nn.softmax, jax.nn.softmax, nn.sigmoid, jax.jit(nn.softmax), lambda x: nn.softmax(x[:, None]).squeeze(1)],
+    [
+        nn.softmax,
+        jax.nn.softmax,
+        nn.sigmoid,
+        jax.jit(nn.softmax),
+        lambda x: nn.softmax(x[:, None]).squeeze(1),
+    ],
     ids=["flax", "jax", "sigmoid", "jitted", "reshaped"],
 )
 @pytest.mark.parametrize("custom_rule", [False, True])
 def test_probabilities_in_the_place_of_logits_are_warned_about(last, custom_rule):
-    with jax.softmax_custom_jvp(custom_rule), pytest.warns(UserWarning, match="^ends ends in a softmax or a sig"):
+    with (
+        jax.softmax_custom_jvp(custom_rule),
+        pytest.warns(UserWarning, match="^ends ends in a softmax or a sig"),
+    ):
         models.from_flax(Ends(last), SHAPE, 3, name="ends")
 
 
 @pytest.mark.parametrize(
     "last",
-    [lambda x: x, nn.log_softmax, nn.relu, lambda x: nn.softmax(x) * x, lambda x: jnp.exp(x) / jnp.exp(2 * x)],
+    [
+        lambda x: x,
+        nn.log_softmax,
+        nn.relu,
+        lambda x: nn.softmax(x) * x,
+        lambda x: jnp.exp(x) / jnp.exp(2 * x),
+    ],
     ids=["logits", "log softmax", "relu", "attention", "a quotient"],
 )
 def test_other_ends_of_a_network_are_not(last):

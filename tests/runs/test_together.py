@@ -108,11 +108,16 @@ def test_each_run_has_the_records_that_it_has_alone(devices, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": A.FedMR(first_stage=3)},
+        pytest.param({"algorithm": A.FedMR(first_stage=3)}, marks=pytest.mark.slow),
         {"algorithm": A.Scaffold(), "local": {"keep_optimizer": True}},
         {"algorithm": A.FedOpt(), "evaluation": {"per_client": True, "per_class": True}},
-        {"algorithm": A.CONFIGS["clusamp"]()},  # the host chooses the clients of each round
-        {"algorithm": A.LIPS(inner=A.FedPer(), period=2, leaves=("params/fc1/kernel",))},
+        pytest.param(
+            {"algorithm": A.CONFIGS["clusamp"]()}, marks=pytest.mark.slow
+        ),  # the host chooses the clients of each round
+        pytest.param(
+            {"algorithm": A.LIPS(inner=A.FedPer(), period=2, leaves=("params/fc1/kernel",))},
+            marks=pytest.mark.slow,
+        ),
         {
             "algorithm": A.FedMR(),
             "inertia": fs.InertiaConfig(measure=True, every=5, samples=20),

@@ -175,7 +175,9 @@ def test_tables_and_pictures(whole):
     assert lines[2].startswith(f"| {whole.best_trial.number} |") and f"{whole.best_value:.4f} |" in lines[2]
     first, second = whole.plot().axes
     assert len(first.get_lines()) == 9 and second.get_xscale() == "log"
-    assert whole.report().endswith(f"written to {out}, the other 6 in table.md") and "of 9 trials" in repr(whole)
+    assert whole.report().endswith(f"written to {out}, the other 6 in table.md") and "of 9 trials" in repr(
+        whole
+    )
 
 
 def test_a_best_trial_that_is_not_alone_is_told_as_such(whole):
