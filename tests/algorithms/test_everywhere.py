@@ -125,8 +125,8 @@ def counted(name, simulation, cohorts):
 
 
 SHOWN = ("fedopt", "lg_fedavg", "fedrep", "pfedsd")
-"""By others: `fedadam` is the class of `fedopt` with more state; clients of `partial` and `fedper` keep layers
-as those of `lg_fedavg` and `fedrep` do; `moon` keeps a model of each client as `pfedsd` does."""
+"""By others: `fedadam` is the class of `fedopt` with more state; clients of `partial` and `fedper` keep
+layers as those of `lg_fedavg` and `fedrep` do; `moon` keeps a model of each client as `pfedsd` does."""
 
 
 @pytest.mark.parametrize("name", but_slow(CONFIGS, *PRESETS, *STATELESS, *SHOWN))

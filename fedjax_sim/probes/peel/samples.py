@@ -112,9 +112,9 @@ class Samples:
         classes = [len(np.unique(held[self.of_client(int(client))[1]])) for client in looked]
         enough = sum(count > 1 for count in classes)
         if 2 * enough < len(looked):
-            have = f"{enough or 'none'} {'has' if enough == 1 else 'have'} two classes"
+            have, least = f"{enough or 'none'} {'has' if enough == 1 else 'have'}", self.config.class_samples
             warnings.warn(
-                f"peel: of {len(looked)} clients {have} with peel.class_samples = {self.config.class_samples} "
+                f"peel: of {len(looked)} clients {have} two classes with peel.class_samples = {least} "
                 "measured samples each. What compares classes (CDNV, discrimination …) is undefined for the "
                 "others. Lower peel.class_samples, or take fewer or less unequal clients.",
                 stacklevel=2,
