@@ -20,13 +20,21 @@ from fedjax_sim import config as config_lib
 from fedjax_sim.cli import forms
 from fedjax_sim.cli.forms import Typed, as_yaml, field_texts
 from fedjax_sim.config import RunConfig
+from fedjax_sim.config import yaml as config_yaml
+from fedjax_sim.config.sweep_files import Sweep, read_sweep
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import nearest
 
 
-def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str] | None = None) -> tuple:
+def parse(
+    argv: Sequence[str],
+    command: str,
+    about: str,
+    extra: Mapping[str, str] | None = None,
+    or_sweep: bool = False,
+) -> tuple:
     """A RunConfig from `[FILE.yaml] [--flags]`, and which of the switches `extra` were set.
 
     The file gives the defaults, flags override. `--algorithm NAME` chooses the algorithm, whose own fields
@@ -39,9 +47,10 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
       about: likewise.
       extra: switch -> its help (`{"print-config": "…"}`); one that takes a value is written with it
         (`{"on=MACHINE": "…"}`).
+      or_sweep: the file may be that of a sweep, of which fields have no flags.
 
     Returns:
-      (RunConfig, switch -> its value, "" of those without).
+      (RunConfig or Sweep, switch -> its value, "" of those without).
 
     Raises:
       UserError: an unknown flag, a value of the wrong type or outside its range.
@@ -56,9 +65,11 @@ def parse(argv: Sequence[str], command: str, about: str, extra: Mapping[str, str
         value, words = _named_by(f"--{name}", words) if equals else (None, words)
         if value is not None:
             switches[name] = value
-    base = RunConfig()
+    base: Any = RunConfig()
     if words and not words[0].startswith("-"):
-        base = config_lib.read_config(words.pop(0))
+        base, words = _of_file(words, or_sweep and section is None)
+    if isinstance(base, Sweep):
+        return base, switches
     option, inside = "--algorithm", 0
     while any(word.startswith(option) for word in words):
         name, words = _named_by(option, words)
@@ -155,6 +166,17 @@ def _told(command: str, about: str, form: type, section: str, algorithm: str | N
         texts = field_texts(RunConfig)
         parts.append("\n".join(f"- {name}: {texts[name]}" for name in _sections(form)))
     return "\n\n".join(parts)
+
+
+def _of_file(words: list[str], or_sweep: bool) -> tuple[RunConfig | Sweep, list[str]]:
+    """(what the file that is the first word describes, the other words); of a sweep there may be none."""
+    file, *others = words
+    if not or_sweep or config_yaml.of_a_sweep(config_lib.read_yaml(file)) is None:
+        return config_lib.read_config(file), others
+    if others:
+        why = f"{file} is the file of a sweep, and fields are flags of one run"
+        raise UserError("command line", others[0], why, "Change the file, or leave this out.")
+    return read_sweep(file), others
 
 
 def _by_new_name(word: str, base: Any) -> str:

@@ -79,9 +79,13 @@ def line() -> Any:
     return dataclasses.field(default=(), metadata={"kind": "line"})
 
 
-def configuration() -> Any:
-    """A field of type `RunConfig`: `[FILE.yaml]` and a flag for every field of it."""
-    return dataclasses.field(default=None, metadata={"kind": "configuration"})
+def configuration(or_sweep: bool = False) -> Any:
+    """A field of type `RunConfig`: `[FILE.yaml]` and a flag for every field of it.
+
+    Args:
+      or_sweep: the file may be that of a sweep: the field is a `Sweep` then.
+    """
+    return dataclasses.field(default=None, metadata={"kind": "configuration", "or_sweep": or_sweep})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +167,7 @@ def parse(command: type, line: Sequence[str], name: str) -> Any:
     kinds = {field.metadata["kind"]: field for field in dataclasses.fields(command)}
     try:
         if "configuration" in kinds:
-            return _configured(command, line, name)
+            return _configured(command, line, name, kinds["configuration"].metadata["or_sweep"])
         options = options_of(command)
         if asked_for_help:
             _tyro(command, options, name, ["--help"])
@@ -299,7 +303,7 @@ def meant_by(text: str, hint: Any, path: str) -> Any:
     return fields.coerce(read, hint, path, text=True)
 
 
-def _configured(command: type, line: Sequence[str], name: str) -> Any:
+def _configured(command: type, line: Sequence[str], name: str, or_sweep: bool) -> Any:
     """A command whose flags are those of a configuration, and some of its own."""
     from fedjax_sim.cli import flags
 
@@ -308,7 +312,7 @@ def _configured(command: type, line: Sequence[str], name: str) -> Any:
         f"{flag}={option.metavar}" if option.metavar else flag: option.text
         for flag, option in options.items()
     }
-    config, chosen = flags.parse(line, name, about(command), extra)
+    config, chosen = flags.parse(line, name, about(command), extra, or_sweep)
     made: dict[str, Any] = {"config": config}
     for flag, text in chosen.items():
         option = options[flag]

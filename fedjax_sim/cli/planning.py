@@ -11,10 +11,10 @@ from fedjax_sim.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Says what a configuration will need in memory.
+    """Says what a configuration will need in memory. Of a sweep's file: each of its methods in each setting.
 
     Attributes:
-      config: of the run.
+      config: of the run, or of a sweep.
       exact: compile the round, and add what XLA says of it
       on: compile the programs for a machine that need not be here, and say what they take on a chip and what
         chips exchange. Such as v5e-8, v5p-16, 2xv5e-256, 8xh100 or cpu-8. v5e and v6e are counted
@@ -25,11 +25,12 @@ class Plan:
 
     examples: ClassVar = (
         ("fedjax-sim plan my.yaml", "part by part, in seconds"),
+        ("fedjax-sim plan my_study.yaml", "a sweep's methods and settings"),
         ("fedjax-sim plan my.yaml --exact", "what XLA says of it too"),
         ("fedjax-sim plan my.yaml --on v5e-256", "on a pod that is not here"),
     )
 
-    config: Any = configuration()  # noqa: RUF009
+    config: Any = configuration(or_sweep=True)  # noqa: RUF009
     exact: bool = switch()
     on: str | None = value("MACHINE")
     together: str | None = value("S")
@@ -37,9 +38,12 @@ class Plan:
 
     def __call__(self) -> int:
         """See `Command`."""
+        from fedjax_sim.config.sweep_files import Sweep
         from fedjax_sim.runs.aot import machines
         from fedjax_sim.runs.plan import plan
 
+        if isinstance(self.config, Sweep):
+            return self._sweep()
         if self.on is None:
             if self.json:
                 why, fix = "it says what --on finds", "Name a machine with --on."
@@ -57,6 +61,17 @@ class Plan:
             if self.json:
                 print(found.to_json())
                 return 1 if found.fits is False else 0
+        print(found)
+        return 1 if found.fits is False else 0
+
+    def _sweep(self) -> int:
+        from fedjax_sim.studies import planning
+
+        for name in ("exact", "on", "together", "json"):
+            if getattr(self, name):
+                why, fix = "it is of one run, and this is the file of a sweep", "Leave it out."
+                raise UserError("command line", f"--{name}", why, fix)
+        found = planning.plan(self.config)
         print(found)
         return 1 if found.fits is False else 0
 

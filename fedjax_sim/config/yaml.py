@@ -120,11 +120,16 @@ def read_config(path: str | Path) -> RunConfig:
       UserError: the file is missing, is not YAML, or holds a wrong field or value.
     """
     mapping = read_yaml(path)
-    for key in ("methods", "grid", "seeds"):
-        if key in mapping:
-            why = f"this is the file of a sweep (it has {key}), and the configuration of one run is wanted"
-            raise UserError("config", str(path), why, f"Start it with: fedjax-sim sweep {path}.")
+    key = of_a_sweep(mapping)
+    if key is not None:
+        why = f"this is the file of a sweep (it has {key}), and the configuration of one run is wanted"
+        raise UserError("config", str(path), why, f"Start it with: fedjax-sim sweep {path}.")
     return from_dict(mapping)
+
+
+def of_a_sweep(mapping: Mapping[str, Any]) -> str | None:
+    """The key by which a file is one of a sweep, and not of a run."""
+    return next((key for key in ("methods", "grid", "seeds") if key in mapping), None)
 
 
 def as_config(given: Any) -> RunConfig:

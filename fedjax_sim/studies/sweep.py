@@ -46,6 +46,7 @@ from fedjax_sim.studies import comparison, tables
 from fedjax_sim.studies.comparison import Comparison
 from fedjax_sim.studies.launchers import LOCAL, Batch, Ended, Launcher, Ray, Slurm, launcher_of
 from fedjax_sim.studies.packing import Packing, pack, unpack
+from fedjax_sim.studies.planning import SweepPlan, plan
 
 __all__ = [
     "Job",
@@ -55,10 +56,12 @@ __all__ = [
     "Ray",
     "Slurm",
     "Sweep",
+    "SweepPlan",
     "compile_cache",
     "from_mapping",
     "load",
     "pack",
+    "plan",
     "run",
     "unpack",
 ]

@@ -111,9 +111,8 @@ def test_each_run_has_the_records_that_it_has_alone(devices, monkeypatch):
         pytest.param({"algorithm": A.FedMR(first_stage=3)}, marks=pytest.mark.slow),
         {"algorithm": A.Scaffold(), "local": {"keep_optimizer": True}},
         {"algorithm": A.FedOpt(), "evaluation": {"per_client": True, "per_class": True}},
-        pytest.param(
-            {"algorithm": A.CONFIGS["clusamp"]()}, marks=pytest.mark.slow
-        ),  # the host chooses the clients of each round
+        # The host chooses the clients of each round.
+        pytest.param({"algorithm": A.CONFIGS["clusamp"]()}, marks=pytest.mark.slow),
         pytest.param(
             {"algorithm": A.LIPS(inner=A.FedPer(), period=2, leaves=("params/fc1/kernel",))},
             marks=pytest.mark.slow,
