@@ -87,8 +87,12 @@ def table() -> dict[str, Any]:
     own = {name: _own_flags(command_of(name)) for name in overview.COMMANDS}
     configured = [name for name, entry in overview.COMMANDS.items() if entry.configured]
     general, of_algorithms = _of_configuration()
+    sections = _sections()
     for name in configured:
-        own[name] = [*own[name], *general]
+        own[name] = [
+            dataclasses.replace(flag, takes=sections) if flag.name == "--help" else flag
+            for flag in (*own[name], *general)
+        ]
     own["sweep"] = [*own["sweep"], *_of_launchers()]
     takes = {name: _positional(command_of(name)) for name in overview.COMMANDS}
     return {
@@ -98,6 +102,13 @@ def table() -> dict[str, Any]:
         "configured": configured,
         "algorithms": of_algorithms,
     }
+
+
+def _sections() -> str:
+    from fedjax_sim.cli.flags import EVERYTHING, sections_of
+    from fedjax_sim.config import RunConfig
+
+    return " ".join([*sections_of(RunConfig), EVERYTHING])
 
 
 def _kinds() -> tuple[str, ...]:

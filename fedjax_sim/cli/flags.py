@@ -106,7 +106,8 @@ def parse(
 
 # --- help ---------------------------------------------------------------------------------------------
 
-_EVERYTHING = "all"
+EVERYTHING = "all"
+"""After `--help`: the flags of all sections."""
 _NOT_TYPED = ("version", "given")
 """Fields of a configuration that are for files."""
 
@@ -119,13 +120,13 @@ def _help_wanted(words: list[str]) -> tuple[list[str], str | None]:
     named = words[place + 1 : place + 2]
     if not named or named[0].startswith("-"):
         return words[:place] + words[place + 1 :], ""
-    known = [*_sections(RunConfig), _EVERYTHING]
+    known = [*sections_of(RunConfig), EVERYTHING]
     if named[0] not in known:
         raise UserError("--help", named[0], "there is no such section", nearest(named[0], known))
     return words[:place] + words[place + 2 :], named[0]
 
 
-def _sections(cls: type) -> dict[str, type]:
+def sections_of(cls: type) -> dict[str, type]:
     """Field -> class of a dataclass's fields that are dataclasses; of a configuration, or of its form."""
     hints = typing.get_type_hints(cls)
     return {
@@ -137,11 +138,11 @@ def _sections(cls: type) -> dict[str, type]:
 
 def _part(form: type, section: str) -> type:
     """The form with the flags of one section, or with those outside of all for ""."""
-    inside = _sections(form)
+    inside = sections_of(form)
     kept = [
         (field.name, field.type, _again(field))
         for field in dataclasses.fields(form)
-        if section == _EVERYTHING or (field.name == section if section else field.name not in inside)
+        if section == EVERYTHING or (field.name == section if section else field.name not in inside)
         if field.name not in _NOT_TYPED
     ]
     made = dataclasses.make_dataclass(form.__name__, kept, frozen=True)
@@ -152,7 +153,7 @@ def _part(form: type, section: str) -> type:
 def _told(command: str, about: str, form: type, section: str, algorithm: str | None) -> str:
     """What the help says above the flags."""
     parts = [about, "With no FILE.yaml the defaults hold; flags override both."]
-    if section in ("algorithm", _EVERYTHING):
+    if section in ("algorithm", EVERYTHING):
         parts.append(
             f"The flags under `algorithm` are those of {algorithm}; `--algorithm NAME` shows and takes "
             f"another's ({', '.join(algorithms.CONFIGS)})."
@@ -160,11 +161,11 @@ def _told(command: str, about: str, form: type, section: str, algorithm: str | N
     if not section:
         parts[-1] += (
             " Every field of the configuration is a flag, --SECTION.FIELD VALUE. "
-            f"`fedjax-sim {command} --help SECTION` lists those of one section, `--help {_EVERYTHING}` "
+            f"`fedjax-sim {command} --help SECTION` lists those of one section, `--help {EVERYTHING}` "
             "every one:"
         )
         texts = field_texts(RunConfig)
-        parts.append("\n".join(f"- {name}: {texts[name]}" for name in _sections(form)))
+        parts.append("\n".join(f"- {name}: {texts[name]}" for name in sections_of(form)))
     return "\n\n".join(parts)
 
 

@@ -32,7 +32,7 @@ class Plan:
 
     config: Any = configuration(or_sweep=True)  # noqa: RUF009
     exact: bool = switch()
-    on: str | None = value("MACHINE")
+    on: str | None = value("MACHINE", kind="v5e-8 v5e-256 v5p-16 v6e-8 8xh100 cpu-8")
     together: str | None = value("S")
     json: bool = switch()
 

@@ -72,6 +72,8 @@ LINES = [
     ("fedjax-sim sweep study.yaml --launcher ", {"local", "slurm", "ray"}, {"study.yaml"}),
     ("fedjax-sim sweep study.yaml --launcher.mi", {"--launcher.minutes"}, {"--together"}),
     ("fedjax-sim new ", {"method", "task", "diagnostic", "study"}, {"runs"}),
+    ("fedjax-sim run --help ", {"local", "partition", "all"}, {"study.yaml", "seed"}),
+    ("fedjax-sim plan my.yaml --on ", {"v5e-256", "8xh100", "cpu-8"}, {"study.yaml"}),
     ("fedjax-sim completion ", set(completion.SHELLS), {"runs"}),
 ]
 
