@@ -115,7 +115,7 @@ def test_every_command_has_its_help():
         assert f"## {name} {{ #{name} }}" in page
         assert len(text) > 50
         assert "\x1b" not in text
-    assert "--local.lr" in found["run"]
+    assert "--print-config" in found["run"] and "- partition: " in found["run"]
 
 
 # --- methods ------------------------------------------------------------------------------------------
