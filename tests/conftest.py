@@ -1,5 +1,7 @@
 """Numbers are strict, devices are four, and nothing compiles twice: set before JAX starts a backend."""
 
+import contextlib
+import ctypes
 import gc
 import hashlib
 import os
@@ -88,6 +90,31 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+
+
+MOST_MEMORY = 3 * 2**30
+"""Bytes of a process beyond which it lets go of all compiled programs at the end of a file."""
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Compiled programs of hundreds of tests would be some 6 GB in each process."""
+    if nextitem is None or nextitem.path == item.path or _memory() < MOST_MEMORY:
+        return
+    from fedjax_sim.core import memo
+
+    memo.forget()
+    jax.clear_caches()
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # of the GNU C library, which keeps what is freed
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _memory() -> int:
+    """Bytes that this process has in memory; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
