@@ -31,9 +31,11 @@ def peel(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     Returns:
       `x`, for the layer to read.
     """
-    one = _ONE.get()
+    one, noted = _ONE.get(), MARKS.get()
     if one is not None:
         x = x / one.astype(x.dtype)
+    if noted is not None:
+        noted.append(((*module.path, name), x))
     module.sow("peel", _PREFIX + name, x)
     return x
 
@@ -44,6 +46,12 @@ _ONE: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar("_ONE", 
 A quotient by it is written to memory. Otherwise XLA's CPU backend computes a ReLU and its pooling anew for
 everything that reads them, and they are read by the next layer and by all that is measured.
 """
+
+
+MARKS: contextvars.ContextVar[list[tuple[tuple[str, ...], jax.Array]] | None] = contextvars.ContextVar(
+    "MARKS", default=None
+)
+"""What `peel` marks, (path of the layer, array) each, while a module is looked at (`models.tracing`)."""
 
 
 _PREFIX = "input_of_"

@@ -4,7 +4,7 @@ Nothing is computed or compiled; a trace takes some tenths of a second for the l
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ class Trace:
       batch_stats: paths of the leaves of that collection.
       keys: paths of random keys in any collection.
       peeled: names marked by `peel`, in order, as paths.
+      misread: what is wrong with a mark, in words, by its path.
       plain_convs: paths of convolutions that do not use `fedjax_sim.models.kernels.conv`.
       batch_norms: paths of Flax's own batch norms.
     """
@@ -38,6 +39,7 @@ class Trace:
     batch_stats: tuple[Path, ...]
     keys: tuple[Path, ...]
     peeled: tuple[Path, ...]
+    misread: dict[Path, str]
     plain_convs: tuple[str, ...]
     batch_norms: tuple[Path, ...]
 
@@ -47,10 +49,13 @@ def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Tra
     plain_convs: list[str] = []
     batch_norms: list[Path] = []
     order: dict[str, list[Path]] = {}
+    marks: list[tuple[Path, jax.Array]] = []
+    reads: list[tuple[Path, Any]] = []
 
     def watch(next_call, args, kwargs, context):
         layer = context.module
         if context.method_name == "__call__":
+            reads.append((layer.path, args[0] if args else None))
             if isinstance(layer, nn.BatchNorm):
                 batch_norms.append(layer.path)
             elif _is_plain_conv(layer):
@@ -66,8 +71,12 @@ def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Tra
             order[collection] = list(traverse_util.flatten_dict(dict(variables.get(collection, {}))))
         return output, variables
 
-    with nn.intercept_methods(watch):
-        output, variables = jax.eval_shape(init, jax.random.key(0))
+    token = model.MARKS.set(marks)
+    try:
+        with nn.intercept_methods(watch):
+            output, variables = jax.eval_shape(init, jax.random.key(0))
+    finally:
+        model.MARKS.reset(token)
     every: Any = traverse_util.flatten_dict(dict(variables))
     params: Any = traverse_util.flatten_dict(dict(variables.get("params", {})))
     return Trace(
@@ -76,6 +85,7 @@ def trace(module: nn.Module, input_shape: Sequence[int], **keywords: Any) -> Tra
         batch_stats=tuple(order["batch_stats"]),
         keys=tuple(path for path, leaf in every.items() if _is_key(leaf)),
         peeled=tuple((*path[:-1], path[-1].removeprefix(model._PREFIX)) for path in order["peel"]),
+        misread=_misread(marks, reads, params),
         plain_convs=tuple(dict.fromkeys(plain_convs)),
         batch_norms=tuple(dict.fromkeys(batch_norms)),
     )
@@ -96,8 +106,38 @@ def peel_points(seen: Trace) -> tuple[model.PeelPoint, ...]:
                 "this name is marked with `peel`, but no layer of that name has a kernel",
                 "Give `peel` the name of the layer that reads the feature.",
             )  # fmt: skip
+        if path in seen.misread:
+            raise UserError(
+                "model.peel_points", "/".join(path), seen.misread[path],
+                "Call fedjax_sim.models.peel(self, name, x) once a layer, with what it reads, just before it.",
+            )  # fmt: skip
         points.append(model.PeelPoint("/".join(path), kernel))
     return tuple(points)
+
+
+def _misread(
+    marks: Sequence[tuple[Path, Any]], reads: Sequence[tuple[Path, Any]], params: Mapping[Path, Any]
+) -> dict[Path, str]:
+    """Path of a mark -> why it cannot be the input of its layer; those in order are left out.
+
+    Args:
+      marks: (path of the layer that is named, the array that is marked).
+      reads: (path of a module, what it was called with).
+      params: path of each parameter -> its shape.
+    """
+    layers = {path[:-1] for path in params if path[-1] == "kernel"}
+    wrong: dict[Path, str] = {}
+    for place, (path, marked) in enumerate(marks):
+        readers = ["/".join(one) for one, given in reads if given is marked and one in layers]
+        kernel = params.get((*path, "kernel"))
+        if path in (one for one, _ in marks[:place]):
+            wrong[path] = "it is marked more than once"
+        elif readers and "/".join(path) not in readers:
+            wrong[path] = f"what is marked with this name is read by the layer {readers[0]}"
+        elif kernel is not None and len(kernel.shape) in (2, 4) and marked.shape[-1] % kernel.shape[-2]:
+            wide = f"{marked.shape[-1]} wide, and the layer reads {kernel.shape[-2]}"
+            wrong[path] = f"what is marked with this name is {wide}"
+    return wrong
 
 
 def ends_in_softmax(jaxpr: Any) -> bool:

@@ -249,3 +249,54 @@ def test_mistakes_in_a_module():
         with pytest.raises(UserError) as caught:
             models.from_flax(module, **{"input_shape": SHAPE, "num_classes": 3, "name": "bad", **options})
         assert says in str(caught.value)
+
+
+class Marked(nn.Module):
+    """Two layers of one shape and a last one; `marks` says what is marked where."""
+
+    marks: Callable
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = x.reshape(x.shape[0], -1)[:, :8]
+        seen = [x]
+        for name in ("a", "b"):
+            self.marks(self, name, seen)
+            x = nn.Dense(8, name=name)(x)
+            seen.append(x)
+        self.marks(self, "out", seen)
+        return nn.Dense(3, name="out")(x)
+
+
+def both_as_the_other(module, name, seen):
+    models.peel(module, {"a": "b", "b": "a", "out": "out"}[name], seen[-1])
+
+
+def twice(module, name, seen):
+    models.peel(module, "a" if name == "b" else name, seen[-1])
+
+
+def logits_of_a(module, name, seen):
+    models.peel(module, name, seen[-1][:, :3] if name == "b" else seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("marks", "name", "why"),
+    [
+        (both_as_the_other, "b", "what is marked with this name is read by the layer a"),
+        (twice, "a", "it is marked more than once"),
+        (logits_of_a, "b", "what is marked with this name is 3 wide, and the layer reads 8"),
+    ],
+)
+def test_a_mark_that_is_not_what_its_layer_reads_is_refused(marks, name, why):
+    with pytest.raises(UserError, match=f"^model.peel_points = '{name}': {why}"):
+        models.from_flax(Marked(marks), SHAPE, 3, name="marked")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x, lambda x: x + 0, lambda x: x.reshape(x.shape)], ids=["same", "copy", "reshaped"]
+)
+def test_what_is_marked_need_not_be_the_very_array_that_is_read(change):
+    given = Marked(lambda module, name, seen: models.peel(module, name, change(seen[-1])))
+    made = models.from_flax(given, SHAPE, 3, name="marked")
+    assert [point.name for point in made.peel_points] == ["a", "b", "out"]
