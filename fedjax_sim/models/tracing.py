@@ -109,7 +109,7 @@ def peel_points(seen: Trace) -> tuple[model.PeelPoint, ...]:
         if path in seen.misread:
             raise UserError(
                 "model.peel_points", "/".join(path), seen.misread[path],
-                "Call fedjax_sim.models.peel(self, name, x) once a layer, with what it reads, just before it.",
+                "Call fedjax_sim.models.peel(self, name, x) once a layer, just before it, with what it gets.",
             )  # fmt: skip
         points.append(model.PeelPoint("/".join(path), kernel))
     return tuple(points)
