@@ -25,7 +25,7 @@ from fedjax_sim.config.sweep_files import Sweep, read_sweep
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.fields import nearest
+from fedjax_sim.core.fields import SYNONYMS, nearest
 
 
 def parse(
@@ -360,9 +360,20 @@ def _check_known(words: Sequence[str], form: type) -> None:
 
 def _nearest(flag: str, known: Set[str]) -> str:
     """What was meant by a flag that there is not: `--local.lr` by `--lr`, `--model.name` by `--model`."""
+    order = [*sections_of(RunConfig)]
     names = {one.removeprefix("--"): one for one in sorted(known) if one.startswith("--")}
     wanted = flag.lstrip("-")
-    inside = [one for name, one in names.items() if name.rpartition(".")[2] == wanted]
+    head, _, last = wanted.rpartition(".")
+    if head == "algorithm":
+        own = [name.removeprefix("algorithm.") for name in names if name.startswith("algorithm.")]
+        close = difflib.get_close_matches(last, own, n=3, cutoff=0.6)
+        if close:
+            return f"Did you mean {' or '.join(f'--algorithm.{name}' for name in close)}?"
+        return f"The algorithm that is chosen has {', '.join(own) or 'no settings'}."
+    called = SYNONYMS.get(last.replace("-", "_"), wanted).replace("_", "-")
+    inside = [one for name, one in names.items() if name.rpartition(".")[2] == called]
+    inside = [one for one in inside if one.startswith(f"--{head}.")] or inside
+    inside.sort(key=lambda one: order.index(one[2:].partition(".")[0]) if "." in one else -1)
     section = config_lib.NAMED_BY.get(wanted)
     if section is not None:
         inside = [names[f"{wanted}.{section}"], *inside]

@@ -5,6 +5,7 @@ only speed (`ExecutionConfig`). A test sweeps the second kind and demands equal 
 """
 
 import dataclasses
+import typing
 from typing import Any
 
 from fedjax_sim import algorithms
@@ -23,7 +24,7 @@ from fedjax_sim.config.sections import (
 )
 from fedjax_sim.core.algorithm import AlgorithmConfig
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.fields import at_least, check, within
+from fedjax_sim.core.fields import Named, at_least, check, within
 from fedjax_sim.data import PartitionConfig
 
 VERSION = 2
@@ -37,7 +38,7 @@ NAMED_BY = {"data": "source", "partition": "kind", "model": "name"}
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Named):
     """One run, complete: the same RunConfig on the same versions gives the same numbers.
 
     Attributes:
@@ -109,6 +110,20 @@ class RunConfig:
                 raise UserError(
                     f"given.{name}", told, "no such thing is given", f"There are {', '.join(GIVEN)}."
                 )
+
+    @classmethod
+    def _meant(cls, name: str, names: list[str]) -> str:
+        for section, kind in _sections().items():
+            if name in {field.name for field in dataclasses.fields(kind)}:
+                written = f"{section}=fs.{kind.__name__}({name}=…)"
+                return f"Did you mean {section}.{name}? Write {written}."
+        return super()._meant(name, names)
+
+
+def _sections() -> dict[str, Any]:
+    """Field -> class, of the fields of a run that are dataclasses with settings of their own."""
+    hints = typing.get_type_hints(RunConfig)
+    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
 
 
 _TRAINS = ("seed", "data", "partition", "model", "execution")

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from fedjax_sim import data
 from fedjax_sim.core import paths
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.core.fields import at_least, check, positive, within
+from fedjax_sim.core.fields import Named, at_least, check, positive, within
 from fedjax_sim.data import Samples, sources
 
 
@@ -22,7 +22,7 @@ def _check_paths(config: Any, section: str, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Named):
     """Which images.
 
     Attributes:
@@ -47,7 +47,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Named):
     """Which model.
 
     Attributes:
@@ -86,7 +86,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalConfig:
+class LocalConfig(Named):
     """What a client does in a round.
 
     Attributes:
@@ -181,7 +181,7 @@ class LocalConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class CohortConfig:
+class CohortConfig(Named):
     """How many clients take part in a round, and which; each once, unless the algorithm chooses (CluSamp).
 
     Attributes:
@@ -233,7 +233,7 @@ class CohortConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Named):
     """What is measured on the deployed model, and how often.
 
     Attributes:
@@ -268,7 +268,7 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PeelConfig:
+class PeelConfig(Named):
     """What the layer-peeled probe measures, and how often.
 
     `fedjax_sim.probes.peel.feature_probe` says what comes of it.
@@ -316,7 +316,7 @@ class PeelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class InertiaConfig:
+class InertiaConfig(Named):
     """How far layers move, and what a merge gains; `fedjax_sim.reports.inertia` says what comes of it.
 
     Attributes:
@@ -343,7 +343,7 @@ class InertiaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class InitialConfig:
+class InitialConfig(Named):
     """What the first round starts from.
 
     Attributes:
@@ -379,7 +379,7 @@ class InitialConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
+class ExecutionConfig(Named):
     """How the arithmetic is laid out. May change speed and memory, never results beyond float rounding.
 
     Attributes:
@@ -432,7 +432,7 @@ class ExecutionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputConfig:
+class OutputConfig(Named):
     """What a run leaves behind, and how often.
 
     Attributes:

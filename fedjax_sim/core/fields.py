@@ -16,6 +16,23 @@ SMALLEST = 2.0**-126
 """The least positive number that float32 arithmetic is sure to keep apart from 0."""
 
 
+class Named:
+    """A base of dataclasses whose makers are told of a field that there is not, before anything else."""
+
+    def __new__(cls, *values: Any, **given: Any):
+        """Raises UserError for a field that there is not; all else is left to the dataclass."""
+        names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+        for name, value in given.items():
+            if name not in names:
+                raise UserError(f"{cls.__name__}.{name}", value, "no such field", cls._meant(name, names))
+        return super().__new__(cls)
+
+    @classmethod
+    def _meant(cls, name: str, names: list[str]) -> str:
+        """What was meant by a field that there is not."""
+        return nearest(name, names)
+
+
 def check(config: Any, path: str = "") -> None:
     """Checks every field of a frozen dataclass against its annotation, in its `__post_init__`.
 
@@ -135,9 +152,26 @@ _WANTED: dict[Any, tuple[str, str]] = {
 """Type -> in words, and how to write one."""
 
 
+SYNONYMS = {
+    "learning_rate": "lr",
+    "num_clients": "clients",
+    "n_clients": "clients",
+    "num_rounds": "rounds",
+    "n_rounds": "rounds",
+    "local_epochs": "epochs",
+    "dataset": "data",
+    "method": "algorithm",
+    "strategy": "algorithm",
+}
+"""What others call a field -> what it is called here, in small letters."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A sentence that offers what the user may have meant."""
     spelled = {one.lower(): one for one in known}
+    here = SYNONYMS.get(name.lower().replace("-", "_"))
+    if here in spelled:
+        return f"Did you mean {spelled[here]}?"
     close = difflib.get_close_matches(name.lower(), spelled, n=3, cutoff=0.6)
     if close:
         return f"Did you mean {' or '.join(spelled[one] for one in close)}?"

@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.fields import Named
 from fedjax_sim.core.paths import local
 
 KINDS = (
@@ -27,7 +28,7 @@ _FROM_DATA = ("domain", "natural", "file")
 
 
 @dataclasses.dataclass(frozen=True)
-class PartitionConfig:
+class PartitionConfig(Named):
     """How to cut a set into clients.
 
     Attributes:

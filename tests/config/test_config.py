@@ -90,7 +90,7 @@ def test_numbers_that_mean_the_same_are_taken():
     ("text", "field", "told"),
     [
         ("roundz: 3", "roundz", "rounds"),
-        ("local: {learning_rate: 0.1}", "local.learning_rate", "Known"),
+        ("local: {learning_rate: 0.1}", "local.learning_rate", "Did you mean lr?"),
         ("local: {momentun: 0.1}", "local.momentun", "momentum"),
         ("lr: 0.1", "lr", "Did you mean local.lr? Write local: {lr: …}."),
         ("local.lr: 0.1", "local.lr", "Write local: {lr: …}."),
@@ -258,6 +258,28 @@ def test_learning_rate_schedules():
     to_zero = LocalConfig(lr=0.5, schedule="cosine", decay=0.0)
     assert to_zero.lr_at(4, 5) == 0 and to_zero.last_lr(5, 5) == to_zero.lr_at(3, 5) > 0
     assert to_zero.last_lr(0, 5) == 0.5 and falling.last_lr(3, 5) == falling.lr_at(2, 5)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: RunConfig(rouns=3), "RunConfig.rouns = 3: no such field. Did you mean rounds?"),
+        (
+            lambda: PartitionConfig(client=3),
+            "PartitionConfig.client = 3: no such field. Did you mean c",
+        ),
+        (
+            lambda: LocalConfig(learning_rate=1),
+            "LocalConfig.learning_rate = 1: no such field. Did you",
+        ),
+        (lambda: RunConfig(lr=1), "Did you mean local.lr? Write local=fs.LocalConfig(lr=…)."),
+        (lambda: dataclasses.replace(RunConfig(), alpha=1), "Write partition=fs.PartitionConfig(alpha=…)."),
+    ],
+)
+def test_a_field_that_there_is_not_is_told_in_python_too(make, told):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert told in str(caught.value)
 
 
 def test_a_section_that_is_named_starts_from_what_is_there_without_it():
