@@ -41,8 +41,8 @@ class PartitionConfig(Named):
         `fedjax_sim.data.splits`.
       clients: N. None lets `domain`, `natural` and `file` take as many as there are.
       alpha: concentration of the Dirichlet kinds; small is heterogeneous.
-      min_size: training samples that every client holds at least (before `holdout`); for `natural`,
-        writers with fewer are left out. Not applied to `file`.
+      min_size: training samples that every client holds at least (before `holdout`), 0 counting as 1; for
+        `natural`, writers with fewer are left out. Not applied to `file`.
       max_tries: draws of `dirichlet` before it gives up.
       classes_per_client: for `pathological`; shards for each client for `shards`.
       samples_per_client: exactly so many for each client: their size for `dirichlet-classes`

@@ -71,6 +71,10 @@ def dirichlet(
         f"in {max_tries} draws the smallest of {clients} clients never had {min_size} samples; "
         f"the best draw reached {best}"
     )
+    each = len(labels) / clients
+    if each < 5:
+        fix = f"Use fewer partition.clients or a larger set: {len(labels)} samples are {each:.1f} a client."
+        raise UserError("partition.alpha", alpha, why, fix)
     lower = f"Set partition.min_size to {best} or less, raise" if best else "Raise"
     fix = (
         f"{lower} partition.alpha or partition.max_tries, use fewer partition.clients, or use kind "

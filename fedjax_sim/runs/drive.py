@@ -141,8 +141,9 @@ class Drive:
         self._waiting: list[tuple[range, Fetch, Lapping]] = []
 
     def begin(self) -> None:
-        """Tells callbacks that the run starts."""
+        """Tells callbacks that the run starts; what they take for that is no time of the first round."""
         self._callbacks.on_start()
+        self._clock = Clock()
 
     @property
     def open(self) -> bool:

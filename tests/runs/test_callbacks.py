@@ -362,3 +362,25 @@ def test_the_model_is_that_of_the_round_or_refused(tmp_path):
 def test_the_shipped_ones_say_whether_they_act_on_other_rounds():
     assert not fs.EarlyStopping().every_round and not fs.KeepBest("client_accuracy_mean").every_round
     assert fs.EarlyStopping("train_loss").every_round and fs.KeepBest("inertia").every_round
+
+
+def test_what_a_callback_takes_to_start_is_no_time_of_the_first_round(monkeypatch):
+    """As of trackers, which ask a server."""
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Slow:
+        def on_start(self, run):
+            seen.append("start")
+
+        def on_round(self, number, rows, run):
+            """Nothing."""
+
+    class Told(drive.Clock):
+        def __init__(self):
+            seen.append("clock")
+            super().__init__()
+
+    monkeypatch.setattr(drive, "Clock", Told)
+    fs.run(SMALL, callbacks=[Slow()])
+    assert seen[-2:] == ["start", "clock"]
