@@ -126,12 +126,11 @@ class LocalConfig(Named):
     def __post_init__(self):
         check(self, "local.")
         if (self.epochs is None) == (self.steps is None):
-            raise UserError(
-                "local.epochs",
-                self.epochs,
-                f"exactly one of epochs and steps says how long a client trains, and steps = {self.steps!r}",
-                "Set one of them and leave the other null.",
-            )
+            why = f"exactly one of epochs and steps says how long a client trains, and steps = {self.steps!r}"
+            fix = "Set one of them."
+            if self.epochs is not None:
+                fix = "Set local.epochs to null (None in Python), or leave out local.steps."
+            raise UserError("local.epochs", self.epochs, why, fix)
         for name in ("epochs", "steps"):
             if getattr(self, name) is not None:
                 at_least(f"local.{name}", getattr(self, name), 1)

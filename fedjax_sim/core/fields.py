@@ -181,7 +181,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def at_least(field: str, value: float, least: float) -> None:
     """Raises UserError unless `value` is finite and at least `least`."""
     if not (isinstance(value, int | float) and value >= least and math.isfinite(value)):
-        raise UserError(field, value, f"must be at least {least}", "Raise it.")
+        fix = "Raise it." if least or field.rpartition(".")[2] != "every" else "Raise it; 0 is never."
+        raise UserError(field, value, f"must be at least {least}", fix)
 
 
 def positive(field: str, value: float, *, divides: bool = False) -> None:

@@ -56,7 +56,7 @@ class Number:
     Attributes:
       name: of the metric.
       last: its newest value, mean ± deviation.
-      best: its best value, and in which round.
+      best: its best value, and in which round; – of what is not the better for being large or small.
       rounds: how many values it has.
     """
 
@@ -64,6 +64,10 @@ class Number:
     last: str
     best: str
     rounds: str
+
+
+_NO_GOAL = ("lr", "padding_waste")
+"""Of which neither much nor little is better."""
 
 
 def numbers(found: Curves) -> list[Number]:
@@ -82,7 +86,7 @@ def numbers(found: Curves) -> list[Number]:
             Number(
                 plots.label_of(name),
                 short(float(curve.mean[last])) + (f" ± {short(spread)}" if math.isfinite(spread) else ""),
-                f"{short(curve.mean[best])} in round {curve.rounds[best]:,}",
+                "–" if name in _NO_GOAL else f"{short(curve.mean[best])} in round {curve.rounds[best]:,}",
                 f"{len(known):,}",
             )
         )

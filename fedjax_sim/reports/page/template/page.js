@@ -103,7 +103,7 @@
       if (plot) plot.destroy();
       plot = new uPlot({
         ...size(), series, bands,
-        padding: [10, 12, 0, 0],
+        padding: [10, place.clientWidth < 480 ? 12 : 28, 0, 0],
         legend: { show: false },
         scales: { x: { time: false, range: (u, low, high) => (low == null ? span : low === high ? [low - 1, high + 1] : [low, high]) }, y: log ? { distr: 3 } : {} },
         axes: [
@@ -126,7 +126,7 @@
       const digits = Math.min(8, Math.max(0, Math.ceil(-Math.log10(step) - 1e-9)));
       return splits.map((value) => (Math.abs(value) >= 1e5 || (step < 1e-6 && value) ? value.toExponential(1) : value.toFixed(digits)));
     };
-    const wide = (u, values) => 16 + 7 * Math.max(3, ...(values || []).map((text) => (text || "").length));
+    const wide = (u, values) => (place.clientWidth < 480 ? 16 : 20) + 7 * Math.max(3, ...(values || []).map((text) => (text || "").length));
     const size = () => ({ width: Math.max(place.clientWidth, 240), height: Math.round(Math.min(440, Math.max(290, window.innerHeight * 0.55))) });
 
     function scaled(u, key) {
