@@ -70,8 +70,8 @@ class Results:
       mean: their mean with the algorithm's `weights`; None if it has none. Dtypes are the models'; of a leaf
         that is no float it is the largest, see `fedjax_sim.core.stacked`.
       uploads: what `LocalRule.finish_round` sent, [K, …].
-      included: bool[K], False where an update was not finite and has been left out; such a slot of
-        `models` holds its start.
+      included: bool[K], False where an update (the model, its uploads or its loss) was not finite and has
+        been left out; such a slot of `models` holds its start, and its uploads are 0.
       loss: f32[K], mean training loss over all samples that the client saw in the round.
     """
 

@@ -354,10 +354,10 @@ class Trainer:
         carried = bare((start, opt_state, last_gradient, extra))
         _, loss_sum, seen, carried = jax.lax.fori_loop(0, bound, body, (orders, zeros, zeros, carried))
         trained, opt_state, last_gradient, extra = laned(carried)
-        finite = jnp.isfinite(loss_sum) & all_finite(trained)
         rule_state, uploads = over(rule.finish_round, (0, 0, 0, 0, 0, None, 0))(
             start, trained, client_state["rule"], extra, total, lr, last_gradient
         )
+        finite = jnp.isfinite(loss_sum) & all_finite((trained, uploads))
         self.watch.look("upload", uploads)
         self.watch.look("client state", rule_state, client_state["rule"], infinite=True)
         client_state = {"rule": rule_state, "optimizer": opt_state if self.local.keep_optimizer else None}

@@ -17,6 +17,7 @@ from fedjax_sim.core import gradients, stacked
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.core.task import task_loss
 from fedjax_sim.engine import placement
+from fedjax_sim.engine.simulation import NonFiniteUpdate
 from fedjax_sim.models.norms import BatchNorm
 from fedjax_sim.runs.aot import hlo
 from tests import oracles
@@ -581,6 +582,35 @@ class Uploading:
 
         local = dataclasses.replace(record.local, finish_round=end)
         return dataclasses.replace(record, merge=merge, local=local)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dividing(Uploading):
+    """The same, in which client 2's upload alone is divided by zero."""
+
+    value: float = np.nan
+
+    def build(self, context):
+        record = super().build(context)
+
+        def end(start, trained, client_state, extra, steps, lr, gradient):
+            kept, sent = record.local.finish_round(start, trained, client_state, extra, steps, lr, gradient)
+            return kept, jnp.where(steps == 3, jnp.float32(self.value), sent)
+
+        return dataclasses.replace(record, local=dataclasses.replace(record.local, finish_round=end))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_client_whose_upload_is_not_finite_is_named_or_left_out(value):
+    """Though its model is: it would be in what the server makes of uploads."""
+    settings = {"algorithm": Dividing(value), "batch_size": 5, "epochs": 1, "rounds": 1}
+    simulation = oracles.simulate((5, 10, 13, 7), non_finite="skip", **settings)
+    rows = oracles.run(simulation)
+    assert [row.client for row in rows if row.metric == "left_out"] == [2]
+    assert np.isfinite(oracles.value_of(rows, "uploaded", 1))
+    simulation = oracles.simulate((5, 10, 13, 7), **settings)
+    with pytest.raises(NonFiniteUpdate, match=r"in round 1 the update of client\(s\) \[2\]"):
+        oracles.run(simulation)
 
 
 def test_the_upload_of_a_client_that_is_left_out_is_zero():
