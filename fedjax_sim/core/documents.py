@@ -27,6 +27,7 @@ def parse_yaml(text: str) -> Any:
         place = error.problem_mark or error.context_mark
         where = "" if place is None else f"line {place.line + 1}, column {place.column + 1}: "
         what = ", ".join(part for part in (error.context, error.problem) if part)
+        what += "; YAML is indented with blanks, not tabs" * ("'\\t'" in what)
         raise ValueError(f"{where}{what}") from None
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None

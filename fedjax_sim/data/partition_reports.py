@@ -79,7 +79,10 @@ def summary(partition: Partition, dataset: Samples) -> str:
     spread = f"{sizes.min():,} / {np.median(sizes):,.0f} / {sizes.max():,}"
     used, shared = int((held > 0).sum()), int((held > 1).sum())
     left, lost = held_by_nobody(partition, dataset)
-    nobody = f"; {left:,} by nobody" + (f", all of {named(lost)} among them" if lost else "")
+    nobody = ""
+    if partition.test is not None and partition.test_from == "train":
+        nobody = f"; {len(np.unique(Ragged.of(partition.test).flat)):,} held out for clients' tests"
+    nobody += f"; {left:,} by nobody" + (f", all of {named(lost)} among them" if lost else "")
     lines = [
         f"{partition.num_clients:,} clients of {dataset.name}, {how}",
         f"  samples a client   {spread} (min / median / max)",

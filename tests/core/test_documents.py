@@ -13,6 +13,7 @@ TWICE = {
         "line 3, column 1: .*'local'.*line 1",
     ),
     "nested": ("a:\n  b: 1\n  c: 2\n  b: 3\n", "line 4, column 3: .*'b'.*line 2"),
+    "a tab": ("a:\n\tb: 1\n", "line 2, column 1: .*blanks, not tabs"),
     "in one line": ("a: {b: 1, b: 2}", "line 1, column 11: .*'b'"),
     "in a list": ("- {a: 1}\n- {a: 1, a: 1}", "line 2, column 10: .*'a'"),
     "once in quotes": ("a: 1\n'a': 2\n", "line 2, column 1: .*'a'"),

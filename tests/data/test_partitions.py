@@ -351,6 +351,9 @@ def test_samples_that_no_setting_leaves_are_told(tmp_path):
     with pytest.warns(UserWarning, match=r"38 of 1,438 training samples are held by nobody in .*p\.json"):
         p = partition(DIGITS, config)
     assert "1,400 of 1,438; 0 by more than one client; 38 by nobody\n" in summary(p, DIGITS)
+    tested = partition(DIGITS, PartitionConfig("iid", clients=10, local_test="holdout", holdout=0.25), 0)
+    count = sum(map(len, tested.test))
+    assert f"; {count} held out for clients' tests; 0 by nobody\n" in summary(tested, DIGITS)
     # Where all is held, by clients or the server, or a setting says how much, nothing is said.
     partition(WRITTEN, PartitionConfig("natural", clients=4, min_size=5))
     fixed = partition(DIGITS, PartitionConfig("iid", clients=10, samples_per_client=30, local_test="holdout"))
