@@ -1,7 +1,8 @@
 """The comparison of finished runs: mean ± deviation over seeds, paired differences, three formats.
 
 Only like is set against like. A method that trained on another partition than the reference is marked, and
-neither ranked nor paired. Means over different seeds are not ranked: every seed of the table must be there.
+neither ranked nor paired; so is one whose data setting gave other data than it gave the reference. Means over
+different seeds are not ranked: every seed of the table must be there.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.shared import comma_separated
-from fedjax_sim.runs import own_code
+from fedjax_sim.runs import own_code, same_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Cell:
       seconds: mean wall-clock seconds of the seeds' whole runs.
       cpu_seconds: mean CPU seconds of them; None unless all recorded it.
       differences: value minus the reference's with the same seed; empty without a reference, for the
-        reference itself, while a seed of either is missing, and where the partitions differ.
+        reference itself, while a seed of either is missing, and where they are not `like`.
       whole: every seed of the table is there.
-      like: under each seed the partition is that of the reference, or of the first method without one.
+      like: under each seed the clients hold the same samples as those of the reference, or of the first
+        method without one.
+      same_data: no run had other data than the reference had from the same data setting
+        (`fedjax_sim.runs.same_data`); where one had, `like` is false too.
     """
 
     values: dict[int, float]
@@ -36,6 +40,7 @@ class Cell:
     differences: tuple[float, ...] = ()
     whole: bool = True
     like: bool = True
+    same_data: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +67,8 @@ class Comparison:
       columns: settings.
       grids: the table of the last values, then those of the rounds of interest.
       curves: column -> method -> (rounds i64[T], values f64[seeds, T]), NaN where a seed has no value.
-      cautions: sentences on runs that were made with different versions of the same own module.
+      cautions: sentences on runs that were made with different versions of the same own module, or of
+        the same data.
     """
 
     title: str
@@ -108,7 +114,10 @@ class Comparison:
         cells = self.grids[0].cells
         against = self.methods[0] if self.reference is None else self.reference
         told = []
-        if not all(cell.like for grid in self.grids for cell in grid.cells.values()):
+        every = [cell for grid in self.grids for cell in grid.cells.values()]
+        if not all(cell.same_data for cell in every):
+            told.append(f"{mark} Some of its runs had other data: neither ranked nor paired.")
+        if not all(cell.like for cell in every if cell.same_data):
             told.append(
                 f"{mark} Trained on another partition than {against} under the same seed, as a setting of "
                 "its own changes who holds which samples: neither ranked nor paired. Put that setting into "
@@ -181,6 +190,7 @@ class Comparison:
                         "cpu_seconds": cell.cpu_seconds,
                         "all_seeds": cell.whole,
                         "same_partition": cell.like,
+                        "same_data": cell.same_data,
                         "values": ";".join(f"{seed}:{value!r}" for seed, value in cell.values.items()),
                     }
                 )
@@ -211,6 +221,14 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     seeds = {job.seed for job in sweep.jobs}
     against = methods[0] if sweep.reference is None else sweep.reference
     recipes = {(job.method, job.column, job.seed): run.recipe for job, run in finished}
+    abouts = [(job, run.config, own_code.told_by(run.folder)) for job, run in finished]
+    # The reference's data are the standard.
+    ordered = sorted(abouts, key=lambda known: known[0].method != against)
+    of_data = [(job.name, config, about) for job, config, about in ordered]
+    strange = {
+        name for versions in same_data.others(of_data).values() for one in versions[1:] for name in one
+    }
+    other_data = {(job.method, job.column) for job, _ in finished if job.name in strange}
 
     def like(method: str, column: str, own: Iterable[int]) -> bool:
         pairs = ([recipes.get((m, column, seed), {}) for m in (method, against)] for seed in own)
@@ -226,8 +244,10 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         cells = {}
         for key, own in values.items():
             cost = _cost([costs[*key, seed] for seed in own])
-            cell = Cell(own, *cost, whole=own.keys() == seeds, like=like(*key, own))
-            if cell.like and cell.whole:
+            same = key not in other_data
+            whole, alike = own.keys() == seeds, same and like(*key, own)
+            cell = Cell(own, *cost, whole=whole, like=alike, same_data=same)
+            if cell.like and cell.whole and (sweep.reference, key[1]) not in other_data:
                 cell = dataclasses.replace(cell, differences=_paired(own, values, key, sweep.reference))
             cells[key] = cell
         grids.append(Grid(caption, cells))
@@ -246,9 +266,10 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     if not any(key.split(".")[0] == "partition" for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
-    code = own_code.cautions((job.name, own_code.told_by(run.folder)) for job, run in finished)
+    told = same_data.cautions(of_data)
+    told += own_code.cautions((job.name, about) for job, _, about in abouts)
     of = (sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves)
-    return Comparison(title, *of, tuple(code))
+    return Comparison(title, *of, tuple(told))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from fedjax_sim.records import goal_of, plots
 from fedjax_sim.reports.page import curves, entries, facts, holders, pictures, render
 from fedjax_sim.reports.page.entries import Entry
 from fedjax_sim.reports.page.render import Cell, Grid, GridRow, Page, RunLine, Step, Tile
+from fedjax_sim.runs import same_data
 from fedjax_sim.studies import comparison
 from fedjax_sim.studies.comparison import Comparison
 from fedjax_sim.studies.sources import Study
@@ -63,7 +64,11 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
         tiles=tuple(_tiles(study, found, metric, compared)),
         failures=tuple(f"{entry.name}: {entry.state.words}" for entry in failed[:_MOST_FAILURES])
         + ((f"and {len(failed) - _MOST_FAILURES} more",) if len(failed) > _MOST_FAILURES else ()),
-        cautions=tuple([*_not_comparable(study, metric or study.headline), *facts.cautions(study.entries)]),
+        cautions=(
+            *_not_comparable(study, metric or study.headline),
+            *_other_data(study),
+            *facts.cautions(study.entries),
+        ),
         chart=chart,
         chart_notes=tuple(notes),
         still=pictures.still_curves(found, metric, "") if metric else None,
@@ -250,6 +255,13 @@ def _not_comparable(study: Study, metric: str) -> list[str]:
                 "comparable."
             ]
     return []
+
+
+def _other_data(study: Study) -> list[str]:
+    """A sentence where one data setting gave runs different data; the reference's version is the first."""
+    first = study.entries[0].row if study.sweep is None else study.sweep.reference or study.entries[0].row
+    ordered = sorted(study.entries, key=lambda entry: (entry.row != first, not entry.over))
+    return same_data.cautions((entry.name, entry.config, facts.provenance_of(entry)) for entry in ordered)
 
 
 # --- the table ------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts, programs
 from fedjax_sim.engine.programs import Count
-from fedjax_sim.runs import opening, own_code, progress, provenance
+from fedjax_sim.runs import opening, own_code, progress, provenance, same_data
 from fedjax_sim.runs import together as side_by_side
 from fedjax_sim.runs.folder import Folder, missing, remove_empty
 from fedjax_sim.runs.kept_programs import kept
@@ -191,6 +191,7 @@ def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) 
     found, shared = _Found(), Shared()
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
+        _warn_other_data(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
@@ -235,6 +236,7 @@ def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, in
 
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
+        _warn_other_data(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             folder = Folder(str(job.config.output.dir))
             try:
@@ -410,6 +412,29 @@ def _warn_edited(sweep: Sweep) -> None:
         )
 
 
+def _warn_other_data(sweep: Sweep, shared: "Shared") -> None:
+    """Warns of finished runs that had other data than those which were loaded for the runs to come."""
+    finished: dict[str, list[tuple[str, Any]]] = {}
+    for job in sweep.jobs:
+        place = Folder(str(job.config.output.dir))
+        if shared.has(job.config) and hosts.on_first(lambda place=place: place.started and place.finished):
+            known = hosts.on_first(lambda place=place: own_code.told_by(place.path))
+            finished.setdefault(repr(job.config.data), []).append((job.name, known))
+    configs = {repr(job.config.data): job.config for job in sweep.jobs}
+    for key, known in finished.items() if hosts.first() else ():
+        source = configs[key].data.source
+        names = same_data.changed(shared.dataset(configs[key]), known)
+        if names:
+            which = "1 finished run had" if len(names) == 1 else f"{len(names)} finished runs had"
+            warnings.warn(
+                f"{which} other data than {source} gives now: {own_code.in_short(names)}. They are not "
+                "run again, and the table neither ranks nor pairs runs of both. To have all runs on the "
+                "same data, put the data back as they were, or remove the folders of these runs, and start "
+                "again",
+                stacklevel=4,
+            )
+
+
 class Shared:
     """Data sets and partitions that several runs of a study have in common."""
 
@@ -418,6 +443,10 @@ class Shared:
         self._given = given
         self._datasets: dict[Any, data.Samples] = {}
         self._partitions: dict[Any, data.Partition] = {}
+
+    def has(self, config: RunConfig) -> bool:
+        """Whether what a run trains on has been loaded."""
+        return repr(config.data) in self._datasets
 
     def dataset(self, config: RunConfig) -> data.Samples:
         """What a run trains on."""

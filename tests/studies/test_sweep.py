@@ -6,20 +6,23 @@ import re
 import shutil
 import signal
 import types
+import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
+import fedjax_sim as fs
 from fedjax_sim import runs
 from fedjax_sim.cli import commands
 from fedjax_sim.core import memo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import programs
 from fedjax_sim.records import Row, Table
-from fedjax_sim.runs import progress
+from fedjax_sim.runs import own_code, progress
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.studies import comparison, sweep
 from fedjax_sim.studies.comparison import deviation, format_mean_std, mean
@@ -465,6 +468,84 @@ def test_a_method_with_a_setting_of_its_own_for_the_partition_is_marked(tmp_path
     got = sweep.run(sweep.from_mapping(asked(tmp_path, methods=methods, seeds=[0]))).comparison
     assert got is not None
     assert "†" in got.markdown() and got.best(got.grids[0], "") == {"FedAvg"}
+
+
+def pictures(home, shade):
+    """Two classes of ten small pictures, as a folder."""
+    for label in (0, 1):
+        (home / str(label)).mkdir(parents=True, exist_ok=True)
+        for number in range(10):
+            pixels = np.full((8, 8, 3), shade + 100 * label + number, np.uint8)
+            Image.fromarray(pixels).save(home / str(label) / f"{number}.png")
+    return f"folder:{home}"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_runs_of_other_data_of_the_same_name_are_told_and_not_ranked(together, tmp_path):
+    base = {**BASE, "data": pictures(tmp_path / "photos", 0)}
+    base |= {"partition": {"kind": "iid", "clients": 2, "min_size": 2}, "cohort": {"size": 2}, "rounds": 1}
+    only = {"FedAvg": METHODS["FedAvg"]}
+    spec = asked(tmp_path / "out", base=base, methods=only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = sweep.run(sweep.from_mapping(spec), together=together)
+        assert first.comparison is not None and first.comparison.cautions == ()
+        pictures(tmp_path / "photos", 0)  # written anew, the same
+        more = {**spec, "seeds": [0, 1, 2]}
+        assert "other data" not in sweep.run(sweep.from_mapping(more), together=together).report()
+    pictures(tmp_path / "photos", 50)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**more, "methods": METHODS}))
+    with pytest.warns(
+        UserWarning, match="3 finished runs had other data than folder:.*photos gives now"
+    ) as told:
+        outcome = sweep.run(sweep.load(path), together=together)
+    assert len(told) == 1 and "FedAvg, seed 0; FedAvg, seed 1; FedAvg, seed 2" in str(told[0].message)
+    assert not outcome.failures
+
+    def check(table):
+        (caution,) = table.cautions
+        assert (
+            "Version 1: FedAvg, seed 0; FedAvg, seed 1; FedAvg, seed 2. Version 2: FedMR, seed 0;" in caution
+        )
+        assert "start again" in caution and caution in table.markdown() and caution in table.latex()
+        assert "† Some of its runs had other data" in table.markdown()
+        assert "another partition" not in table.markdown()
+        assert [row["same_data"] for row in table.records()] == [True, False]
+        assert table.grids[0].cells["FedMR", ""].differences == ()
+        assert "FedMR" not in table.best(table.grids[0], "")
+
+    check(outcome.comparison)
+    check(fs.compare(path, reference="FedAvg"))
+    page = fs.report(path, out=tmp_path / "page.html").read_text()
+    assert "changed between runs" in page and "had other data" in page
+    if not together:
+        sweep.pack(sweep.load(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is to be run, so no data are loaded
+            check(sweep.run(sweep.load(path)).comparison)
+        # The reference's data are version 1, and so it is on the page.
+        back = {**more, "methods": dict(reversed(METHODS.items())), "reference": "FedMR", "seeds": [0, 1]}
+        assert "Version 1: FedMR, seed 0" in sweep.run(sweep.from_mapping(back)).report()
+
+
+def test_a_reference_of_both_data_is_neither_ranked_nor_paired(tmp_path, monkeypatch):
+    table = {
+        (method, seed): [value] for method, value in (("FedAvg", 0.5), ("FedMR", 0.7)) for seed in (0, 1)
+    }
+    crc = iter([7, 7, 8, 7])  # by seed, then by method
+    monkeypatch.setattr(
+        own_code, "told_by", lambda folder: {"data": {"name": "x", "x": {"crc32": next(crc)}}}
+    )
+    got = compared(tmp_path, table)
+    cells = got.grids[0].cells
+    assert not cells["FedAvg", ""].like and cells["FedMR", ""].like
+    assert cells["FedMR", ""].differences == () and got.best(got.grids[0], "") == {"FedMR"}
+    # Older records have fewer checksums, or none.
+    told = iter([{"x": 7}, {"x": 7, "y": 2}, {}, {"y": 2}])
+    monkeypatch.setattr(own_code, "told_by", lambda folder: {"data": next(told)})
+    got = compared(tmp_path, table)
+    assert got.cautions == () and got.grids[0].cells["FedMR", ""].differences != ()
 
 
 def test_the_best_is_bold_by_goal_and_ties_share_it(tmp_path):
