@@ -50,10 +50,12 @@ class Grid:
     Attributes:
       caption: what is in it.
       cells: (method, column) -> Cell; missing where no seed was finished.
+      averaged: how many values a run's number is the mean of: of the run with fewest, and with most.
     """
 
     caption: str
     cells: dict[tuple[str, str], Cell]
+    averaged: tuple[int, int] = (1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +217,6 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         known = ", ".join(finished[0][1].metrics.names())
         raise UserError("sweep.metric", sweep.metric, "no run has recorded it", f"They have {known}.")
     costs = {(job.method, job.column, job.seed): (run.seconds, run.cpu_seconds) for job, run in finished}
-    about = f"{sweep.metric}, {_of_last(sweep.last_k)}"
-    captions = [(about, None)]
-    captions += [(f"{about} up to round {number}", number) for number in sweep.rounds_of_interest]
     seeds = {job.seed for job in sweep.jobs}
     against = methods[0] if sweep.reference is None else sweep.reference
     recipes = {(job.method, job.column, job.seed): run.recipe for job, run in finished}
@@ -235,12 +234,15 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         return all(_same_partition(*pair) for pair in pairs)
 
     grids = []
-    for caption, upto in captions:
+    for upto in (None, *sweep.rounds_of_interest):
         values: dict[tuple[str, str], dict[int, float]] = {}
+        counts: set[int] = set()
         for (method, column, seed), (rounds, numbers) in series.items():
             kept = numbers if upto is None else numbers[rounds <= upto]
             if len(kept):
-                values.setdefault((method, column), {})[seed] = float(np.mean(kept[-sweep.last_k :]))
+                newest = kept[-sweep.last_k :]
+                values.setdefault((method, column), {})[seed] = float(np.mean(newest))
+                counts.add(len(newest))
         cells = {}
         for key, own in values.items():
             cost = _cost([costs[*key, seed] for seed in own])
@@ -250,7 +252,9 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
             if cell.like and cell.whole and (sweep.reference, key[1]) not in other_data:
                 cell = dataclasses.replace(cell, differences=_paired(own, values, key, sweep.reference))
             cells[key] = cell
-        grids.append(Grid(caption, cells))
+        averaged = (min(counts), max(counts)) if counts else (sweep.last_k, sweep.last_k)
+        caption = f"{sweep.metric}, {_of_last(averaged, sweep.last_k)}"
+        grids.append(Grid(caption + (f" up to round {upto}" if upto else ""), cells, averaged))
     curves = {
         column: {
             method: _stacked([s for (m, c, _), s in series.items() if (m, c) == (method, column)])
@@ -308,8 +312,12 @@ def format_mean_std(values: Sequence[float], plus_minus: str = "±", signed: boo
     return middle if wide is None else f"{middle} {plus_minus} {wide:.4f} ({len(values)})"
 
 
-def _of_last(count: int) -> str:
-    return "last value" if count == 1 else f"mean of the last {count} values"
+def _of_last(averaged: tuple[int, int], wanted: int) -> str:
+    """What a number of the table is; with what was `wanted`, where some run had fewer values."""
+    fewest, most = averaged
+    of = f" to {most}" if most > fewest else ""
+    told = "last value" if most == 1 else f"mean of the last {fewest}{of} values"
+    return told if fewest == wanted else f"{told} (fewer than the {wanted} of last_k)"
 
 
 def _cost(runs: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:

@@ -203,7 +203,7 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
             for method in sorted(compared.best(grid, column))[:1]:
                 cell = grid.cells[method, column]
                 value = comparison.format_mean_std(list(cell.values.values()))
-                words = _ranked_by(study, compared)
+                words = _ranked_by(compared)
                 tiles.append(Tile(f"{words}{', ' + column if column else ''}: {method}", value))
     elif metric:
         curve = next(curve for key, curve in found.curves.items() if key[0] == metric)
@@ -228,11 +228,12 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
     return tiles
 
 
-def _ranked_by(study: Study, compared: Comparison) -> str:
+def _ranked_by(compared: Comparison) -> str:
     """`highest last accuracy`: the number of which a tile shows the first."""
     first = "highest" if compared.goal == "max" else "lowest"
-    count = 1 if study.sweep is None else study.sweep.last_k
-    return f"{first} last {compared.metric}" + (f" (mean of {count} values)" if count > 1 else "")
+    fewest, most = compared.grids[0].averaged
+    count = str(most) if fewest == most else f"{fewest} to {most}"
+    return f"{first} last {compared.metric}" + (f" (mean of {count} values)" if most > 1 else "")
 
 
 def _data_sets(study: Study, column: str) -> list[str]:

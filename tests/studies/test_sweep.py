@@ -425,6 +425,20 @@ def test_last_k_rounds_of_interest_and_pairs(tmp_path):
     assert rounds.tolist() == [1, 2, 3] and values.shape == (2, 3)
 
 
+def test_a_caption_says_how_many_values_there_were_where_they_are_fewer(tmp_path):
+    table = {("FedAvg", 0): [0.1, 0.2, 0.6], ("FedMR", 0): [0.3, 0.4, 0.8]}
+    captions = [grid.caption for grid in compared(tmp_path, table, seeds=[0], last_k=3).grids]
+    assert captions == ["accuracy, mean of the last 3 values"]
+    got = compared(tmp_path, table, seeds=[0], last_k=5, rounds_of_interest=[1])
+    assert [grid.caption for grid in got.grids] == [
+        "accuracy, mean of the last 3 values (fewer than the 5 of last_k)",
+        "accuracy, last value (fewer than the 5 of last_k) up to round 1",
+    ]
+    got = compared(tmp_path, {**table, ("FedMR", 0): [0.8]}, seeds=[0], last_k=2)
+    assert got.grids[0].caption == "accuracy, mean of the last 1 to 2 values (fewer than the 2 of last_k)"
+    assert got.grids[0].averaged == (1, 2)
+
+
 def test_nothing_is_ranked_or_paired_before_all_seeds_are_there(tmp_path):
     """As after `--part 1/2`, where one method's first seed stood against the other's second."""
     table = {("FedAvg", 0): [0.5], ("FedMR", 0): [0.7], ("FedMR", 1): [0.1]}
