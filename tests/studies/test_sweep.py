@@ -361,17 +361,49 @@ def test_parts_that_are_none(part, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
-    changed = {**BASE, "rounds": 1}
-    again = sweep.run(sweep.from_mapping(asked(done.sweep.out, base=changed)))
-    assert len(again.failures) == 4
-    assert all("other settings: rounds is 2, not 1" in why for why in again.failures.values())
+def kept(out):
+    """Every file below a folder that a sweep writes for itself."""
+    return {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_runs_of_other_settings_are_told_once_before_anything_is_written(done, tmp_path, capsys):
+    path, before = tmp_path / "study.yaml", kept(done.sweep.out)
+
+    def refused(**changes):
+        path.write_text(yaml.safe_dump(asked(done.sweep.out, base={**BASE, **changes})))
+        assert commands.main(["sweep", str(path)]) == 2
+        told = capsys.readouterr()
+        assert kept(done.sweep.out) == before and told.out == ""
+        assert told.err.startswith("error: sweep.out = ") and told.err.count("runs of other settings") == 1
+        assert "it holds 4 runs of other settings, the first of them FedAvg, seed 0: " in told.err
+        return told.err
+
+    fewer = refused(rounds=1)
+    assert "rounds is 2, not 1. Put rounds back to 2; rounds_of_interest: [1] gives" in fewer
+    assert "Put the settings back, or remove" in refused(rounds=1, cohort={"size": 3})
+    assert "fedjax-sim resume" in refused(rounds=3) and "--rounds 3" in refused(rounds=3)
     assert runs.load(done.sweep.jobs[0].config.output.dir).rounds == 2
 
 
+def test_a_finished_sweep_is_extended_as_its_error_says(tmp_path, capsys):
+    spec = asked(tmp_path / "out", seeds=[0])
+    assert not sweep.run(sweep.from_mapping(spec)).failures
+    more = sweep.from_mapping({**spec, "base": {**BASE, "rounds": 3}})
+    for job in more.jobs:
+        with pytest.raises(UserError, match="To extend") as caught:
+            sweep.run(more)
+        line = re.search(r"fedjax-sim (resume \S+ --rounds 3)\.", caught.value.fix)
+        assert line and commands.main(line[1].split()) == 0 and str(job.config.output.dir) in line[1]
+    outcome = sweep.run(more)
+    assert not outcome.failures and outcome.comparison is not None
+    assert outcome.comparison.curves[""]["FedMR"][0].tolist() == [1, 2, 3]
+
+
 def test_a_metric_that_nobody_recorded(done):
+    before = kept(done.sweep.out)
     with pytest.raises(UserError, match="no run has recorded it"):
         sweep.run(sweep.from_mapping(asked(done.sweep.out, metric="bleu")))
+    assert kept(done.sweep.out) == before
 
 
 @pytest.mark.parametrize(
