@@ -71,6 +71,8 @@ class Comparison:
       curves: column -> method -> (rounds i64[T], values f64[seeds, T]), NaN where a seed has no value.
       cautions: sentences on runs that were made with different versions of the same own module, or of
         the same data.
+      missing: whether runs are not finished.
+      without: those that are finished and have not recorded the metric: methods, or single runs of one.
     """
 
     title: str
@@ -82,6 +84,8 @@ class Comparison:
     grids: tuple[Grid, ...]
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
     cautions: tuple[str, ...] = ()
+    missing: bool = False
+    without: tuple[str, ...] = ()
 
     def best(self, grid: Grid, column: str) -> set[str]:
         """Methods of the best mean in a column to the printed digits; none while a run is missing."""
@@ -113,7 +117,6 @@ class Comparison:
 
     def notes(self, mark: str) -> list[str]:
         """What a reader of the tables must know: what `mark` means, and that runs are missing."""
-        cells = self.grids[0].cells
         against = self.methods[0] if self.reference is None else self.reference
         told = []
         every = [cell for grid in self.grids for cell in grid.cells.values()]
@@ -125,11 +128,16 @@ class Comparison:
                 "its own changes who holds which samples: neither ranked nor paired. Put that setting into "
                 "base, so that all methods share it."
             )
-        some = any(not cell.whole for cell in cells.values())
-        if some or len(cells) < len(self.methods) * len(self.columns):
+        if self.missing:
             told.append(
                 "Runs are missing. Until all are there, nothing is ranked, and only methods with every seed "
                 "are paired."
+            )
+        if self.without:
+            have = "has" if len(self.without) == 1 else "have"
+            told.append(
+                f"{own_code.in_short(list(self.without))} {have} not recorded {self.metric}. A column where "
+                "it is missing is not ranked, and only methods that have it under every seed are paired."
             )
         return told
 
@@ -273,7 +281,22 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     told = same_data.cautions(of_data)
     told += own_code.cautions((job.name, about) for job, _, about in abouts)
     of = (sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves)
-    return Comparison(title, *of, tuple(told))
+    missing = len(finished) < len(sweep.jobs)
+    return Comparison(title, *of, tuple(told), missing, tuple(_without(sweep.metric, methods, finished)))
+
+
+def _without(metric: str, methods: Sequence[str], finished: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Whose finished runs have not recorded a metric: the method if none of its has, else each of them."""
+    out = []
+    for method in methods:
+        lacks = {
+            job.name: not len(run.metrics.series(metric)[1]) for job, run in finished if job.method == method
+        }
+        if lacks and all(lacks.values()):
+            out.append(method)
+        else:
+            out += [name for name, lacking in lacks.items() if lacking]
+    return out
 
 
 def mean(values: Sequence[float]) -> float:

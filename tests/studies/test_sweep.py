@@ -484,6 +484,19 @@ def test_nothing_is_ranked_or_paired_before_all_seeds_are_there(tmp_path):
     assert "| FedAvg | – |" in none.markdown() and "--" in none.latex() and "missing" in none.markdown()
 
 
+def test_methods_that_have_not_recorded_the_metric_are_named(tmp_path):
+    table = {(method, seed): [0.5] for method in METHODS for seed in (0, 1)}
+    lacking = {**table, ("FedAvg", 0): [], ("FedAvg", 1): []}
+    text = compared(tmp_path, lacking).markdown()
+    assert "FedAvg has not recorded accuracy. " in text and "Runs are missing" not in text
+    text = compared(tmp_path, {**table, ("FedAvg", 1): []}).latex()
+    assert "FedAvg, seed 1 has not recorded accuracy" in text and "textbf" not in text
+    cut = {key: values for key, values in lacking.items() if key != ("FedMR", 1)}
+    text = compared(tmp_path, cut).markdown()
+    assert "FedAvg has not recorded" in text and "Runs are missing" in text
+    assert "recorded" not in compared(tmp_path, table).markdown()
+
+
 def test_a_row_of_another_partition_is_marked_and_neither_best_nor_paired(tmp_path):
     table = {
         (method, seed): [value] for method, value in (("FedAvg", 0.5), ("FedMR", 0.7)) for seed in (0, 1)
