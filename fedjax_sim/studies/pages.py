@@ -46,10 +46,11 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
     state, words = _state(study)
     failed = [entry for entry in study.entries if entry.state.kind in ("failed", "damaged")]
     title = _title(study, compared)
-    if several and chart is not None and any(entry.seen and not entry.over for entry in study.entries):
+    if chart is not None and _uneven(study.entries):
+        how = "under way" if any(entry.state.kind == "running" for entry in study.entries) else "not finished"
         notes.append(
-            "Some runs are under way: where seeds are at different rounds, a mean is over those that came"
-            " so far."
+            f"Some runs are {how}: where seeds are at different rounds, a mean is over those that came so"
+            " far."
         )
     return Page(
         kind=study.kind,
@@ -110,6 +111,16 @@ def _cells(rows: Sequence[Any], drop: tuple[str, ...] = ()) -> tuple[tuple[str, 
     return tuple(tuple(getattr(row, name) for name in names) for row in rows)
 
 
+def _uneven(known: Sequence[Entry]) -> bool:
+    """Whether seeds of one row and setting are at different rounds, and some of these are not finished."""
+    rounds: dict[tuple[str, str], set[int]] = {}
+    for entry in known:
+        if entry.seen:
+            rounds.setdefault((entry.row, entry.column), set()).add(entry.state.round)
+    unfinished = any(entry.seen and entry.state.kind not in ("finished", "stopped") for entry in known)
+    return unfinished and any(len(numbers) > 1 for numbers in rounds.values())
+
+
 def _title(study: Study, compared: Comparison | None) -> str:
     rows = list(dict.fromkeys(entry.row for entry in study.entries))
     if study.kind == "Run":
@@ -126,10 +137,26 @@ def _title(study: Study, compared: Comparison | None) -> str:
 
 def _run_title(entry: Entry) -> str:
     """Method and model on data, of one run."""
-    given, config = entry.config.given, entry.config
-    source = config.data.source if entry.run is None else entry.run.recipe.get("dataset", config.data.source)
-    model = given.get("model", config.model.name)
-    return f"{entry.row}, {model} on {source}"
+    return f"{entry.row}, {_model(entry)} on {_source(entry)}"
+
+
+def _model(entry: Entry) -> str:
+    return str(entry.config.given.get("model", entry.config.model.name))
+
+
+def _source(entry: Entry) -> str:
+    source = entry.config.data.source
+    return source if entry.run is None else str(entry.run.recipe.get("dataset", source))
+
+
+def _model_and_data(known: Sequence[Entry]) -> str:
+    """What all runs have in common of these, as far as it is known before they begin."""
+    begun = [entry for entry in known if entry.run is not None]
+    models, sources = {_model(entry) for entry in known}, {_source(entry) for entry in begun or known}
+    if len({str(entry.config.data) for entry in known}) > 1:
+        sources = set()
+    told = [one.pop() for one in (models, sources) if len(one) == 1]
+    return " on ".join(told)
 
 
 def _about(study: Study, first: Entry, compared: Comparison | None) -> str:
@@ -144,6 +171,8 @@ def _about(study: Study, first: Entry, compared: Comparison | None) -> str:
             recipe.get("kind", config.partition.kind),
         )
         alpha = recipe.get("alpha", config.partition.alpha)
+        if study.kind != "Run" and (told := _model_and_data(study.entries)):
+            parts.append(told)
         parts.append(f"{clients:,} clients" if clients else "clients as the data name them")
         parts.append(f"{kind} (α = {alpha})" if str(kind).startswith("dirichlet") else str(kind))
     else:
