@@ -118,6 +118,15 @@ def read_sweep(path: str | Path) -> Sweep:
     return from_mapping(mapping, Path(path).parent, Path(path).stem)
 
 
+def as_sweep(given: Sweep | str | Path) -> Sweep:
+    """A sweep as it is, or read from its file.
+
+    Raises:
+      UserError: see `read_sweep`.
+    """
+    return given if isinstance(given, Sweep) else read_sweep(given)
+
+
 def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str = "sweep") -> Sweep:
     """A sweep from what its file says.
 

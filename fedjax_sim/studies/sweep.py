@@ -34,7 +34,7 @@ import jax
 from fedjax_sim import config as config_lib
 from fedjax_sim import data, runs
 from fedjax_sim.config import RunConfig
-from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping
+from fedjax_sim.config.sweep_files import Job, Sweep, as_sweep, from_mapping
 from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts, programs
@@ -94,6 +94,12 @@ class Outcome:
     left: tuple[str, ...] = ()
     programs: Count | None = None
 
+    def __repr__(self):
+        count, finished = len(self.sweep.jobs), len(self.seconds)
+        told = [f"{finished} of {count} runs finished"]
+        told += [f"{len(self.failures)} failed"] if self.failures else []
+        return f"Outcome({', '.join(told)}, in {self.sweep.out}; report() gives the table)"
+
     def report(self) -> str:
         """For the terminal: the table, the failures, and how much is missing."""
         lines = [] if self.comparison is None else [self.comparison.markdown()]
@@ -121,7 +127,7 @@ class _Found:
 
 
 def run(
-    sweep: Sweep,
+    sweep: Sweep | str | Path,
     tell: Callable[[str], None] = lambda line: None,
     *,
     part: tuple[int, int] = (1, 1),
@@ -133,7 +139,7 @@ def run(
     A run that fails is noted and the others go on.
 
     Args:
-      sweep: what to run.
+      sweep: what to run, or the path of its file.
       tell: is given a line after each run.
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
       launcher: where runs are started: "local", in this process; "slurm" or "ray", or a `Slurm` or `Ray` that
@@ -148,6 +154,7 @@ def run(
       NotWritten: the disk is full, or fails; a later start continues.
       Interrupted, Terminated: on SIGINT and SIGTERM; likewise.
     """
+    sweep = as_sweep(sweep)
     this, parts = part
     if not 1 <= this <= parts:
         raise UserError(

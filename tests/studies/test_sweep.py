@@ -1,5 +1,6 @@
 import collections
 import csv
+import dataclasses
 import io
 import json
 import re
@@ -280,6 +281,27 @@ def test_a_clone_with_the_records_alone_is_finished_and_gives_the_same_table(tmp
     assert not again.failures and len(told) == 4 and all("finished before" in line for line in told)
     for name, content in tables.items():
         assert (tmp_path / "clone" / "out" / name).read_bytes() == content
+
+
+def test_a_sweep_is_taken_by_its_file_and_its_outcome_is_short_to_print(done, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(done.sweep.out, rounds_of_interest=[1])))
+    outcome = sweep.run(str(path))
+    assert outcome.sweep == sweep.run(path).sweep == done.sweep
+    assert repr(outcome) == (f"Outcome(4 of 4 runs finished, in {done.sweep.out}; report() gives the table)")
+    failed = dataclasses.replace(outcome, failures={"FedMR, seed 1": "it diverged"})
+    assert "4 of 4 runs finished, 1 failed, in" in repr(failed)
+    assert sweep.plan(path).runs == 4
+
+
+def test_the_table_of_a_sweep_s_file_has_the_file_s_reference(done, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(done.sweep.out)))
+    assert fs.compare(path).reference == "FedAvg" and fs.compare([str(path)]).reference == "FedAvg"
+    assert fs.compare(path, reference="FedMR").reference == "FedMR"
+    assert commands.main(["compare", str(path)]) == 0
+    assert "paired differences to FedAvg" in capsys.readouterr().out
+    assert fs.compare([done.sweep.jobs[0].config.output.dir]).reference is None
 
 
 def test_methods_see_the_same_partition(done):
