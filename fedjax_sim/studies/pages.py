@@ -388,16 +388,18 @@ def _runs_words(study: Study) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in states.items()) + "."
 
 
+_NUMBERS_BY = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")
+"""Packages whose versions a reader installs to repeat a study."""
+
+
 def _repeat(study: Study, first: Entry) -> list[Step]:
     steps, given = [], first.config.given
     about = facts.provenance_of(first)
     git = (about.get("git") or {}).get("package") or {}
-    versions = {name: version for name, version in about.get("versions", {}).items() if version}
-    wanted = " ".join(
-        f"{name}=={versions[name]}"
-        for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-        if name in versions
-    )
+    versions: dict[str, str] = {}
+    for told in (about, *map(facts.provenance_of, study.entries)):  # pictures may be those of another run
+        versions = {name: one for name, one in told.get("versions", {}).items() if one} | versions
+    wanted = " ".join(f"{name}=={versions[name]}" for name in _NUMBERS_BY if name in versions)
     if wanted:
         at = f", fedjax_sim at commit {git['commit'][:12]}" if "commit" in git else ""
         python = f"Python {versions['python']}" if "python" in versions else "Python"

@@ -253,6 +253,17 @@ def test_a_study_under_way_says_how_far_it_is(tmp_path):
         )
 
 
+def test_how_to_repeat_it_installs_this_package_and_what_decoded_the_pictures(tmp_path):
+    path, sweep = studies.written(tmp_path, seeds=[0])
+    studies.record(sweep.jobs[0])
+    assert "pip install fedjax-sim==0.1.0 jax==0.10.1 jaxlib==0.10.1" in page_of(path, tmp_path)["repeat"]
+    versions = {"python": "3.11.7", "fedjax-sim": "0.1.0", "jax": "0.10.1", "jaxlib": "0.10.1"}
+    studies.record(sweep.jobs[1], versions={**versions, "pillow": "12.0.0"})
+    page = page_of(path, tmp_path)
+    assert "jaxlib==0.10.1 pillow==12.0.0" in page["repeat"]
+    assert "different sets of versions" not in " ".join(page.sections.get("warnings", "").split())
+
+
 def test_a_study_at_rest_is_not_called_under_way_and_its_head_names_model_and_data(tmp_path):
     path, sweep = studies.written(tmp_path)
     page = page_of(path, tmp_path)  # nothing has begun

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import PIL
 import pytest
 import yaml
 from PIL import Image
@@ -212,6 +213,8 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
     about = json.loads((out / "sweep.json").read_text())
     assert all(job["seconds"] > 0 and job["config"]["rounds"] == 2 for job in about["jobs"])
     assert about["versions"]["jax"] == jax.__version__
+    own = runs.load(done.sweep.jobs[0].config.output.dir).folder
+    assert "pillow" not in own_code.told_by(own)["versions"]  # the digits are no picture files
     for unit in ("seconds", "cpu_seconds"):
         spent = [job[unit] for job in about["jobs"]]
         assert min(spent) > 0 and about[f"{unit}_of_rounds"] == pytest.approx(sum(spent))
@@ -574,6 +577,8 @@ def test_runs_of_other_data_of_the_same_name_are_told_and_not_ranked(together, t
         pictures(tmp_path / "photos", 0)  # written anew, the same
         more = {**spec, "seeds": [0, 1, 2]}
         assert "other data" not in sweep.run(sweep.from_mapping(more), together=together).report()
+    about = own_code.told_by(Path(str(first.sweep.jobs[0].config.output.dir)))
+    assert about["versions"]["pillow"] == PIL.__version__
     pictures(tmp_path / "photos", 50)
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump({**more, "methods": METHODS}))
