@@ -107,6 +107,9 @@ def read_sweep(path: str | Path) -> Sweep:
       UserError: the file is missing, or anything in it is wrong.
     """
     mapping = config_yaml.read_yaml(path)
+    if "space" in mapping and not any(key in mapping for key in ("methods", "grid")):
+        why = "this is the file of a search (it has space), and that of a sweep is wanted"
+        raise UserError("sweep", str(path), why, f"Start it with: fedjax-sim tune {path}.")
     of_a_run = [str(key) for key in mapping if key in _OF_A_RUN]
     if of_a_run and not any(key in _FIELDS for key in mapping):
         raise UserError(
