@@ -28,14 +28,14 @@ class Compare:
       runs: folders of runs, and files of sweeps
       out: writes table.md, table.csv, table.tex, curves.png and curves.pdf there
       metric: of the table
-      reference: differences to that row as well, seed by seed
+      reference: differences to that row as well, seed by seed; of a sweep's file, its reference unless said
       last_k: mean of the newest K values
       rounds: further tables, of the mean of the newest values up to these rounds
     """
 
     examples: ClassVar = (
         ("fedjax-sim compare runs/first runs/second", "two runs"),
-        ("fedjax-sim compare my_study.yaml --reference FedAvg", "a sweep, with paired differences"),
+        ("fedjax-sim compare my_study.yaml --reference FedMR", "a sweep, with differences to that row"),
         ("fedjax-sim compare my_study.yaml --last-k 5 --rounds 50,150 --out table", "as in a paper"),
     )
 

@@ -154,6 +154,10 @@ def read_search(path: str | Path) -> Search:
       UserError: the file is missing, or anything in it is wrong.
     """
     mapping = config_yaml.read_yaml(path)
+    of_a_sweep = next((key for key in ("methods", "grid") if key in mapping), None)
+    if of_a_sweep and "space" not in mapping:
+        why = f"this is the file of a sweep (it has {of_a_sweep}), and that of a search is wanted"
+        raise UserError("tune", str(path), why, f"Start it with: fedjax-sim sweep {path}.")
     for key in mapping:
         if key not in _FIELDS:
             fix = f"Put {key} under `base`." if key in _OF_A_RUN else nearest(str(key), _FIELDS)

@@ -107,6 +107,9 @@ def read_sweep(path: str | Path) -> Sweep:
       UserError: the file is missing, or anything in it is wrong.
     """
     mapping = config_yaml.read_yaml(path)
+    if "space" in mapping and not any(key in mapping for key in ("methods", "grid")):
+        why = "this is the file of a search (it has space), and that of a sweep is wanted"
+        raise UserError("sweep", str(path), why, f"Start it with: fedjax-sim tune {path}.")
     of_a_run = [str(key) for key in mapping if key in _OF_A_RUN]
     if of_a_run and not any(key in _FIELDS for key in mapping):
         raise UserError(
@@ -116,6 +119,15 @@ def read_sweep(path: str | Path) -> Sweep:
             f"Start it with: fedjax-sim run {path}. Or name it as `base: {path}` in the file of a sweep.",
         )
     return from_mapping(mapping, Path(path).parent, Path(path).stem)
+
+
+def as_sweep(given: Sweep | str | Path) -> Sweep:
+    """A sweep as it is, or read from its file.
+
+    Raises:
+      UserError: see `read_sweep`.
+    """
+    return given if isinstance(given, Sweep) else read_sweep(given)
 
 
 def from_mapping(mapping: Mapping[str, Any], home: Path = Path("."), name: str = "sweep") -> Sweep:

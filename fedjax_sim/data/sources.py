@@ -45,6 +45,11 @@ _OPTIONS = {
 """Scheme -> what may follow its #, in words."""
 
 
+def may_hold_pictures(source: str) -> bool:
+    """Whether files of a source may be pictures, which Pillow decodes: not those of arrays and tables."""
+    return source not in EMBEDDED and source.partition(":")[0] not in ("npz", "npy", "idx", "table")
+
+
 def load_dataset(
     source: str,
     *,

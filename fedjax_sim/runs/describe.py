@@ -14,6 +14,7 @@ from fedjax_sim.core import imports
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.data import Partition, Samples
+from fedjax_sim.data.sources import may_hold_pictures
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.runs import provenance
 from fedjax_sim.runs.folder import Folder
@@ -34,7 +35,8 @@ def portable(config: RunConfig) -> RunConfig:
 def describe(folder: Folder, setup: Setup) -> None:
     """Writes what can be known before the first round. config.yaml comes last: with it the run exists."""
     config = portable(yaml_safe(setup.config))
-    about = provenance.describe(setup.dataset, setup.partition)
+    pictures = "dataset" in setup.config.given or may_hold_pictures(setup.config.data.source)
+    about = provenance.describe(setup.dataset, setup.partition, pictures=pictures)
     about["headline"] = setup.task.headline.name
     about["layout"] = {
         **{"devices": setup.devices, "wave": setup.wave, "conv": setup.model.conv},

@@ -78,7 +78,7 @@ def write_start(folder: Folder, done: int) -> None:
     for start in kept:
         own |= start.get("own", {})
         versions |= start.get("versions", {})
-    now = {"own": imports.checksums(own), "versions": provenance.describe_versions()}
+    now = {"own": imports.checksums(own), "versions": provenance.describe_versions(provenance.PILLOW)}
     changed = {
         part: {name: found for name, found in now[part].items() if name in had and had[name] != found}
         for part, had in (("own", own), ("versions", versions))

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -24,11 +25,21 @@ from fedjax_sim.data import Partition, Samples
 from fedjax_sim.data.ragged import Ragged
 from fedjax_sim.engine.placement import cores
 
+PILLOW = "pillow"
+"""The package that decodes pictures."""
 
-def describe(dataset: Samples, partition: Partition) -> dict[str, Any]:
-    """Everything that is written to `provenance.json`, JSON as it stands."""
+
+def describe(dataset: Samples, partition: Partition, *, pictures: bool = False) -> dict[str, Any]:
+    """Everything that is written to `provenance.json`, JSON as it stands.
+
+    Args:
+      dataset: what the run trains on.
+      partition: who holds which samples of it.
+      pictures: whether it may come of picture files; Pillow's version is then told, if it has been imported.
+    """
+    decoder = (PILLOW,) if pictures and "PIL.Image" in sys.modules else ()
     return {
-        "versions": describe_versions(),
+        "versions": describe_versions(*decoder),
         **hardware(),
         "jax": jax_settings(),
         "git": {"package": _commit(Path(__file__).parent), "working_directory": _commit(Path.cwd())},
@@ -58,9 +69,10 @@ def _crc(lists: Sequence[np.ndarray], crc: int) -> int:
     return crc
 
 
-def describe_versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
-    return {"python": platform.python_version(), **{name: _installed(name) or None for name in PACKAGES}}
+def describe_versions(*more: str) -> dict[str, str | None]:
+    """Versions of Python, of packages that numbers depend on, and of `more`; None: it is not installed."""
+    names = (*PACKAGES, *more)
+    return {"python": platform.python_version(), **{name: _installed(name) or None for name in names}}
 
 
 _installed = functools.cache(installed)  # what a process has loaded stays

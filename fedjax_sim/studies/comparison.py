@@ -1,7 +1,8 @@
 """The comparison of finished runs: mean ± deviation over seeds, paired differences, three formats.
 
 Only like is set against like. A method that trained on another partition than the reference is marked, and
-neither ranked nor paired. Means over different seeds are not ranked: every seed of the table must be there.
+neither ranked nor paired; so is one whose data setting gave other data than it gave the reference. Means over
+different seeds are not ranked: every seed of the table must be there.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.shared import comma_separated
-from fedjax_sim.runs import own_code
+from fedjax_sim.runs import own_code, same_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,12 @@ class Cell:
       seconds: mean wall-clock seconds of the seeds' whole runs.
       cpu_seconds: mean CPU seconds of them; None unless all recorded it.
       differences: value minus the reference's with the same seed; empty without a reference, for the
-        reference itself, while a seed of either is missing, and where the partitions differ.
+        reference itself, while a seed of either is missing, and where they are not `like`.
       whole: every seed of the table is there.
-      like: under each seed the partition is that of the reference, or of the first method without one.
+      like: under each seed the clients hold the same samples as those of the reference, or of the first
+        method without one.
+      same_data: no run had other data than the reference had from the same data setting
+        (`fedjax_sim.runs.same_data`); where one had, `like` is false too.
     """
 
     values: dict[int, float]
@@ -36,6 +40,7 @@ class Cell:
     differences: tuple[float, ...] = ()
     whole: bool = True
     like: bool = True
+    same_data: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +50,12 @@ class Grid:
     Attributes:
       caption: what is in it.
       cells: (method, column) -> Cell; missing where no seed was finished.
+      averaged: how many values a run's number is the mean of: of the run with fewest, and with most.
     """
 
     caption: str
     cells: dict[tuple[str, str], Cell]
+    averaged: tuple[int, int] = (1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,10 @@ class Comparison:
       columns: settings.
       grids: the table of the last values, then those of the rounds of interest.
       curves: column -> method -> (rounds i64[T], values f64[seeds, T]), NaN where a seed has no value.
-      cautions: sentences on runs that were made with different versions of the same own module.
+      cautions: sentences on runs that were made with different versions of the same own module, or of
+        the same data.
+      missing: whether runs are not finished.
+      without: those that are finished and have not recorded the metric: methods, or single runs of one.
     """
 
     title: str
@@ -74,6 +84,8 @@ class Comparison:
     grids: tuple[Grid, ...]
     curves: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]
     cautions: tuple[str, ...] = ()
+    missing: bool = False
+    without: tuple[str, ...] = ()
 
     def best(self, grid: Grid, column: str) -> set[str]:
         """Methods of the best mean in a column to the printed digits; none while a run is missing."""
@@ -105,20 +117,27 @@ class Comparison:
 
     def notes(self, mark: str) -> list[str]:
         """What a reader of the tables must know: what `mark` means, and that runs are missing."""
-        cells = self.grids[0].cells
         against = self.methods[0] if self.reference is None else self.reference
         told = []
-        if not all(cell.like for grid in self.grids for cell in grid.cells.values()):
+        every = [cell for grid in self.grids for cell in grid.cells.values()]
+        if not all(cell.same_data for cell in every):
+            told.append(f"{mark} Some of its runs had other data: neither ranked nor paired.")
+        if not all(cell.like for cell in every if cell.same_data):
             told.append(
                 f"{mark} Trained on another partition than {against} under the same seed, as a setting of "
                 "its own changes who holds which samples: neither ranked nor paired. Put that setting into "
                 "base, so that all methods share it."
             )
-        some = any(not cell.whole for cell in cells.values())
-        if some or len(cells) < len(self.methods) * len(self.columns):
+        if self.missing:
             told.append(
                 "Runs are missing. Until all are there, nothing is ranked, and only methods with every seed "
                 "are paired."
+            )
+        if self.without:
+            have = "has" if len(self.without) == 1 else "have"
+            told.append(
+                f"{own_code.in_short(list(self.without))} {have} not recorded {self.metric}. A column where "
+                "it is missing is not ranked, and only methods that have it under every seed are paired."
             )
         return told
 
@@ -181,6 +200,7 @@ class Comparison:
                         "cpu_seconds": cell.cpu_seconds,
                         "all_seeds": cell.whole,
                         "same_partition": cell.like,
+                        "same_data": cell.same_data,
                         "values": ";".join(f"{seed}:{value!r}" for seed, value in cell.values.items()),
                     }
                 )
@@ -205,32 +225,44 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
         known = ", ".join(finished[0][1].metrics.names())
         raise UserError("sweep.metric", sweep.metric, "no run has recorded it", f"They have {known}.")
     costs = {(job.method, job.column, job.seed): (run.seconds, run.cpu_seconds) for job, run in finished}
-    about = f"{sweep.metric}, {_of_last(sweep.last_k)}"
-    captions = [(about, None)]
-    captions += [(f"{about} up to round {number}", number) for number in sweep.rounds_of_interest]
     seeds = {job.seed for job in sweep.jobs}
     against = methods[0] if sweep.reference is None else sweep.reference
     recipes = {(job.method, job.column, job.seed): run.recipe for job, run in finished}
+    abouts = [(job, run.config, own_code.told_by(run.folder)) for job, run in finished]
+    # The reference's data are the standard.
+    ordered = sorted(abouts, key=lambda known: known[0].method != against)
+    of_data = [(job.name, config, about) for job, config, about in ordered]
+    strange = {
+        name for versions in same_data.others(of_data).values() for one in versions[1:] for name in one
+    }
+    other_data = {(job.method, job.column) for job, _ in finished if job.name in strange}
 
     def like(method: str, column: str, own: Iterable[int]) -> bool:
         pairs = ([recipes.get((m, column, seed), {}) for m in (method, against)] for seed in own)
         return all(_same_partition(*pair) for pair in pairs)
 
     grids = []
-    for caption, upto in captions:
+    for upto in (None, *sweep.rounds_of_interest):
         values: dict[tuple[str, str], dict[int, float]] = {}
+        counts: set[int] = set()
         for (method, column, seed), (rounds, numbers) in series.items():
             kept = numbers if upto is None else numbers[rounds <= upto]
             if len(kept):
-                values.setdefault((method, column), {})[seed] = float(np.mean(kept[-sweep.last_k :]))
+                newest = kept[-sweep.last_k :]
+                values.setdefault((method, column), {})[seed] = float(np.mean(newest))
+                counts.add(len(newest))
         cells = {}
         for key, own in values.items():
             cost = _cost([costs[*key, seed] for seed in own])
-            cell = Cell(own, *cost, whole=own.keys() == seeds, like=like(*key, own))
-            if cell.like and cell.whole:
+            same = key not in other_data
+            whole, alike = own.keys() == seeds, same and like(*key, own)
+            cell = Cell(own, *cost, whole=whole, like=alike, same_data=same)
+            if cell.like and cell.whole and (sweep.reference, key[1]) not in other_data:
                 cell = dataclasses.replace(cell, differences=_paired(own, values, key, sweep.reference))
             cells[key] = cell
-        grids.append(Grid(caption, cells))
+        averaged = (min(counts), max(counts)) if counts else (sweep.last_k, sweep.last_k)
+        caption = f"{sweep.metric}, {_of_last(averaged, sweep.last_k)}"
+        grids.append(Grid(caption + (f" up to round {upto}" if upto else ""), cells, averaged))
     curves = {
         column: {
             method: _stacked([s for (m, c, _), s in series.items() if (m, c) == (method, column)])
@@ -246,9 +278,25 @@ def compare(sweep: Any, finished: Sequence[tuple[Any, Any]]) -> Comparison:
     if not any(key.split(".")[0] == "partition" for job in sweep.jobs for key, _ in job.setting):
         kind = str(recipe.get("kind", ""))
         title += f", {kind}({recipe['alpha']})" if kind.startswith("dirichlet") else f", {kind}"
-    code = own_code.cautions((job.name, own_code.told_by(run.folder)) for job, run in finished)
+    told = same_data.cautions(of_data)
+    told += own_code.cautions((job.name, about) for job, _, about in abouts)
     of = (sweep.metric, sweep.goal, sweep.reference, methods, columns, tuple(grids), curves)
-    return Comparison(title, *of, tuple(code))
+    missing = len(finished) < len(sweep.jobs)
+    return Comparison(title, *of, tuple(told), missing, tuple(_without(sweep.metric, methods, finished)))
+
+
+def _without(metric: str, methods: Sequence[str], finished: Sequence[tuple[Any, Any]]) -> list[str]:
+    """Whose finished runs have not recorded a metric: the method if none of its has, else each of them."""
+    out = []
+    for method in methods:
+        lacks = {
+            job.name: not len(run.metrics.series(metric)[1]) for job, run in finished if job.method == method
+        }
+        if lacks and all(lacks.values()):
+            out.append(method)
+        else:
+            out += [name for name, lacking in lacks.items() if lacking]
+    return out
 
 
 def mean(values: Sequence[float]) -> float:
@@ -287,8 +335,12 @@ def format_mean_std(values: Sequence[float], plus_minus: str = "±", signed: boo
     return middle if wide is None else f"{middle} {plus_minus} {wide:.4f} ({len(values)})"
 
 
-def _of_last(count: int) -> str:
-    return "last value" if count == 1 else f"mean of the last {count} values"
+def _of_last(averaged: tuple[int, int], wanted: int) -> str:
+    """What a number of the table is; with what was `wanted`, where some run had fewer values."""
+    fewest, most = averaged
+    of = f" to {most}" if most > fewest else ""
+    told = "last value" if most == 1 else f"mean of the last {fewest}{of} values"
+    return told if fewest == wanted else f"{told} (fewer than the {wanted} of last_k)"
 
 
 def _cost(runs: Sequence[tuple[float, float | None]]) -> tuple[float, float | None]:

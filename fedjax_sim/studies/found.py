@@ -153,7 +153,8 @@ class Found:
         lines = [self.markdown(shown), best]
         if self.search.out is not None:
             left = len(self.trials) - shown
-            lines.append(f"written to {self.search.out}" + f", the other {left} in table.md" * (left > 0))
+            words = "one more trial" if left == 1 else f"the other {left} trials"
+            lines.append(f"written to {self.search.out}" + f", {words} in table.md" * (left > 0))
         return "\n".join(lines)
 
     def plot(self) -> "Figure":

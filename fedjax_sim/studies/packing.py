@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedjax_sim import records, runs
-from fedjax_sim.config.sweep_files import Job, Sweep
+from fedjax_sim.config.sweep_files import Job, Sweep, as_sweep
 from fedjax_sim.core import paths
 from fedjax_sim.core.documents import dump_yaml
 from fedjax_sim.core.errors import UserError
@@ -68,8 +68,8 @@ class Packing:
         return "\n".join(lines)
 
 
-def pack(sweep: Sweep) -> Packing:
-    """Moves the records of a sweep's finished runs into its pack. Nothing is run.
+def pack(sweep: Sweep | str | Path) -> Packing:
+    """Moves the records of a sweep's finished runs into its pack. Nothing is run. `sweep` may be its file.
 
     Runs that are in the pack already stay in it, those of other sweeps with the same folder too.
 
@@ -78,6 +78,7 @@ def pack(sweep: Sweep) -> Packing:
         or are in its folder and in the pack and differ. No record has been removed then.
       NotWritten: the disk is full, or fails.
     """
+    sweep = as_sweep(sweep)
     home, target = _home(sweep)
     with home.drawn_into("packing it"), home.writing("sweep.out", AGAIN):
         names = target.names()
@@ -113,14 +114,16 @@ def pack(sweep: Sweep) -> Packing:
     return Packing(target, tuple(moving), before, left, dict(sorted(others.items())))
 
 
-def unpack(sweep: Sweep) -> Packing:
+def unpack(sweep: Sweep | str | Path) -> Packing:
     """Moves the records in a sweep's pack back into the runs' folders, and removes the pack.
+
+    `sweep` may be its file.
 
     Raises:
       UserError: there is no pack; or a run's records are in its folder too, and differ.
       NotWritten: the disk is full, or fails; the pack is still there.
     """
-    home, source = _home(sweep)
+    home, source = _home(as_sweep(sweep))
     with home.drawn_into("unpacking it"), home.writing("sweep.out", AGAIN):
         names = source.names()
         if not names:

@@ -17,6 +17,7 @@ from fedjax_sim.records import goal_of, plots
 from fedjax_sim.reports.page import curves, entries, facts, holders, pictures, render
 from fedjax_sim.reports.page.entries import Entry
 from fedjax_sim.reports.page.render import Cell, Grid, GridRow, Page, RunLine, Step, Tile
+from fedjax_sim.runs import same_data
 from fedjax_sim.studies import comparison
 from fedjax_sim.studies.comparison import Comparison
 from fedjax_sim.studies.sources import Study
@@ -45,10 +46,11 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
     state, words = _state(study)
     failed = [entry for entry in study.entries if entry.state.kind in ("failed", "damaged")]
     title = _title(study, compared)
-    if several and chart is not None and any(entry.seen and not entry.over for entry in study.entries):
+    if chart is not None and _uneven(study.entries):
+        how = "under way" if any(entry.state.kind == "running" for entry in study.entries) else "not finished"
         notes.append(
-            "Some runs are under way: where seeds are at different rounds, a mean is over those that came"
-            " so far."
+            f"Some runs are {how}: where seeds are at different rounds, a mean is over those that came so"
+            " far."
         )
     return Page(
         kind=study.kind,
@@ -63,7 +65,11 @@ def page_of(study: Study, path: Path, refresh: int | None = None) -> Page:
         tiles=tuple(_tiles(study, found, metric, compared)),
         failures=tuple(f"{entry.name}: {entry.state.words}" for entry in failed[:_MOST_FAILURES])
         + ((f"and {len(failed) - _MOST_FAILURES} more",) if len(failed) > _MOST_FAILURES else ()),
-        cautions=tuple([*_not_comparable(study, metric or study.headline), *facts.cautions(study.entries)]),
+        cautions=(
+            *_not_comparable(study, metric or study.headline),
+            *_other_data(study),
+            *facts.cautions(study.entries),
+        ),
         chart=chart,
         chart_notes=tuple(notes),
         still=pictures.still_curves(found, metric, "") if metric else None,
@@ -105,6 +111,16 @@ def _cells(rows: Sequence[Any], drop: tuple[str, ...] = ()) -> tuple[tuple[str, 
     return tuple(tuple(getattr(row, name) for name in names) for row in rows)
 
 
+def _uneven(known: Sequence[Entry]) -> bool:
+    """Whether seeds of one row and setting are at different rounds, and some of these are not finished."""
+    rounds: dict[tuple[str, str], set[int]] = {}
+    for entry in known:
+        if entry.seen:
+            rounds.setdefault((entry.row, entry.column), set()).add(entry.state.round)
+    unfinished = any(entry.seen and entry.state.kind not in ("finished", "stopped") for entry in known)
+    return unfinished and any(len(numbers) > 1 for numbers in rounds.values())
+
+
 def _title(study: Study, compared: Comparison | None) -> str:
     rows = list(dict.fromkeys(entry.row for entry in study.entries))
     if study.kind == "Run":
@@ -121,10 +137,26 @@ def _title(study: Study, compared: Comparison | None) -> str:
 
 def _run_title(entry: Entry) -> str:
     """Method and model on data, of one run."""
-    given, config = entry.config.given, entry.config
-    source = config.data.source if entry.run is None else entry.run.recipe.get("dataset", config.data.source)
-    model = given.get("model", config.model.name)
-    return f"{entry.row}, {model} on {source}"
+    return f"{entry.row}, {_model(entry)} on {_source(entry)}"
+
+
+def _model(entry: Entry) -> str:
+    return str(entry.config.given.get("model", entry.config.model.name))
+
+
+def _source(entry: Entry) -> str:
+    source = entry.config.data.source
+    return source if entry.run is None else str(entry.run.recipe.get("dataset", source))
+
+
+def _model_and_data(known: Sequence[Entry]) -> str:
+    """What all runs have in common of these, as far as it is known before they begin."""
+    begun = [entry for entry in known if entry.run is not None]
+    models, sources = {_model(entry) for entry in known}, {_source(entry) for entry in begun or known}
+    if len({str(entry.config.data) for entry in known}) > 1:
+        sources = set()
+    told = [one.pop() for one in (models, sources) if len(one) == 1]
+    return " on ".join(told)
 
 
 def _about(study: Study, first: Entry, compared: Comparison | None) -> str:
@@ -139,6 +171,8 @@ def _about(study: Study, first: Entry, compared: Comparison | None) -> str:
             recipe.get("kind", config.partition.kind),
         )
         alpha = recipe.get("alpha", config.partition.alpha)
+        if study.kind != "Run" and (told := _model_and_data(study.entries)):
+            parts.append(told)
         parts.append(f"{clients:,} clients" if clients else "clients as the data name them")
         parts.append(f"{kind} (α = {alpha})" if str(kind).startswith("dirichlet") else str(kind))
     else:
@@ -198,7 +232,7 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
             for method in sorted(compared.best(grid, column))[:1]:
                 cell = grid.cells[method, column]
                 value = comparison.format_mean_std(list(cell.values.values()))
-                words = _ranked_by(study, compared)
+                words = _ranked_by(compared)
                 tiles.append(Tile(f"{words}{', ' + column if column else ''}: {method}", value))
     elif metric:
         curve = next(curve for key, curve in found.curves.items() if key[0] == metric)
@@ -223,11 +257,12 @@ def _tiles(study: Study, found: curves.Curves, metric: str, compared: Comparison
     return tiles
 
 
-def _ranked_by(study: Study, compared: Comparison) -> str:
+def _ranked_by(compared: Comparison) -> str:
     """`highest last accuracy`: the number of which a tile shows the first."""
     first = "highest" if compared.goal == "max" else "lowest"
-    count = 1 if study.sweep is None else study.sweep.last_k
-    return f"{first} last {compared.metric}" + (f" (mean of {count} values)" if count > 1 else "")
+    fewest, most = compared.grids[0].averaged
+    count = str(most) if fewest == most else f"{fewest} to {most}"
+    return f"{first} last {compared.metric}" + (f" (mean of {count} values)" if most > 1 else "")
 
 
 def _data_sets(study: Study, column: str) -> list[str]:
@@ -250,6 +285,13 @@ def _not_comparable(study: Study, metric: str) -> list[str]:
                 "comparable."
             ]
     return []
+
+
+def _other_data(study: Study) -> list[str]:
+    """A sentence where one data setting gave runs different data; the reference's version is the first."""
+    first = study.entries[0].row if study.sweep is None else study.sweep.reference or study.entries[0].row
+    ordered = sorted(study.entries, key=lambda entry: (entry.row != first, not entry.over))
+    return same_data.cautions((entry.name, entry.config, facts.provenance_of(entry)) for entry in ordered)
 
 
 # --- the table ------------------------------------------------------------------------------------------
@@ -346,16 +388,18 @@ def _runs_words(study: Study) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in states.items()) + "."
 
 
+_NUMBERS_BY = ("fedjax-sim", "jax", "jaxlib", "flax", "optax", "numpy", "pillow")
+"""Packages whose versions a reader installs to repeat a study."""
+
+
 def _repeat(study: Study, first: Entry) -> list[Step]:
     steps, given = [], first.config.given
     about = facts.provenance_of(first)
     git = (about.get("git") or {}).get("package") or {}
-    versions = {name: version for name, version in about.get("versions", {}).items() if version}
-    wanted = " ".join(
-        f"{name}=={versions[name]}"
-        for name in ("jax", "jaxlib", "flax", "optax", "numpy")
-        if name in versions
-    )
+    versions: dict[str, str] = {}
+    for told in (about, *map(facts.provenance_of, study.entries)):  # pictures may be those of another run
+        versions = {name: one for name, one in told.get("versions", {}).items() if one} | versions
+    wanted = " ".join(f"{name}=={versions[name]}" for name in _NUMBERS_BY if name in versions)
     if wanted:
         at = f", fedjax_sim at commit {git['commit'][:12]}" if "commit" in git else ""
         python = f"Python {versions['python']}" if "python" in versions else "Python"

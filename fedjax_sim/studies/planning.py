@@ -1,8 +1,9 @@
 """What the runs of a sweep will need in memory, before any of them begins."""
 
 import dataclasses
+from pathlib import Path
 
-from fedjax_sim.config.sweep_files import Job, Sweep
+from fedjax_sim.config.sweep_files import Job, Sweep, as_sweep
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.reports.shared import markdown
 from fedjax_sim.runs import plan as of_runs
@@ -48,15 +49,16 @@ class SweepPlan:
 _VERDICTS = {True: "yes", False: "NO", None: "not known"}
 
 
-def plan(sweep: Sweep) -> SweepPlan:
+def plan(sweep: Sweep | str | Path) -> SweepPlan:
     """What each method will need in each setting. Loads the data, and allocates nothing on a device.
 
     Args:
-      sweep: of which the first seed is planned, as seeds differ by little.
+      sweep: of which the first seed is planned, as seeds differ by little; or the path of its file.
 
     Raises:
       UserError: a configuration cannot work; names the run.
     """
+    sweep = as_sweep(sweep)
     first: dict[tuple[str, str], Job] = {}
     for job in sweep.jobs:
         first.setdefault((job.method, job.column), job)

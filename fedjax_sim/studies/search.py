@@ -390,6 +390,8 @@ class _Halving:
 
     def _write(self, found: Found) -> None:
         place, rows = self._place, found.records()
+        for row, trial in zip(rows, found.trials, strict=True):  # the table may be moved with its folder
+            row["folder"] = ", ".join(str(folder.relative_to(place.path)) for folder in trial.folders)
         place.write("table.md", found.markdown() + "\n")
         place.write("table.csv", comma_separated(list(rows[0]), [list(row.values()) for row in rows]))
         place.write("best.yaml", config_lib.dump(found.best))

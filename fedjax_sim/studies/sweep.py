@@ -22,6 +22,7 @@ finished, wherever the sweep's folder has been moved; so it does once they were 
 import contextlib
 import dataclasses
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,12 +34,12 @@ import jax
 from fedjax_sim import config as config_lib
 from fedjax_sim import data, runs
 from fedjax_sim.config import RunConfig
-from fedjax_sim.config.sweep_files import Job, Sweep, from_mapping
+from fedjax_sim.config.sweep_files import Job, Sweep, as_sweep, from_mapping
 from fedjax_sim.config.sweep_files import read_sweep as load
 from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import hosts, programs
 from fedjax_sim.engine.programs import Count
-from fedjax_sim.runs import opening, own_code, progress, provenance
+from fedjax_sim.runs import opening, own_code, progress, provenance, same_data
 from fedjax_sim.runs import together as side_by_side
 from fedjax_sim.runs.folder import Folder, missing, remove_empty
 from fedjax_sim.runs.kept_programs import kept
@@ -93,6 +94,12 @@ class Outcome:
     left: tuple[str, ...] = ()
     programs: Count | None = None
 
+    def __repr__(self):
+        count, finished = len(self.sweep.jobs), len(self.seconds)
+        told = [f"{finished} of {count} runs finished"]
+        told += [f"{len(self.failures)} failed"] if self.failures else []
+        return f"Outcome({', '.join(told)}, in {self.sweep.out}; report() gives the table)"
+
     def report(self) -> str:
         """For the terminal: the table, the failures, and how much is missing."""
         lines = [] if self.comparison is None else [self.comparison.markdown()]
@@ -120,7 +127,7 @@ class _Found:
 
 
 def run(
-    sweep: Sweep,
+    sweep: Sweep | str | Path,
     tell: Callable[[str], None] = lambda line: None,
     *,
     part: tuple[int, int] = (1, 1),
@@ -132,7 +139,7 @@ def run(
     A run that fails is noted and the others go on.
 
     Args:
-      sweep: what to run.
+      sweep: what to run, or the path of its file.
       tell: is given a line after each run.
       part: (i, n): only the i-th job, the (n+i)-th, … are run; others count once they are finished.
       launcher: where runs are started: "local", in this process; "slurm" or "ray", or a `Slurm` or `Ray` that
@@ -141,32 +148,34 @@ def run(
         `fedjax_sim.runs.together`. Only in this process.
 
     Raises:
-      UserError: there is no such part or launcher; the folder cannot be written; a run cannot work as it is
-        configured, which is found before the first one starts (with a launcher it is one of the failures).
+      UserError: there is no such part or launcher; the folder cannot be written, or holds runs of other
+        settings; a run cannot work as it is configured, which is found before the first one starts (with a
+        launcher it is one of the failures).
       NotWritten: the disk is full, or fails; a later start continues.
       Interrupted, Terminated: on SIGINT and SIGTERM; likewise.
     """
+    sweep = as_sweep(sweep)
     this, parts = part
     if not 1 <= this <= parts:
         raise UserError(
             "part", f"{this}/{parts}", "there is no such part", "Write 1/4 for the first of four parts."
         )
     place, elsewhere = Folder(sweep.out), launcher_of(launcher)
+    as_it_was = _as_it_is(place)
     began, programs_before = time.perf_counter(), programs.count()
-    hosts.on_first(lambda: _warn_edited(sweep)) if elsewhere is None else _warn_edited(sweep)
+
+    def look() -> None:
+        _check_settings(sweep)
+        _warn_edited(sweep)
+
+    hosts.on_first(look) if elsewhere is None else look()
     if elsewhere is None:
-        put_back = _as_it_is(place)
         hosts.on_first(lambda: _check_writable(place))
         if together and jax.process_count() > 1:
             tell("runs go one by one: several processes share each")
             together = False
-        try:
+        with as_it_was():
             found = (_run_together if together else _run_here)(sweep, tell, part)
-        except UserError:
-            if jax.process_count() == 1:
-                with contextlib.suppress(OSError):
-                    put_back()
-            raise
     else:
         if together:
             why = "a launcher's tasks do their runs one after another"
@@ -176,7 +185,8 @@ def run(
         found = _run_elsewhere(sweep, tell, elsewhere)
     done = found.done
     finished = [(job, done[job.name]) for job in sweep.jobs if job.name in done]
-    compared = comparison.compare(sweep, finished) if finished else None
+    with as_it_was():
+        compared = comparison.compare(sweep, finished) if finished else None
     wall = {name: result.seconds for name, result in done.items()}
     cpu = {name: result.cpu_seconds for name, result in done.items()}
     compiled = programs.count().since(programs_before) if elsewhere is None else None
@@ -191,6 +201,7 @@ def _run_here(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, int]) 
     found, shared = _Found(), Shared()
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
+        _warn_other_data(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             head = f"[{number}/{len(sweep.jobs)}] {job.name}"
             try:
@@ -235,6 +246,7 @@ def _run_together(sweep: Sweep, tell: Callable[[str], None], part: tuple[int, in
 
     with compile_cache(sweep.out / "compiled"):
         _check(sweep, shared)
+        _warn_other_data(sweep, shared)
         for number, job in enumerate(sweep.jobs, 1):
             folder = Folder(str(job.config.output.dir))
             try:
@@ -362,10 +374,10 @@ def _check_alone(launcher: Any, part: tuple[int, int]) -> None:
         raise UserError("launcher", launcher, why, "Leave --join out.")
 
 
-def _as_it_is(place: Folder) -> Callable[[], None]:
-    """What puts a sweep's folder back as it is now, if the sweep is refused.
+def _as_it_is(place: Folder) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Inside what this gives, a sweep that is refused leaves its folder as it is now.
 
-    It leaves a folder alone in which something else has come to lie.
+    A folder is left alone in which something else has come to lie.
     """
     made, file = missing(place.path), place.path / "sweep.json"
     before = file.read_text() if file.is_file() else None
@@ -377,7 +389,17 @@ def _as_it_is(place: Folder) -> Callable[[], None]:
             file.unlink()
             remove_empty(made)
 
-    return put_back
+    @contextlib.contextmanager
+    def kept() -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            if jax.process_count() == 1:
+                with contextlib.suppress(OSError):
+                    put_back()
+            raise
+
+    return kept
 
 
 def _check_writable(place: Folder) -> None:
@@ -410,6 +432,29 @@ def _warn_edited(sweep: Sweep) -> None:
         )
 
 
+def _warn_other_data(sweep: Sweep, shared: "Shared") -> None:
+    """Warns of finished runs that had other data than those which were loaded for the runs to come."""
+    finished: dict[str, list[tuple[str, Any]]] = {}
+    for job in sweep.jobs:
+        place = Folder(str(job.config.output.dir))
+        if shared.has(job.config) and hosts.on_first(lambda place=place: place.started and place.finished):
+            known = hosts.on_first(lambda place=place: own_code.told_by(place.path))
+            finished.setdefault(repr(job.config.data), []).append((job.name, known))
+    configs = {repr(job.config.data): job.config for job in sweep.jobs}
+    for key, known in finished.items() if hosts.first() else ():
+        source = configs[key].data.source
+        names = same_data.changed(shared.dataset(configs[key]), known)
+        if names:
+            which = "1 finished run had" if len(names) == 1 else f"{len(names)} finished runs had"
+            warnings.warn(
+                f"{which} other data than {source} gives now: {own_code.in_short(names)}. They are not "
+                "run again, and the table neither ranks nor pairs runs of both. To have all runs on the "
+                "same data, put the data back as they were, or remove the folders of these runs, and start "
+                "again",
+                stacklevel=4,
+            )
+
+
 class Shared:
     """Data sets and partitions that several runs of a study have in common."""
 
@@ -418,6 +463,10 @@ class Shared:
         self._given = given
         self._datasets: dict[Any, data.Samples] = {}
         self._partitions: dict[Any, data.Partition] = {}
+
+    def has(self, config: RunConfig) -> bool:
+        """Whether what a run trains on has been loaded."""
+        return repr(config.data) in self._datasets
 
     def dataset(self, config: RunConfig) -> data.Samples:
         """What a run trains on."""
@@ -475,17 +524,60 @@ def _one(job: Job, shared: Shared, *, mine: bool) -> tuple[str, runs.Run | None]
     return "run", runs.run_prepared(job.config, shared.dataset(job.config), shared.partition(job.config))
 
 
+def _check_settings(sweep: Sweep) -> None:
+    """Raises UserError where folders of the sweep hold runs of other settings. Nothing has been written."""
+    found: list[tuple[Job, Folder, tuple[str, ...]]] = []
+    for job in sweep.jobs:
+        folder = Folder(str(job.config.output.dir))
+        with contextlib.suppress(UserError):  # it cannot be read: one of the failures
+            if folder.started and (differing := runs.differing(folder.path, job.config)):
+                found.append((job, folder, differing))
+    if not found:
+        return
+    job, folder, differing = found[0]
+    if len(found) == 1:
+        which = f"it holds a run of other settings: {job.name}: "
+    else:
+        which = f"it holds {len(found)} runs of other settings, the first of them {job.name}: "
+    raise UserError("sweep.out", str(sweep.out), which + _in_short(differing), _way_out(found))
+
+
+def _way_out(found: list[tuple[Job, Folder, tuple[str, ...]]]) -> str:
+    """What to do about runs of other settings."""
+    job, folder, _ = found[0]
+    only_rounds = all(len(one) == 1 and one[0].startswith("rounds is ") for *_, one in found)
+    unpacked = "" if folder.packed is None else "unpack the study (--unpack), "
+    whose = "its folder" if len(found) == 1 else "the folders of these runs"
+    other = f"{unpacked}remove {whose}, or choose another out."
+    if only_rounds:
+        had = runs.load(folder.path).config.rounds
+        if job.config.rounds < had:
+            earlier = f"rounds_of_interest: [{job.config.rounds}] gives the table up to that round"
+            return f"Put rounds back to {had}; {earlier}. Or {other}"
+        where = runs.portable(job.config).output.dir
+        each = "it" if len(found) == 1 else "each of them"
+        again = f"fedjax-sim resume {shlex.quote(str(where))} --rounds {job.config.rounds}"
+        if unpacked:
+            again = f"unpack the study (--unpack), then {again}"
+        return f"To extend {each}: {again}. Then start the sweep again. Or {other}"
+    return f"Put the settings back, or {other}"
+
+
+def _in_short(differing: tuple[str, ...]) -> str:
+    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+    return "; ".join(differing[:3]) + more
+
+
 def _check_same_settings(job: Job, folder: Folder) -> None:
-    """Raises UserError where the folder holds a run of other settings."""
+    """Raises UserError where the folder holds a run of other settings: since the sweep began, another's."""
     if not folder.started or not (differing := runs.differing(folder.path, job.config)):
         return
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
     packed = folder.packed
     way = "Remove it" if packed is None else "Unpack the study (--unpack) and remove the run's folder"
     raise UserError(
         "sweep.out",
         str(folder.path if packed is None else packed.pack.about),
-        f"it holds a run of other settings: {'; '.join(differing[:3])}{more}",
+        f"it holds a run of other settings: {_in_short(differing)}",
         f"{way}, or choose another out.",
     )
 

@@ -8,7 +8,7 @@ print(fs.compare(["runs/first", "runs/second"], reference="fedavg").markdown())
 import dataclasses
 from pathlib import Path
 
-from fedjax_sim.config.sweep_files import Job, Sweep
+from fedjax_sim.config.sweep_files import Job, Sweep, read_sweep
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.fields import nearest
 from fedjax_sim.records import goal_of
@@ -34,7 +34,8 @@ def compare(
     Args:
       given: runs, their folders, sweeps' files, or a mixture of them.
       metric: of the table, any that was recorded once a round.
-      reference: the row to which the others are compared, seed by seed; None compares none.
+      reference: the row to which the others are compared, seed by seed. None: that of the sweep's file, where
+        a single one is given and one of the rows is it; else none.
       last_k: newest values of the metric that are averaged.
       rounds_of_interest: further tables, each of the mean of the `last_k` newest values up to that round.
       goal: `max` or `min`; None goes by the metric's name.
@@ -44,6 +45,8 @@ def compare(
     """
     groups = shared.groups(given)
     names = [group.name for group in groups]
+    if reference is None:
+        reference = _of_file(given, names)
     if reference is not None and reference not in names:
         raise UserError("reference", reference, "no row is called so", nearest(reference, names))
     for field, value in [("last_k", last_k), *(("rounds_of_interest", one) for one in rounds_of_interest)]:
@@ -64,6 +67,15 @@ def compare(
     except UserError as error:
         raise UserError(error.field.removeprefix("sweep."), error.value, error.why, error.fix) from None
     return dataclasses.replace(table, title=title_of(groups))
+
+
+def _of_file(given: Given, names: list[str]) -> str | None:
+    """The reference of a sweep's file; None where something else is given, or no row is it."""
+    things = list(given) if isinstance(given, list | tuple) else [given]
+    if len(things) != 1 or not isinstance(things[0], str | Path) or Path(things[0]).suffix != ".yaml":
+        return None
+    reference = read_sweep(things[0]).reference
+    return reference if reference in names else None
 
 
 def title_of(groups: list[Group]) -> str:

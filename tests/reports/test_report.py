@@ -253,6 +253,33 @@ def test_a_study_under_way_says_how_far_it_is(tmp_path):
         )
 
 
+def test_how_to_repeat_it_installs_this_package_and_what_decoded_the_pictures(tmp_path):
+    path, sweep = studies.written(tmp_path, seeds=[0])
+    studies.record(sweep.jobs[0])
+    assert "pip install fedjax-sim==0.1.0 jax==0.10.1 jaxlib==0.10.1" in page_of(path, tmp_path)["repeat"]
+    versions = {"python": "3.11.7", "fedjax-sim": "0.1.0", "jax": "0.10.1", "jaxlib": "0.10.1"}
+    studies.record(sweep.jobs[1], versions={**versions, "pillow": "12.0.0"})
+    page = page_of(path, tmp_path)
+    assert "jaxlib==0.10.1 pillow==12.0.0" in page["repeat"]
+    assert "different sets of versions" not in " ".join(page.sections.get("warnings", "").split())
+
+
+def test_a_study_at_rest_is_not_called_under_way_and_its_head_names_model_and_data(tmp_path):
+    path, sweep = studies.written(tmp_path)
+    page = page_of(path, tmp_path)  # nothing has begun
+    assert "mlp on digits, 12 clients" in page["header"]
+    half = studies.record(sweep.jobs[0], upto=15)
+    page = page_of(path, tmp_path)
+    assert "mlp on digits, 12 clients" in page["header"] and "Some runs" not in page["curves"]
+    studies.record(sweep.jobs[2], upto=9)
+    assert "Some runs are under way: where seeds" in page_of(path, tmp_path)["curves"]
+    for folder in (half, Path(str(sweep.jobs[2].config.output.dir))):
+        for name in ("journal.jsonl", "timing.csv", "config.yaml"):
+            os.utime(folder / name, (time.time() - 3600,) * 2)
+    assert "Some runs are not finished: where seeds" in page_of(path, tmp_path)["curves"]
+    assert "Some runs" not in page_of(half, tmp_path)["curves"]
+
+
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell of locks")
 def test_a_run_whose_process_was_killed_here_is_not_under_way(tmp_path):
     _, sweep = studies.written(tmp_path)

@@ -127,13 +127,12 @@ def test_a_run_that_a_lost_task_had_finished_counts(tmp_path):
     assert outcome.failures == {"FedMR, seed 0": "killed"} and list(outcome.seconds) == ["FedAvg, seed 0"]
 
 
-def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(tmp_path):
+def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path):
     made = sweep.from_mapping(asked(tmp_path, seeds=[0]))
     sweep.run(made, launcher=Here())
     changed = sweep.from_mapping(asked(tmp_path, seeds=[0], base={**BASE, "rounds": 1}))
-    outcome = sweep.run(changed, launcher=Here())
-    assert all("other settings: rounds is 2, not 1" in why for why in outcome.failures.values())
-    assert len(outcome.failures) == 2
+    with pytest.raises(UserError, match=r"2 runs of other settings, .*: rounds is 2, not 1"):
+        sweep.run(changed, launcher=Here())
 
 
 def test_what_is_only_submitted_is_left_for_a_later_start(tmp_path):

@@ -1,25 +1,30 @@
 import collections
 import csv
+import dataclasses
 import io
 import json
 import re
 import shutil
 import signal
 import types
+import warnings
 from pathlib import Path
 
 import jax
 import numpy as np
+import PIL
 import pytest
 import yaml
+from PIL import Image
 
+import fedjax_sim as fs
 from fedjax_sim import runs
 from fedjax_sim.cli import commands
 from fedjax_sim.core import memo
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine import programs
 from fedjax_sim.records import Row, Table
-from fedjax_sim.runs import progress
+from fedjax_sim.runs import own_code, progress
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.studies import comparison, sweep
 from fedjax_sim.studies.comparison import deviation, format_mean_std, mean
@@ -208,6 +213,8 @@ def test_a_sweep_writes_one_table_in_three_formats_and_curves(done):
     about = json.loads((out / "sweep.json").read_text())
     assert all(job["seconds"] > 0 and job["config"]["rounds"] == 2 for job in about["jobs"])
     assert about["versions"]["jax"] == jax.__version__
+    own = runs.load(done.sweep.jobs[0].config.output.dir).folder
+    assert "pillow" not in own_code.told_by(own)["versions"]  # the digits are no picture files
     for unit in ("seconds", "cpu_seconds"):
         spent = [job[unit] for job in about["jobs"]]
         assert min(spent) > 0 and about[f"{unit}_of_rounds"] == pytest.approx(sum(spent))
@@ -277,6 +284,27 @@ def test_a_clone_with_the_records_alone_is_finished_and_gives_the_same_table(tmp
     assert not again.failures and len(told) == 4 and all("finished before" in line for line in told)
     for name, content in tables.items():
         assert (tmp_path / "clone" / "out" / name).read_bytes() == content
+
+
+def test_a_sweep_is_taken_by_its_file_and_its_outcome_is_short_to_print(done, tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(done.sweep.out, rounds_of_interest=[1])))
+    outcome = sweep.run(str(path))
+    assert outcome.sweep == sweep.run(path).sweep == done.sweep
+    assert repr(outcome) == (f"Outcome(4 of 4 runs finished, in {done.sweep.out}; report() gives the table)")
+    failed = dataclasses.replace(outcome, failures={"FedMR, seed 1": "it diverged"})
+    assert "4 of 4 runs finished, 1 failed, in" in repr(failed)
+    assert sweep.plan(path).runs == 4
+
+
+def test_the_table_of_a_sweep_s_file_has_the_file_s_reference(done, tmp_path, capsys):
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(asked(done.sweep.out)))
+    assert fs.compare(path).reference == "FedAvg" and fs.compare([str(path)]).reference == "FedAvg"
+    assert fs.compare(path, reference="FedMR").reference == "FedMR"
+    assert commands.main(["compare", str(path)]) == 0
+    assert "paired differences to FedAvg" in capsys.readouterr().out
+    assert fs.compare([done.sweep.jobs[0].config.output.dir]).reference is None
 
 
 def test_methods_see_the_same_partition(done):
@@ -358,17 +386,49 @@ def test_parts_that_are_none(part, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_other_settings_is_a_failure_and_is_left_alone(done):
-    changed = {**BASE, "rounds": 1}
-    again = sweep.run(sweep.from_mapping(asked(done.sweep.out, base=changed)))
-    assert len(again.failures) == 4
-    assert all("other settings: rounds is 2, not 1" in why for why in again.failures.values())
+def kept(out):
+    """Every file below a folder that a sweep writes for itself."""
+    return {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_runs_of_other_settings_are_told_once_before_anything_is_written(done, tmp_path, capsys):
+    path, before = tmp_path / "study.yaml", kept(done.sweep.out)
+
+    def refused(**changes):
+        path.write_text(yaml.safe_dump(asked(done.sweep.out, base={**BASE, **changes})))
+        assert commands.main(["sweep", str(path)]) == 2
+        told = capsys.readouterr()
+        assert kept(done.sweep.out) == before and told.out == ""
+        assert told.err.startswith("error: sweep.out = ") and told.err.count("runs of other settings") == 1
+        assert "it holds 4 runs of other settings, the first of them FedAvg, seed 0: " in told.err
+        return told.err
+
+    fewer = refused(rounds=1)
+    assert "rounds is 2, not 1. Put rounds back to 2; rounds_of_interest: [1] gives" in fewer
+    assert "Put the settings back, or remove" in refused(rounds=1, cohort={"size": 3})
+    assert "fedjax-sim resume" in refused(rounds=3) and "--rounds 3" in refused(rounds=3)
     assert runs.load(done.sweep.jobs[0].config.output.dir).rounds == 2
 
 
+def test_a_finished_sweep_is_extended_as_its_error_says(tmp_path, capsys):
+    spec = asked(tmp_path / "out", seeds=[0])
+    assert not sweep.run(sweep.from_mapping(spec)).failures
+    more = sweep.from_mapping({**spec, "base": {**BASE, "rounds": 3}})
+    for job in more.jobs:
+        with pytest.raises(UserError, match="To extend") as caught:
+            sweep.run(more)
+        line = re.search(r"fedjax-sim (resume \S+ --rounds 3)\.", caught.value.fix)
+        assert line and commands.main(line[1].split()) == 0 and str(job.config.output.dir) in line[1]
+    outcome = sweep.run(more)
+    assert not outcome.failures and outcome.comparison is not None
+    assert outcome.comparison.curves[""]["FedMR"][0].tolist() == [1, 2, 3]
+
+
 def test_a_metric_that_nobody_recorded(done):
+    before = kept(done.sweep.out)
     with pytest.raises(UserError, match="no run has recorded it"):
         sweep.run(sweep.from_mapping(asked(done.sweep.out, metric="bleu")))
+    assert kept(done.sweep.out) == before
 
 
 @pytest.mark.parametrize(
@@ -422,6 +482,20 @@ def test_last_k_rounds_of_interest_and_pairs(tmp_path):
     assert rounds.tolist() == [1, 2, 3] and values.shape == (2, 3)
 
 
+def test_a_caption_says_how_many_values_there_were_where_they_are_fewer(tmp_path):
+    table = {("FedAvg", 0): [0.1, 0.2, 0.6], ("FedMR", 0): [0.3, 0.4, 0.8]}
+    captions = [grid.caption for grid in compared(tmp_path, table, seeds=[0], last_k=3).grids]
+    assert captions == ["accuracy, mean of the last 3 values"]
+    got = compared(tmp_path, table, seeds=[0], last_k=5, rounds_of_interest=[1])
+    assert [grid.caption for grid in got.grids] == [
+        "accuracy, mean of the last 3 values (fewer than the 5 of last_k)",
+        "accuracy, last value (fewer than the 5 of last_k) up to round 1",
+    ]
+    got = compared(tmp_path, {**table, ("FedMR", 0): [0.8]}, seeds=[0], last_k=2)
+    assert got.grids[0].caption == "accuracy, mean of the last 1 to 2 values (fewer than the 2 of last_k)"
+    assert got.grids[0].averaged == (1, 2)
+
+
 def test_nothing_is_ranked_or_paired_before_all_seeds_are_there(tmp_path):
     """As after `--part 1/2`, where one method's first seed stood against the other's second."""
     table = {("FedAvg", 0): [0.5], ("FedMR", 0): [0.7], ("FedMR", 1): [0.1]}
@@ -433,6 +507,19 @@ def test_nothing_is_ranked_or_paired_before_all_seeds_are_there(tmp_path):
     assert "**0.4000" in whole.markdown() and "missing" not in whole.markdown()
     none = compared(tmp_path, {("FedMR", 0): [0.7]})
     assert "| FedAvg | – |" in none.markdown() and "--" in none.latex() and "missing" in none.markdown()
+
+
+def test_methods_that_have_not_recorded_the_metric_are_named(tmp_path):
+    table = {(method, seed): [0.5] for method in METHODS for seed in (0, 1)}
+    lacking = {**table, ("FedAvg", 0): [], ("FedAvg", 1): []}
+    text = compared(tmp_path, lacking).markdown()
+    assert "FedAvg has not recorded accuracy. " in text and "Runs are missing" not in text
+    text = compared(tmp_path, {**table, ("FedAvg", 1): []}).latex()
+    assert "FedAvg, seed 1 has not recorded accuracy" in text and "textbf" not in text
+    cut = {key: values for key, values in lacking.items() if key != ("FedMR", 1)}
+    text = compared(tmp_path, cut).markdown()
+    assert "FedAvg has not recorded" in text and "Runs are missing" in text
+    assert "recorded" not in compared(tmp_path, table).markdown()
 
 
 def test_a_row_of_another_partition_is_marked_and_neither_best_nor_paired(tmp_path):
@@ -465,6 +552,86 @@ def test_a_method_with_a_setting_of_its_own_for_the_partition_is_marked(tmp_path
     got = sweep.run(sweep.from_mapping(asked(tmp_path, methods=methods, seeds=[0]))).comparison
     assert got is not None
     assert "†" in got.markdown() and got.best(got.grids[0], "") == {"FedAvg"}
+
+
+def pictures(home, shade):
+    """Two classes of ten small pictures, as a folder."""
+    for label in (0, 1):
+        (home / str(label)).mkdir(parents=True, exist_ok=True)
+        for number in range(10):
+            pixels = np.full((8, 8, 3), shade + 100 * label + number, np.uint8)
+            Image.fromarray(pixels).save(home / str(label) / f"{number}.png")
+    return f"folder:{home}"
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_runs_of_other_data_of_the_same_name_are_told_and_not_ranked(together, tmp_path):
+    base = {**BASE, "data": pictures(tmp_path / "photos", 0)}
+    base |= {"partition": {"kind": "iid", "clients": 2, "min_size": 2}, "cohort": {"size": 2}, "rounds": 1}
+    only = {"FedAvg": METHODS["FedAvg"]}
+    spec = asked(tmp_path / "out", base=base, methods=only)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first = sweep.run(sweep.from_mapping(spec), together=together)
+        assert first.comparison is not None and first.comparison.cautions == ()
+        pictures(tmp_path / "photos", 0)  # written anew, the same
+        more = {**spec, "seeds": [0, 1, 2]}
+        assert "other data" not in sweep.run(sweep.from_mapping(more), together=together).report()
+    about = own_code.told_by(Path(str(first.sweep.jobs[0].config.output.dir)))
+    assert about["versions"]["pillow"] == PIL.__version__
+    pictures(tmp_path / "photos", 50)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**more, "methods": METHODS}))
+    with pytest.warns(
+        UserWarning, match="3 finished runs had other data than folder:.*photos gives now"
+    ) as told:
+        outcome = sweep.run(sweep.load(path), together=together)
+    assert len(told) == 1 and "FedAvg, seed 0; FedAvg, seed 1; FedAvg, seed 2" in str(told[0].message)
+    assert not outcome.failures
+
+    def check(table):
+        (caution,) = table.cautions
+        assert (
+            "Version 1: FedAvg, seed 0; FedAvg, seed 1; FedAvg, seed 2. Version 2: FedMR, seed 0;" in caution
+        )
+        assert "start again" in caution and caution in table.markdown() and caution in table.latex()
+        assert "† Some of its runs had other data" in table.markdown()
+        assert "another partition" not in table.markdown()
+        assert [row["same_data"] for row in table.records()] == [True, False]
+        assert table.grids[0].cells["FedMR", ""].differences == ()
+        assert "FedMR" not in table.best(table.grids[0], "")
+
+    check(outcome.comparison)
+    check(fs.compare(path, reference="FedAvg"))
+    page = fs.report(path, out=tmp_path / "page.html").read_text()
+    assert "changed between runs" in page and "had other data" in page
+    if not together:
+        sweep.pack(sweep.load(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing is to be run, so no data are loaded
+            check(sweep.run(sweep.load(path)).comparison)
+        # The reference's data are version 1, and so it is on the page.
+        back = {**more, "methods": dict(reversed(METHODS.items())), "reference": "FedMR", "seeds": [0, 1]}
+        assert "Version 1: FedMR, seed 0" in sweep.run(sweep.from_mapping(back)).report()
+
+
+def test_a_reference_of_both_data_is_neither_ranked_nor_paired(tmp_path, monkeypatch):
+    table = {
+        (method, seed): [value] for method, value in (("FedAvg", 0.5), ("FedMR", 0.7)) for seed in (0, 1)
+    }
+    crc = iter([7, 7, 8, 7])  # by seed, then by method
+    monkeypatch.setattr(
+        own_code, "told_by", lambda folder: {"data": {"name": "x", "x": {"crc32": next(crc)}}}
+    )
+    got = compared(tmp_path, table)
+    cells = got.grids[0].cells
+    assert not cells["FedAvg", ""].like and cells["FedMR", ""].like
+    assert cells["FedMR", ""].differences == () and got.best(got.grids[0], "") == {"FedMR"}
+    # Older records have fewer checksums, or none.
+    told = iter([{"x": 7}, {"x": 7, "y": 2}, {}, {"y": 2}])
+    monkeypatch.setattr(own_code, "told_by", lambda folder: {"data": next(told)})
+    got = compared(tmp_path, table)
+    assert got.cautions == () and got.grids[0].cells["FedMR", ""].differences != ()
 
 
 def test_the_best_is_bold_by_goal_and_ties_share_it(tmp_path):

@@ -47,7 +47,7 @@ def test_the_mean_of_the_newest_values_earlier_rounds_and_the_better_side():
     assert table.goal == "min"
     assert [grid.caption for grid in table.grids] == [
         "loss, mean of the last 2 values",
-        "loss, mean of the last 2 values up to round 1",
+        "loss, last value (fewer than the 2 of last_k) up to round 1",
     ]
     assert table.grids[1].cells["fedavg, local.lr 0.5", ""].values == {0: 0.7, 1: 0.7}
     assert table.best(table.grids[0], "") == {"fedavg, local.lr 0.5"}

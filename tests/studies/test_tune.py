@@ -1,5 +1,6 @@
 """Searches by successive halving: who goes on, that runs are what they are alone, and what a cut leaves."""
 
+import csv
 import dataclasses
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +29,7 @@ from fedjax_sim.engine.together import Group
 from fedjax_sim.runs.drive import Drive
 from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.studies import search as searches
+from fedjax_sim.studies.found import ranked
 
 BASE = fs.RunConfig(
     rounds=9,
@@ -175,9 +178,13 @@ def test_tables_and_pictures(whole):
     assert lines[2].startswith(f"| {whole.best_trial.number} |") and f"{whole.best_value:.4f} |" in lines[2]
     first, second = whole.plot().axes
     assert len(first.get_lines()) == 9 and second.get_xscale() == "log"
-    assert whole.report().endswith(f"written to {out}, the other 6 in table.md") and "of 9 trials" in repr(
-        whole
-    )
+    assert whole.report().endswith(f"written to {out}, the other 6 trials in table.md")
+    assert "of 9 trials" in repr(whole)
+    four = dataclasses.replace(whole, trials=tuple(ranked(whole.trials, whole.goal)[:4]))
+    assert four.report().endswith(f"written to {out}, one more trial in table.md")
+    rows = list(csv.DictReader((out / "table.csv").read_text().splitlines()))
+    assert [out / row["folder"] for row in rows] == [trial.folders[0] for trial in whole.trials]
+    assert not any(Path(row["folder"]).is_absolute() for row in rows)
 
 
 def test_a_best_trial_that_is_not_alone_is_told_as_such(whole):
@@ -306,7 +313,7 @@ def test_a_search_that_is_killed_goes_on(tmp_path):
             process.communicate()
         process = started(out)
         assert process.communicate()[1] is not None and process.returncode == 0
-    tables = [(tmp_path / out / "table.csv").read_text().replace(f"/{out}/", "/") for out in ("whole", "cut")]
+    tables = [(tmp_path / out / "table.csv").read_text() for out in ("whole", "cut")]
     assert tables[0] == tables[1] and "complete" in tables[0]
 
 
@@ -511,9 +518,15 @@ def test_a_file(whole, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "rung 3 of 3" in told and f"accuracy {whole.best_value:.4f}" in told
     table = (tmp_path / "out" / "table.csv").read_text()
-    assert table.replace(str(tmp_path / "out"), "") == (whole.search.out / "table.csv").read_text().replace(
-        str(whole.search.out), ""
-    )
+    assert table == (whole.search.out / "table.csv").read_text()
+    file.write_text("methods: {A: {}}\nseeds: [0]\n")
+    assert commands.main(["tune", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "this is the file of a sweep (it has methods)" in told and f"fedjax-sim sweep {file}" in told
+    file.write_text("space: {local.lr: {choice: [0.1, 0.2]}}\n")
+    assert commands.main(["sweep", str(file)]) == 2
+    told = capsys.readouterr().err
+    assert "this is the file of a search (it has space)" in told and f"fedjax-sim tune {file}" in told
     file.write_text(yaml.safe_dump(asked | {"rounds": 3}))
     assert commands.main(["tune", str(file)]) == 2
     assert "Put rounds under `base`" in capsys.readouterr().err

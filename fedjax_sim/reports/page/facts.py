@@ -316,7 +316,10 @@ def cautions(entries: Sequence[Entry]) -> list[str]:
             f"The source{whose} had changes that are not committed: its revision alone does not repeat it."
         )
     for part in ("versions", "devices"):
-        kinds = {json.dumps(known[part], sort_keys=True) for _, known in about if part in known}
+        had = [known[part] for _, known in about if part in known]
+        # Pillow's version is told of runs on pictures alone, and older records tell of fewer packages.
+        shared = sorted(set.intersection(*map(set, had))) if had else []
+        kinds = {json.dumps([one[name] for name in shared]) for one in had}
         if len(kinds) > 1:
             told.append(f"The runs were made with {len(kinds)} different sets of {part}.")
     told += own_code.cautions((entry.name, known) for entry, known in about)
