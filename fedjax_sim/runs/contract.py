@@ -21,8 +21,9 @@ from fedjax_sim.core import memo, stacked
 from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Prolonged, Results, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import own_lines, place_of
-from fedjax_sim.core.task import Batch
+from fedjax_sim.core.task import Batch, Task
 from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.runs.names import recorded_by_run
 
 
 def build(config: Any, context: Context, name: str) -> Algorithm:
@@ -66,7 +67,7 @@ def check_contract(
     model, task, local = trainer.model, trainer.task, trainer.local
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = model.abstract
-    guarded = _Contract(name, num_clients, cohort_size, variables).algorithm(algorithm)
+    guarded = _Contract(name, num_clients, cohort_size, variables, task).algorithm(algorithm)
     rule = guarded.local
     trainer = dataclasses.replace(trainer, rule=rule)
 
@@ -141,12 +142,14 @@ class _Contract:
       num_clients: N.
       cohort_size: K.
       model: shapes of one model.
+      task: of the run.
     """
 
     name: str
     num_clients: int
     cohort_size: int
     model: Any
+    task: Task
 
     def algorithm(self, own: Algorithm) -> Algorithm:
         """The record, checked as it is called."""
@@ -270,6 +273,9 @@ class _Contract:
             ):
                 why = f"returned for the metric {metric!r} {_told(value)}"
                 raise self._wrong("merge", why, "A metric is one number: take a mean, or give each a name.")
+            if recorded_by_run(metric, self.task):
+                why = f"it names a metric {metric!r}, which the run records itself"
+                raise self._wrong("merge", why, "Choose another name.")
 
     def _weighed(self, out: Any, cohort: Any) -> None:
         wanted = jax.ShapeDtypeStruct((self.cohort_size,), jnp.float32)

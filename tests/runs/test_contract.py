@@ -181,6 +181,16 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         "merge",
         "named a metric 3. The name of a metric is text",
     ),
+    "a metric of the run": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {"accuracy": jnp.float32(1)})),
+        "merge",
+        "it names a metric 'accuracy', which the run records itself. Choose another name",
+    ),
+    "a metric that the run would record of clients": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {"client_accuracy_p10": 1.0})),
+        "merge",
+        "it names a metric 'client_accuracy_p10', which the run records itself",
+    ),
     "a string as metric": (
         own(merge=lambda state, cohort, starts, results, key: (results.mean, {"a": "b"})),
         "merge",
@@ -377,7 +387,7 @@ def randomly(apply, variables, batch, extra):
 
 
 def told(state, cohort, starts, results, key):
-    return results.mean, {"six": 6, "loss": results.loss.mean()}
+    return results.mean, {"six": 6, "mean_loss": results.loss.mean()}
 
 
 def averaged(state, cohort, starts, results, key):

@@ -172,6 +172,40 @@ def test_what_is_no_row_is_told_with_its_round(own):
         instrument.rows(7, np.zeros(1, np.int32), {name: {}}, {name: jnp.zeros(1)})
 
 
+@pytest.mark.parametrize(
+    ("row", "refused"),
+    [
+        (fs.Row(7, "accuracy", 1.0), True),
+        (fs.Row(7, "client_accuracy", 1.0, client=2), True),
+        (fs.Row(7, "accuracy", 1.0, client=2), False),
+        (fs.Row(7, "loss", 1.0, state="before"), False),
+        (fs.Row(7, "accuracy_class_size", 1.0), False),
+    ],
+)
+def test_a_row_does_not_take_the_name_of_what_the_run_records(row, refused):
+    setup = prepare(dataclasses.replace(SMALL, observers=(Named(row),)))
+    (observer,) = diagnostics.of(setup)["observers"]
+    instrument = observer.build(None)
+    (name,) = instrument.observers
+    given = 7, np.zeros(1, np.int32), {name: {}}, {name: jnp.zeros(())}
+    if refused:
+        with pytest.raises(UserError, match=rf"observers\.0\.rows = .*'{row.metric}', which the run records"):
+            instrument.rows(*given)
+    else:
+        assert instrument.rows(*given) == [row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An observer that gives one row."""
+
+    row: fs.Row
+
+    def build(self, context):
+        """See `ObserverConfig`."""
+        return fs.Measurement(lambda view, data: jnp.float32(0), lambda number, ids, found: [self.row])
+
+
 @dataclasses.dataclass(frozen=True)
 class Constant:
     """An observer that Python gives."""
