@@ -51,6 +51,11 @@ class Verdict:
         """Δ_L > 0, and the interval of the slope lies above 0."""
         return bool(self.final > 0 and self.low > 0)
 
+    @property
+    def word(self) -> str:
+        """The judgement for a table: yes, no, or undecided of a single measurement."""
+        return "undecided" if self.measurements < 2 else "yes" if self.present else "no"
+
     def words(self) -> str:
         """The judgement and its reason, a sentence."""
         slope = f"slope {self.slope:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
