@@ -125,12 +125,9 @@ class _Guard:
         """The rows that a function gives, as the journal can hold them. Raises UserError otherwise."""
         made = self.call("rows", function, number, *args, number=number)
         try:
-            rows = [
-                row._replace(round=int(row.round), value=float(row.value), client=int(row.client))
-                for row in (Row(*row) for row in made)
-            ]
-        except (TypeError, ValueError):
-            why = f"it did not return rows in round {number}, but {str(made)[:80]}"
+            rows = [_row(row) for row in made]
+        except (TypeError, ValueError) as error:
+            why = f"it did not return rows in round {number}: {error}"
             raise self.wrong("rows", why, "Return a list of fs.Row(round, metric, value).") from None
         for row in rows:
             plain = not (row.layer or row.state)
@@ -246,6 +243,37 @@ class _Metering:
 
     def rows(self, number: int, said: Any) -> list[Row]:
         return self.guard.rows(self.task, number, self.own.rows, said)
+
+
+def _row(given: Any) -> Row:
+    """A row as the journal can hold it.
+
+    Raises:
+      TypeError, ValueError: it is none; says what is wrong.
+    """
+    try:
+        given = tuple(given)
+    except TypeError:
+        raise TypeError(f"one of them is of type {type(given).__name__}") from None
+    if not 3 <= len(given) <= len(Row._fields):
+        raise ValueError(f"one of them has {len(given)} parts: {', '.join(map(_told, given))}")
+    row = Row(*given)
+    numbers = {}
+    for name, kind in (("round", int), ("value", float), ("client", int)):
+        value = getattr(row, name)
+        try:
+            numbers[name] = kind(value)
+        except (TypeError, ValueError):
+            why = f"of metric {row.metric!r} {name} is {_told(value)}, one number is wanted"
+            raise TypeError(why) from None
+    return row._replace(**numbers)
+
+
+def _told(value: Any) -> str:
+    """A value in a word or two."""
+    if np.ndim(value):
+        return f"an array {list(np.shape(value))}"
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _shape(leaf: Any) -> str:
