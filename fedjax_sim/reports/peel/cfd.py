@@ -51,11 +51,6 @@ class Verdict:
         """Δ_L > 0, and the interval of the slope lies above 0."""
         return bool(self.final > 0 and self.low > 0)
 
-    @property
-    def word(self) -> str:
-        """The judgement for a table: yes, no, or undecided of a single measurement."""
-        return "undecided" if self.measurements < 2 else "yes" if self.present else "no"
-
     def words(self) -> str:
         """The judgement and its reason, a sentence."""
         slope = f"slope {self.slope:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
@@ -67,6 +62,11 @@ class Verdict:
             return f"No CFD: the last change, {self.final:+.3f}, is not positive ({slope})."
         where = "lies below zero" if self.high < 0 else "does not exclude zero"
         return f"No CFD: the last change is {self.final:+.3f}, but the {slope} {where}."
+
+
+def word_of(found: Verdict) -> str:
+    """The judgement for a table: yes, no, or undecided of a single measurement."""
+    return "undecided" if found.measurements < 2 else "yes" if found.present else "no"
 
 
 LEVEL, RESAMPLES = 0.95, 2000

@@ -150,7 +150,7 @@ def text(
                     *map(str, cells),
                     rounded(one.area),
                     str(one.measurements),
-                    one.word,
+                    cfd.word_of(one),
                 ]
             )
             words.append(f"- {name}: {one.words()}")
