@@ -131,6 +131,9 @@ class Callback(Protocol):
     `error` is what ended it, None if nothing did (it may have been interrupted then). In none of them may a
     run be stopped, nor a model be kept.
 
+    `on_round` is called once a round. After a stop it is called once more for the last round if an evaluation
+    follows, because that round had none, or clients are fine-tuned: with the rows of these alone.
+
     One that needs a package that may not be there has `check_installed()`, which is called before anything is
     compiled, and raises UserError.
     """

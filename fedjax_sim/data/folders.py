@@ -15,6 +15,7 @@ import functools
 import os
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 
@@ -35,6 +36,11 @@ _LEFT_BEHIND = (
     "System Volume Information",
     "lost+found",
 )
+_NOT_READ = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".jfif", ".svg", ".tga", ".psd", ".exr", ".hdr"),
+    *(".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
+"""How names of pictures end that are not read: such a file is missed, and a text beside pictures is not."""
 _Item = tuple[Path, str, str]  # file, domain ("" where there is none), class
 
 
@@ -135,7 +141,7 @@ def _split_lists(root: Path, test_share: float) -> tuple[list[_Item], list[_Item
 def _items(root: Path) -> list[_Item]:
     """All images below `root`, in alphabetical order of their paths."""
     items: list[_Item] = []
-    files, bare = _walk(root, root, ())
+    files, bare, unread = _walk(root, root, ())
     for file in sorted(files, key=lambda p: p.relative_to(root).as_posix()):
         parts = [p for p in file.relative_to(root).parts[:-1] if p != "images"]
         if len(parts) not in (1, 2):
@@ -150,6 +156,7 @@ def _items(root: Path) -> list[_Item]:
             f"folder:{root}: no images ({', '.join(EXTENSIONS)}) in {told}: no class is made of it",
             stacklevel=5,
         )
+    _warn_of_unread(unread, root, {label for *_, label in items})
     if not items:
         why = f"no images ({', '.join(EXTENSIONS)}) in it"
         raise UserError(
@@ -161,8 +168,26 @@ def _items(root: Path) -> list[_Item]:
     return items
 
 
-def _walk(folder: Path, root: Path, above: tuple[str, ...]) -> tuple[list[Path], list[Path]]:
-    """Image files below `folder`, through links as well, and the folders that hold none.
+def _warn_of_unread(files: list[Path], root: Path, classes: set[str]) -> None:
+    """Warns of pictures that are not read, of those `classes`: other folders are told of already."""
+    found: dict[str, Counter[str]] = {}
+    for file in files:
+        above = [part for part in file.relative_to(root).parts[:-1] if part != "images"]
+        if above and above[-1] in classes:
+            found.setdefault(above[-1], Counter())[file.suffix.lower()] += 1
+    told = [
+        f"{(count := sum(kinds.values()))} file{'s' * (count > 1)} of class {label} "
+        f"{'are' if count > 1 else 'is'} passed over ({', '.join(sorted(kinds))})"
+        for label, kinds in sorted(found.items())
+    ]
+    if told:
+        more = f" and files of {len(told) - 5} more classes" if len(told) > 5 else ""
+        fix = f"convert them to {', '.join(EXTENSIONS[:2])} or another of {', '.join(EXTENSIONS[2:])}"
+        warnings.warn(f"folder:{root}: {', '.join(told[:5])}{more}; {fix}", stacklevel=6)
+
+
+def _walk(folder: Path, root: Path, above: tuple[str, ...]) -> tuple[list[Path], list[Path], list[Path]]:
+    """Image files below `folder`, through links as well, folders that hold none, and pictures not read.
 
     Args:
       folder: where to look.
@@ -180,20 +205,24 @@ def _walk(folder: Path, root: Path, above: tuple[str, ...]) -> tuple[list[Path],
         raise UserError("data.source", f"folder:{root}", why, "Look at its permissions.") from e
     files: list[Path] = []
     bare: list[Path] = []
+    unread: list[Path] = []
     for entry in entries:
         path = folder / entry.name
         if _passed_over(entry.name):
             continue
         if path.is_dir():
-            inner, empty = _walk(path, root, (*above, real))
+            inner, empty, missed = _walk(path, root, (*above, real))
             files += inner
+            unread += missed
             bare += empty if inner else [path]
         elif path.suffix.lower() in EXTENSIONS and path.is_file():
             files.append(path)
+        elif path.suffix.lower() in _NOT_READ and path.is_file():
+            unread.append(path)
         elif entry.is_symlink() and not path.exists() and path.suffix.lower() in (*EXTENSIONS, ""):
             why = f"{path.relative_to(root)} is a link to nothing ({os.readlink(path)})"
             raise UserError("data.source", f"folder:{root}", why, "Repair or remove that link.")
-    return files, bare
+    return files, bare, unread
 
 
 def _passed_over(name: str) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedjax_sim.core import memo, stacked
-from fedjax_sim.core.algorithm import Algorithm, Cohort
+from fedjax_sim.core.algorithm import Algorithm, Cohort, nothing_sent
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.model import Model
 from fedjax_sim.core.rng import INIT, key_for, run_key
@@ -48,6 +48,9 @@ class NonFiniteUpdate(UserError):
 
 
 _ALL = " As it was all of the round's: a learning rate of the server (algorithm.lr) may be too high as well."
+
+
+_UPLOAD = " It may be an upload of local.finish_round, not the model: execution.debug names leaf and line."
 
 
 class NonFiniteServer(UserError):
@@ -610,12 +613,15 @@ class Simulation:
         if not stops or not fetched.handed.all():
             self._check_server(number, ids, fetched)
         if stops:
+            uploads = self.setup.algorithm.local.finish_round is not nothing_sent
             raise NonFiniteUpdate(
                 "local.non_finite",
                 "stop",
                 f"in round {number} the update of client(s) {bad} was not finite",
                 "Lower local.lr, set local.clip_norm, or leave such clients out with "
-                "local.non_finite = skip." + (_ALL if not included.any() else ""),
+                "local.non_finite = skip."
+                + (_UPLOAD if uploads else "")
+                + (_ALL if not included.any() else ""),
             )
 
     def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:

@@ -258,7 +258,7 @@ def draw(home: Folder, figures: Mapping[str, Callable[[], "Figure"]], tell: Call
         try:
             figure = make()
         except Missing as error:
-            out.missing[name] = " ".join(str(error).split())
+            out.missing[name] = " ".join(f"{error.value}: {error.why}. {error.fix}".split())
             for path in paths:
                 path.unlink(missing_ok=True)
             tell(f"{name}: not drawn: {out.missing[name]}")

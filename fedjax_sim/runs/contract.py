@@ -21,8 +21,9 @@ from fedjax_sim.core import memo, stacked
 from fedjax_sim.core.algorithm import Algorithm, Cohort, Context, LocalRule, Prolonged, Results, Starts, Step
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import own_lines, place_of
-from fedjax_sim.core.task import Batch
+from fedjax_sim.core.task import Batch, Task
 from fedjax_sim.engine.clients import Trainer
+from fedjax_sim.runs.names import recorded_by_run
 
 
 def build(config: Any, context: Context, name: str) -> Algorithm:
@@ -66,7 +67,7 @@ def check_contract(
     model, task, local = trainer.model, trainer.task, trainer.local
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = model.abstract
-    guarded = _Contract(name, num_clients, cohort_size, variables).algorithm(algorithm)
+    guarded = _Contract(name, num_clients, cohort_size, variables, task).algorithm(algorithm)
     rule = guarded.local
     trainer = dataclasses.replace(trainer, rule=rule)
 
@@ -141,12 +142,14 @@ class _Contract:
       num_clients: N.
       cohort_size: K.
       model: shapes of one model.
+      task: of the run.
     """
 
     name: str
     num_clients: int
     cohort_size: int
     model: Any
+    task: Task
 
     def algorithm(self, own: Algorithm) -> Algorithm:
         """The record, checked as it is called."""
@@ -154,7 +157,7 @@ class _Contract:
             "init": partial(self._stacks, own),
             "dispatch": self._dispatched,
             "merge": self._merged,
-            "deploy": lambda out, state: self._one_model("deploy", out),
+            "deploy": lambda out, state: self._deployed(out, state),
             "weights": self._weighed,
             "personal_models": lambda out, *args: self._models("personal_models", out),
             "slot_models": lambda out, *args: self._models("slot_models", out),
@@ -186,21 +189,34 @@ class _Contract:
             "send": lambda out, sent: self._one_model("local.send", out),
             "personal": lambda out, *args: self._one_model("local.personal", out),
         }
-        return dataclasses.replace(own, **self._all("local.", own, judges))
+        hint = "" if own.init_client else "No `init_client` is given, so the client's state is None."
+        return dataclasses.replace(own, **self._all("local.", own, judges, hint))
 
-    def _all(self, home: str, record: Any, judges: dict[str, Callable[..., None]]) -> dict[str, Any]:
-        """Every function of a record, each with its judge if it has one."""
+    def _all(
+        self, home: str, record: Any, judges: dict[str, Callable[..., None]], hint: str = ""
+    ) -> dict[str, Any]:
+        """Every function of a record, each with its judge if it has one.
+
+        Args:
+          home: the record's name, with a dot.
+          record: of functions.
+          judges: see `_around`, by function.
+          hint: likewise.
+        """
         functions = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
         return {
-            name: self._around(f"{home}{name}", function, judges.get(name))
+            name: self._around(f"{home}{name}", function, judges.get(name), hint)
             for name, function in functions.items()
             if callable(function)
         }
 
     def _around(
-        self, where: str, function: Callable[..., Any], judge: Callable[..., None] | None
+        self, where: str, function: Callable[..., Any], judge: Callable[..., None] | None, hint: str = ""
     ) -> Callable[..., Any]:
-        """`function`, whose errors have its name, and whose value `judge(value, *arguments)` looks at."""
+        """`function`, whose errors have its name, and whose value `judge(value, *arguments)` looks at.
+
+        `hint` is what to do where the error is of a None.
+        """
 
         def call(*args):
             try:
@@ -208,7 +224,8 @@ class _Contract:
             except UserError:
                 raise
             except Exception as error:
-                raise _failed(where, self.name, error, _cause(error, args)) from error
+                fix = hint if hint and "NoneType" in str(error) else _cause(error, args)
+                raise _failed(where, self.name, error, fix) from error
             self._arrays(where, out)
             if judge is not None:
                 judge(out, *args)
@@ -242,19 +259,34 @@ class _Contract:
                 fix = "Take the field out of `by_client`, or name it in `stacked` too."
                 raise self._wrong("init", why, fix)
 
-    def _dispatched(self, out: Any, *args: Any) -> None:
+    def _deployed(self, out: Any, state: Any) -> None:
+        self._not_the_state("deploy", out, state)
+        self._one_model("deploy", out)
+
+    def _not_the_state(self, where: str, out: Any, state: Any) -> None:
+        """Raises UserError if `out` is the whole state, where a model is wanted that is a part of it."""
+        shapes, model = _shapes(out), _shapes(self.model)
+        if shapes == _shapes(state) and shapes.keys() != model.keys():
+            parts = _parts(state)
+            found = next((place for place, part in parts.items() if _shapes(part) == model), None)
+            fix = "Return the model in it" + (f", perhaps state{found}." if found else ".")
+            raise self._wrong(where, "returned the whole state, where the model is wanted", fix)
+
+    def _dispatched(self, out: Any, state: Any, *args: Any) -> None:
         if not isinstance(out, Starts):
             raise self._wrong(
                 "dispatch", f"returned {_told(out)}", "Return Starts(model), or Starts(models, shared=False)."
             )
         if out.shared:
+            self._not_the_state("dispatch", out.models, state)
             self._one_model("dispatch", out.models)
         else:
             self._models("dispatch", out.models)
 
     def _merged(self, out: Any, state: Any, cohort: Any, starts: Any, results: Results, key: Any) -> None:
         self._pair("merge", out, "(state, metrics)", "Without metrics return `state, {}`.")
-        missing = _missing(results) if not jax.tree.leaves(out[0]) else ""
+        nothing = any(leaf is None for leaf in jax.tree.leaves(out[0], is_leaf=lambda leaf: leaf is None))
+        missing = _missing(results) if nothing else ""
         self._same("merge", out[0], state, "init gave", "of the state ", missing)
         if not isinstance(out[1], dict):
             why = f"returned {_told(out[1])} in the place of the metrics"
@@ -270,6 +302,9 @@ class _Contract:
             ):
                 why = f"returned for the metric {metric!r} {_told(value)}"
                 raise self._wrong("merge", why, "A metric is one number: take a mean, or give each a name.")
+            if recorded_by_run(metric, self.task):
+                why = f"it names a metric {metric!r}, which the run records itself"
+                raise self._wrong("merge", why, "Choose another name.")
 
     def _weighed(self, out: Any, cohort: Any) -> None:
         wanted = jax.ShapeDtypeStruct((self.cohort_size,), jnp.float32)
@@ -320,10 +355,17 @@ class _Contract:
             at = f"{of}at {path}" if path else of.strip()
             if path not in has:
                 why = f"returned nothing {at}, where {whose} {_shape(want[path])}"
-                fix = missing or "Return every part of it: {**state, …}, or state.replace(…)."
+                fix = missing or (
+                    "Return every part of it: {**state, …}, or state.replace(…)."
+                    if "state" in of
+                    else "Return every part of it."
+                )
             elif path not in want:
                 why = f"returned {_shape(has[path])} {at}, where {whose} nothing"
-                fix = "Return what has the same parts; a part of the state begins in `init`."
+                begins = "a part of a client's state begins in `init_client`"
+                if "client" not in of:
+                    begins = "a part of the state begins in `init`"
+                fix = f"Return what has the same parts; {begins}."
             elif _shape(has[path]) != _shape(want[path]):
                 why = f"returned {_shape(has[path])} {at}, where {whose} {_shape(want[path])}"
                 fix = self._likeliest(has[path], want[path])
@@ -400,6 +442,18 @@ def _missing(results: Results, lines: str | None = None) -> str:
         if getattr(results, name) is None and (lines is None or re.search(rf"\.{name}\b(?!\()", lines))
     ]
     return "; ".join(told) + "." * bool(told)
+
+
+def _shapes(tree: Any) -> Any:
+    """Shapes and dtypes by place."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): _shape(leaf) for path, leaf in leaves}
+
+
+def _parts(tree: Any) -> dict[str, Any]:
+    """The parts of a dict, a tuple or a dataclass, by how they are reached: `['model']`, `.model`."""
+    parts = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda part: part is not tree)
+    return {jax.tree_util.keystr(path): part for path, part in parts}
 
 
 def _plain(tree: Any) -> Any:

@@ -16,12 +16,14 @@ from fedjax_sim.core.algorithm import Cohort
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.core.imports import told_of
 from fedjax_sim.core.plugins import written
+from fedjax_sim.core.task import Task
 from fedjax_sim.engine.device_data import DataStore, abstract
 from fedjax_sim.engine.observing import Instrument, Observer
 from fedjax_sim.engine.round import MergeView, Meter
 from fedjax_sim.engine.setup import DiagnosticContext, ObserverConfig, Setup
 from fedjax_sim.probes import table
 from fedjax_sim.records import Row
+from fedjax_sim.runs.names import recorded_by_run
 
 
 def of(setup: Setup) -> dict[str, Any]:
@@ -32,9 +34,11 @@ def of(setup: Setup) -> dict[str, Any]:
     """
     config, mesh = setup.config, setup.mesh
     observers: list[ObserverConfig] = table.observers(config)
-    observers += [_Observer(entry, f"observers.{i}") for i, entry in enumerate(config.observers)]
+    observers += [_Observer(entry, f"observers.{i}", setup.task) for i, entry in enumerate(config.observers)]
     meters = {**table.meters(config)}
-    meters |= {f"meters.{i}": _Meter(entry, f"meters.{i}") for i, entry in enumerate(config.meters)}
+    meters |= {
+        f"meters.{i}": _Meter(entry, f"meters.{i}", setup.task) for i, entry in enumerate(config.meters)
+    }
     context = DiagnosticContext(setup, mesh, DataStore(mesh).put)
     return {"observers": observers, "meters": {name: m.build(context) for name, m in meters.items()}}
 
@@ -117,18 +121,20 @@ class _Guard:
             fix = f"It needs {', '.join(names)}; an observer's are those of fs.Measurement(measure, records)."
             raise self.wrong("build", why, fix)
 
-    def rows(self, number: int, function: Callable[..., Any], *args: Any) -> list[Row]:
+    def rows(self, task: Task, number: int, function: Callable[..., Any], *args: Any) -> list[Row]:
         """The rows that a function gives, as the journal can hold them. Raises UserError otherwise."""
         made = self.call("rows", function, number, *args, number=number)
         try:
-            rows = [Row(*row) for row in made]
-            return [
-                row._replace(round=int(row.round), value=float(row.value), client=int(row.client))
-                for row in rows
-            ]
-        except (TypeError, ValueError):
-            why = f"it did not return rows in round {number}, but {str(made)[:80]}"
+            rows = [_row(row) for row in made]
+        except (TypeError, ValueError) as error:
+            why = f"it did not return rows in round {number}: {error}"
             raise self.wrong("rows", why, "Return a list of fs.Row(round, metric, value).") from None
+        for row in rows:
+            plain = not (row.layer or row.state)
+            if plain and recorded_by_run(row.metric, task, of_client=row.client >= 0):
+                why = f"it names a metric {row.metric!r}, which the run records itself"
+                raise self.wrong("rows", why, "Choose another name.")
+        return rows
 
     def wrong(self, name: str, why: str, fix: str) -> UserError:
         return UserError(f"{self.field}.{name}", written(self.own), why, fix)
@@ -140,19 +146,20 @@ class _Observer:
 
     own: Any
     field: str
+    task: Task
 
     def build(self, context: DiagnosticContext) -> Instrument:
         guard = _Guard(self.own, self.field)
         made = guard.call("build", self.own.build, context)
         guard.has(made, "observers", "due", "slots", "observer_inputs", "rows")
-        return _Instrument(guard, made)
+        return _Instrument(guard, made, self.task)
 
 
 class _Instrument:
     """An instrument, guarded."""
 
-    def __init__(self, guard: _Guard, own: Instrument):
-        self._guard, self._own = guard, own
+    def __init__(self, guard: _Guard, own: Instrument, task: Task):
+        self._guard, self._own, self._task = guard, own, task
         self._names = {f"{guard.field}.{name}": name for name in own.observers}
         self.observers: Mapping[str, Observer] = {
             full: _Observing(guard, own.observers[name]) for full, name in self._names.items()
@@ -177,7 +184,7 @@ class _Instrument:
 
     def rows(self, number: int, ids: np.ndarray, inputs: Any, observed: dict[str, Any]) -> list[Row]:
         mine = [{name: of[full] for full, name in self._names.items()} for of in (inputs, observed)]
-        return self._guard.rows(number, self._own.rows, ids, *mine)
+        return self._guard.rows(self._task, number, self._own.rows, ids, *mine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,12 +204,13 @@ class _Meter:
 
     own: Any
     field: str
+    task: Task
 
     def build(self, context: DiagnosticContext) -> Meter:
         guard = _Guard(self.own, self.field)
         made = guard.call("build", self.own.build, context)
         guard.has(made, "gradients", "init", "per_client", "summand", "finish", "rows")
-        return _Metering(guard, made, bool(made.gradients))
+        return _Metering(guard, made, bool(made.gradients), self.task)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,6 +220,7 @@ class _Metering:
     guard: _Guard
     own: Meter
     gradients: bool
+    task: Task = dataclasses.field(repr=False)
 
     def init(self, deployed: Any) -> Any:
         return self.guard.call("init", self.own.init, deployed)
@@ -233,7 +242,38 @@ class _Metering:
         return made
 
     def rows(self, number: int, said: Any) -> list[Row]:
-        return self.guard.rows(number, self.own.rows, said)
+        return self.guard.rows(self.task, number, self.own.rows, said)
+
+
+def _row(given: Any) -> Row:
+    """A row as the journal can hold it.
+
+    Raises:
+      TypeError, ValueError: it is none; says what is wrong.
+    """
+    try:
+        given = tuple(given)
+    except TypeError:
+        raise TypeError(f"one of them is of type {type(given).__name__}") from None
+    if not 3 <= len(given) <= len(Row._fields):
+        raise ValueError(f"one of them has {len(given)} parts: {', '.join(map(_told, given))}")
+    row = Row(*given)
+    numbers = {}
+    for name, kind in (("round", int), ("value", float), ("client", int)):
+        value = getattr(row, name)
+        try:
+            numbers[name] = kind(value)
+        except (TypeError, ValueError):
+            why = f"of metric {row.metric!r} {name} is {_told(value)}, one number is wanted"
+            raise TypeError(why) from None
+    return row._replace(**numbers)
+
+
+def _told(value: Any) -> str:
+    """A value in a word or two."""
+    if np.ndim(value):
+        return f"an array {list(np.shape(value))}"
+    return repr(value) if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _shape(leaf: Any) -> str:

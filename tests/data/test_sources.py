@@ -290,6 +290,23 @@ def test_hidden_folders_and_what_systems_leave_make_no_class(tmp_path):
     assert len(load(f"folder:{tmp_path}/two").train_labels) == 2
 
 
+def test_pictures_that_cannot_be_read_are_counted_by_class(tmp_path):
+    """A class of which half is missing would else look like a small class."""
+    for c in ("a", "b"):
+        for i in range(4):
+            paint(tmp_path / c / f"{i}.png")
+    for i in range(5):
+        (tmp_path / "b" / f"p{i}.HEIC").write_bytes(b"not read")
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    with pytest.warns(UserWarning) as found:
+        assert len(load(f"folder:{tmp_path}").train_labels) == 6
+    (told,) = [str(one.message) for one in found]
+    assert f"folder:{tmp_path}: 5 files of class b are passed over (.heic); convert them to .png" in told
+    (tmp_path / "a" / "one.cr2").write_bytes(b"not read")
+    with pytest.warns(UserWarning, match=r"1 file of class a is passed over \(\.cr2\), 5 files of class b"):
+        load(f"folder:{tmp_path}")
+
+
 def test_links_are_followed_and_broken_ones_told(tmp_path):
     for c in ("bird", "fox"):
         for i in range(2):

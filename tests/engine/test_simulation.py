@@ -25,6 +25,7 @@ from fedjax_sim.algorithms import (
 )
 from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunConfig
 from fedjax_sim.core import memo
+from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.errors import UserError
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
 from fedjax_sim.runs.assemble import prepare
@@ -168,6 +169,21 @@ def test_a_round_says_which_client_was_not_finite():
     with pytest.raises(NonFiniteUpdate, match=rf"round 1 .*client\(s\) \[{client}\]") as caught:
         oracles.run(simulation, 1)
     assert caught.value.field == "local.non_finite"
+
+
+def test_an_upload_is_named_as_a_cause_where_a_method_has_one():
+    def uploading(context):
+        def end(start, trained, client_state, extra, steps, lr, gradient):
+            return client_state, jnp.log(-jnp.ones(()))
+
+        return dataclasses.replace(FedAvg().build(context), local=LocalRule(finish_round=end))
+
+    told = r"round 1 .*client\(s\) \[0, 1\].*an upload of local.finish_round.*execution.debug names"
+    with pytest.raises(NonFiniteUpdate, match=told):
+        oracles.run(oracles.simulate((5, 8), algorithm=By(uploading), steps=1, rounds=1))
+    with pytest.raises(NonFiniteUpdate) as caught:
+        oracles.run(oracles.simulate((5, 8), lr=3e38, weight_decay=1e3, steps=1, rounds=1))
+    assert "upload" not in str(caught.value)
 
 
 def _from_round_2(value, otherwise, number):

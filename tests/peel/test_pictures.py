@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import math
+import re
 import shutil
 import textwrap
 
@@ -202,7 +203,50 @@ def test_undefined_values_are_gaps(seeds):
     assert np.isnan(lines_of(axis)["after"]).tolist() == [False, True]
     shown = pictures.heat_map(run).axes[0].images[0].get_array()
     assert shown.mask.tolist() == [[False] * 3, [False, False, True]]
+    assert "; of these, 0 to 3 have a value at a point" in caption_of(pictures.by_layer(run))
+    assert "; of these, 0 to 3 have a value at a point" in caption_of(pictures.heat_map(run))
+    assert "a value at a point" not in caption_of(pictures.by_layer(run, 2))
     assert "fedavg: no verdict" in report.text(run) and "fedavg: no verdict" not in report.text(run, 2)
+
+
+def test_layers_that_alignment_does_not_have_are_no_ticks(seeds):
+    def lost(row):
+        gone = row.layer == "fc1" and row.metric == "pabs_corrected"
+        return row._replace(metric="undefined/pabs_corrected", value=1.0) if gone else row
+
+    def ticks(run):
+        label = pictures.LABELS["pabs_corrected"]
+        axis = next(axis for axis in pictures.by_layer(run).axes if axis.get_ylabel() == label)
+        return tuple(text.get_text() for text in axis.get_xticklabels())
+
+    assert ticks(seeds[0]) == LAYERS
+    assert ticks(with_rows(seeds[0], map(lost, seeds[0].metrics))) == LAYERS[1:]
+
+
+def test_the_bar_of_rounds_names_those_that_were_measured(seeds):
+    kept = [row for row in seeds[0].metrics if row.round != 2]
+    figure = pictures.accuracy_drop(with_rows(seeds[0], kept))
+    assert [text.get_text() for text in figure.axes[-1].get_yticklabels()] == ["1", "3"]
+
+
+def test_the_report_says_how_many_samples_and_classes_were_measured(seeds):
+    sizes = {
+        name: [row.value for row in seeds[0].metrics if row.metric == name and row.round == 3]
+        for name in ("peel_samples", "peel_classes", "peel_class_samples")
+    }
+    assert all(len(values) == 3 for values in sizes.values())
+    told = [f"median {np.median(values):g}, least {min(values):g}" for values in sizes.values()]
+    text = report.text(seeds[0])
+    assert f"measured samples a client: {told[0]}; classes of these: {told[1]}; samples of its" in text
+    assert f"smallest class: {told[2]}" in text
+    few = sum(value < 5 for value in sizes["peel_class_samples"])
+    assert few and f"**Caution**: in {few} of the 3 measurements" in text
+    many = [
+        row._replace(value=5.0) if row.metric == "peel_class_samples" else row for row in seeds[0].metrics
+    ]
+    assert "Caution" not in report.text(with_rows(seeds[0], many))
+    older = [row for row in seeds[0].metrics if not row.metric.startswith("peel_class")]
+    assert f"measured samples a client: {told[0]}\n" in report.text(with_rows(seeds[0], older))
 
 
 # --- several runs ----------------------------------------------------------------------------------------
@@ -343,7 +387,7 @@ def test_what_was_not_recorded_is_left_out_and_said(seeds, tmp_path, monkeypatch
         "accuracy.png" in written and "causes.png" not in written and not (tmp_path / "causes.png").exists()
     )
     assert any("--peel.chimeras" in line for line in told)
-    assert "causes was not drawn" in (tmp_path / "report.md").read_text()
+    assert "causes was not drawn: chimera_total, " in (tmp_path / "report.md").read_text()
     with pytest.raises(UserError, match=r"--peel\.chimeras"):
         pictures.stitched(with_rows(seeds[0], bare))
 
@@ -395,6 +439,7 @@ def test_a_single_measurement_has_a_picture_and_no_interval(seeds, tmp_path):
     run = with_rows(seeds[0], rows)
     assert "1 client × 1 seed in round 1. No band" in caption_of(pictures.by_layer(run))
     verdict = degradation(run.metrics)
+    assert re.search(r"\| 1 +\| undecided +\|", report.text(run))
     assert math.isnan(verdict.low) and not verdict.present and "Undecided" in report.text(run)
     assert "r = –" in pictures.accuracy_drop(run).axes[0].get_title()
     assert math.isnan(cfd.estimate(np.ones((1, 2)))[1, 0])

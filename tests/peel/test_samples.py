@@ -37,6 +37,9 @@ def test_too_few_classes_of_clients_are_warned_about_before_the_run():
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             samples.warn_of_single_classes()
+        for one in found:
+            others = "all of them" if "none have" in str(one.message) else "the others"
+            assert f"is undefined for {others}. Lower" in str(one.message)
         return [str(one.message).split(" two classes")[0] for one in found]
 
     assert told(two) == []

@@ -141,6 +141,48 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         "merge",
         "results.models is None: the algorithm says needs_models = False",
     ),
+    "models that were not wanted, in a part of the state": (
+        own(
+            init=lambda key, variables: {"model": variables, "rounds": jnp.int32(0)},
+            dispatch=lambda state, cohort, key: Starts(state["model"]),
+            deploy=lambda state: state["model"],
+            needs_models=False,
+            merge=lambda state, cohort, starts, results, key: (
+                {**state, "model": jax.tree.map(lambda leaf: leaf.mean(0), results.models)},
+                {},
+            ),
+        ),
+        "merge",
+        r"returned nothing of the state at \['model'\].*results.models is None: .* needs_models = False",
+    ),
+    "the whole state deployed": (
+        own(
+            init=lambda key, variables: {"model": variables, "rounds": jnp.int32(0)},
+            dispatch=lambda state, cohort, key: Starts(state["model"]),
+            deploy=lambda state: state,
+        ),
+        "deploy",
+        r"returned the whole state, where the model is wanted\. .* perhaps state\['model'\]\.",
+    ),
+    "the whole state dispatched": (
+        own(
+            init=lambda key, variables: Pair(variables, jnp.int32(0)),
+            dispatch=lambda state, cohort, key: Starts(state),
+            deploy=lambda state: state.model,
+        ),
+        "dispatch",
+        r"returned the whole state, where the model is wanted\. .* perhaps state\.model\.",
+    ),
+    "a client's state that does not begin": (
+        rule(start_round=lambda start, kept, broadcast: kept["anchor"]),
+        "local.start_round",
+        r"test_contract.py, line \d+\)\. No `init_client` is given, so the client's state is None",
+    ),
+    "a client's state that begins at its end": (
+        rule(finish_round=end({"anchor": jnp.zeros(2)})),
+        "local.finish_round",
+        "where init_client gave nothing.*begins in `init_client`",
+    ),
     "a key dropped": (
         own(
             init=lambda key, variables: {"model": variables, "rounds": jnp.int32(0)},
@@ -180,6 +222,16 @@ MISTAKES: dict[str, tuple[Any, str, str]] = {
         own(merge=lambda state, cohort, starts, results, key: (results.mean, {3: jnp.float32(1)})),
         "merge",
         "named a metric 3. The name of a metric is text",
+    ),
+    "a metric of the run": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {"accuracy": jnp.float32(1)})),
+        "merge",
+        "it names a metric 'accuracy', which the run records itself. Choose another name",
+    ),
+    "a metric that the run would record of clients": (
+        own(merge=lambda state, cohort, starts, results, key: (results.mean, {"client_accuracy_p10": 1.0})),
+        "merge",
+        "it names a metric 'client_accuracy_p10', which the run records itself",
     ),
     "a string as metric": (
         own(merge=lambda state, cohort, starts, results, key: (results.mean, {"a": "b"})),
@@ -377,7 +429,7 @@ def randomly(apply, variables, batch, extra):
 
 
 def told(state, cohort, starts, results, key):
-    return results.mean, {"six": 6, "loss": results.loss.mean()}
+    return results.mean, {"six": 6, "mean_loss": results.loss.mean()}
 
 
 def averaged(state, cohort, starts, results, key):

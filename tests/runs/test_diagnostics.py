@@ -1,6 +1,7 @@
 """Diagnostics of one's own, from Python and by name, beside the package's own: all by the same door."""
 
 import dataclasses
+import re
 import sys
 
 import jax
@@ -168,8 +169,60 @@ def test_what_is_no_row_is_told_with_its_round(own):
     (observer,) = diagnostics.of(prepare(dataclasses.replace(SMALL, observers=(entry,))))["observers"]
     instrument = observer.build(None)
     (name,) = instrument.observers
-    with pytest.raises(UserError, match=r"observers\.0\.rows = .*in round 7, but \[7\].*fs\.Row"):
+    with pytest.raises(UserError, match=r"observers\.0\.rows = .*in round 7: .* type int\. .*fs\.Row"):
         instrument.rows(7, np.zeros(1, np.int32), {name: {}}, {name: jnp.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (fs.Row(7, "drift", np.ones(3)), "of metric 'drift' value is an array [3], one number is wanted"),
+        (fs.Row(7, "drift", "much"), "of metric 'drift' value is 'much', one number is wanted"),
+        (fs.Row(7, "drift", 1.0, client=None), "of metric 'drift' client is None, one number is wanted"),
+        ((7, "drift"), "one of them has 2 parts: 7, 'drift'"),
+    ],
+)
+def test_a_bad_row_is_told_by_what_is_wrong_with_it(row, told):
+    setup = prepare(dataclasses.replace(SMALL, observers=(Named(row),)))
+    (observer,) = diagnostics.of(setup)["observers"]
+    instrument = observer.build(None)
+    (name,) = instrument.observers
+    with pytest.raises(UserError, match=re.escape(f"in round 7: {told}. Return a list")):
+        instrument.rows(7, np.zeros(1, np.int32), {name: {}}, {name: jnp.zeros(())})
+
+
+@pytest.mark.parametrize(
+    ("row", "refused"),
+    [
+        (fs.Row(7, "accuracy", 1.0), True),
+        (fs.Row(7, "client_accuracy", 1.0, client=2), True),
+        (fs.Row(7, "accuracy", 1.0, client=2), False),
+        (fs.Row(7, "loss", 1.0, state="before"), False),
+        (fs.Row(7, "accuracy_class_size", 1.0), False),
+    ],
+)
+def test_a_row_does_not_take_the_name_of_what_the_run_records(row, refused):
+    setup = prepare(dataclasses.replace(SMALL, observers=(Named(row),)))
+    (observer,) = diagnostics.of(setup)["observers"]
+    instrument = observer.build(None)
+    (name,) = instrument.observers
+    given = 7, np.zeros(1, np.int32), {name: {}}, {name: jnp.zeros(())}
+    if refused:
+        with pytest.raises(UserError, match=rf"observers\.0\.rows = .*'{row.metric}', which the run records"):
+            instrument.rows(*given)
+    else:
+        assert instrument.rows(*given) == [row]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """An observer that gives one row."""
+
+    row: fs.Row
+
+    def build(self, context):
+        """See `ObserverConfig`."""
+        return fs.Measurement(lambda view, data: jnp.float32(0), lambda number, ids, found: [self.row])
 
 
 @dataclasses.dataclass(frozen=True)

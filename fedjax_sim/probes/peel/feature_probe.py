@@ -24,10 +24,10 @@ One row a (client, layer, state, metric), layer being the name of the weight lay
     spread, update_cosine                       of the kernel, without a state; see `Probe.observe`
 
 and, without a layer, `peel_accuracy` and `peel_loss` of start, before, after and controls, and
-`peel_samples`. Controls are further states, see `fedjax_sim.probes.peel.controls`. A number that its client's
-samples do not define (log_c of a single class; pabs_corrected where the class means fill the whole space, as
-they do at the one channel of a grey image) has no row; in its place stands one with the metric
-`undefined/<metric>` and value 1.
+`peel_samples`; the instrument adds `peel_classes` and `peel_class_samples`. Controls are further states, see
+`fedjax_sim.probes.peel.controls`. A number that its client's samples do not define (log_c of a single class;
+pabs_corrected where the class means fill the whole space, as they do at the one channel of a grey image) has
+no row; in its place stands one with the metric `undefined/<metric>` and value 1.
 
 A convolution's feature is flattened for variances (as in the code of Rangamani et al., ICML 2023), averaged
 over places for probes, ranks and CKA. A transformer's is averaged over its tokens throughout.

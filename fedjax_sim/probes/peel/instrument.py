@@ -23,6 +23,7 @@ from fedjax_sim.probes.peel.generality import Generality
 from fedjax_sim.probes.peel.head_finetuning import Finetuning
 from fedjax_sim.probes.peel.samples import Samples
 from fedjax_sim.records import Row
+from fedjax_sim.records.table import make_row
 
 
 class Instrument(Observer, Protocol):
@@ -132,11 +133,17 @@ class Peeling:
           observed: what the observers returned, by their names; NumPy leaves.
         """
         counts = inputs["probe"]["measured"]["count"]
-        return [
+        made = [
             row
             for name, instrument in self.observers.items()
             for row in instrument.rows(number, ids, observed[name], counts)
         ]
+        for client in ids.tolist():
+            sizes = self._samples.class_sizes(client)
+            made.append(make_row(number, "peel_classes", len(sizes), client=client))
+            least = float(sizes.min()) if len(sizes) else np.nan
+            made.append(make_row(number, "peel_class_samples", least, client=client))
+        return made
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,23 +100,31 @@ class Samples:
         else:
             half = len(own) // 2
             fit, measured = own[half:][:most], own[:half]
-        held = self.dataset.test if self.of_test else self.dataset.train
-        labels = held[cast(str, self.dataset.task.label)][measured]
+        labels = self._labels[measured]
         enough = np.bincount(labels, minlength=1)[labels] >= self.config.class_samples
         return fit, measured[enough][:most]
+
+    def class_sizes(self, client: int) -> np.ndarray:
+        """How many measured samples each class has of which one client has any, i64[classes]."""
+        return np.unique(self._labels[self.of_client(client)[1]], return_counts=True)[1]
+
+    @property
+    def _labels(self) -> np.ndarray:
+        held = self.dataset.test if self.of_test else self.dataset.train
+        return held[cast(str, self.dataset.task.label)]
 
     def warn_of_single_classes(self) -> None:
         """Warns where clients have fewer than two measured classes; looks at 64 of them, best rank first."""
         looked = self.slots(np.arange(self.partition.num_clients))[:64]
-        held = (self.dataset.test if self.of_test else self.dataset.train)[cast(str, self.dataset.task.label)]
-        classes = [len(np.unique(held[self.of_client(int(client))[1]])) for client in looked]
+        classes = [len(self.class_sizes(int(client))) for client in looked]
         enough = sum(count > 1 for count in classes)
         if 2 * enough < len(looked):
             have, least = f"{enough or 'none'} {'has' if enough == 1 else 'have'}", self.config.class_samples
+            others = "the others" if enough else "all of them"
             warnings.warn(
                 f"peel: of {len(looked)} clients {have} two classes with peel.class_samples = {least} "
-                "measured samples each. What compares classes (CDNV, discrimination …) is undefined for the "
-                "others. Lower peel.class_samples, or take fewer or less unequal clients.",
+                "measured samples each. What compares classes (CDNV, discrimination …) is undefined for "
+                f"{others}. Lower peel.class_samples, or take fewer or less unequal clients.",
                 stacklevel=2,
             )
 

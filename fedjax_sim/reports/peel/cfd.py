@@ -64,6 +64,11 @@ class Verdict:
         return f"No CFD: the last change is {self.final:+.3f}, but the {slope} {where}."
 
 
+def word_of(found: Verdict) -> str:
+    """The judgement for a table: yes, no, or undecided of a single measurement."""
+    return "undecided" if found.measurements < 2 else "yes" if found.present else "no"
+
+
 LEVEL, RESAMPLES = 0.95, 2000
 """Of bootstrap intervals, unless asked otherwise."""
 

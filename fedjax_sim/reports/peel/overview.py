@@ -164,7 +164,7 @@ def table(outlines: Sequence[Outline], reference: Outline | None = None) -> list
         found = one.verdict
         for name in ("slope", "low", "high", "rank", "area"):
             row["beta" + f"_{name}" * (name != "slope")] = np.nan if found is None else getattr(found, name)
-        row["cfd"] = None if found is None else found.present
+        row["cfd"] = None if found is None or cfd.word_of(found) == "undecided" else found.present
         row["injected_last"] = np.nan if one.cause is None else float(one.cause.injected[0])
         row["inherited_last"] = np.nan if one.cause is None else one.cause.inherited.final
         row |= {f"change_{metric}_last": value for metric, value in one.changes.items()}
@@ -239,7 +239,7 @@ def report(outlines: Sequence[Outline], about: str, reference: Outline | None = 
         found, why = one.verdict, one.cause
         slope = "–" if found is None else _interval(_slope(found))
         parts = "–" if why is None else f"{why.injected[0]:+.2f} / {why.inherited.final:+.2f}"
-        yes = "–" if found is None else "yes" if found.present else "no"
+        yes = "–" if found is None else cfd.word_of(found)
         rows.append(
             [
                 one.name,

@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from fedjax_sim.probes.peel.chimera import PARTS, STITCHES
 from fedjax_sim.records import plots
@@ -61,21 +60,28 @@ def by_layer(given: Given, round_index: int | None = None) -> Figure:
     states = list(dict.fromkeys(state for part in here for name in chosen for state in part.states(name)))
     states = [state for state in states if state != "start"]  # `after` of the round before, mostly
     figure, axes = plots.new_figure(*plots.grid_shape(len(chosen)), **_size(here[0], 4.0))
+    counts = []
     for axis, metric in zip(axes.flat, chosen, strict=False):
         for place, (group, part) in enumerate(zip(found, here, strict=True)):
             for state in states:
                 key = "before" if state == "before" else "after"
-                values = analysis.means(part, metric, "after" if state == "before" else state)[0][key]
+                values, count = analysis.means(part, metric, "after" if state == "before" else state)
+                values = values[key]
+                counts += [count] * (state in part.states(metric))
                 style = _state_style(state, states) if len(found) == 1 else _group_style(place, state, states)
                 _curve(axis, part, metric, values, _label(found, group, state), **style)
-        _layer_axis(axis, here[0], here[0].first(metric), LABELS[metric])
+        first = here[0].first(metric)
+        if not first:  # a metric of kernels may be undefined at the image, whatever the client
+            drawn = np.concatenate([part.values(metric, state) for part in here for state in states])
+            first = int(np.isfinite(drawn).any(0).argmax())
+        _layer_axis(axis, here[0], first, LABELS[metric])
     plots.blank(axes, len(chosen))
     plots.legend(figure, axes)
     controls = [state for state in states if state not in ("before", "after")]
     about = (
         "Features at the input of each weight layer: before, of the model that the client trained; after, of "
         f"what it holds once merged{''.join(f'; {state}, a control' for state in controls)}; on the same "
-        f"samples. Lines are means over {counted(found, here)}. {_bands(here)}"
+        f"samples. Lines are means over {counted(found, here)}{_behind(here, counts)}. {_bands(here)}"
     )
     if "log_c" in chosen:
         about += " C is within-class over between-class variance."
@@ -94,10 +100,11 @@ def relative_change(given: Given) -> Figure:
     if not chosen:
         raise _missing("relative_change", [group.measured for group in found], wanted)
     figure, axes = plots.new_figure(len(chosen), len(found), width=3.4, height=2.8)
-    names = found[0].measured.names
+    names, counts = found[0].measured.names, []
     for row, group in zip(axes, found, strict=True):
         for axis, metric in zip(row, chosen, strict=True):
-            rounds, values = _over_rounds(group.measured, metric, "relative")
+            rounds, values, count = _over_rounds(group.measured, metric, "relative")
+            counts.append(count)
             first = group.measured.first(metric)
             for depth, name in enumerate(names[first:], first):
                 line = 100 * values[:, 0, depth - first]
@@ -116,8 +123,8 @@ def relative_change(given: Given) -> Figure:
     plots.depth_bar(figure, axes, names)
     about = (
         "Relative change of a metric by the merge, (after − before) / |before| of each client, averaged over "
-        f"{counted(found)}: a line for each layer, whose input the metric is of (pabs: and its weights). "
-        "No band is drawn; layers.csv has the intervals."
+        f"{counted(found)}{_behind(_rounds(found), counts)}: a line for each layer, whose input the metric "
+        "is of (pabs: and its weights). No band is drawn; layers.csv has the intervals."
     )
     return captioned(figure, about, found)
 
@@ -133,9 +140,12 @@ def causes(given: Given, round_index: int | None = None) -> Figure:
     if not any(_defined(part.values(f"chimera_{name}")) for part in here for name in PARTS):
         raise _missing("causes", here, [f"chimera_{name}" for name in PARTS], "--peel.chimeras")
     figure, axes = plots.new_figure(*plots.grid_shape(len(found)), **_size(here[0], 4.6))
+    counts = []
     for axis, group, part in zip(axes.flat, found, here, strict=False):
         for place, name in enumerate(PARTS):
-            values = analysis.means(part, f"chimera_{name}", "")[0]["change"]
+            values, count = analysis.means(part, f"chimera_{name}", "")
+            values = values["change"]
+            counts.append(count)
             dash = "--" if name == "total" else ":" if name == "interaction" else "-"
             colour = ("#000000", plots.COLOURS[1], plots.COLOURS[0], "#999999")[place]
             _curve(axis, part, f"chimera_{name}", values, name, color=colour, linestyle=dash)
@@ -149,7 +159,7 @@ def causes(given: Given, round_index: int | None = None) -> Figure:
         "What causes a layer's change of log C (natural logarithm of within-class over between-class "
         "variance of its input), against the client's own model: total, all layers before it aggregated; "
         "injected, only the one right before it; inherited, all but that one; interaction, total − injected "
-        f"− inherited. Means over {counted(found, here)}. {_bands(here)}"
+        f"− inherited. Means over {counted(found, here)}{_behind(here, counts)}. {_bands(here)}"
     )
     return captioned(figure, about, found)
 
@@ -178,7 +188,9 @@ def accuracy_drop(given: Given) -> Figure:
     _same_limits(axes, len(found), x=True)
     if len(np.unique(rounds)) > 1:
         bar = plots.bar(figure, ScalarMappable(scale, plots.DEPTHS), axes, "round")
-        bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        measured = np.unique(rounds).astype(int)
+        bar.set_ticks(measured[:: -(-len(measured) // 6)])
+        bar.minorticks_off()
     about = (
         "Accuracy that the merge costs a client on its own measured samples, against the change of log C "
         "(natural logarithm of within-class over between-class variance) of its penultimate feature, the "
@@ -197,14 +209,14 @@ def heat_map(given: Given) -> Figure:
     """
     found = groups(given)
     tables = [_over_rounds(group.measured, "log_c", "change") for group in found]
-    if not any(_defined(values[:, 0]) for _, values in tables):
+    if not any(_defined(values[:, 0]) for _, values, _ in tables):
         raise _missing("heat_map", [group.measured for group in found], ["log_c"])
-    limit = max(np.nanmax(np.abs(values[:, 0]), initial=0) for _, values in tables) or 1.0
+    limit = max(np.nanmax(np.abs(values[:, 0]), initial=0) for _, values, _ in tables) or 1.0
     names = found[0].measured.names[1:]
     height = max(2.6, 0.17 * len(names) + 1.2)
     figure, axes = plots.new_figure(*plots.grid_shape(len(found)), width=4.6, height=height)
     image = None
-    for axis, group, (rounds, values) in zip(axes.flat, found, tables, strict=False):
+    for axis, group, (rounds, values, _) in zip(axes.flat, found, tables, strict=False):
         image = axis.imshow(
             np.ma.masked_invalid(values[:, 0].T), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto"
         )
@@ -221,8 +233,9 @@ def heat_map(given: Given) -> Figure:
     plots.bar(figure, image, axes, "change of log C")
     about = (
         "Change of log C (natural logarithm of within-class over between-class variance) of each layer's "
-        f"input by the merge, in every measured round; means over {counted(found)}. Red: classes are less "
-        "apart after the merge. Grey: not defined."
+        f"input by the merge, in every measured round; means over {counted(found)}"
+        f"{_behind(_rounds(found), [count for *_, count in tables])}. Red: classes are less apart "
+        "after the merge. Grey: not defined."
     )
     return captioned(figure, about, found)
 
@@ -239,11 +252,12 @@ def stitched(given: Given, round_index: int | None = None) -> Figure:
         raise _missing("stitched", here, [f"stitched_{kind}" for kind in STITCHES], "--peel.chimeras")
     figure, axes = plots.new_figure(*plots.grid_shape(len(found)), **_size(here[0], 4.6))
     told = {"prefix": "merged up to it", "single": "it alone merged", "suffix": "merged from it on"}
-    marks = {"prefix": "o", "single": "s", "suffix": "^"}
+    marks, counts = {"prefix": "o", "single": "s", "suffix": "^"}, []
     for axis, group, part in zip(axes.flat, found, here, strict=False):
         own = np.nan
         for place, kind in enumerate(STITCHES):
-            values = analysis.means(part, f"stitched_{kind}", "")[0]
+            values, count = analysis.means(part, f"stitched_{kind}", "")
+            counts.append(count)
             own = values["before"][0, 0]
             style = {"color": plots.COLOURS[place], "marker": marks[kind]}
             _curve(axis, part, f"stitched_{kind}", values["after"], told[kind], **style)
@@ -256,7 +270,7 @@ def stitched(given: Given, round_index: int | None = None) -> Figure:
     about = (
         "Stitched accuracies: of the client's own model in which one layer, all up to it, or all from it on "
         "are replaced by the merged ones, on the client's own measured samples; dashed, the client's own "
-        f"model. Means over {counted(found, here)}. {_bands(here)}"
+        f"model. Means over {counted(found, here)}{_behind(here, counts)}. {_bands(here)}"
     )
     return captioned(figure, about, found)
 
@@ -279,6 +293,7 @@ def accuracy(given: Given) -> Figure:
         raise _missing("accuracy", [group.measured for group in found], list(_SAMPLES))
     beside = len(chosen) == 1
     figure, axes = plots.new_figure(*((len(found), 1) if beside else (len(chosen), len(found))), width=4.6)
+    counts = []
     for row, group in zip(axes.T if beside else axes, found, strict=True):
         rounds = np.asarray(group.measured.numbers())
         for axis, metric in zip(row, chosen, strict=True):
@@ -287,6 +302,7 @@ def accuracy(given: Given) -> Figure:
             for state in states:
                 parts = [group.measured.at(n).scalar(metric, state)[:, None] for n in rounds.tolist()]
                 lines[state] = np.stack([cfd.estimate(part)[:, 0] for part in parts])
+                counts.append(np.asarray([np.isfinite(part).sum() for part in parts]))
             tooth = [(rounds - (state == "start"), lines[state][:, 0]) for state in lines if state in _STATES]
             tooth.append((rounds, np.full(len(rounds), np.nan)))
             x, y = np.stack(tooth, 2)
@@ -304,8 +320,8 @@ def accuracy(given: Given) -> Figure:
     about = (
         "Accuracy of the measured clients: start, of the model that they were sent, drawn a round earlier; "
         "before, of what they trained; after, of what they hold once merged; further states as named. Grey "
-        f"lines join the first three of a round. Means over {counted(found)}. "
-        + _bands([group.measured for group in found])
+        f"lines join the first three of a round. Means over {counted(found)}"
+        f"{_behind(_rounds(found), counts)}. " + _bands([group.measured for group in found])
     )
     return captioned(figure, about, found)
 
@@ -346,10 +362,34 @@ def _states(group: Group, metric: str) -> list[str]:
     return sorted(known, key=lambda state: order.get(state, 3))
 
 
-def _over_rounds(measured: Measurements, metric: str, part: str) -> tuple[list[int], np.ndarray]:
-    """(T rounds, f64[T, 3, L]): mean, low, high of a part of `analysis.means`."""
+def _over_rounds(measured: Measurements, metric: str, part: str) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """(T rounds, f64[T, 3, L]: mean, low, high of a part of `analysis.means`, i64[T, L]: of how many)."""
     numbers = measured.numbers()
-    return numbers, np.stack([analysis.means(measured.at(n), metric)[0][part] for n in numbers])
+    found = [analysis.means(measured.at(n), metric) for n in numbers]
+    return numbers, np.stack([values[part] for values, _ in found]), np.stack([each for _, each in found])
+
+
+def _rounds(found: Sequence[Group]) -> list[Measurements]:
+    """What was measured, a part for each group and round."""
+    return [group.measured.at(number) for group in found for number in group.measured.numbers()]
+
+
+def _behind(parts: Sequence[Measurements], counts: Sequence[np.ndarray]) -> str:
+    """How few and how many measurements have a value at a point of a figure; "" where all have.
+
+    Args:
+      parts: of a group and a round each.
+      counts: of each point that may be drawn, how many have a value there.
+    """
+    each = np.concatenate([np.ravel(one) for one in counts])
+    low, high = int(each.min()), int(each.max())
+    if low >= max(len(part) for part in parts):
+        return ""
+    return (
+        f"; of these, {low} to {high} have a value at a point"
+        if low < high
+        else (f"; of these, {low} {'has' if low == 1 else 'have'} a value at a point")
+    )
 
 
 def drop_of(measured: Measurements) -> tuple[np.ndarray, ...]:

@@ -124,6 +124,7 @@ def text(
         numbers = group.measured.numbers()
         told = ", ".join(map(str, numbers if len(numbers) <= 12 else [*numbers[:5], "…", *numbers[-3:]]))
         lines += group.listed(f"; {len(numbers)} measured rounds ({told}); {counted([group])}.")
+        lines += _measured(group, group.measured.at(round_index).numbers()[-1])
     lines += ["", "## Does degradation accumulate with depth?", "", _CFD, ""]
     rows, words = [], []
     for group in found:
@@ -149,7 +150,7 @@ def text(
                     *map(str, cells),
                     rounded(one.area),
                     str(one.measurements),
-                    "yes" if one.present else "no",
+                    cfd.word_of(one),
                 ]
             )
             words.append(f"- {name}: {one.words()}")
@@ -171,13 +172,45 @@ def text(
     return "\n".join(lines).rstrip() + "\n"
 
 
+FEW = 5
+"""Measured samples of a class below which a report warns of what rests on them. OUR CHOICE."""
+
+
+def _measured(group: Group, number: int) -> list[str]:
+    """Lines on how many samples and classes of a client were measured in a round."""
+    here = group.measured.at(number)
+    names = {
+        "peel_samples": "measured samples a client",
+        "peel_classes": "classes of these",
+        "peel_class_samples": "samples of its smallest class",
+    }
+    told = [
+        f"{called}: median {np.nanmedian(values):g}, least {np.nanmin(values):g}"
+        for name, called in names.items()
+        if np.isfinite(values := here.scalar(name)).any()
+    ]
+    if not told:
+        return []
+    lines = [f"  - round {number}: {'; '.join(told)}"]
+    judged = np.isfinite(here.pair("log_c").change).all(1)
+    smallest = here.scalar("peel_class_samples")[judged]
+    if few := int((smallest < FEW).sum()):
+        lines.append(
+            f"  - **Caution**: in {few} of the {len(smallest)} measurements behind the verdict the smallest "
+            f"class has fewer than {FEW} samples (least {np.nanmin(smallest):g}). Its variance is uncertain, "
+            "and log C with it. Raise peel.samples or peel.class_samples, or take clients with more samples."
+        )
+    return lines
+
+
 _CFD = (
     "Δ_l is the change of log C by the merge (natural logarithm of within-class over between-class variance "
     "of the input of layer l), averaged over measurements, a client of a seed each. β is its least-squares "
     "slope over relative depth l/L with a 95% bootstrap interval over measurements, ρ its rank correlation "
     "with depth, Δ_L its value at the classifier's input, the area its mean over layers. CFD is present if "
-    "Δ_L > 0 and the interval of β lies above 0. Clients of one run share its merges: with few seeds the "
-    "interval says little of other seeds, and of fewer than ten measurements it is too narrow."
+    "Δ_L > 0 and the interval of β lies above 0; a single measurement leaves it undecided. Clients of one "
+    "run share its merges: with few seeds the interval says little of other seeds, and of fewer than ten "
+    "measurements it is too narrow."
 )
 
 
