@@ -187,6 +187,22 @@ def test_what_does_not_fit_says_what_to_change():
     assert MemoryPlan((big,), 2, "gpu", None).fits is None
 
 
+def test_the_verdict_of_an_exact_plan_heeds_the_compiled_round():
+    state = Part("server: slots (100 models)", 60, 100, "always", "a smaller cohort.size")
+    step = Part("a wave's activations", 20, 40, "round", "a smaller execution.wave")
+    compiled = {"arguments": 50, "output": 62, "of which in place": 60, "temporaries": 70}
+    plan = MemoryPlan((state, step), 2, "cpu", 200, compiled)
+    assert (plan.by_parts, plan.as_compiled, plan.peak) == (140, 100 + 2 * 72, 244)
+    assert plan.fits is False and plan.advice()
+    assert "peak, all of the machine: 244 B (the larger of 140 B by the parts and 244 B as comp" in str(plan)
+    assert MemoryPlan((state, step), 2, "gpu", 131, compiled).fits is False  # 60 + 72 on one device
+    padded = dict(compiled, arguments=70)
+    assert MemoryPlan((state, step), 2, "gpu", None, padded).peak == 70 + 72
+    small = dict(compiled, temporaries=1)
+    assert MemoryPlan((state, step), 2, "cpu", 140, small).fits is True
+    assert MemoryPlan((state, step), 2, "cpu", 140).as_compiled is None
+
+
 def test_bytes_are_written_as_people_do():
     assert [parts.human(n) for n in (5, 2048, 3 * 2**20, 5 * 2**30)] == [
         "5 B",
