@@ -158,6 +158,30 @@ def test_a_loop_updates_its_state_in_place():
     assert alive(stacked, X) >= 6 * 4000
 
 
+def test_a_loop_writes_over_what_it_carries_and_over_nothing_else_that_it_reads():
+    rows = jax.ShapeDtypeStruct((10, 1000), jnp.float32)
+
+    def each(x):  # own rows in, new rows out
+        return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row)), 0.0, jnp.tan(x))[1]
+
+    assert alive(each, rows) >= 2 * 40_000
+    assert alive(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: jnp.sin(y), jnp.tan(x)), rows) < 41_000
+
+
+def test_the_estimate_counts_clients_own_rows_before_and_after_a_round():
+    """A personal model of each client, one at a time: temporaries are both, and little else."""
+    made = config(
+        algorithm=CONFIGS["ditto"](),
+        partition=data.PartitionConfig(kind="iid", clients=64, min_size=1),
+        cohort=CohortConfig(fraction=1.0),
+        execution=ExecutionConfig(devices=1, wave=1),
+    )
+    plan = planning.plan(made, exact=True)
+    estimate = sum(part.device for part in plan.parts if part.when == "round")
+    assert plan.compiled is not None
+    assert estimate == pytest.approx(plan.compiled["temporaries"], rel=0.05)
+
+
 def test_bytes_belong_to_the_innermost_label_and_a_device_has_its_own_share():
     @jax.named_scope("outer")
     def function(x):
