@@ -249,8 +249,8 @@ def _taken(name: str) -> UserError:
     return UserError(
         "on",
         name,
-        "another process holds libtpu, and one at a time can compile for TPUs; where libtpu is installed, any "
-        "process that starts JAX takes it, unless JAX_PLATFORMS=cpu is set",
+        "another process holds libtpu, and one at a time can compile for TPUs; where libtpu is installed, "
+        "any process that starts JAX takes it, unless JAX_PLATFORMS=cpu is set",
         "Wait for that process, or set JAX_PLATFORMS=cpu for commands that plan for no TPU, or install "
         "'fedjax-sim[tpu]' in an environment of its own.",
     )
