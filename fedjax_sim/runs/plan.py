@@ -21,6 +21,7 @@ from fedjax_sim.runs.parts import (
     human,
     on_paper,
     parts_of,
+    shown,
     state_parts,
     total,
 )
@@ -87,11 +88,12 @@ class MemoryPlan:
         return list(dict.fromkeys(lines))[:4]
 
     def __str__(self):
-        width = max(len(part.name) for part in self.parts)
+        rows = shown(self.parts, lambda part: part.total)
+        width = max(len(part.name) for part in rows)
         lines = [f"{'part':{width}}  {'one device':>11}  {'all ' + str(self.devices):>11}  when"]
         lines += [
             f"{part.name:{width}}  {human(part.device):>11}  {human(part.total):>11}  {part.when}"
-            for part in self.parts
+            for part in rows
         ]
         where = "all of the machine" if self.platform == "cpu" else "one device"
         lines.append(f"\npeak, {where}: {human(self.peak)}")

@@ -211,6 +211,13 @@ def test_what_does_not_fit_says_what_to_change():
     assert MemoryPlan((big,), 2, "gpu", None).fits is None
 
 
+def test_a_table_leaves_out_what_takes_next_to_nothing():
+    big, small = Part("slots", 2048, 4096, "always"), Part("what a round says", 500, 1000, "round")
+    assert "what a round says" not in str(MemoryPlan((big, small), 2, "cpu", None))
+    assert MemoryPlan((big, small), 2, "cpu", None).peak == 5096
+    assert "what a round says" in str(MemoryPlan((small,), 2, "cpu", None))
+
+
 def test_the_verdict_of_an_exact_plan_heeds_the_compiled_round():
     state = Part("server: slots (100 models)", 60, 100, "always", "a smaller cohort.size")
     step = Part("a wave's activations", 20, 40, "round", "a smaller execution.wave")
@@ -298,6 +305,10 @@ def test_advice_is_only_what_would_change_something():
     narrow = told(execution=ExecutionConfig(devices=2, wave=1), cohort=CohortConfig(size=1))
     for moot in ("keep_optimizer", "more devices", "execution.wave", "cohort.size"):
         assert moot not in narrow
+    files, host = OutputConfig(dir="run"), "execution.client_state = host"
+    assert host in told(output=files)
+    assert host not in told(output=files, cohort=CohortConfig(fraction=1.0))  # all of whom are on the devices
+    assert host not in told()  # which is the same memory of a CPU
     kept = LocalConfig(epochs=1, batch_size=16, momentum=0.9, keep_optimizer=True)
     assert "local.keep_optimizer = false" in told(local=kept)
 
