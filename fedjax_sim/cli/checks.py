@@ -117,7 +117,7 @@ def all_of_them() -> Iterator[Check]:
     yield calibration()
     yield data(told)
     yield from extras()
-    yield from variables()
+    yield from variables(told.get("error", ""))
     yield from revision()
 
 
@@ -211,10 +211,9 @@ def probe(wait: float | None = None) -> dict[str, Any]:
 def devices(told: dict[str, Any]) -> Iterator[Check]:
     """JAX's devices. `told`: see `probe`."""
     if "error" in told:
-        last = told["error"].splitlines()[-1]
-        yield Check(
-            "devices", "problem", f"JAX does not start: {last}", _remedy(told["error"], "late" in told)
-        )
+        why = _short(told["error"])
+        fix = _remedy(told["error"], "late" in told)
+        yield Check("devices", "problem", f"JAX does not start: {why}", fix)
         return
     kinds = {kind: told["kinds"].count(kind) for kind in told["kinds"]}
     words = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
@@ -233,6 +232,30 @@ def devices(told: dict[str, Any]) -> Iterator[Check]:
         yield Check("tpu", "problem", "there is one, and JAX uses the CPU", fix)
 
 
+_UNKNOWN_FLAGS = re.compile(r"Unknown flags? in XLA_FLAGS: *(.*)")
+
+
+def _blamed(said: str) -> str:
+    """The variable of the environment with which JAX does not start, by what it said; "" if it is none."""
+    if _UNKNOWN_FLAGS.search(said):
+        return "XLA_FLAGS"
+    if said.strip().endswith("AssertionError") and os.environ.get("JAX_PLATFORMS"):
+        return "JAX_PLATFORMS"  # JAX says no more where the plugin for CUDA is missing
+    if "Unable to initialize backend" in said or "Unknown backend" in said:
+        return "JAX_PLATFORMS"
+    return ""
+
+
+def _short(said: str) -> str:
+    """Why JAX does not start, in one line, of all that it said."""
+    last = said.strip().splitlines()[-1]
+    if flags := _UNKNOWN_FLAGS.search(said):
+        return f"XLA does not know {flags[1].strip()}"
+    return (
+        f"{os.environ['JAX_PLATFORMS']} is not here" if last == "AssertionError" and _blamed(said) else last
+    )
+
+
 def _remedy(said: str, late: bool) -> str:
     """What to do where JAX does not start."""
     if re.search(r"already in use|libtpu.*lockfile|accel\d.*(busy|in use)", said, re.IGNORECASE) or (
@@ -245,8 +268,11 @@ def _remedy(said: str, late: bool) -> str:
         return (
             "The NVIDIA driver does not fit: CUDA 12 needs 525 or newer (nvidia-smi). Or JAX_PLATFORMS=cpu."
         )
-    if "Unable to initialize backend" in said or "Unknown backend" in said:
-        return "JAX_PLATFORMS names a device that is not here: unset it, or set it to cpu."
+    if blamed := _blamed(said):
+        return {
+            "XLA_FLAGS": "XLA_FLAGS holds a flag that this release does not have: correct or unset it.",
+            "JAX_PLATFORMS": "JAX_PLATFORMS names a device that is not here: unset it, or set it to cpu.",
+        }[blamed]
     return "Try: python -c 'import jax; print(jax.devices())'; JAX_PLATFORMS=cpu leaves accelerators out."
 
 
@@ -422,11 +448,19 @@ def extras() -> Iterator[Check]:
         yield Check("not installed", "ok", ", ".join(absent), fix)
 
 
-def variables() -> Iterator[Check]:
-    """Variables of the environment that change speed or numbers."""
+def variables(said: str = "") -> Iterator[Check]:
+    """Variables of the environment that change speed or numbers.
+
+    Args:
+      said: by JAX, where it does not start; "" where it does.
+    """
+    blamed = _blamed(said)
     for name, meaning in VARIABLES.items():
         given = os.environ.get(name)
         if given is None:
+            continue
+        if name == blamed:
+            yield Check(name, "note", f"{given}: JAX does not start with it", "See devices.")
             continue
         costly = name in _COSTLY and given.lower() not in ("", "0", "false")
         fix = f"unset {name}, unless you mean it" if costly else ""

@@ -18,7 +18,7 @@ class Plan:
       exact: compile the round, and add what XLA says of it
       on: compile the programs for a machine that need not be here, and say what they take on a chip and what
         chips exchange. Such as v5e-8, v5p-16, 2xv5e-256, 8xh100 or cpu-8. v5e and v6e are counted
-        in chips, v4 and v5p in TensorCores, of which a chip has two. Takes one to several minutes
+        in chips, v4 and v5p in TensorCores, of which a chip has two. Takes up to ten minutes on two cores
       together: compile the rounds of S such runs side by side (sweep --together) instead; with --on
       json: print one object for programs; with --on
     """

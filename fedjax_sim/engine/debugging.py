@@ -73,7 +73,8 @@ class DebugError(UserError):
     """
 
     def __str__(self) -> str:
-        return f"{self.value}\n{self.field}: {self.why}. {self.fix}"
+        where = f"{self.value}\n" if self.value else ""
+        return f"{where}{self.field}: {self.why}. {self.fix}"
 
 
 class RoundError(DebugError):
@@ -186,11 +187,14 @@ class Debugger(Watch):
         if self._noted:
             why += f". The first to show it: {self._noted[0]}"
         line, error = self._line_of(bad)
-        made = NotFinite(f"{what} is not finite", line or name, why, _ADVICE.get(what, _ADVICE[""]))
-        if line:
+        advice = _ADVICE.get(what, _ADVICE[""])
+        made = NotFinite(f"{what} is not finite", line, why, advice)
+        if line or name != what:
             made.why = f"{name}: {made.why}"
         if error is not None:
-            made.__cause__, made.detail = error, _trace(error)
+            made.__cause__ = error
+            if own_lines(error):  # else all of it is ours and JAX's, and says no more than the message
+                made.detail = _trace(error)
         return made
 
     def _line_of(self, bad: str) -> tuple[str, BaseException | None]:

@@ -280,7 +280,10 @@ def _initialize(address: str, fix: str, *where: Any) -> None:
         with _waiting(PATIENCE, who, address):
             jax.distributed.initialize(*where)
     except (ValueError, RuntimeError) as error:
-        raise UserError("--join", address, " ".join(str(error).split()), fix) from None
+        told = " ".join(str(error).split())
+        if not where and "should be defined" in told:  # no cluster has told JAX the address
+            told = "no TPU pod, Slurm or Open MPI was found here"
+        raise UserError("--join", address, told, fix) from None
 
 
 @contextlib.contextmanager

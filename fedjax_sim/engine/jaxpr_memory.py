@@ -91,7 +91,9 @@ class _Walk:
             here = self._label(eqn, label)
             dying = [var for var in _variables(eqn.invars) if var in held and last[var] == place]
             inner = self._inner(eqn, here, set(dying), size)
-            reusable = {var: held[var] for var in dying}
+            carried = _carried_by(eqn)
+            reusable = {var: held[var] for var in dying if carried is None or var in carried}
+            read = [var for var in dying if var not in reusable]
             made: Counter[str] = Counter()
             for var in eqn.outvars:
                 cost = 0 if _is_fused(eqn, var, readers, last, end) else size(var.aval)
@@ -107,7 +109,7 @@ class _Walk:
             moments = [alive + made + inner] if in_loop else [alive + inner, alive + made]
             worst = max(worst, *moments, key=self._counted)
             alive = alive + made
-            for var in [*reusable, *(var for var in eqn.outvars if var not in last)]:
+            for var in [*reusable, *read, *(var for var in eqn.outvars if var not in last)]:
                 owner, cost = held.pop(var)
                 alive[owner] -= cost
         return worst
@@ -136,6 +138,18 @@ class _Walk:
                 }
             worst = max(worst, self.peak(inside, label, donated, own), key=self._counted)
         return worst
+
+
+def _carried_by(eqn: Any) -> set | None:
+    """Of a loop, the operands whose places its results may take, as it reads all others to its end.
+
+    None: the equation is no loop, and all that it reads may be overwritten.
+    """
+    if eqn.primitive.name == "scan":
+        return set(_variables(eqn.invars[_carried(eqn.params)]))
+    if eqn.primitive.name == "while":
+        return set(_variables(eqn.invars[len(eqn.invars) - len(eqn.outvars) :]))
+    return None
 
 
 def _carried(scan: Mapping[str, Any]) -> slice:

@@ -47,7 +47,7 @@ class NonFiniteUpdate(UserError):
     """A client's update held an infinity or NaN, and the run was told to stop at that."""
 
 
-_ALL = " As it was all of the round's: a learning rate of the server (algorithm.lr) may be too high as well."
+_ALL = " As it was all of the round's: the server's learning rate ({}) may be too high as well."
 
 
 _UPLOAD = " It may be an upload of local.finish_round, not the model: execution.debug names leaf and line."
@@ -621,8 +621,13 @@ class Simulation:
                 "Lower local.lr, set local.clip_norm, or leave such clients out with "
                 "local.non_finite = skip."
                 + (_UPLOAD if uploads else "")
-                + (_ALL if not included.any() else ""),
+                + ("" if included.any() else self._servers_rate()),
             )
+
+    def _servers_rate(self) -> str:
+        """What to add where all updates were not finite: the server's learning rate, of who has one."""
+        name = _rate(self.setup.config.algorithm, "algorithm")
+        return "" if name is None else _ALL.format(name)
 
     def _check_server(self, number: int, ids: np.ndarray, fetched: RoundOutputs) -> None:
         """Raises NonFiniteServer for a fault of round `number` that is none of its clients'."""
@@ -734,6 +739,17 @@ class Simulation:
 def _those(ids: np.ndarray, flags: np.ndarray) -> list[int]:
     """The clients i32[K] of which a flag bool[K] is set, each once."""
     return np.unique(ids[flags]).tolist() if flags.any() else []
+
+
+def _rate(config: Any, name: str) -> str | None:
+    """The field of a server's learning rate in an algorithm's settings, or in those inside; None: none."""
+    if not dataclasses.is_dataclass(config):
+        return None
+    fields = [field.name for field in dataclasses.fields(config)]
+    inside = (_rate(getattr(config, field), f"{name}.{field}") for field in fields)
+    return next((f"{name}.{field}" for field in ("lr", "server_lr") if field in fields), None) or next(
+        filter(None, inside), None
+    )
 
 
 def _sound(server: Soundness) -> bool:

@@ -18,7 +18,7 @@ import numpy as np
 from fedjax_sim import config as config_lib
 from fedjax_sim import data, records
 from fedjax_sim.config import RunConfig
-from fedjax_sim.core.errors import UserError
+from fedjax_sim.core.errors import NotWritten, UserError
 from fedjax_sim.engine import cohorts, hosts
 from fedjax_sim.engine.setup import Setup
 from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
@@ -71,6 +71,10 @@ def run_rounds(simulation: Simulation, folder: Folder | None, began: int | None 
     return result
 
 
+_PASSING = NotWritten, hosts.OtherProcessFailed
+"""Errors that are no fault of the run's own, and need not come again."""
+
+
 class Drive:
     """A run on its way: its simulation, its folder, and what acts between its rounds.
 
@@ -116,6 +120,7 @@ class Drive:
             if began is not None:
                 _prolong(folder, simulation, began)
             hosts.on_first(lambda: own_code.write_start(folder, start))
+            hosts.on_first(lambda: folder.write_failure(""))
             self.stopped = hosts.on_first(lambda: _still_stopped(folder, start))
             if hosts.first():
                 last = config.rounds if self.stopped is None else self.stopped.round
@@ -231,6 +236,8 @@ class Drive:
                 with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
                     if thing is not None:
                         thing.close()
+        if isinstance(error, UserError) and not isinstance(error, _PASSING):
+            self._write_failure(error)
         if isinstance(error, NonFiniteUpdate | NonFiniteServer):
             fix = f"{error.fix} {_look(self._folder, self._saved)}"
             raise type(error)(error.field, error.value, error.why, fix) from None
@@ -240,6 +247,12 @@ class Drive:
             lost = hosts.as_loss(error, _again(self._folder, self._saved))
             if lost is not error:
                 raise lost from error
+
+    def _write_failure(self, error: UserError) -> None:
+        """Writes down what has ended the run, for who looks at its folder; it can be resumed all the same."""
+        if self._folder is not None and self._folder.started and hosts.first():
+            with contextlib.suppress(OSError, UserError):  # the error itself is the one to tell
+                self._folder.write_failure(" ".join(str(error).split()))
 
     def _outcome(self) -> Run:
         setup, simulation = self.simulation.setup, self.simulation

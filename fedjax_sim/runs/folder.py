@@ -153,6 +153,21 @@ class Folder:
             return None
         return None if told is None else Stopped(**told)
 
+    @property
+    def failure(self) -> str:
+        """What ended the last start of an unfinished run, such as a divergence; "" if nothing is known."""
+        try:
+            return str(self.records.provenance().get("failure", ""))
+        except UserError:  # see `stopped`
+            return ""
+
+    def write_failure(self, told: str) -> None:
+        """Writes down what ended the run; "": it goes on."""
+        about = self.records.provenance()
+        if about.get("failure", "") != told:
+            about.pop("failure", None)
+            self.write_provenance(about | ({"failure": told} if told else {}))
+
     def write_stopped(self, stopped: Stopped | None) -> None:
         """Writes down that the run has ended early, or that it has not."""
         about = self.records.provenance()

@@ -8,6 +8,7 @@ followed to the moment at which most is alive (`fedjax_sim.engine.jaxpr_memory`)
 import contextlib
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,24 @@ def advised(setup: Setup, platform: str, part: Part) -> Part:
         "a smaller cohort.size": setup.cohort_size == 1,
         "fewer clients": setup.num_clients == 1,
         "peel.split = train": config.peel.split == "train",
+        "execution.client_state = host": not _lowered_on_host(setup, platform),
     }
     options = [option.strip().removeprefix("or ") for option in part.remedy.split(",")]
     options = [option for option in options if option and not moot.get(option, False)]
     return dataclasses.replace(part, remedy=", or ".join(options))
+
+
+def _lowered_on_host(setup: Setup, platform: str) -> bool:
+    """Whether clients' own state takes less if it lies on the host, and only the cohort's on the devices."""
+    if setup.cohort_size >= setup.num_clients:
+        return False
+    return platform != "cpu" or setup.config.output.dir is not None  # files then, and the same memory else
+
+
+def shown(parts: Iterable[Part], size: Callable[[Part], int]) -> list[Part]:
+    """The parts that a table shows: those of 1 KiB or more, by `size`; where none is, all that have any."""
+    there = [part for part in parts if size(part)]
+    return [part for part in there if size(part) >= 1024] or there
 
 
 def available(platform: str) -> int | None:

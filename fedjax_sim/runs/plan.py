@@ -21,6 +21,7 @@ from fedjax_sim.runs.parts import (
     human,
     on_paper,
     parts_of,
+    shown,
     state_parts,
     total,
 )
@@ -36,7 +37,7 @@ class MemoryPlan:
       devices: how many.
       platform: cpu, gpu or tpu. CPU devices share one memory, and only totals count.
       available: bytes for one device, or for all of them on a CPU; None where it cannot be told.
-      compiled: XLA's own figures for the round in bytes a device, if asked for.
+      compiled: XLA's own figures for the round in bytes a device, if asked for. The verdict heeds them.
     """
 
     parts: tuple[Part, ...]
@@ -47,11 +48,30 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment: on one device, or in all of the CPU's memory."""
-        size = lambda when: sum(  # noqa: E731
-            part.total if self.platform == "cpu" else part.device for part in self.parts if part.when == when
-        )
-        return size("always") + max(size("round"), size("probe"), size("evaluation"))
+        """Bytes at the worst moment: on one device, or in all of the CPU's memory.
+
+        By the parts, or as the round was compiled, whichever is more.
+        """
+        return max(self.by_parts, self.as_compiled or 0)
+
+    @property
+    def by_parts(self) -> int:
+        """As `peak`, by the parts alone."""
+        return self._size("always") + max(map(self._size, ("round", "probe", "evaluation")))
+
+    @property
+    def as_compiled(self) -> int | None:
+        """As `peak`, of the round by XLA's figures, with what is held beside it; None if not asked for."""
+        if self.compiled is None:
+            return None
+        made = self.compiled["temporaries"] + self.compiled["output"] - self.compiled["of which in place"]
+        # What is always there has the round's arguments in it, but for the padding of an accelerator's tiles.
+        held = max(self._size("always"), self.compiled["arguments"])
+        return held + made * (self.devices if self.platform == "cpu" else 1)
+
+    def _size(self, when: str) -> int:
+        whole = self.platform == "cpu"
+        return sum(part.total if whole else part.device for part in self.parts if part.when == when)
 
     @property
     def fits(self) -> bool | None:
@@ -68,14 +88,18 @@ class MemoryPlan:
         return list(dict.fromkeys(lines))[:4]
 
     def __str__(self):
-        width = max(len(part.name) for part in self.parts)
+        rows = shown(self.parts, lambda part: part.total)
+        width = max(len(part.name) for part in rows)
         lines = [f"{'part':{width}}  {'one device':>11}  {'all ' + str(self.devices):>11}  when"]
         lines += [
             f"{part.name:{width}}  {human(part.device):>11}  {human(part.total):>11}  {part.when}"
-            for part in self.parts
+            for part in rows
         ]
         where = "all of the machine" if self.platform == "cpu" else "one device"
         lines.append(f"\npeak, {where}: {human(self.peak)}")
+        if self.as_compiled is not None:
+            lines[-1] += f" (the larger of {human(self.by_parts)} by the parts"
+            lines[-1] += f" and {human(self.as_compiled)} as compiled)"
         if self.compiled:
             figures = ", ".join(f"{name} {human(size)}" for name, size in self.compiled.items())
             lines.append(f"the compiled round, one device: {figures}")

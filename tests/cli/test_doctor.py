@@ -106,6 +106,26 @@ def test_a_jax_that_does_not_start_is_told(said, told, started):
     assert state_of("data").state == "note"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said", "found"),
+    [
+        ("JAX_PLATFORMS", "cuda", "    assert False\nAssertionError", "JAX does not start: cuda is not here"),
+        (
+            "XLA_FLAGS",
+            "--bogus",
+            "F1130 01:30:35.755386   10068 parse_flags_from_env.cc:234] Unknown flag in XLA_FLAGS: --bogus",
+            "JAX does not start: XLA does not know --bogus",
+        ),
+    ],
+)
+def test_the_variable_with_which_jax_does_not_start_is_named(name, value, said, found, started, monkeypatch):
+    monkeypatch.setenv(name, value)
+    started.clear()
+    started["error"] = f"Traceback\n{said}"
+    assert state_of("devices").found == found and state_of("devices").fix.startswith(f"{name} ")
+    assert state_of(name).state == "note" and "does not start with it" in state_of(name).found
+
+
 def test_a_jax_that_hangs_is_told():
     found = checks.probe(wait=0.01)
     assert found["late"]

@@ -212,6 +212,15 @@ def test_what_is_not_finite_is_named(what, own):
     assert caught.value.field == f"{what} is not finite"
 
 
+def test_where_no_line_is_the_users_own_the_message_is_all():
+    simulation = oracles.simulate(SIZES, debug=True, model=LINEAR, cohort=1, lr=3e38, weight_decay=1e3)
+    with pytest.raises(NotFinite) as caught:
+        oracles.run(simulation)
+    assert caught.value.detail == ""
+    told = str(caught.value)
+    assert told.startswith(f"{caught.value.field}: ") and caught.value.value == ""
+
+
 def test_what_was_not_finite_before_is_passed_over():
     """A rule may keep an infinity; a NaN is told of where it comes up."""
     debugger = Debugger()

@@ -295,6 +295,15 @@ def test_a_wrong_way_to_join_is_said_before_anything_starts(words, field, capsys
     assert f"error: {field} = " in capsys.readouterr().err
 
 
+def test_where_no_cluster_is_found_the_message_begins_with_that(monkeypatch):
+    def refuse():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", refuse)
+    with pytest.raises(hosts.UserError, match="'auto': no TPU pod, Slurm or Open MPI was found here"):
+        hosts.join("auto")
+
+
 @pytest.mark.parametrize(
     "line",
     [

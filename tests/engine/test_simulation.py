@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from fedjax_sim import models
 from fedjax_sim.algorithms import (
+    CONFIGS,
     MOON,
     FedAdam,
     FedAvg,
@@ -27,7 +29,7 @@ from fedjax_sim.config import CohortConfig, EvaluationConfig, LocalConfig, RunCo
 from fedjax_sim.core import memo
 from fedjax_sim.core.algorithm import LocalRule
 from fedjax_sim.core.errors import UserError
-from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate
+from fedjax_sim.engine.simulation import NonFiniteServer, NonFiniteUpdate, _rate
 from fedjax_sim.runs.assemble import prepare
 from fedjax_sim.runs.federation import Simulation
 from tests import oracles
@@ -169,6 +171,24 @@ def test_a_round_says_which_client_was_not_finite():
     with pytest.raises(NonFiniteUpdate, match=rf"round 1 .*client\(s\) \[{client}\]") as caught:
         oracles.run(simulation, 1)
     assert caught.value.field == "local.non_finite"
+    assert "server" not in str(caught.value)  # FedAvg has no learning rate of its own
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"), [("fedadam", "algorithm.lr"), ("scaffold", "algorithm.server_lr")]
+)
+def test_where_all_clients_fail_the_rate_of_a_server_that_has_one_is_named(algorithm, name):
+    made = CONFIGS[algorithm]()
+    simulation = oracles.simulate((5, 8), algorithm=made, lr=3e38, weight_decay=1e3, steps=1, cohort=1)
+    with pytest.raises(NonFiniteUpdate) as caught:
+        oracles.run(simulation, 1)
+    assert f"the server's learning rate ({name})" in str(caught.value)
+
+
+def test_the_rate_of_an_algorithm_inside_another_counts():
+    Outer = dataclasses.make_dataclass("Outer", [("inner", Any)])
+    assert _rate(Outer(CONFIGS["fedadam"]()), "algorithm") == "algorithm.inner.lr"
+    assert _rate(Outer(CONFIGS["fedavg"]()), "algorithm") is None
 
 
 def test_an_upload_is_named_as_a_cause_where_a_method_has_one():

@@ -22,8 +22,10 @@ import fedjax_sim as fs
 from fedjax_sim import config, records
 from fedjax_sim.cli import commands
 from fedjax_sim.core.errors import UserError
+from fedjax_sim.engine.simulation import NonFiniteUpdate
 from fedjax_sim.reports.page import curves, entries, facts, render
 from fedjax_sim.runs import packs
+from fedjax_sim.runs.federation import Simulation
 from fedjax_sim.runs.folder import Folder
 from fedjax_sim.studies import comparison, packing, sources
 from tests.reports import studies
@@ -296,6 +298,32 @@ def test_a_run_whose_process_was_killed_here_is_not_under_way(tmp_path):
     )
     (half / ".lock").write_text("another machine")
     assert entries.state_of(fs.load(half)).kind == "running"
+
+
+def test_a_run_that_diverged_says_so_in_its_folder_until_it_goes_on(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    config = fs.RunConfig(
+        rounds=2,
+        partition=fs.data.PartitionConfig(kind="iid", clients=4),
+        cohort=fs.CohortConfig(size=2),
+        local=fs.LocalConfig(epochs=1, batch_size=64),
+        execution=fs.ExecutionConfig(devices=1),
+        output=fs.OutputConfig(dir=str(folder), figures=False),
+    )
+
+    def diverge(self, number, *_):
+        raise NonFiniteUpdate("local.non_finite", "stop", f"round {number} was not finite", "Lower local.lr.")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Simulation, "_told", diverge)
+        with pytest.raises(NonFiniteUpdate, match="run it again from the first round"):
+            fs.run(config)
+    found = entries.state_of(fs.load(folder))
+    assert found.kind == "failed"
+    assert found.words.startswith("failed at round 0 of 2: local.non_finite") and "local.lr" in found.words
+    assert "round 1 was not finite" in page_of(folder, tmp_path)["header"]
+    fs.resume(folder)
+    assert Folder(folder).failure == "" and entries.state_of(fs.load(folder)).kind == "finished"
 
 
 def test_what_failed_is_told_first(tmp_path):

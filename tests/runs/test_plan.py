@@ -158,6 +158,30 @@ def test_a_loop_updates_its_state_in_place():
     assert alive(stacked, X) >= 6 * 4000
 
 
+def test_a_loop_writes_over_what_it_carries_and_over_nothing_else_that_it_reads():
+    rows = jax.ShapeDtypeStruct((10, 1000), jnp.float32)
+
+    def each(x):  # own rows in, new rows out
+        return jax.lax.scan(lambda carry, row: (carry, jnp.sin(row)), 0.0, jnp.tan(x))[1]
+
+    assert alive(each, rows) >= 2 * 40_000
+    assert alive(lambda x: jax.lax.fori_loop(0, 5, lambda i, y: jnp.sin(y), jnp.tan(x)), rows) < 41_000
+
+
+def test_the_estimate_counts_clients_own_rows_before_and_after_a_round():
+    """A personal model of each client, one at a time: temporaries are both, and little else."""
+    made = config(
+        algorithm=CONFIGS["ditto"](),
+        partition=data.PartitionConfig(kind="iid", clients=64, min_size=1),
+        cohort=CohortConfig(fraction=1.0),
+        execution=ExecutionConfig(devices=1, wave=1),
+    )
+    plan = planning.plan(made, exact=True)
+    estimate = sum(part.device for part in plan.parts if part.when == "round")
+    assert plan.compiled is not None
+    assert estimate == pytest.approx(plan.compiled["temporaries"], rel=0.05)
+
+
 def test_bytes_belong_to_the_innermost_label_and_a_device_has_its_own_share():
     @jax.named_scope("outer")
     def function(x):
@@ -185,6 +209,29 @@ def test_what_does_not_fit_says_what_to_change():
     roomy = MemoryPlan((big, small, step), 2, "cpu", 160)
     assert roomy.fits and roomy.advice() == []
     assert MemoryPlan((big,), 2, "gpu", None).fits is None
+
+
+def test_a_table_leaves_out_what_takes_next_to_nothing():
+    big, small = Part("slots", 2048, 4096, "always"), Part("what a round says", 500, 1000, "round")
+    assert "what a round says" not in str(MemoryPlan((big, small), 2, "cpu", None))
+    assert MemoryPlan((big, small), 2, "cpu", None).peak == 5096
+    assert "what a round says" in str(MemoryPlan((small,), 2, "cpu", None))
+
+
+def test_the_verdict_of_an_exact_plan_heeds_the_compiled_round():
+    state = Part("server: slots (100 models)", 60, 100, "always", "a smaller cohort.size")
+    step = Part("a wave's activations", 20, 40, "round", "a smaller execution.wave")
+    compiled = {"arguments": 50, "output": 62, "of which in place": 60, "temporaries": 70}
+    plan = MemoryPlan((state, step), 2, "cpu", 200, compiled)
+    assert (plan.by_parts, plan.as_compiled, plan.peak) == (140, 100 + 2 * 72, 244)
+    assert plan.fits is False and plan.advice()
+    assert "peak, all of the machine: 244 B (the larger of 140 B by the parts and 244 B as comp" in str(plan)
+    assert MemoryPlan((state, step), 2, "gpu", 131, compiled).fits is False  # 60 + 72 on one device
+    padded = dict(compiled, arguments=70)
+    assert MemoryPlan((state, step), 2, "gpu", None, padded).peak == 70 + 72
+    small = dict(compiled, temporaries=1)
+    assert MemoryPlan((state, step), 2, "cpu", 140, small).fits is True
+    assert MemoryPlan((state, step), 2, "cpu", 140).as_compiled is None
 
 
 def test_bytes_are_written_as_people_do():
@@ -258,6 +305,10 @@ def test_advice_is_only_what_would_change_something():
     narrow = told(execution=ExecutionConfig(devices=2, wave=1), cohort=CohortConfig(size=1))
     for moot in ("keep_optimizer", "more devices", "execution.wave", "cohort.size"):
         assert moot not in narrow
+    files, host = OutputConfig(dir="run"), "execution.client_state = host"
+    assert host in told(output=files)
+    assert host not in told(output=files, cohort=CohortConfig(fraction=1.0))  # all of whom are on the devices
+    assert host not in told()  # which is the same memory of a CPU
     kept = LocalConfig(epochs=1, batch_size=16, momentum=0.9, keep_optimizer=True)
     assert "local.keep_optimizer = false" in told(local=kept)
 

@@ -96,6 +96,7 @@ def state_of(run: Run, failure: str = "") -> State:
         return State("finished", done, rounds, f"finished, {_counted(rounds)}")
     where = f"round {done} of {rounds}"
     running, age = (False, None) if run.folder is None else liveness(run.folder)
+    failure = failure or ("" if run.folder is None else Folder(run.folder).failure)
     if not running and failure:
         return State("failed", done, rounds, f"failed at {where}: {failure}")
     laps = [] if run.folder is None else Folder(run.folder).records.laps()

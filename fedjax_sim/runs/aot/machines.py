@@ -225,13 +225,16 @@ def _described(name: str, topology: str, platform: str, options: dict[str, Any])
     try:
         return topologies.get_topology_desc(topology, platform, **options).devices
     except Exception as error:
+        said = " ".join(str(error).split())
+        if platform == "tpu" and re.search(r"lockfile|already in use", said):
+            raise _taken(name) from error
         extra, fix = "cuda-plan", "Start with JAX_PLATFORMS=cpu, as JAX leaves CUDA out without a driver."
         if platform == "tpu":
             extra, fix = "tpu", "Only one process at a time can compile for TPUs: wait for others."
         raise UserError(
             "on",
             name,
-            f"XLA's compiler for it does not start: {' '.join(str(error).split())[:300]}",
+            f"XLA's compiler for it does not start: {said[:300]}",
             f"{fix} Or install the version that belongs to this JAX: pip install 'fedjax-sim[{extra}]'.",
         ) from error
     finally:
@@ -240,6 +243,17 @@ def _described(name: str, topology: str, platform: str, options: dict[str, Any])
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
+
+
+def _taken(name: str) -> UserError:
+    return UserError(
+        "on",
+        name,
+        "another process holds libtpu, and one at a time can compile for TPUs; where libtpu is installed, "
+        "any process that starts JAX takes it, unless JAX_PLATFORMS=cpu is set",
+        "Wait for that process, or set JAX_PLATFORMS=cpu for commands that plan for no TPU, or install "
+        "'fedjax-sim[tpu]' in an environment of its own.",
+    )
 
 
 def _missing(name: str, what: str, extra: str) -> UserError:

@@ -33,6 +33,7 @@ from fedjax_sim.runs.parts import (
     human,
     on_paper,
     parts_of,
+    shown,
     wave_parts,
 )
 from fedjax_sim.runs.start import with_start
@@ -164,10 +165,10 @@ class MachinePlan:
             f"waves of {self.wave}, convolutions: {self.conv}. Compiled, not run.",
             "",
         ]
-        shown = [part for part in self.parts if self.size(part)]
-        width = max(len(part.name) for part in shown)
+        rows = shown(self.parts, self.size)
+        width = max(len(part.name) for part in rows)
         lines.append(f"{'memory by part':{width}}  {chip:>11}  when")
-        lines += [f"{part.name:{width}}  {human(self.size(part)):>11}  {part.when}" for part in shown]
+        lines += [f"{part.name:{width}}  {human(self.size(part)):>11}  {part.when}" for part in rows]
         lines += [
             "",
             f"needed by definition (state, data, a wave's activations), {chip}: {human(self.needed)}",

@@ -43,6 +43,23 @@ def test_a_compiler_that_is_missing_is_named(name, extra, monkeypatch):
         machines.machine(name)
 
 
+def test_a_compiler_that_another_process_holds_is_waited_for_and_its_lock_is_left_alone(monkeypatch):
+    from jax.experimental import topologies
+
+    said = 'ABORTED: The TPU is already in use by process with pid 7. Run "$ sudo rm /tmp/libtpu_lockfile".'
+
+    def refuse(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(
+        UserError, match=r"another process holds libtpu.*JAX_PLATFORMS=cpu.*of its own"
+    ) as caught:
+        machines.machine("v5e-4")
+    assert "sudo" not in str(caught.value) and "lockfile" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("name", "chips"),
     [("v5e-1", 1), ("v5e-256", 256), ("v6e-8", 8), ("v5p-512", 256), ("v4-32", 16), ("2xv5e-256", 512)],
