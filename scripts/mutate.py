@@ -188,8 +188,9 @@ MUTANTS: list[tuple] = [
         "jnp.where((within >= 0)[:, None], ordered",
     ),
     ("engine/clients", "loss_sum / jnp.maximum(seen, 1)", "loss_sum / jnp.maximum(seen, 1) / 2"),
-    ("engine/clients", "jnp.isfinite(loss_sum) & all_finite(trained)", "jnp.isfinite(loss_sum)"),
-    ("engine/clients", "jnp.isfinite(loss_sum) & all_finite(trained)", "all_finite(trained)"),
+    ("engine/clients", "jnp.isfinite(loss_sum) & all_finite((trained, uploads))", "jnp.isfinite(loss_sum)"),
+    ("engine/clients", "& all_finite((trained, uploads))", "& all_finite(trained)"),
+    ("engine/clients", "jnp.isfinite(loss_sum) & all_finite(", "all_finite("),
     (
         "engine/clients",
         "new = stacked.where_slot(active, new, variables)",

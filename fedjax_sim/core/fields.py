@@ -8,7 +8,7 @@ import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from fedjax_sim.core.errors import UserError
 
@@ -19,7 +19,7 @@ SMALLEST = 2.0**-126
 class Named:
     """A base of dataclasses whose makers are told of a field that there is not, before anything else."""
 
-    def __new__(cls, *values: Any, **given: Any):
+    def __new__(cls, *values: Any, **given: Any) -> Self:
         """Raises UserError for a field that there is not; all else is left to the dataclass."""
         names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
         for name, value in given.items():

@@ -64,7 +64,7 @@ def test_kind_file_uses_it_and_can_add_local_tests(tmp_path):
     assert p.num_clients == 6 and p.recipe["kind"] == "iid"
     held = partition(DIGITS, PartitionConfig("file", clients=None, path=path, local_test="holdout"))
     assert held.test is not None and held.recipe["from"]["kind"] == "iid"
-    with pytest.raises(UserError, match=r"partition.clients = 100.*has 6 clients"):
+    with pytest.raises(UserError, match=r"partition.clients = 20.*has 6 clients"):
         partition(DIGITS, PartitionConfig("file", path=path))
 
 

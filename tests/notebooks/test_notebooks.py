@@ -29,7 +29,7 @@ SHORTER = {
         "rounds": 2,
         "algorithm": fs.FedAvg(),
         "partition": fs.PartitionConfig(kind="domain", clients=None, samples_per_client=60),
-        "peel": fs.PeelConfig(every=1, samples=20, chimeras=True, others=True),
+        "peel": fs.PeelConfig(every=1, samples=20, class_samples=1, chimeras=True, others=True),
     },
     "lips": {"rounds": 6, "inertia": fs.InertiaConfig(measure=True, every=1, clients=2)},
 }
