@@ -94,6 +94,26 @@ class _Loader(yaml.SafeLoader):
             lines[name] = line
         return node
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts merged mappings (`<<`) in the place of their names: of several the first one has a key.
+
+        So it is in the merge type of YAML 1.1, and in PyYAML up to 6.0.3. In 6.0.4 the last one has it.
+        """
+        given, node.value = node.value, []
+        own, merged = [], []
+        for key, value in given:
+            if key.tag != _TAG + "merge":
+                own.append((key, value))
+                continue
+            named = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for one in reversed(named):
+                if not isinstance(one, yaml.MappingNode):
+                    problem = "what is merged by << is no mapping"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=one.start_mark)
+                self.flatten_mapping(one)
+                merged += one.value
+        node.value = merged + own  # of equal keys the later one counts
+
     def construct_int(self, node: yaml.ScalarNode) -> int:
         """`010` is 10, `0o10` is 8 and `0x10` is 16."""
         word = self.construct_scalar(node)

@@ -37,12 +37,13 @@ def test_merge_keys_work_and_may_be_overridden():
     before: {b: 4, <<: *first}
     after: {<<: *first, b: 4}
     both: {<<: [*second, *first], c: 5}
+    other: {<<: [*first, *second], d: 6}
     """
     read = parse_yaml(text)
     assert read["second"] == {"a": 1, "b": 3}
     assert read["before"] == read["after"] == {"a": 1, "b": 4}
     assert read["both"] == {"a": 1, "b": 3, "c": 5}
-    assert read == yaml.safe_load(text)
+    assert read["other"] == {"a": 1, "b": 2, "d": 6}
 
 
 WORDS = {

@@ -96,7 +96,9 @@ def test_permute_is_a_gather_of_slots_on_any_mesh(shape, devices, rng):
         with jax.set_mesh(mesh):
             even = shape[0] % devices == 0
             given = jax.device_put(leaf, placement.cut(mesh) if even else placement.replicated(mesh))
-            out = jax.jit(stacked.permute)(given, index)
+            # Left to itself XLA cuts six slots over two of four devices, for which newer JAX has no name.
+            wanted = None if even else placement.replicated(mesh)
+            out = jax.jit(stacked.permute, out_shardings=wanted)(given, index)
         np.testing.assert_array_equal(out, leaf[index])
 
 
