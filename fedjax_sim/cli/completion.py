@@ -105,8 +105,8 @@ def table() -> dict[str, Any]:
 
 
 def _sections() -> str:
-    from fedjax_sim.cli.flags import EVERYTHING, sections_of
-    from fedjax_sim.config import RunConfig
+    from fedjax_sim.cli.flags import EVERYTHING
+    from fedjax_sim.config.run import RunConfig, sections_of
 
     return " ".join([*sections_of(RunConfig), EVERYTHING])
 

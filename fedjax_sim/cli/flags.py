@@ -21,6 +21,7 @@ from fedjax_sim.cli import forms
 from fedjax_sim.cli.forms import Typed, as_yaml, field_texts
 from fedjax_sim.config import RunConfig
 from fedjax_sim.config import yaml as config_yaml
+from fedjax_sim.config.run import sections_of
 from fedjax_sim.config.sweep_files import Sweep, read_sweep
 from fedjax_sim.core import deprecation
 from fedjax_sim.core.algorithm import AlgorithmConfig
@@ -124,16 +125,6 @@ def _help_wanted(words: list[str]) -> tuple[list[str], str | None]:
     if named[0] not in known:
         raise UserError("--help", named[0], "there is no such section", nearest(named[0], known))
     return words[:place] + words[place + 2 :], named[0]
-
-
-def sections_of(cls: type) -> dict[str, type]:
-    """Field -> class of a dataclass's fields that are dataclasses; of a configuration, or of its form."""
-    hints = typing.get_type_hints(cls)
-    return {
-        field.name: hints[field.name]
-        for field in dataclasses.fields(cls)
-        if dataclasses.is_dataclass(hints[field.name]) or hints[field.name] is AlgorithmConfig
-    }
 
 
 def _part(form: type, section: str) -> type:

@@ -113,17 +113,21 @@ class RunConfig(Named):
 
     @classmethod
     def _meant(cls, name: str, names: list[str]) -> str:
-        for section, kind in _sections().items():
-            if name in {field.name for field in dataclasses.fields(kind)}:
+        for section, kind in sections_of(cls).items():
+            if kind is not AlgorithmConfig and name in {field.name for field in dataclasses.fields(kind)}:
                 written = f"{section}=fs.{kind.__name__}({name}=…)"
                 return f"Did you mean {section}.{name}? Write {written}."
         return super()._meant(name, names)
 
 
-def _sections() -> dict[str, Any]:
-    """Field -> class, of the fields of a run that are dataclasses with settings of their own."""
-    hints = typing.get_type_hints(RunConfig)
-    return {name: kind for name, kind in hints.items() if dataclasses.is_dataclass(kind)}
+def sections_of(cls: type) -> dict[str, Any]:
+    """Field -> class, of the fields that have settings of their own: of a `RunConfig`, or a form of one."""
+    hints: dict[str, Any] = typing.get_type_hints(cls)
+    return {
+        name: kind
+        for name, kind in hints.items()
+        if dataclasses.is_dataclass(kind) or kind is AlgorithmConfig
+    }
 
 
 _TRAINS = ("seed", "data", "partition", "model", "execution")

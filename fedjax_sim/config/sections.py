@@ -253,7 +253,7 @@ class EvaluationConfig(Named):
 
     def __post_init__(self):
         check(self, "evaluation.")
-        at_least("evaluation.every", self.every, 0)
+        at_least("evaluation.every", self.every, 0, "Raise it; 0 is never.")
         if self.batch_size is not None:
             at_least("evaluation.batch_size", self.batch_size, 1)
         at_least("evaluation.finetune", self.finetune, 0)
@@ -307,7 +307,7 @@ class PeelConfig(Named):
 
     def __post_init__(self):
         check(self, "peel.")
-        at_least("peel.every", self.every, 0)
+        at_least("peel.every", self.every, 0, "Raise it; 0 is never.")
         at_least("peel.clients", self.clients, 1)
         at_least("peel.samples", self.samples, 2)
         at_least("peel.class_samples", self.class_samples, 1)
@@ -336,7 +336,7 @@ class InertiaConfig(Named):
     def __post_init__(self):
         check(self, "inertia.")
         at_least("inertia.reference", self.reference, 1)
-        at_least("inertia.every", self.every, 0)
+        at_least("inertia.every", self.every, 0, "Raise it; 0 is never.")
         at_least("inertia.clients", self.clients, 1)
         at_least("inertia.samples", self.samples, 1)
 

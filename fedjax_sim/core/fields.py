@@ -178,10 +178,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"Known: {', '.join(spelled.values())}."
 
 
-def at_least(field: str, value: float, least: float) -> None:
-    """Raises UserError unless `value` is finite and at least `least`."""
+def at_least(field: str, value: float, least: float, fix: str = "Raise it.") -> None:
+    """Raises UserError unless `value` is finite and at least `least`.
+
+    Args:
+      field: dotted name, for the message.
+      value: what was given.
+      least: that it may be.
+      fix: the way out, likewise.
+    """
     if not (isinstance(value, int | float) and value >= least and math.isfinite(value)):
-        fix = "Raise it." if least or field.rpartition(".")[2] != "every" else "Raise it; 0 is never."
         raise UserError(field, value, f"must be at least {least}", fix)
 
 

@@ -10,6 +10,7 @@ import generated
 from fedjax_sim import config as config_lib
 from fedjax_sim.config import RunConfig
 from fedjax_sim.config.callbacks import CALLBACKS
+from fedjax_sim.config.run import sections_of
 from fedjax_sim.core.conv_impl import CONV_IMPLS
 from fedjax_sim.data import partition_config
 
@@ -88,9 +89,7 @@ test runs the same configuration under different values of them and wants equal 
 
 def sections() -> dict[str, type]:
     """Name of each section -> its class."""
-    fields = dataclasses.fields(RunConfig)
-    made = {field.name: type(getattr(RunConfig(), field.name)) for field in fields}
-    return {name: cls for name, cls in made.items() if dataclasses.is_dataclass(cls) and name != "algorithm"}
+    return {name: cls for name, cls in sections_of(RunConfig).items() if name != "algorithm"}
 
 
 def changes(dotted: str) -> str:

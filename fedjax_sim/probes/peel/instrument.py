@@ -132,14 +132,15 @@ class Peeling:
           inputs: what `observer_inputs` gave.
           observed: what the observers returned, by their names; NumPy leaves.
         """
-        counts = inputs["probe"]["measured"]["count"]
+        measured = inputs["probe"]["measured"]
+        counts = measured["count"]
         made = [
             row
             for name, instrument in self.observers.items()
             for row in instrument.rows(number, ids, observed[name], counts)
         ]
-        for client in ids.tolist():
-            sizes = self._samples.class_sizes(client)
+        for client, index, count in zip(ids.tolist(), measured["index"], counts, strict=True):
+            sizes = self._samples.class_sizes(index[:count])
             made.append(make_row(number, "peel_classes", len(sizes), client=client))
             least = float(sizes.min()) if len(sizes) else np.nan
             made.append(make_row(number, "peel_class_samples", least, client=client))

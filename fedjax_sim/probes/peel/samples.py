@@ -104,9 +104,13 @@ class Samples:
         enough = np.bincount(labels, minlength=1)[labels] >= self.config.class_samples
         return fit, measured[enough][:most]
 
-    def class_sizes(self, client: int) -> np.ndarray:
-        """How many measured samples each class has of which one client has any, i64[classes]."""
-        return np.unique(self._labels[self.of_client(client)[1]], return_counts=True)[1]
+    def class_sizes(self, measured: np.ndarray) -> np.ndarray:
+        """How many samples each class has that is among those measured of a client. -> i64[classes]
+
+        Args:
+          measured: which, as `of_client` gives them.
+        """
+        return np.unique(self._labels[measured], return_counts=True)[1]
 
     @property
     def _labels(self) -> np.ndarray:
@@ -116,7 +120,7 @@ class Samples:
     def warn_of_single_classes(self) -> None:
         """Warns where clients have fewer than two measured classes; looks at 64 of them, best rank first."""
         looked = self.slots(np.arange(self.partition.num_clients))[:64]
-        classes = [len(self.class_sizes(int(client))) for client in looked]
+        classes = [len(self.class_sizes(self.of_client(int(client))[1])) for client in looked]
         enough = sum(count > 1 for count in classes)
         if 2 * enough < len(looked):
             have, least = f"{enough or 'none'} {'has' if enough == 1 else 'have'}", self.config.class_samples
